@@ -1,0 +1,139 @@
+"""The seams. A Protocol stands only where two implementations exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from rlx.types import (
+    Array,
+    Batch,
+    Carry,
+    EnvSpec,
+    Episode,
+    NetInput,
+    Params,
+    Rollout,
+    Row,
+    Sample,
+    SequenceSpec,
+    Timestep,
+    TrainState,
+    UpdateOutput,
+    Weights,
+)
+
+
+class Env(Protocol):
+    """N lanes of an environment. Lanes are 0 .. N-1."""
+
+    spec: EnvSpec
+    lanes: int
+
+    def reset(self) -> Timestep:
+        """Starts every lane; answers all lanes, or the first `batch_size` of an asynchronous one."""
+
+    def step(self, action: np.ndarray, lane: np.ndarray) -> Timestep:
+        """Acts in these lanes and answers those that are ready (all of them, if synchronous).
+
+        action: i32[n] or f32[n, *]; lane: i32[n]. A lane whose last answer was terminated or
+        truncated ignores its action and answers its next episode's first observation.
+        """
+
+    def episodes(self) -> list[Episode]:
+        """The episodes that ended since the last call."""
+
+    def close(self) -> None: ...
+
+
+class EnvFamily(Protocol):
+    """The settings of an environment: makes lanes of it, wherever they are needed."""
+
+    def spec(self) -> EnvSpec:
+        """Found from one throw-away lane. Raises ValueError (nearest ids) for an unknown id."""
+
+    def make(self, *, lanes: int, seeds: Sequence[int]) -> Env:
+        """`seeds`: one int32 per lane."""
+
+
+class Network(Protocol):
+    """Time-major: inputs [T, B, ...]."""
+
+    def init(self, key: Array, spec: EnvSpec) -> Params: ...
+    def apply(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Any, Carry]: ...
+    def initial_carry(self, batch: int) -> Carry: ...
+
+
+class Agent(Protocol):
+    """The algorithm: hyper-parameters and pure functions, a final frozen dataclass."""
+
+    @property
+    def sequence(self) -> SequenceSpec: ...
+    @property
+    def replay_kind(self) -> str: ...
+    @property
+    def acting_spec(self) -> Any:
+        """The agent's record of acting time, with ArraySpec leaves."""
+
+    def init(self, key: Array) -> TrainState: ...
+    def initial_carry(self, batch: int) -> Carry: ...
+    def acting_params(self, state: TrainState) -> Params: ...
+    def act(
+        self, params: Params, inputs: NetInput, carry: Carry, key: Array, exploration: Array
+    ) -> tuple[Array, Any, Carry]:
+        """inputs [N, ...] -> (action i32[N], acting record [N], carry)."""
+
+    def first_td(self, rows: Row) -> np.ndarray:
+        """f32[M, T] from the scalars of M sequences (observation {}), in NumPy; -1 = not valid."""
+
+    def update(
+        self, state: TrainState, batch: Batch, *, axis_name: str | None = None
+    ) -> tuple[TrainState, UpdateOutput]: ...
+
+
+class Replay(Protocol):
+    """Stores blocks, samples sequences."""
+
+    ratio: float | None  # trained rows per env step added; None: no quota
+    min_sequences: int  # startable sequences before learning begins
+
+    @property
+    def startable(self) -> int:
+        """Sequences that can be sampled now."""
+
+    @property
+    def rows(self) -> int:
+        """Rows stored now."""
+
+    @property
+    def env_steps(self) -> int:
+        """Valid rows ever added."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def add(self, rollout: Rollout) -> None: ...
+    def sample(self, batch_size: int) -> Sample: ...
+    def update_td(self, keys: np.ndarray, td: np.ndarray) -> None: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+class Exploration(Protocol):
+    def epsilon(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
+        """f32[n] for these global lanes of `lanes` in all, `env_steps` into the run."""
+
+
+class ActingPool(Protocol):
+    """Holds actors."""
+
+    def collect(self, want_env_steps: int, timeout_s: float) -> list[Rollout]: ...
+    def publish(self, weights: Weights, env_steps: int) -> None: ...
+    def stats(self) -> dict[str, float]: ...
+    def close(self, timeout_s: float) -> None: ...
+
+
+FirstTD = Callable[[Row], np.ndarray]
+Device = Literal["cpu", "learner"]

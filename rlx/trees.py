@@ -1,0 +1,77 @@
+"""Trees of arrays without JAX: nested dicts, tuples and records, and names for their leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlx import types
+
+
+def children(tree: Any) -> dict[str, Any] | None:
+    """The named children of a node, or None for a leaf."""
+    if dataclasses.is_dataclass(tree) and type(tree) in types.RECORDS:
+        return {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
+    if isinstance(tree, Mapping):
+        return {key: tree[key] for key in sorted(tree)}
+    if isinstance(tree, tuple | list):
+        return {str(i): child for i, child in enumerate(tree)}
+    return None
+
+
+def rebuild(like: Any, parts: Mapping[str, Any]) -> Any:
+    """A node of the kind of `like` with these children."""
+    if isinstance(like, Mapping):
+        return dict(parts)
+    if isinstance(like, tuple | list):
+        return type(like)(parts.values())
+    return type(like)(**parts)
+
+
+def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Applies `function` to every leaf (and the leaves at the same place of the other trees)."""
+    parts = children(tree)
+    if parts is None:
+        return function(tree, *others)
+    others_parts = [children(other) or {} for other in others]
+    return rebuild(
+        tree,
+        {k: tree_map(function, v, *[o[k] for o in others_parts]) for k, v in parts.items()},
+    )
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by path, such as {"inputs/observation/image": ...}."""
+    parts = children(tree)
+    if parts is None:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for name, child in parts.items():
+        flat |= flatten(child, f"{prefix}/{name}" if prefix else name)
+    return flat
+
+
+def unflatten(like: Any, flat: Mapping[str, Any], prefix: str = "") -> Any:
+    """The inverse of `flatten`; `like` gives the structure, its leaves are not used."""
+    parts = children(like)
+    if parts is None:
+        return flat[prefix]
+    return rebuild(
+        like,
+        {k: unflatten(v, flat, f"{prefix}/{k}" if prefix else k) for k, v in parts.items()},
+    )
+
+
+_registered: set[type] = set()
+
+
+def register() -> None:
+    """Makes JAX pytrees of all records; call it where JAX is loaded. Safe to call again."""
+    import jax
+
+    for cls in types.RECORDS:
+        if cls not in _registered:
+            names = [f.name for f in dataclasses.fields(cls)]
+            jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+            _registered.add(cls)

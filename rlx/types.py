@@ -1,0 +1,235 @@
+"""Every record that crosses a seam, with dtype[shape] on each field.
+
+Letters: N lanes of one actor, n <= N lanes in one answer of an environment, M blocks in a rollout,
+K rows of a block, B sequences of a batch, L rows of a sequence, T trained rows, S depth of the
+frame stack, A actions, `*` the shape of an observation leaf.
+
+An *observation* is always a flat dict from leaf name to array; an environment whose observation is
+one array calls it "observation". Records are frozen and keyword-only. This module imports neither
+JAX nor the rest of rlx: thin actors load it alone (`rlx.trees.register` makes pytrees of them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, dataclass_transform
+
+Array = Any  # numpy.ndarray or jax.Array
+Observation = Mapping[str, Array]
+Params = Any  # nested dict of arrays
+
+RECORDS: list[type] = []  # every record with array fields, in order of definition
+
+C = TypeVar("C", bound=type)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def record(cls: C) -> C:
+    """A frozen keyword-only dataclass whose fields are arrays or trees of arrays."""
+    made = dataclass(frozen=True, kw_only=True, eq=False)(cls)
+    RECORDS.append(made)
+    return made
+
+
+# --- static descriptions -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """Shape and NumPy dtype name of one array, without any leading lane, row or batch axis."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscreteSpec:
+    """Actions 0 .. n-1."""
+
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxSpec:
+    """Continuous actions: every element between `low` and `high` of that shape."""
+
+    shape: tuple[int, ...]
+    low: tuple[float, ...]  # flattened
+    high: tuple[float, ...]  # flattened
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvSpec:
+    """What an environment gives and takes (of one lane)."""
+
+    id: str
+    observation: Mapping[str, ArraySpec]
+    action: DiscreteSpec | BoxSpec
+    frames_per_env_step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceSpec:
+    """The windows of sequence replay, in rows. Only the agent makes one."""
+
+    burn_in: int
+    unroll: int
+    n_step: int
+    stride: int
+    block_rows: int
+
+    @property
+    def length(self) -> int:
+        """Rows of one sequence: burn_in + unroll + n_step."""
+        return self.burn_in + self.unroll + self.n_step
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a sequence touches; it starts at a block's first row."""
+        return -(-self.length // self.block_rows)
+
+    @property
+    def blocks_per_stride(self) -> int:
+        return self.stride // self.block_rows
+
+
+# --- acting --------------------------------------------------------------------------------------
+
+
+@record
+class Timestep:
+    """An environment's answer for n of its lanes."""
+
+    observation: Observation  # [n, *]
+    reward: Array  # f32[n], raw; 0 where first
+    terminated: Array  # bool[n]: the episode ended here, nothing follows
+    truncated: Array  # bool[n]: the episode was cut here, a value may be bootstrapped
+    first: Array  # bool[n]: an episode's first observation; the action before it was ignored
+    lane: Array  # i32[n], 0 .. N-1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """One finished episode: unclipped, beneath all wrappers, by true game ends."""
+
+    ret: float  # sum of raw rewards
+    env_steps: int
+    frames: int
+    lane: int  # the environment's own index; the actor makes it the global id
+    chain: int = 0  # the last three are filled in by the actor
+    epsilon: float = 0.0
+    weights_version: int = -1
+
+
+@record
+class NetInput:
+    """All that the network reads at one env step (leading axes as the place says)."""
+
+    observation: Observation  # single frames; the network stacks them
+    prev_action: Array  # i32, -1 = none (encoded as all zeros)
+    prev_reward: Array  # f32, raw; 0 where first
+    time: Array  # i32, env steps since the episode's first observation
+    first: Array  # bool: reset the carry *before* reading this observation
+
+
+@record
+class Carry:
+    """What the network remembers between two env steps."""
+
+    core: Any  # tree of f32[batch, units]; () for feed-forward cores
+    frames: Observation  # [batch, S-1, *] per stacked leaf, oldest first; {} without stacks
+
+
+@record
+class QActing:
+    """What a Q agent keeps from acting time."""
+
+    q: Array  # f32: Q of the action taken
+    q_max: Array  # f32: the largest Q
+
+
+@record
+class Row:
+    """What is stored of one env step of one lane."""
+
+    inputs: NetInput  # x_t, as the network ate it
+    action: Array  # i32: a_t
+    reward: Array  # f32: r_{t+1}, raw
+    discount: Array  # f32: 0 where t+1 is terminal (or the row is not valid), else 1
+    valid: Array  # bool: False where x_t is an episode's last observation: a_t was ignored
+    acting: Any  # the agent's record of acting time, here QActing
+
+
+@record
+class Rollout:
+    """Finished blocks, stacked, in the order in which they were finished."""
+
+    rows: Row  # [M, K, ...]
+    carry: Carry  # [M, ...]: before each block's first row
+    next: NetInput  # [M, ...]: the input after each block's last row
+    lane: Array  # i32[M], global
+    chain: Array  # i32[M]
+    number: Array  # i64[M]: 0, 1, ... within the chain
+    weights_version: Array  # i64[M]: of the block's first row
+    episodes: tuple[Episode, ...]
+    env_steps: int  # made since the last rollout; invalid rows are not env steps
+    frames: int
+    timings: Mapping[str, float]  # seconds per stage
+
+
+@record
+class Weights:
+    """A version of the acting parameters as it travels."""
+
+    version: int  # updates made when they were taken
+    params: Params  # numpy
+
+
+@record
+class Request:
+    """What an actor is asked for."""
+
+    weights: Weights | None  # None: keep what you have
+    env_steps: int  # made by the whole run so far, for schedules
+    want_env_steps: int  # over all lanes of the actor
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+
+@record
+class Batch:
+    """Sequences to learn from."""
+
+    rows: Row  # [B, L, ...]
+    carry: Carry  # [B, ...]: before each sequence's first row
+    importance: Array  # f32[B]: correction factors of non-uniform sampling, at most 1
+
+
+@record
+class Sample:
+    """A batch and what the host must remember of it."""
+
+    batch: Batch
+    keys: Array  # i64[B]; never on a device
+    weights_version: Array  # i64[B]: of each sequence's first block
+
+
+@record
+class TrainState:
+    """All that an update changes."""
+
+    params: Params
+    target_params: Params
+    opt_state: Any
+    updates: Array  # i32[]
+    key: Array  # a PRNG key
+
+
+@record
+class UpdateOutput:
+    """What an update tells the host."""
+
+    td: Array  # f32[B, T]: absolute TD errors; -1 where the row is not valid
+    metrics: Mapping[str, Array]  # f32[] each
