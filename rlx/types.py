@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 Array = Any  # numpy.ndarray or jax.Array
 Observation = Mapping[str, Array]
@@ -22,6 +22,24 @@ Params = Any  # nested dict of arrays
 RECORDS: list[type] = []  # every record with array fields, in order of definition
 
 C = TypeVar("C", bound=type)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The limits of a setting: `discount: Annotated[float, Range(ge=0, le=1)]`."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+
+class FromRun:
+    """Marks a parameter that the run supplies; no YAML sets it."""
+
+
+Runtime = Annotated[T, FromRun()]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
