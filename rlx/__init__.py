@@ -1,0 +1,29 @@
+"""Distributed recurrent-replay reinforcement learning, configured with Hydra, on JAX."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlx.api import compose as compose
+    from rlx.api import load as load
+    from rlx.api import make as make
+    from rlx.api import run as run
+    from rlx.targets import allow as allow
+
+_HOMES = {
+    "compose": "rlx.api",
+    "load": "rlx.api",
+    "make": "rlx.api",
+    "run": "rlx.api",
+    "allow": "rlx.targets",
+}
+__all__ = ["allow", "compose", "load", "make", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: thin actors import rlx.types without Hydra and JAX.
+    if name not in _HOMES:
+        raise AttributeError(f"rlx has no {name!r}; it offers {', '.join(__all__)}.")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -33,7 +33,7 @@ class Env(Protocol):
     lanes: int
 
     def reset(self) -> Timestep:
-        """Starts every lane; answers all lanes, or the first `batch_size` of an asynchronous one."""
+        """Starts every lane; answers all of them, or the first ones of an asynchronous one."""
 
     def step(self, action: np.ndarray, lane: np.ndarray) -> Timestep:
         """Acts in these lanes and answers those that are ready (all of them, if synchronous).
@@ -61,7 +61,7 @@ class EnvFamily(Protocol):
 class Network(Protocol):
     """Time-major: inputs [T, B, ...]."""
 
-    def init(self, key: Array, spec: EnvSpec) -> Params: ...
+    def init(self, key: Array) -> Params: ...
     def apply(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Any, Carry]: ...
     def initial_carry(self, batch: int) -> Carry: ...
 
@@ -69,6 +69,8 @@ class Network(Protocol):
 class Agent(Protocol):
     """The algorithm: hyper-parameters and pure functions, a final frozen dataclass."""
 
+    @property
+    def spec(self) -> EnvSpec: ...
     @property
     def sequence(self) -> SequenceSpec: ...
     @property
@@ -117,6 +119,7 @@ class Replay(Protocol):
     def add(self, rollout: Rollout) -> None: ...
     def sample(self, batch_size: int) -> Sample: ...
     def update_td(self, keys: np.ndarray, td: np.ndarray) -> None: ...
+    def stats(self) -> dict[str, float]: ...
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: dict[str, Any]) -> None: ...
 
@@ -129,8 +132,18 @@ class Exploration(Protocol):
 class ActingPool(Protocol):
     """Holds actors."""
 
+    env_steps_per_request: int
+    chain: int  # how many lives the lanes have had
+
+    @property
+    def burst_env_steps(self) -> int:
+        """Env steps of one full round of requests."""
+
     def collect(self, want_env_steps: int, timeout_s: float) -> list[Rollout]: ...
     def publish(self, weights: Weights, env_steps: int) -> None: ...
+    def reopen(self) -> None:
+        """Opens the environments anew, as the next chain."""
+
     def stats(self) -> dict[str, float]: ...
     def close(self, timeout_s: float) -> None: ...
 

@@ -45,7 +45,7 @@ Runtime = Annotated[T, FromRun()]
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def record(cls: C) -> C:
     """A frozen keyword-only dataclass whose fields are arrays or trees of arrays."""
-    made = dataclass(frozen=True, kw_only=True, eq=False)(cls)
+    made: Any = dataclass(frozen=True, kw_only=True, eq=False)(cls)
     RECORDS.append(made)
     return made
 

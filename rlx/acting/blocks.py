@@ -1,0 +1,125 @@
+"""Lays the rows of N lanes into blocks of K rows, each lane at its own pace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rlx import trees
+from rlx.types import ArraySpec, Carry, EnvSpec, NetInput, Row
+
+Place = tuple[Any, Any]  # (lanes, row) that index [N, K, ...]; slices where all lanes keep pace
+
+
+def input_spec(spec: EnvSpec) -> NetInput:
+    """The ArraySpecs of one network input."""
+
+    def scalar(dtype: str) -> ArraySpec:
+        return ArraySpec(shape=(), dtype=dtype)
+
+    return NetInput(
+        observation=dict(spec.observation),
+        prev_action=scalar("int32"),
+        prev_reward=scalar("float32"),
+        time=scalar("int32"),
+        first=scalar("bool"),
+    )
+
+
+def row_spec(spec: EnvSpec, acting: Any) -> Row:
+    """The ArraySpecs of one stored row."""
+    return Row(
+        inputs=input_spec(spec),
+        action=ArraySpec(shape=(), dtype="int32"),
+        reward=ArraySpec(shape=(), dtype="float32"),
+        discount=ArraySpec(shape=(), dtype="float32"),
+        valid=ArraySpec(shape=(), dtype="bool"),
+        acting=acting,
+    )
+
+
+def empty(spec: Any, *leading: int) -> Any:
+    """Uninitialised arrays [*leading, *] in the structure of `spec`."""
+    return trees.tree_map(lambda s: np.empty((*leading, *s.shape), s.dtype), spec)
+
+
+class BlockWriter:
+    """The open blocks of N lanes: rows [N, K, ...] and the carry before each block's first row.
+
+    A row is written in two halves: `open` when the network reads x_t and chooses a_t, `close` when
+    the environment answers r_{t+1}.
+    """
+
+    def __init__(self, *, lanes: int, block_rows: int, row: Row, carry: Carry) -> None:
+        self._lanes, self._block_rows = lanes, block_rows
+        self._row_spec, self._carry_spec = row, carry
+        self._filled = np.zeros(lanes, np.int64)  # rows closed in each lane's open block
+        self._number = np.zeros(lanes, np.int64)
+        self._version = np.full(lanes, -1, np.int64)
+        self._renew()
+
+    def starts(self, lane: np.ndarray) -> np.ndarray:
+        """Which of these lanes are about to open a block."""
+        return lane[self._filled[lane] == 0]
+
+    def begin(self, lane: np.ndarray, carry: Carry, version: int) -> None:
+        """Notes the carry before the first row of these lanes' new blocks."""
+        self._version[lane] = version
+        for name, values in trees.flatten(carry).items():
+            self._carry[name][lane] = values
+
+    def place(self, lane: np.ndarray) -> Place:
+        """Where these lanes' next rows go: a slice if all lanes keep pace (much cheaper)."""
+        filled = self._filled
+        if len(lane) == self._lanes and (filled == filled[0]).all():
+            return slice(None), filled[0]
+        return lane, filled[lane]
+
+    def open(self, place: Place, inputs: NetInput, action: np.ndarray, acting: Any) -> None:
+        """x_t, a_t and what the agent keeps of acting time."""
+        rows = self._rows
+        for name, values in inputs.observation.items():
+            rows.inputs.observation[name][place] = values
+        rows.inputs.prev_action[place] = inputs.prev_action
+        rows.inputs.prev_reward[place] = inputs.prev_reward
+        rows.inputs.time[place] = inputs.time
+        rows.inputs.first[place] = inputs.first
+        rows.action[place] = action
+        for name, values in trees.flatten(acting).items():
+            self._acting[name][place] = values
+
+    def close(
+        self, lane: np.ndarray, reward: np.ndarray, discount: np.ndarray, valid: np.ndarray
+    ) -> np.ndarray:
+        """r_{t+1} of these lanes' open rows; answers the lanes whose block is now full."""
+        place = self.place(lane)
+        self._rows.reward[place] = reward
+        self._rows.discount[place] = discount
+        self._rows.valid[place] = valid
+        self._filled[lane] += 1
+        return lane[self._filled[lane] == self._block_rows]
+
+    def take(self, lane: np.ndarray) -> tuple[Row, Carry, np.ndarray, np.ndarray]:
+        """(rows [n, K, ...], carry [n, ...], number, weights version) of these full blocks."""
+        number, version = self._number[lane], self._version[lane]
+        self._number[lane] += 1
+        self._filled[lane] = 0
+        if len(lane) == self._lanes:  # hand the arrays over rather than copy them
+            rows, carry = self._rows, trees.unflatten(self._carry_spec, self._carry)
+            self._renew()
+        else:
+            rows = trees.tree_map(lambda x: x[lane], self._rows)
+            carry = trees.unflatten(
+                self._carry_spec, {name: x[lane] for name, x in self._carry.items()}
+            )
+        return rows, carry, number, version
+
+    def nothing(self) -> tuple[Row, Carry]:
+        """No blocks, in the right structure."""
+        return empty(self._row_spec, 0, self._block_rows), empty(self._carry_spec, 0)
+
+    def _renew(self) -> None:
+        self._rows: Row = empty(self._row_spec, self._lanes, self._block_rows)
+        self._acting = trees.flatten(self._rows.acting)
+        self._carry: dict[str, np.ndarray] = trees.flatten(empty(self._carry_spec, self._lanes))

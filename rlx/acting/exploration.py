@@ -1,0 +1,59 @@
+"""How often each lane acts at random: epsilon by global lane and by progress of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+
+from rlx.types import Range
+
+Epsilon = Annotated[float, Range(ge=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """epsilon_i = base^(1 + exponent i / (N - 1)), fixed for the run (Ape-X; R2D2, section 2.3).
+
+    With one lane it is `base`. `final_scale` < 1 shrinks every rung linearly over `decay_env_steps`
+    (rltime's decayed ladder); `minimum` is a floor.
+    """
+
+    base: Epsilon
+    exponent: Annotated[float, Range(ge=0)]
+    minimum: Epsilon
+    final_scale: Epsilon
+    decay_env_steps: Annotated[int, Range(ge=1)] | None  # None: never shrinks
+
+    def epsilon(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
+        rung = lane / max(1, lanes - 1)
+        ladder = self.base ** (1 + self.exponent * rung)
+        scale = 1.0
+        if self.decay_env_steps is not None:
+            scale = 1 + (self.final_scale - 1) * min(1.0, env_steps / self.decay_env_steps)
+        return np.maximum(self.minimum, ladder * scale).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """The same epsilon for every lane, for the whole run."""
+
+    value: Epsilon
+
+    def epsilon(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
+        return np.full(lane.shape, self.value, np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """From `start` to `final` over the first `decay_env_steps` of the run, for every lane."""
+
+    start: Epsilon
+    final: Epsilon
+    decay_env_steps: Annotated[int, Range(ge=1)]
+
+    def epsilon(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
+        progress = min(1.0, env_steps / self.decay_env_steps)
+        value = self.start + (self.final - self.start) * progress
+        return np.full(lane.shape, value, np.float32)

@@ -1,0 +1,121 @@
+"""rlx from Python: compose a configuration, run it, load a run, make one object by name."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlx import provenance
+from rlx.composing import compose
+from rlx.config import ROLES, build, check, plain, remember, runtime_names, setting_hints
+from rlx.problems import ConfigError, Problem, Sources, did_you_mean, refuse
+from rlx.targets import resolve
+
+__all__ = ["Loaded", "compose", "load", "make", "run"]
+
+
+def run(
+    cfg: DictConfig | Mapping[str, Any], output_dir: Path | str | None = None
+) -> dict[str, Any]:
+    """Checks a configuration and runs it; the only function that sees one. Returns a summary."""
+    check(cfg)
+    settings = plain(cfg)
+    folder = open_output(settings, output_dir)
+    provenance.save(folder)
+    return start(settings, folder)
+
+
+def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
+    """Builds the parts in order, each told of the ones before it, and trains."""
+    from rlx.assemble import assemble
+    from rlx.loop import train
+
+    resume = settings["resume"] is not None and has_checkpoint(output_dir, settings["resume"])
+    return train(assemble(settings, output_dir, resume=resume))
+
+
+def has_checkpoint(folder: Path, resume: str) -> bool:
+    """`resume=auto` begins anew where no checkpoint is; `resume=DIR` demands one."""
+    return resume != "auto" or any((folder / "checkpoints").glob("[0-9]*"))
+
+
+def open_output(settings: Mapping[str, Any], output_dir: Path | str | None) -> Path:
+    """Makes the run's folder and puts the configuration into it."""
+    resume = settings["resume"]
+    resumed = find_run(resume) if resume not in (None, "auto") else None
+    now = datetime.datetime.now()
+    folder = Path(output_dir or resumed or f"outputs/{now:%Y-%m-%d}/{now:%H-%M-%S-%f}")
+    if resume is None:
+        refuse_used(folder)
+    saved = folder / ".hydra" / "config.yaml"
+    try:
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        if not saved.exists():
+            OmegaConf.save(OmegaConf.create(dict(settings)), saved)
+    except OSError as error:
+        raise refuse(
+            "output_dir", f"cannot be written ({error}); give another", given=str(folder)
+        ) from error
+    return folder
+
+
+def refuse_used(folder: Path) -> None:
+    """Raises a ConfigError where a run has been before."""
+    if (folder / "env.json").exists():
+        says = f"holds a run already; continue it with resume={folder}, or give another folder"
+        raise refuse("output_dir", says, given=str(folder))
+
+
+def find_run(path: Path | str) -> Path:
+    """The folder of a run; ConfigError if there is none."""
+    if not (Path(path) / ".hydra" / "config.yaml").is_file():
+        says = "no run is there (no .hydra/config.yaml); give the folder of one, as under outputs/"
+        raise refuse("resume", says, given=str(path))
+    return Path(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A run from its folder."""
+
+    cfg: DictConfig
+    output_dir: Path
+
+
+def load(run_dir: Path | str) -> Loaded:
+    """A finished or interrupted run; its configuration is checked like any other."""
+    saved = find_run(run_dir) / ".hydra" / "config.yaml"
+    cfg = OmegaConf.load(saved)
+    assert isinstance(cfg, DictConfig)
+    names = {key: str(saved) for key in map(str, cfg)}
+    check(remember(cfg, Sources(names=names)))
+    return Loaded(cfg=cfg, output_dir=Path(run_dir))
+
+
+def make(choice: str, *, config_dir: Path | str | None = None, **given: Any) -> Any:
+    """One object by name: `make("agent=r2d2", unroll=4, network=network, spec=spec)`.
+
+    Keywords are settings, which replace those of the YAML, or what the run would supply.
+    """
+    group = choice.partition("=")[0]
+    if group not in ROLES:
+        raise refuse(group, f"no such group; {did_you_mean(group, ROLES)}")
+    node = compose([choice], config_dir=config_dir)[group]
+    cls, why = resolve(node["_target_"])
+    if cls is None:
+        raise refuse(f"{group}._target_", why, given=str(node["_target_"]))
+    hints, runtime = setting_hints(cls), runtime_names(cls)
+    if unknown := [name for name in given if name not in (*hints, *runtime)]:
+        raise ConfigError(
+            [
+                Problem(path=n, says=f"no such setting; {did_you_mean(n, [*hints, *runtime])}")
+                for n in unknown
+            ]
+        )
+    settings: Any = OmegaConf.merge(node, {k: v for k, v in given.items() if k in hints})
+    return build(settings, group, **{k: v for k, v in given.items() if k in runtime})

@@ -1,0 +1,134 @@
+"""Settings -> the parts of a run, built in order, each told of the ones before it.
+
+Cheap parts come first, so that what cannot work is said before memory is taken: environment spec,
+network, agent, learner, checkpoint to resume from, replay, pool.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlx.acting.blocks import row_spec
+from rlx.acting.local_pool import carry_spec
+from rlx.checkpoint import Checkpointer, CheckpointError, Restored
+from rlx.config import build
+from rlx.interfaces import Agent, EnvFamily
+from rlx.learner import Learner
+from rlx.loop import Parts
+from rlx.problems import refuse
+from rlx.replay.blocks import available_bytes, budget
+from rlx.replay.quota import Quota
+
+log = logging.getLogger(__name__)
+
+
+def build_agent(settings: Mapping[str, Any]) -> tuple[EnvFamily, Agent]:
+    """The environment family and the agent with its network; no environment stays open."""
+    family = build(settings["env"], "env")
+    try:
+        spec = family.spec()
+    except ValueError as error:
+        raise refuse("env", str(error)) from error
+    network = build(settings["network"], "network", spec=spec)
+    return family, build(settings["agent"], "agent", network=network, spec=spec)
+
+
+def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> Parts:
+    """Everything of a run; raises ConfigError for what cannot work."""
+    seed = settings["seed"]
+    evaluation, checkpoint, logging_ = (
+        build(settings[group], group) for group in ("evaluation", "checkpoint", "logging")
+    )
+    _check_agreement(settings)
+    family, agent = build_agent(settings)
+    try:
+        learner = build(settings["learner"], "learner", agent=agent, seed=seed)
+    except (ValueError, TypeError) as error:  # of tracing the network, for one
+        raise refuse("network", str(error).splitlines()[0]) from error
+    resumed = _restore(output_dir, learner) if resume else None
+    exploration = build(settings["exploration"], "exploration")
+    replay = _build_replay(settings, agent, resumed)
+    pool = build(
+        settings["acting"],
+        "acting",
+        family=family,
+        agent=agent,
+        exploration=exploration,
+        seed=seed,
+        chain=resumed.meta["chain"] + 1 if resumed else 0,
+        env_steps=resumed.env_steps if resumed else 0,
+    )
+    quota = Quota(
+        ratio=replay.ratio,
+        rows_per_update=learner.batch_size * agent.sequence.unroll,
+        burst_env_steps=pool.burst_env_steps,
+        min_sequences=replay.min_sequences,
+    )
+    return Parts(
+        output_dir=output_dir,
+        seed=seed,
+        total_env_steps=settings["total_env_steps"],
+        stop_after_s=settings["stop_after_s"],
+        stop_after_updates=settings["stop_after_updates"],
+        family=family,
+        agent=agent,
+        pool=pool,
+        replay=replay,
+        quota=quota,
+        learner=learner,
+        evaluation=evaluation,
+        checkpoint=checkpoint,
+        logging=logging_,
+        resumed=resumed,
+    )
+
+
+def _check_agreement(settings: Mapping[str, Any]) -> None:
+    """What two groups must agree on."""
+    if settings["replay"]["ratio"] is None and settings["acting"]["_target_"].endswith("LocalPool"):
+        says = "acting=local takes turns with the learner and needs a ratio; set replay.ratio=0.8"
+        raise refuse("replay.ratio", says, given="null")
+
+
+def _build_replay(settings: Mapping[str, Any], agent: Agent, resumed: Restored | None) -> Any:
+    """Prints the bytes it will take, and refuses what does not fit, before allocating."""
+    acting, spec = settings["acting"], agent.spec
+    shapes = {
+        "sequence": agent.sequence,
+        "row_spec": row_spec(spec, agent.acting_spec),
+        "carry_spec": carry_spec(agent),
+        "lanes": acting["instances"] * acting["envs_per_actor"],
+    }
+    try:
+        planned = budget(capacity_rows=settings["replay"]["capacity"], **shapes)
+        log.info(
+            "replay: %s rows of %.0f bytes, %.2f GB in all; %.2f GB are available",
+            f"{planned.rows:,}",
+            planned.bytes_per_row,
+            planned.total_bytes / 1e9,
+            available_bytes() / 1e9,
+        )
+        planned.check(available_bytes())
+    except ValueError as error:
+        raise refuse("replay.capacity", str(error)) from error
+    seed = settings["seed"]
+    replay = build(settings["replay"], "replay", first_td=agent.first_td, seed=seed, **shapes)
+    if resumed is not None and resumed.replay_state is not None:
+        try:
+            replay.restore(resumed.replay_state)
+        except ValueError as error:
+            raise refuse("resume", str(error)) from error
+    return replay
+
+
+def _restore(output_dir: Path, learner: Learner) -> Restored:
+    try:
+        restored = Checkpointer(output_dir, None).restore(learner.state())
+    except CheckpointError as error:
+        raise refuse("resume", str(error)) from error
+    learner.restore(restored.state)
+    log.info("resuming from %s", restored.path)
+    return restored

@@ -1,0 +1,372 @@
+"""EnvPool environments: Atari, MiniGrid, MuJoCo, classic control, toy text and more.
+
+Every trap of EnvPool 1.2 that rlx knows of is handled here and nowhere else:
+- The step after an episode's end ignores its action and answers the next first observation.
+- Asynchronous answers come in any order: everything is indexed by info["env_id"].
+- It checks no actions, and a wrong call aborts the process: `Stream.claim` checks before it.
+- Its `terminated` is False when a game is over exactly at the time limit; Atari's info tells the
+  truth. Other environments tell it nowhere: there such an end counts as truncated.
+- Its `reward` may be clipped; Atari's info has the raw one.
+- `episodic_life` ends an episode for learning at each life; `Episode` records are whole games.
+- The first axis of emulator frames is its own frame stack: rlx wants single frames, [1, H, W] grey
+  or [3, H, W] colour, and stacks them in the network (the same bits: a test).
+- Rendering without the graphics library it needs aborts the process: a child process tries first.
+
+Not reachable through EnvPool: saving and restoring an environment's state.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import envpool
+import numpy as np
+
+from rlx.envs.common import (
+    OneThread,
+    Reader,
+    Source,
+    Stream,
+    check_lane,
+    check_lanes_and_seeds,
+    nearest,
+    select,
+)
+from rlx.types import BoxSpec, DiscreteSpec, EnvSpec, Episode, Range, Timestep
+
+# Names of EnvPool's own configuration that `options` may not set, and what to do instead.
+RESERVED = {
+    "num_envs": "lanes come from acting.envs_per_actor",
+    "batch_size": "set env.batch_size",
+    "num_threads": "set env.threads",
+    "seed": "set the root key seed",
+    "env_seed": "set the root key seed",
+    "max_episode_steps": "set env.max_episode_steps",
+    "stack_num": "frames are single here; set network.stack",
+    "frame_stack": "frames are single here; set network.stack",
+    "max_num_players": "environments have one player",
+    "task": "set env.id",
+    "base_path": "set the variable ENVPOOL_ASSETS_PATH",
+    "gym_reset_return_info": "it is always on",
+}
+STACKS = ("stack_num", "frame_stack")
+
+RENDER_TRIAL = """
+import sys, envpool
+env = envpool.make_gymnasium(sys.argv[1], num_envs=1, render_mode="rgb_array")
+env.reset()
+env.render(env_ids=0)
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvPool:
+    """The settings of an EnvPool environment (an `interfaces.EnvFamily`); see conf/env/*.yaml.
+
+    float64 observations are cast to float32, int64 ones to int32.
+    """
+
+    id: str
+    observe: str | list[str] | None
+    components: list[int] | None
+    max_episode_steps: Annotated[int, Range(ge=1)] | None
+    batch_size: Annotated[int, Range(ge=1)] | None
+    threads: Annotated[int, Range(ge=0)]
+    options: dict[str, Any]
+
+    def problems(self, *, lanes: int | None = None) -> list[str]:
+        """What is wrong with the settings, a line each; allocates no environment."""
+        if self.id not in envpool.list_all_envs():
+            return [_unknown_id(self.id)]
+        try:
+            defaults = envpool.make_spec(self.id).config._asdict()
+        except (ImportError, RuntimeError) as error:
+            return [f"env.id={self.id!r} does not load here: {_first_line(error)}"]
+        found = _option_problems(self.id, self.options, defaults)
+        found += _batch_problems(self.batch_size, lanes)
+        if not found:
+            try:
+                self.spec()
+            except ValueError as error:
+                found.append(_first_line(error))
+        return found
+
+    def spec(self) -> EnvSpec:
+        """What one lane gives and takes. Raises ValueError (nearest ids) for an unknown id."""
+        raw = self._raw_spec()
+        config = raw.config._asdict()
+        leaves = select(_sources(raw), self.observe, self.components)
+        return EnvSpec(
+            id=self.id,
+            observation={leaf.source.name: leaf.spec for leaf in leaves},
+            action=_action_spec(self.id, raw),
+            frames_per_env_step=config["frame_skip"] if _is_atari(config) else 1,
+        )
+
+    def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> EnvPoolLanes:
+        """`lanes` copies, seeded one by one (int32 each); `render` allows `render(lane)`.
+
+        Equal seeds give equal streams, whatever the number of lanes, threads or the batch size.
+        """
+        checked = check_lanes_and_seeds(lanes, seeds)
+        if problems := self.problems(lanes=lanes):
+            raise ValueError("; ".join(problems))
+        if render and (reason := _cannot_render(self.id)):
+            raise ValueError(
+                f"env.id={self.id!r} cannot be rendered here ({reason}); turn video off"
+            )
+        raw = self._raw_spec()
+        return EnvPoolLanes(
+            pool=envpool.make_gymnasium(
+                self.id,
+                num_envs=lanes,
+                batch_size=self.batch_size or lanes,
+                num_threads=self.threads,
+                seed=checked,
+                **self._env_options(raw.config._asdict()),
+                **({"render_mode": "rgb_array"} if render else {}),
+            ),
+            spec=self.spec(),
+            reader=Reader(select(_sources(raw), self.observe, self.components)),
+            render=render,
+        )
+
+    def _raw_spec(self) -> Any:
+        """EnvPool's own spec, with these settings."""
+        if self.id not in envpool.list_all_envs():
+            raise ValueError(_unknown_id(self.id))
+        defaults = envpool.make_spec(self.id).config._asdict()
+        return envpool.make_spec(self.id, **self._env_options(defaults))
+
+    def _env_options(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The settings of the environment itself, as EnvPool's keywords."""
+        options = {name: 1 for name in STACKS if name in config}
+        if self.max_episode_steps is not None:
+            options["max_episode_steps"] = self.max_episode_steps
+        own = {k: v for k, v in self.options.items() if k not in STACKS}
+        return options | own
+
+
+class EnvPoolLanes:
+    """N lanes of an EnvPool environment (an `interfaces.Env`); `EnvPool.make` makes one.
+
+    Synchronous: answers exactly the lanes it was given, in their order. Asynchronous
+    (`batch_size` < N): answers the first `batch_size` lanes that are ready.
+    One thread at a time may call it.
+    """
+
+    def __init__(self, *, pool: Any, spec: EnvSpec, reader: Reader, render: bool) -> None:
+        config = pool.config
+        self.spec = spec
+        self.lanes: int = config["num_envs"]
+        self._pool = pool
+        self._read = reader
+        self._render = render
+        # A synchronous pool answers any subset, an asynchronous one only whole batches.
+        batch_size: int = config["batch_size"]
+        least = batch_size if batch_size < self.lanes else 1
+        self._stream = Stream(lanes=self.lanes, spec=spec, least_in_flight=least)
+        self._one_thread = OneThread("one EnvPool environment")
+        self._started = False
+        self._atari = _is_atari(config)
+        self._lives = np.zeros(self.lanes, np.int32) if config.get("episodic_life") else None
+        with warnings.catch_warnings():  # it builds gymnasium spaces once, with noise on float32
+            warnings.simplefilter("ignore")
+            _ = pool.observation_space, pool.action_space
+
+    def reset(self) -> Timestep:
+        """Starts every lane; answers all lanes, or the first `batch_size` if asynchronous."""
+        with self._one_thread:
+            if self._started and self._stream.in_flight:
+                raise RuntimeError(
+                    "reset() of an asynchronous environment that runs; make a new one instead"
+                )
+            self._started = True
+            self._stream.restart()
+            self._pool.async_reset()
+            return self._receive()
+
+    def step(self, action: np.ndarray, lane: np.ndarray) -> Timestep:
+        """Acts in these lanes; answers them, or the first `batch_size` ready ones.
+
+        action: i32[n] or f32[n, *]; lane: i32[n], lanes that wait for an action, each once.
+        """
+        with self._one_thread:
+            self._stream.claim(action, lane)
+            self._pool.send(action, lane)
+            return self._receive()
+
+    def episodes(self) -> list[Episode]:
+        """The whole games that ended since the last call."""
+        return self._stream.episodes()
+
+    def render(self, lane: int) -> np.ndarray:
+        """uint8[H, W, 3]: a picture of this lane, at the emulator's own size and in its colours."""
+        if not self._render:
+            raise ValueError("this environment was made without pictures; use make(render=True)")
+        check_lane(lane, self.lanes)
+        with self._one_thread:
+            if not self._stream.is_waiting(lane):
+                raise ValueError(f"lane={lane} is being stepped; render it after it has answered")
+            return self._pool.render(env_ids=lane)[0]
+
+    def close(self) -> None:
+        """Stops EnvPool's threads; the environment cannot be used again."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+            self._stream.restart()
+
+    def _receive(self) -> Timestep:
+        raw, reward, terminated, truncated, info = self._pool.recv(reset=False)
+        lane = info["env_id"]
+        ended = None
+        if self._atari:
+            reward = info["reward"]
+            terminated, truncated, ended = self._atari_ends(terminated, truncated, info)
+        return self._stream.answer(
+            observation=self._read(raw),
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            lane=lane,
+            ended=ended,
+        )
+
+    def _atari_ends(
+        self, terminated: np.ndarray, truncated: np.ndarray, info: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(terminated, truncated, whole game ended), bool[n] each, from EnvPool's own flags."""
+        game_over = info["terminated"] != 0
+        ended = game_over | truncated  # EnvPool starts a new game after a time limit, too
+        terminated = terminated | game_over
+        if self._lives is not None:
+            lane, lives = info["env_id"], info["lives"]
+            terminated |= truncated & (lives < self._lives[lane])  # a life lost at the time limit
+            self._lives[lane] = lives
+        return terminated, truncated & ~terminated, ended
+
+
+# --- EnvPool's own description -------------------------------------------------------------------
+
+
+def _is_atari(config: dict[str, Any]) -> bool:
+    return "repeat_action_probability" in config
+
+
+def _sources(raw: Any) -> list[Source]:
+    """The arrays of an observation; one alone is given bare, whatever EnvPool calls it."""
+    specs = {k: v for k, v in raw.state_array_spec.items() if k.split(":")[0] == "obs"}
+    found = []
+    for key, spec in specs.items():
+        keys = key.replace(":", ".").split(".")[1:]
+        found.append(
+            Source(
+                path=() if len(specs) == 1 else tuple(keys),
+                # A leading -1 counts players, of which there is one: EnvPool drops that axis.
+                shape=tuple(int(size) for size in spec.shape if size != -1),
+                dtype=np.dtype(spec.dtype).name,
+            )
+        )
+    return found
+
+
+def _action_spec(env_id: str, raw: Any) -> DiscreteSpec | BoxSpec:
+    actions = {k: v for k, v in raw.action_array_spec.items() if not k.endswith("env_id")}
+    if raw.config.max_num_players > 1 or len(actions) != 1:
+        raise ValueError(
+            f"env.id={env_id!r} has {raw.config.max_num_players} players and the actions "
+            f"{sorted(actions)}; accepted: one player, one action"
+        )
+    (spec,) = actions.values()
+    shape = tuple(int(size) for size in spec.shape if size != -1)
+    dtype = np.dtype(spec.dtype)
+    if dtype.kind == "f":
+        return _box_spec(spec, shape, dtype)
+    if dtype.kind != "i" or shape != () or int(spec.minimum) != 0:
+        raise ValueError(
+            f"env.id={env_id!r} takes {dtype.name}{list(shape)} actions from {spec.minimum}; "
+            "accepted: discrete ones from 0, and boxes of floats"
+        )
+    return DiscreteSpec(n=int(spec.maximum) + 1)
+
+
+def _box_spec(spec: Any, shape: tuple[int, ...], dtype: np.dtype) -> BoxSpec:
+    # Bounds that nobody gave are the dtype's: its smallest positive (!) and largest number.
+    limits = np.finfo(dtype)
+    low = np.where(np.equal(spec.minimum, limits.tiny), -np.inf, spec.minimum)
+    high = np.where(np.equal(spec.maximum, limits.max), np.inf, spec.maximum)
+    return BoxSpec(
+        shape=shape,
+        low=tuple(np.broadcast_to(low, shape).ravel().tolist()),
+        high=tuple(np.broadcast_to(high, shape).ravel().tolist()),
+    )
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def _unknown_id(env_id: str) -> str:
+    return (
+        f"env.id={env_id!r} is no EnvPool environment; {nearest(env_id, envpool.list_all_envs())} "
+        "(env=gymnasium for other packages)"
+    )
+
+
+def _option_problems(env_id: str, options: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    accepted = [name for name in defaults if name not in RESERVED]
+    found = []
+    for name, value in options.items():
+        if name in STACKS and name in defaults and value == 1:
+            continue  # says what holds anyway
+        given = f"env.options.{name}={value!r}"
+        if name in RESERVED:
+            found.append(f"{given} is not set here: {RESERVED[name]}")
+        elif name not in defaults:
+            found.append(f"{given} is no option of {env_id}; {nearest(name, accepted)}")
+        elif not _fits(value, defaults[name]):
+            kind = type(defaults[name]).__name__
+            found.append(f"{given} is of type {type(value).__name__}; accepted: {kind}")
+    return found
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value is of the default's type; a whole number will do for a float."""
+    if isinstance(default, list | tuple):
+        return isinstance(value, list | tuple)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(default)
+
+
+def _batch_problems(batch_size: int | None, lanes: int | None) -> list[str]:
+    if batch_size is None or (batch_size >= 1 and (lanes is None or batch_size <= lanes)):
+        return []
+    most = "the number of lanes" if lanes is None else f"{lanes} (lanes)"
+    return [f"env.batch_size={batch_size}; accepted: 1 .. {most}, or null for all at once"]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+@functools.cache
+def _cannot_render(env_id: str) -> str | None:
+    """Why this id gives no pictures here, or None; tried in a child process, which may abort."""
+    trial = subprocess.run(
+        [sys.executable, "-c", RENDER_TRIAL, env_id],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if trial.returncode == 0:
+        return None
+    lines = (trial.stdout + trial.stderr).strip().splitlines()
+    return lines[-1][:200] if lines else f"the trial ended with status {trial.returncode}"

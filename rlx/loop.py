@@ -1,0 +1,335 @@
+"""The training loop: act, learn, keep. Read this after train.py.
+
+With `acting=local` it is exactly sequential: the same seed gives the same bits. The host never
+waits for the update it has just started, only for the one before.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from rlx import metrics
+from rlx.checkpoint import Checkpoint, Checkpointer, Restored
+from rlx.evaluate import Evaluation
+from rlx.interfaces import ActingPool, Agent, EnvFamily, Replay
+from rlx.learner import Learner, Published
+from rlx.progress import Progress
+from rlx.replay.quota import Quota
+from rlx.types import Sample, UpdateOutput
+
+log = logging.getLogger(__name__)
+
+COLLECT_TIMEOUT_S = 600.0
+CLOSE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything that a run is made of, built and checked."""
+
+    output_dir: Path
+    seed: int
+    total_env_steps: int
+    stop_after_s: float | None
+    stop_after_updates: int | None
+    family: EnvFamily
+    agent: Agent
+    pool: ActingPool
+    replay: Replay
+    quota: Quota
+    learner: Learner
+    evaluation: Evaluation
+    checkpoint: Checkpoint
+    logging: metrics.Logging
+    resumed: Restored | None  # applied to learner, replay and pool already
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """How far the run is."""
+
+    env_steps: int = 0
+    frames: int = 0
+    wall_s: float = 0.0  # before this process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """Rings when a count passes a multiple of `every`; never if that is None."""
+
+    every: int | None
+
+    def rings(self, before: int, after: int) -> bool:
+        return self.every is not None and before // self.every != after // self.every
+
+
+def train(parts: Parts) -> dict[str, Any]:
+    """Runs to `total_env_steps`, or until stopped; returns the summary."""
+    with stop_on_signals() as stop:
+        loop = Loop(parts)
+        try:
+            loop.begin()
+            while not loop.finished() and not stop.is_set():
+                loop.act()
+                loop.learn()
+                loop.keep()
+            return loop.end("interrupted" if stop.is_set() else "finished")
+        except BaseException as error:
+            loop.fail(error)
+            raise
+        finally:
+            loop.close()
+
+
+class Loop:
+    """One run in progress."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.count = Counters()
+        self._evaluated: float | None = None
+        self._before = 0  # env steps at the last `keep`
+        self._began = perf_counter()
+        self._waiting: tuple[Sample, UpdateOutput] | None = None  # whose TD errors are to come
+        self._published: Published | None = None
+        self._acting_version = 0
+        self._stages = metrics.Stages()
+        self._row: dict[str, Any] = {}
+        resumed_at = parts.resumed.env_steps if parts.resumed else None
+        self._metrics = metrics.Metrics(parts.output_dir, parts.logging, resumed_at)
+        if parts.resumed:
+            self._resume(parts.resumed)
+        self._checkpoints = Checkpointer(parts.output_dir, parts.checkpoint)
+        self._progress = Progress(parts.total_env_steps, parts.logging)
+
+    # --- the three stages ------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Publishes the first weights."""
+        metrics.write_status(self.parts.output_dir, "running")
+        self._before = self.count.env_steps
+        self._publish(self.parts.learner.publish())
+
+    def finished(self) -> bool:
+        parts = self.parts
+        return (
+            self.count.env_steps >= parts.total_env_steps
+            or (parts.stop_after_s is not None and self.wall_s >= parts.stop_after_s)
+            or (
+                parts.stop_after_updates is not None
+                and parts.learner.updates >= parts.stop_after_updates
+            )
+        )
+
+    def act(self) -> None:
+        """Adds what the pool has ready, unless the learner is owed updates."""
+        pool, replay, quota = self.parts.pool, self.parts.replay, self.parts.quota
+        if not quota.may_act(replay.env_steps, replay.startable):
+            return
+        with self._stages.measure("acting"):
+            rollouts = pool.collect(pool.env_steps_per_request, COLLECT_TIMEOUT_S)
+        with self._stages.measure("replay_add"):
+            for rollout in rollouts:
+                replay.add(rollout)
+                self.count.env_steps += rollout.env_steps
+                self.count.frames += rollout.frames
+                self._metrics.episodes(rollout.episodes)
+        if replay.startable >= replay.min_sequences:
+            quota.open(replay.env_steps)
+
+    def learn(self) -> None:
+        """Starts one update if the quota allows, then ends the one before it."""
+        replay, quota, learner = self.parts.replay, self.parts.quota, self.parts.learner
+        if not quota.may_learn(replay.env_steps, replay.startable):
+            return
+        with self._stages.measure("sample"):
+            sample = replay.sample(learner.batch_size)
+        with self._stages.measure("learner_put"):
+            batch = learner.put(sample.batch)
+        with self._stages.measure("learner_update"):
+            output = learner.update(batch)
+        quota.trained(learner.batch_size * self.parts.agent.sequence.unroll)
+        self._settle()
+        self._waiting = (sample, output)
+        if learner.updates % learner.publish_every_updates == 0:
+            with self._stages.measure("publish"):
+                self._published = learner.publish()
+        age = learner.updates - sample.weights_version.mean()
+        self._metrics.record_all(output.metrics)
+        self._metrics.record("replay/age_updates", age)
+        self._metrics.record("weights/age_updates", learner.updates - self._acting_version)
+
+    def keep(self) -> None:
+        """Evaluates, writes a row of metrics and saves, each on its own clock of env steps."""
+        before, now, parts = self._before, self.count.env_steps, self.parts
+        self._before = now
+        if Clock(every=parts.evaluation.every_env_steps).rings(before, now):
+            self._evaluate(parts.evaluation.episodes)
+        if Clock(every=parts.logging.every_env_steps).rings(before, now):
+            self._write_row()
+        if Clock(every=parts.checkpoint.every_env_steps).rings(before, now):
+            self.save()
+            if parts.checkpoint.exact:
+                parts.pool.reopen()
+                self._publish(parts.learner.publish())
+        self._progress.update(self._live())
+
+    # --- ends ------------------------------------------------------------------------------------
+
+    def end(self, state: metrics.State) -> dict[str, Any]:
+        """The last evaluation (not of an interrupted run), row, checkpoint and summary."""
+        self._settle()
+        if state == "finished" and self.parts.evaluation.final_episodes:
+            self._evaluate(self.parts.evaluation.final_episodes)
+        self._write_row()
+        saved = self.save()
+        metrics.write_status(self.parts.output_dir, state, self._row)
+        return metrics.write_summary(
+            self.parts.output_dir,
+            state=state,
+            env_steps=self.count.env_steps,
+            frames=self.count.frames,
+            updates=self.parts.learner.updates,
+            wall_s=self.wall_s,
+            train_return=self._row.get("train/return_mean"),
+            evaluation_return=self._evaluated,
+            params_sha256=metrics.params_sha256(self.parts.learner.state().params),
+            checkpoint=saved,
+        )
+
+    def fail(self, error: BaseException) -> None:
+        """Writes what went wrong where `status.json` is read."""
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        metrics.write_status(self.parts.output_dir, "failed", self._row, error=line)
+
+    def close(self) -> None:
+        self._progress.close()
+        self._metrics.close()
+        self.parts.pool.close(CLOSE_TIMEOUT_S)
+
+    def save(self) -> Path:
+        """A checkpoint of everything; first ends the update in flight."""
+        with self._stages.measure("checkpoint"):
+            self._settle()
+            replay = self.parts.replay
+            return self._checkpoints.save(
+                self.count.env_steps,
+                state=self.parts.learner.state(),
+                meta={
+                    "env_steps": self.count.env_steps,
+                    "frames": self.count.frames,
+                    "updates": self.parts.learner.updates,
+                    "wall_s": self.wall_s,
+                    "chain": self.parts.pool.chain,
+                    "metrics": self._metrics.state(),
+                    "quota": self.parts.quota.state(),
+                    "evaluation_return": self._evaluated,
+                },
+                replay_state=replay.state() if self.parts.checkpoint.replay else None,
+                score=self._evaluated,
+            )
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of training, without the time the run was stopped."""
+        return self.count.wall_s + perf_counter() - self._began
+
+    # --- details ---------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Ends the update in flight: its TD errors reach the replay, its weights the actors."""
+        if self._waiting is None:
+            return
+        sample, output = self._waiting
+        self._waiting = None
+        with self._stages.measure("wait_learner"):
+            td = self.parts.learner.td(output)
+        with self._stages.measure("sample"):
+            self.parts.replay.update_td(sample.keys, td)
+        if self._published is not None:
+            self._publish(self._published)
+            self._published = None
+
+    def _publish(self, published: Published) -> None:
+        with self._stages.measure("publish"):
+            self.parts.pool.publish(published.weights(), self.count.env_steps)
+        self._acting_version = published.version
+
+    def _evaluate(self, episodes: int) -> None:
+        self._settle()
+        with self._stages.measure("evaluation"):
+            params = self.parts.learner.publish().weights()
+            returns = self.parts.evaluation.returns(
+                agent=self.parts.agent,
+                weights=params,
+                family=self.parts.family,
+                episodes=episodes,
+                seed=self.parts.seed,
+            )
+        self._evaluated = sum(returns) / len(returns)
+        self._metrics.record("evaluation/return_mean", self._evaluated)
+
+    def _write_row(self) -> None:
+        with self._stages.measure("logging"):
+            extra = self._gauges() | self._stages.fractions()
+            updates = self.parts.learner.updates
+            row = self._metrics.row(
+                self.count.env_steps, self.count.frames, updates, self.wall_s, extra
+            )
+            self._row = row
+            metrics.write_status(self.parts.output_dir, "running", row)
+
+    def _gauges(self) -> dict[str, float]:
+        replay, quota = self.parts.replay, self.parts.quota
+        return {
+            **replay.stats(),
+            **self.parts.pool.stats(),
+            "replay/ratio": quota.ratio_so_far(replay.env_steps),
+        }
+
+    def _live(self) -> dict[str, Any]:
+        return self._row | {
+            "env_steps": self.count.env_steps,
+            "updates": self.parts.learner.updates,
+            "wall_s": self.wall_s,
+        }
+
+    def _resume(self, resumed: Restored) -> None:
+        meta = resumed.meta
+        self.count = Counters(
+            env_steps=meta["env_steps"], frames=meta["frames"], wall_s=meta["wall_s"]
+        )
+        self._evaluated = meta["evaluation_return"]
+        self._metrics.restore(meta["metrics"])
+        if resumed.replay_state is not None:  # else the replay fills anew, and so its account
+            self.parts.quota.restore(meta["quota"])
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set; a second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        log.warning("%s: stopping with a checkpoint", signal.Signals(number).name)
+        stop.set()
+
+    kept = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

@@ -1,0 +1,130 @@
+"""The network: frame stack -> torso -> core (with previous action and reward) -> head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rlx.networks.cores import Core, initial_frames, stack_frames
+from rlx.networks.heads import Head
+from rlx.networks.torsos import Torso
+from rlx.types import Array, Carry, DiscreteSpec, EnvSpec, NetInput, Params, Range, Runtime
+
+
+class _Body(nn.Module):
+    """All that has parameters. Torso and head see [T * B, ...]; only the core sees time."""
+
+    settings: RecurrentNetwork
+    actions: int
+
+    @nn.compact
+    def __call__(self, inputs: NetInput, observation: Any, core: Any) -> tuple[Array, Any]:
+        net, dtype = self.settings, jnp.dtype(self.settings.compute_dtype)
+        time, batch = inputs.first.shape
+        flat = {k: v.reshape(time * batch, *v.shape[2:]) for k, v in observation.items()}
+        x = net.torso.copy(name="torso")(flat, dtype)
+        if net.dense_before_core is not None:
+            x = nn.relu(nn.Dense(net.dense_before_core, dtype=dtype, name="dense_before_core")(x))
+        if net.layer_norm:
+            x = nn.LayerNorm(dtype=dtype, name="layer_norm")(x)
+        x = x.reshape(time, batch, -1)
+        extra = [x]
+        if net.prev_action:  # -1 (none) is all zeros
+            extra.append(nn.one_hot(inputs.prev_action, self.actions, dtype=dtype))
+        if net.prev_reward:
+            extra.append(inputs.prev_reward[..., None].astype(dtype))
+        x = jnp.concatenate(extra, axis=-1)
+        x, core = net.core.copy(name="core")(x, inputs.first, core, dtype)
+        return net.head.copy(name="head")(x, self.actions, dtype), core
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RecurrentNetwork:
+    """Action values over time; an interfaces.Network. Time-major: inputs [T, B, ...].
+
+    With `core: Feedforward` it has no memory but the stack. An unroll over T rows equals T unrolls
+    of one row, resets included.
+    """
+
+    torso: Torso
+    dense_before_core: Annotated[int, Range(ge=1)] | None  # SEED RL puts 512 here, the paper none
+    layer_norm: bool  # after the torso
+    core: Core
+    head: Head
+    stack: dict[str, Annotated[int, Range(ge=1)]]  # leaf -> frames the torso sees at once
+    prev_action: bool  # one-hot, into the core (R2D2, section 2.3)
+    prev_reward: bool  # after the agent's transform, into the core
+    compute_dtype: Literal["float32", "bfloat16"]  # state, parameters and outputs stay float32
+    spec: Runtime[EnvSpec]
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.stack) - set(self.spec.observation))
+        if unknown:
+            raise ValueError(
+                f"network.stack names {unknown}, the observation has "
+                f"{sorted(self.spec.observation)}; name one of those."
+            )
+        flat = [k for k in self._depths() if len(self.spec.observation[k].shape) != 3]
+        if flat:
+            raise ValueError(
+                f"network.stack: {flat} is not an image [channels, height, width]; "
+                "stack image leaves only (a recurrent core remembers the rest)."
+            )
+
+    def init(self, key: Array) -> Params:
+        """Fresh parameters; `key` is consumed."""
+        shapes = self.spec.observation
+        row = NetInput(
+            observation={k: jnp.zeros((1, 1, *s.shape), s.dtype) for k, s in shapes.items()},
+            prev_action=jnp.zeros((1, 1), jnp.int32),
+            prev_reward=jnp.zeros((1, 1), jnp.float32),
+            time=jnp.zeros((1, 1), jnp.int32),
+            first=jnp.ones((1, 1), bool),
+        )
+        carry = self.initial_carry(1)
+        observation, _ = self._stack(row, carry)
+        return self._body().init(key, row, observation, carry.core)["params"]
+
+    def apply(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
+        """inputs [T, B, ...] -> (f32[T, B, A], carry after the last row)."""
+        observation, frames = self._stack(inputs, carry)
+        output, core = self._body().apply({"params": params}, inputs, observation, carry.core)
+        return output, Carry(core=core, frames=frames)
+
+    def initial_carry(self, batch: int) -> Carry:
+        """Zeros, for `batch` lanes."""
+        shapes = {k: (s.shape, s.dtype) for k, s in self.spec.observation.items()}
+        return Carry(
+            core=self.core.initial_carry(batch),
+            frames=initial_frames(self._depths(), shapes, batch),
+        )
+
+    def _depths(self) -> dict[str, int]:
+        return {leaf: depth for leaf, depth in self.stack.items() if depth > 1}
+
+    def _stack(self, inputs: NetInput, carry: Carry) -> tuple[Mapping[str, Array], dict]:
+        observation, frames = dict(inputs.observation), {}
+        for leaf in self._depths():
+            observation[leaf], frames[leaf] = stack_frames(
+                observation[leaf], inputs.first, carry.frames[leaf]
+            )
+        return observation, frames
+
+    def _body(self) -> _Body:
+        action = self.spec.action
+        if not isinstance(action, DiscreteSpec):
+            raise ValueError(
+                f"{self.spec.id} has the box action space {action}; rlx.networks.recurrent gives "
+                "values of discrete actions. Choose an environment with discrete actions."
+            )
+        return _Body(settings=self, actions=action.n)
+
+
+def zero_core(carry: Carry) -> Carry:
+    """The carry with its recurrent state forgotten; the frames stay."""
+    return Carry(core=jax.tree.map(jnp.zeros_like, carry.core), frames=carry.frames)

@@ -1,0 +1,133 @@
+"""Torsos: observation leaves [batch, *] -> features f32[batch, units]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from rlx.types import Array, Range
+
+
+class Torso(nn.Module, kw_only=True):
+    """What a network accepts as its torso: `__call__(observation, dtype) -> [batch, units]`."""
+
+
+def flat_leaves(observation: Mapping[str, Array], dtype: Any) -> Array:
+    """All leaves, flattened and side by side."""
+    leaves = [observation[name] for name in sorted(observation)]
+    flat = [leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])) for leaf in leaves]
+    return jnp.concatenate([leaf.astype(dtype) for leaf in flat], axis=-1)
+
+
+def split_images(observation: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """The image (the one leaf of shape [channels, height, width]) and the other leaves."""
+    images = [name for name, leaf in observation.items() if leaf.ndim == 4]
+    if len(images) != 1:
+        shapes = {name: leaf.shape[1:] for name, leaf in observation.items()}
+        raise ValueError(
+            f"A convolutional torso reads exactly one leaf of three axes, got {shapes}; "
+            "choose leaves with env.observe or another network."
+        )
+    others = {name: leaf for name, leaf in observation.items() if name != images[0]}
+    return observation[images[0]], others
+
+
+def to_nhwc(image: Array, dtype: Any) -> Array:
+    """[batch, C, H, W], bytes scaled to 0..1 -> [batch, H, W, C]."""
+    scale = 1 / 255 if image.dtype == jnp.uint8 else 1.0
+    return jnp.moveaxis(image, 1, -1).astype(dtype) * jnp.asarray(scale, dtype)
+
+
+class MLP(Torso, kw_only=True):
+    """Dense layers with ReLU over all leaves, flattened."""
+
+    layers: tuple[Annotated[int, Range(ge=1)], ...]
+
+    @nn.compact
+    def __call__(self, observation: Mapping[str, Array], dtype: Any) -> Array:
+        x = flat_leaves(observation, dtype)
+        for units in self.layers:
+            x = nn.relu(nn.Dense(units, dtype=dtype)(x))
+        return x
+
+
+class OneHotMLP(Torso, kw_only=True):
+    """For grids of small integers, such as MiniGrid's object, colour and state [7, 7, 3]."""
+
+    categories: tuple[Annotated[int, Range(ge=1)], ...]  # values of each element of the last axis
+    layers: tuple[Annotated[int, Range(ge=1)], ...]
+
+    @nn.compact
+    def __call__(self, observation: Mapping[str, Array], dtype: Any) -> Array:
+        image, others = split_images(observation)
+        if image.shape[-1] != len(self.categories):
+            raise ValueError(
+                f"network.torso.categories names {len(self.categories)} elements of the last "
+                f"axis, the observation has shape {image.shape[1:]}."
+            )
+        parts = [
+            nn.one_hot(image[..., i], n, dtype=dtype).reshape(image.shape[0], -1)
+            for i, n in enumerate(self.categories)
+        ]
+        x = jnp.concatenate([*parts, *([flat_leaves(others, dtype)] if others else [])], axis=-1)
+        for units in self.layers:
+            x = nn.relu(nn.Dense(units, dtype=dtype)(x))
+        return x
+
+
+class NatureCNN(Torso, kw_only=True):
+    """Convolutions with ReLU, VALID padding; the defaults in the YAML are DQN's (Nature, 2015)."""
+
+    channels: tuple[Annotated[int, Range(ge=1)], ...]
+    kernels: tuple[Annotated[int, Range(ge=1)], ...]
+    strides: tuple[Annotated[int, Range(ge=1)], ...]
+
+    @nn.compact
+    def __call__(self, observation: Mapping[str, Array], dtype: Any) -> Array:
+        if not len(self.channels) == len(self.kernels) == len(self.strides):
+            raise ValueError(
+                "network.torso: channels, kernels and strides need one number per layer, got "
+                f"{self.channels}, {self.kernels}, {self.strides}."
+            )
+        image, others = split_images(observation)
+        x = to_nhwc(image, dtype)
+        for channels, kernel, stride in zip(self.channels, self.kernels, self.strides, strict=True):
+            shape = (kernel, kernel)
+            x = nn.Conv(channels, shape, (stride, stride), padding="VALID", dtype=dtype)(x)
+            x = nn.relu(x)
+        x = x.reshape(x.shape[0], -1)
+        return jnp.concatenate([x, flat_leaves(others, dtype)], axis=-1) if others else x
+
+
+class ResidualBlock(nn.Module, kw_only=True):
+    """Two convolutions with a skip."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: Array, dtype: Any) -> Array:
+        y = nn.Conv(self.channels, (3, 3), dtype=dtype)(nn.relu(x))
+        return x + nn.Conv(self.channels, (3, 3), dtype=dtype)(nn.relu(y))
+
+
+class ImpalaResNet(Torso, kw_only=True):
+    """The residual torso of IMPALA (Espeholt et al. 2018, figure 3), without its dense layer."""
+
+    channels: tuple[Annotated[int, Range(ge=1)], ...]  # one stage each
+    blocks: Annotated[int, Range(ge=1)]  # residual blocks per stage
+
+    @nn.compact
+    def __call__(self, observation: Mapping[str, Array], dtype: Any) -> Array:
+        image, others = split_images(observation)
+        x = to_nhwc(image, dtype)
+        for channels in self.channels:
+            x = nn.Conv(channels, (3, 3), dtype=dtype)(x)
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+            for _ in range(self.blocks):
+                x = ResidualBlock(channels=channels)(x, dtype)
+        x = nn.relu(x).reshape(x.shape[0], -1)
+        return jnp.concatenate([x, flat_leaves(others, dtype)], axis=-1) if others else x

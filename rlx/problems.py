@@ -1,0 +1,74 @@
+"""What is wrong with a configuration, said in one line each."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong, at one key."""
+
+    path: str  # config path, such as acting.instances
+    says: str  # what is accepted, and what to do
+    given: str = ""
+    source: str = ""  # 'conf/acting/local.yaml' or 'command line'
+
+    def __str__(self) -> str:
+        given = f"={self.given}" if self.given else ""
+        source = f" ({self.source})" if self.source else ""
+        return f"{self.path}{given}{source}: {self.says}"
+
+
+class ConfigError(Exception):
+    """All problems of a configuration, one line each."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__(problems)
+        self.problems = list(problems)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Which file, or the command line, set each key."""
+
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    clashes: tuple[Problem, ...] = ()  # problems that only the sources show
+
+    def of(self, path: str) -> str:
+        """The source of a key or, where no file has it, of the section it belongs to."""
+        while path and path not in self.names:
+            path = path.rpartition(".")[0]
+        return self.names.get(path, "")
+
+
+def refuse(path: str, says: str, *, given: str = "", source: str = "") -> ConfigError:
+    """A ConfigError of one problem, to raise."""
+    return ConfigError([Problem(path=path, says=says, given=given, source=source)])
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The accepted name that looks most like this one, or ''."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1)), "")
+
+
+def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """The nearest accepted name or, where none is near, all of them."""
+    names = sorted(names)
+    if near := nearest(name, names):
+        return f"did you mean {prefix}{near}?"
+    return f"accepted: {', '.join(names) or 'none'}"
+
+
+def show(value: Any) -> str:
+    """A value as YAML and the command line write it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return value if isinstance(value, str) and value else repr(value)

@@ -1,0 +1,741 @@
+"""The ring of blocks under every sequence replay, and the memory it takes.
+
+Each row is stored once. A block's *key* is its number among all blocks ever added; it lies in slot
+key % slots until the block `slots` later overwrites it. Lanes interleave in the ring, so each slot
+links to its chain's next block, and a *window* is the keys of a sequence's blocks:
+
+    keys     40   41   42   43   44   45        sequence.blocks = 3, blocks_per_stride = 1
+    lane      0    1    0    1    1    0        windows: (40, 42, 45) of lane 0
+    number    7    2    8    3    4    9                 (41, 43, 44) of lane 1
+
+A *start* is a block whose number in its chain is a multiple of blocks_per_stride. It is startable
+while all blocks of its window are there: its leaf in the sum tree is positive then, and 0
+otherwise. The ring forgets the oldest block first, so a live start never loses its tail.
+
+Threads: one writer and any number of readers. The writer sets leaf 0 and key -1, then the data,
+then the key; a reader chooses under the lock, copies outside it, compares all keys again and draws
+anew what changed. Comparing alone would miss a block that is being overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from rlx import trees
+from rlx.replay.sum_tree import SumTree, sum_tree_nbytes
+from rlx.types import ArraySpec, Batch, Carry, Rollout, Row, SequenceSpec
+
+LeafOf = Callable[[np.ndarray], np.ndarray]  # keys i64[M] of startable sequences -> f64[M] > 0
+
+_OBSERVATION = "inputs/observation/"
+_MAX_REDRAWS = 1000
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a ring will take, known before anything is allocated."""
+
+    rows: int  # capacity, rounded down to whole blocks
+    blocks: int  # slots of the ring
+    sequences: int  # startable at least, once the ring is full and lanes run evenly
+    bytes_per_row: float  # carries, keys, links and the sum tree included
+    total_bytes: int
+
+    def check(self, available_bytes: int) -> None:
+        """Raises ValueError if the ring does not fit."""
+        if self.total_bytes <= available_bytes:
+            return
+        fits = max(0, int(available_bytes / self.bytes_per_row))
+        raise ValueError(
+            f"A replay of {self.rows} rows takes {self.total_bytes / 1e9:.2f} GB "
+            f"({self.bytes_per_row:.0f} bytes per row), {available_bytes / 1e9:.2f} GB are "
+            f"available: at most about {fits} rows fit; lower replay.capacity."
+        )
+
+    def check_min_sequences(self, min_sequences: int) -> None:
+        """Raises ValueError if so many can never be startable: learning would never begin."""
+        if min_sequences > self.sequences:
+            raise ValueError(
+                f"replay.min_sequences={min_sequences}, but a full replay of {self.rows} rows "
+                f"has about {self.sequences} startable: lower it or raise replay.capacity."
+            )
+
+
+def budget(
+    *, capacity_rows: int, sequence: SequenceSpec, row_spec: Row, carry_spec: Carry, lanes: int
+) -> Budget:
+    """The budget of a ring; raises ValueError for settings that could never give a sample."""
+    _check_sequence(sequence)
+    blocks = capacity_rows // sequence.block_rows
+    least = 2 * lanes * sequence.blocks
+    if lanes < 1 or blocks < least:
+        raise ValueError(
+            f"capacity={capacity_rows} rows are {blocks} blocks; {lanes} lanes with "
+            f"{sequence.blocks} blocks per sequence need at least 2 * {lanes} * {sequence.blocks} "
+            f"= {least} blocks: raise replay.capacity to {least * sequence.block_rows} rows."
+        )
+    per_block = sequence.block_rows * _spec_nbytes(row_spec) + _spec_nbytes(carry_spec)
+    per_block += _SlotTable.nbytes_per_slot()
+    total = blocks * per_block + sum_tree_nbytes(blocks) + lanes * _LaneTable.nbytes_per_lane()
+    rows = blocks * sequence.block_rows
+    starts_per_lane = (blocks // lanes - sequence.blocks + 1) // sequence.blocks_per_stride
+    return Budget(
+        rows=rows,
+        blocks=blocks,
+        sequences=lanes * starts_per_lane,
+        bytes_per_row=total / rows,
+        total_bytes=total,
+    )
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Bytes this process may still take: MemAvailable or what its cgroups (v1, v2) leave.
+
+    The smallest of those that can be read under `root`; sys.maxsize if none can.
+    """
+    meminfo = _named_numbers(root / "proc/meminfo").get("MemAvailable:")
+    found = [] if meminfo is None else [meminfo * 1024]
+    return min(found + list(_cgroup_headrooms(root)), default=sys.maxsize)
+
+
+def _cgroup_headrooms(root: Path) -> Iterator[int]:
+    """Bytes left in each cgroup above this process that has a limit."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):
+            yield from _headroom((root / base).joinpath(*parts[:depth]), *names)
+
+
+def _headroom(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> Iterator[int]:
+    limit, usage = _lines(folder / limit_name), _lines(folder / usage_name)
+    if limit and usage and limit[0].isdigit():
+        cache = _named_numbers(folder / "memory.stat").get(cache_name, 0)  # given back on demand
+        yield max(0, int(limit[0]) - int(usage[0]) + cache)
+
+
+def _named_numbers(path: Path) -> dict[str, int]:
+    """Lines of `name number ...`."""
+    words = [line.split() for line in _lines(path)]
+    return {word[0]: int(word[1]) for word in words if len(word) > 1 and word[1].isdigit()}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _spec_nbytes(spec: Row | Carry) -> int:
+    """Bytes of one row or carry."""
+    leaves: list[ArraySpec] = list(trees.flatten(spec).values())
+    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+def _check_sequence(sequence: SequenceSpec) -> None:
+    if sequence.block_rows < 1 or sequence.length < 1:
+        raise ValueError(f"A sequence needs block_rows >= 1 and length >= 1, got {sequence}.")
+    if sequence.stride < 1 or sequence.stride % sequence.block_rows:
+        raise ValueError(
+            f"stride={sequence.stride} rows is not a multiple of "
+            f"block_rows={sequence.block_rows}: sequences start at the first row of a block."
+        )
+
+
+# --- the ring ------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class _SlotTable:
+    """What is known of the block in each slot; key -1 where there is none."""
+
+    key: np.ndarray  # i64[slots]
+    next_key: np.ndarray  # i64[slots]: the chain's next block, -1 if it has not come
+    previous_key: np.ndarray  # i64[slots]: the chain's block before, perhaps forgotten since
+    lane: np.ndarray  # i32[slots]
+    chain: np.ndarray  # i32[slots]
+    number: np.ndarray  # i64[slots], within the chain
+    weights_version: np.ndarray  # i64[slots]
+
+    @classmethod
+    def empty(cls, slots: int) -> _SlotTable:
+        wide = [np.full(slots, -1, np.int64) for _ in range(5)]
+        return cls(
+            key=wide[0],
+            next_key=wide[1],
+            previous_key=wide[2],
+            number=wide[3],
+            weights_version=wide[4],
+            lane=np.full(slots, -1, np.int32),
+            chain=np.full(slots, -1, np.int32),
+        )
+
+    @staticmethod
+    def nbytes_per_slot() -> int:
+        return 5 * 8 + 2 * 4
+
+
+@dataclass(kw_only=True)
+class _LaneTable:
+    """Where each lane's latest chain stands."""
+
+    chain: np.ndarray  # i32[lanes], -1 before the first
+    expected: np.ndarray  # i64[lanes]: the number of the chain's next block
+    last_key: np.ndarray  # i64[lanes]: of the chain's last block, -1 before the first
+
+    @classmethod
+    def empty(cls, lanes: int) -> _LaneTable:
+        return cls(
+            chain=np.full(lanes, -1, np.int32),
+            expected=np.zeros(lanes, np.int64),
+            last_key=np.full(lanes, -1, np.int64),
+        )
+
+    @staticmethod
+    def nbytes_per_lane() -> int:
+        return 4 + 2 * 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Some blocks with consecutive keys, ready to be written."""
+
+    keys: np.ndarray  # i64[M]
+    previous_key: np.ndarray  # i64[M]
+    lane: np.ndarray  # i32[M]
+    chain: np.ndarray  # i32[M]
+    number: np.ndarray  # i64[M]
+    weights_version: np.ndarray  # i64[M]
+    rows: Mapping[str, np.ndarray]  # leaves [M, K, ...]
+    carry: Mapping[str, np.ndarray]  # leaves [M, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Sequences copied out of the ring."""
+
+    rows: Row  # [B, L, ...]
+    carry: Carry  # [B, ...]
+    keys: np.ndarray  # i64[B]
+    weights_version: np.ndarray  # i64[B]
+    scaled_probability: np.ndarray  # f64[B]: probability of each draw * startable sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """Sequences chosen, not yet copied."""
+
+    window: np.ndarray  # i64[n, blocks]: keys
+    weights_version: np.ndarray  # i64[n]
+    scaled_probability: np.ndarray  # f64[n]
+
+
+@final
+class BlockRing:
+    """Stores blocks of many lanes; copies out sequences drawn in proportion to their leaves."""
+
+    def __init__(
+        self,
+        *,
+        capacity_rows: int,
+        sequence: SequenceSpec,
+        row_spec: Row,
+        carry_spec: Carry,
+        lanes: int,
+    ) -> None:
+        """The specs have ArraySpec leaves. Raises ValueError if the ring does not fit in memory."""
+        self.budget = budget(
+            capacity_rows=capacity_rows,
+            sequence=sequence,
+            row_spec=row_spec,
+            carry_spec=carry_spec,
+            lanes=lanes,
+        )
+        self.budget.check(available_bytes())
+        self.sequence = sequence
+        self.slots = self.budget.blocks
+        self.lanes = lanes
+        self.env_steps = 0  # valid rows ever added
+        self.blocks_dropped = 0  # of an older chain than their lane's latest
+        self.redraws = 0  # sequences overwritten while they were copied
+        self._row_spec, self._carry_spec = row_spec, carry_spec
+        self._scalar_spec = replace(row_spec, inputs=replace(row_spec.inputs, observation={}))
+        self._rows = _zeros(row_spec, (self.slots, sequence.block_rows))
+        self._carry = _zeros(carry_spec, (self.slots,))
+        self._slot = _SlotTable.empty(self.slots)
+        self._lane = _LaneTable.empty(lanes)
+        self._tree = SumTree(self.slots)
+        self._next_key = 0
+        self._live = 0  # blocks
+        self._startable = 0
+        self._lock = threading.Lock()  # tables, tree, counters
+        self._writing = threading.Lock()  # the data
+
+    @property
+    def startable(self) -> int:
+        """Sequences that can be drawn now."""
+        return self._startable
+
+    @property
+    def rows(self) -> int:
+        """Rows stored now."""
+        return self._live * self.sequence.block_rows
+
+    @property
+    def nbytes(self) -> int:
+        tables = [*vars(self._slot).values(), *vars(self._lane).values()]
+        arrays = [*self._rows.values(), *self._carry.values(), *tables]
+        return sum(array.nbytes for array in arrays) + self._tree.nbytes
+
+    @property
+    def bytes_per_row(self) -> float:
+        """All bytes of the ring by rows of capacity."""
+        return self.nbytes / self.budget.rows
+
+    def leaves(self, keys: np.ndarray) -> np.ndarray:
+        """f64[n]: the leaf of each key i64[n]; 0 where it cannot be drawn (any more)."""
+        with self._lock:
+            slots = keys % self.slots
+            return np.where(self._slot.key[slots] == keys, self._tree.get(slots), 0.0)
+
+    def stats(self) -> dict[str, float]:
+        """Metrics: how full it is, and what was dropped or drawn again since the run began."""
+        return {
+            "replay/fill_fraction": self.rows / self.budget.rows,
+            "replay/startable_sequences": float(self._startable),
+            "replay/blocks_dropped": float(self.blocks_dropped),
+            "replay/redraws": float(self.redraws),
+        }
+
+    # --- writing ---
+
+    def add(self, rollout: Rollout, leaf_of: LeafOf) -> None:
+        """Adds a rollout's blocks; `leaf_of` gives the leaves of the sequences they complete.
+
+        Raises ValueError, with nothing added, for a block out of order within its chain or rows
+        that are not of the spec. Blocks of an older chain of their lane are dropped and counted.
+        """
+        with self._writing:
+            for part in self._parts(rollout):
+                slots = part.keys % self.slots
+                with self._lock:
+                    self._retire(slots)
+                self._write(part)
+                with self._lock:
+                    self._publish(part, slots)
+                    starts = self._completed(part.keys)
+                if starts.size:
+                    leaves = leaf_of(starts)
+                    with self._lock:
+                        self._tree.set(starts % self.slots, leaves)
+                        self._startable += len(starts)
+
+    def set_leaves(self, keys: np.ndarray, leaves: np.ndarray) -> int:
+        """Sets f64[n] > 0 of i64[n] keys and answers how many were overwritten since: ignored."""
+        keys = np.asarray(keys, np.int64)
+        self._check_keys(keys)
+        with self._lock:
+            slots = keys % self.slots
+            live = self._slot.key[slots] == keys
+            if (self._tree.get(slots[live]) == 0).any():
+                raise ValueError(
+                    f"Of the keys {keys[live].tolist()} some begin no startable sequence; "
+                    f"pass the keys of a sample."
+                )
+            self._tree.set(slots[live], leaves[live])
+        return int((~live).sum())
+
+    def scalars(self, keys: np.ndarray) -> Row:
+        """Row [M, L] of these sequences without observations; for the writer's thread only."""
+        index = self._row_index(self._window(keys))
+        flat = {
+            path: _take_rows(data, index)
+            for path, data in self._rows.items()
+            if not path.startswith(_OBSERVATION)
+        }
+        scalars: Row = trees.unflatten(self._scalar_spec, flat)
+        return scalars
+
+    def _parts(self, rollout: Rollout) -> Iterator[_Part]:
+        """The blocks to write, a few at a time so that readers never find the ring empty."""
+        rows = _checked_leaves("rows", rollout.rows, self._rows, len(rollout.lane))
+        carry = _checked_leaves("carry", rollout.carry, self._carry, len(rollout.lane))
+        kept, previous = self._admit(rollout.lane, rollout.chain, rollout.number)
+        self.blocks_dropped += len(rollout.lane) - len(kept)
+        first_key, most = self._next_key, max(1, self.slots // 8)
+        for begin in range(0, len(kept), most):
+            some = kept[begin : begin + most]
+            index = _as_slice(some)
+            yield _Part(
+                keys=first_key + begin + np.arange(len(some)),
+                previous_key=previous[begin : begin + most],
+                lane=rollout.lane[index],
+                chain=rollout.chain[index],
+                number=rollout.number[index],
+                weights_version=rollout.weights_version[index],
+                rows={path: leaf[index] for path, leaf in rows.items()},
+                carry={path: leaf[index] for path, leaf in carry.items()},
+            )
+
+    def _admit(
+        self, lane: np.ndarray, chain: np.ndarray, number: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the blocks to keep, and the key of the block before each in its chain."""
+        heads: dict[int, tuple[int, int, int]] = {}  # lane -> chain, expected number, last key
+        kept: list[int] = []
+        previous: list[int] = []
+        blocks = zip(lane.tolist(), chain.tolist(), number.tolist(), strict=True)
+        for i, (its_lane, its_chain, its_number) in enumerate(blocks):
+            newest, expected, last_key = heads.get(its_lane) or self._head(its_lane)
+            if its_chain < newest:
+                continue
+            if its_chain > newest:
+                expected, last_key = 0, -1
+            if its_number != expected:
+                raise ValueError(
+                    f"Block out of order: lane {its_lane}, chain {its_chain} expects number "
+                    f"{expected}, got {its_number}; deliver each block once and in order, "
+                    f"or start a new chain at 0."
+                )
+            heads[its_lane] = (its_chain, expected + 1, self._next_key + len(kept))
+            kept.append(i)
+            previous.append(last_key)
+        return np.array(kept, np.int64), np.array(previous, np.int64)
+
+    def _head(self, lane: int) -> tuple[int, int, int]:
+        if not 0 <= lane < self.lanes:
+            raise ValueError(f"Lane {lane} is not one of the {self.lanes} lanes 0 .. lanes-1.")
+        table = self._lane
+        return int(table.chain[lane]), int(table.expected[lane]), int(table.last_key[lane])
+
+    def _retire(self, slots: np.ndarray) -> None:
+        self._startable -= int((self._tree.get(slots) > 0).sum())
+        self._live -= int((self._slot.key[slots] >= 0).sum())
+        self._tree.set(slots, 0.0)
+        self._slot.key[slots] = -1
+
+    def _write(self, part: _Part) -> None:
+        """Copies the data in two runs of slots: up to the ring's end, and from its beginning."""
+        begin = int(part.keys[0]) % self.slots
+        first = min(len(part.keys), self.slots - begin)
+        rest = len(part.keys) - first
+        pairs = [(self._rows[path], leaf) for path, leaf in part.rows.items()]
+        pairs += [(self._carry[path], leaf) for path, leaf in part.carry.items()]
+        for data, leaf in pairs:
+            data[begin : begin + first] = leaf[:first]
+            data[:rest] = leaf[first:]
+
+    def _publish(self, part: _Part, slots: np.ndarray) -> None:
+        table = self._slot
+        table.key[slots] = part.keys
+        table.next_key[slots] = -1
+        table.previous_key[slots] = part.previous_key
+        table.lane[slots], table.chain[slots] = part.lane, part.chain
+        table.number[slots], table.weights_version[slots] = part.number, part.weights_version
+        linked = self._live_keys(part.previous_key)
+        table.next_key[part.previous_key[linked] % self.slots] = part.keys[linked]
+        # A lane's blocks come in order, so of several in this part the last one stays.
+        self._lane.chain[part.lane] = part.chain
+        self._lane.expected[part.lane] = part.number + 1
+        self._lane.last_key[part.lane] = part.keys
+        self._next_key = int(part.keys[-1]) + 1
+        self._live += len(slots)
+        self.env_steps += int(np.count_nonzero(part.rows["valid"]))
+
+    def _completed(self, keys: np.ndarray) -> np.ndarray:
+        """i64[m]: the starts whose last needed block is one of these new ones."""
+        first = self._slot.number[keys % self.slots] - (self.sequence.blocks - 1)
+        keys = keys[(first >= 0) & (first % self.sequence.blocks_per_stride == 0)]
+        for _ in range(self.sequence.blocks - 1):
+            keys = self._slot.previous_key[keys % self.slots]
+            keys = keys[self._live_keys(keys)]
+        return keys
+
+    def _live_keys(self, keys: np.ndarray) -> np.ndarray:
+        """bool[n]: which blocks are in the ring."""
+        live: np.ndarray = (keys >= 0) & (self._slot.key[keys % self.slots] == keys)
+        return live
+
+    def _check_keys(self, keys: np.ndarray) -> None:
+        wrong = keys[(keys < 0) | (keys >= self._next_key)]
+        if wrong.size:
+            raise ValueError(
+                f"Keys {wrong[:5].tolist()} were never given out: {self._next_key} blocks came; "
+                f"pass the keys of a sample."
+            )
+
+    # --- reading ---
+
+    def buffers(self, batch_size: int) -> Batch:
+        """A batch of uninitialised arrays to draw into, again and again."""
+        length = self.sequence.length
+        rows = {
+            path: np.empty((batch_size, length, *data.shape[2:]), data.dtype)
+            for path, data in self._rows.items()
+        }
+        carry = {
+            path: np.empty((batch_size, *data.shape[1:]), data.dtype)
+            for path, data in self._carry.items()
+        }
+        return Batch(
+            rows=trees.unflatten(self._row_spec, rows),
+            carry=trees.unflatten(self._carry_spec, carry),
+            importance=np.ones(batch_size, np.float32),
+        )
+
+    def draw(
+        self,
+        batch_size: int,
+        rng: np.random.Generator,
+        *,
+        stratified: bool = False,
+        buffers: Batch | None = None,
+    ) -> Drawn:
+        """Draws with replacement, in proportion to the leaves, and copies into the buffers.
+
+        stratified: one draw from each of batch_size equal parts of the total. Raises ValueError
+        if nothing is startable.
+        """
+        batch = buffers or self.buffers(batch_size)
+        out_rows = _checked_buffers(batch.rows, batch_size)
+        out_carry = _checked_buffers(batch.carry, batch_size)
+        choice = self._choose(np.arange(batch_size), batch_size, rng, stratified)
+        self._copy_out(choice.window, out_rows, out_carry)
+        for _ in range(_MAX_REDRAWS):
+            changed = self._changed(choice.window)
+            if not changed.size:
+                break
+            again = self._choose(changed, batch_size, rng, stratified)
+            for name, values in vars(again).items():
+                getattr(choice, name)[changed] = values
+            self._copy_again(changed, again.window, out_rows, out_carry)
+        else:
+            raise RuntimeError(
+                f"{_MAX_REDRAWS} draws in a row were overwritten while being copied: "
+                f"{self.slots} blocks are too few for this writer; raise replay.capacity."
+            )
+        return Drawn(
+            rows=batch.rows,
+            carry=batch.carry,
+            keys=choice.window[:, 0].copy(),
+            weights_version=choice.weights_version,
+            scaled_probability=choice.scaled_probability,
+        )
+
+    def _choose(
+        self, which: np.ndarray, batch_size: int, rng: np.random.Generator, stratified: bool
+    ) -> _Choice:
+        """Chooses for these positions i64[n] of the batch."""
+        with self._lock:
+            if self._startable == 0:
+                raise ValueError(
+                    f"No sequence is startable: {self._live} blocks of {self.sequence.block_rows} "
+                    f"rows are stored, a sequence needs {self.sequence.blocks} of one chain; "
+                    f"add more before sampling."
+                )
+            total, uniform = self._tree.total, rng.random(len(which))
+            slots = self._tree.find(
+                total * ((which + uniform) / batch_size if stratified else uniform)
+            )
+            return _Choice(
+                window=self._window(self._slot.key[slots]),
+                weights_version=self._slot.weights_version[slots],
+                scaled_probability=self._startable * (self._tree.get(slots) / total),
+            )
+
+    def _window(self, keys: np.ndarray) -> np.ndarray:
+        """i64[n, blocks]: the keys of each sequence's blocks, following the links."""
+        window = np.empty((len(keys), self.sequence.blocks), np.int64)
+        window[:, 0] = keys
+        for block in range(1, self.sequence.blocks):
+            window[:, block] = self._slot.next_key[window[:, block - 1] % self.slots]
+        return window
+
+    def _row_index(self, window: np.ndarray) -> np.ndarray:
+        """i64[n, L]: where the rows lie in the leaves seen as [slots * K, ...]."""
+        block_rows = self.sequence.block_rows
+        index = (window % self.slots)[:, :, None] * block_rows + np.arange(block_rows)
+        return index.reshape(len(window), -1)[:, : self.sequence.length]
+
+    def _copy_out(
+        self,
+        window: np.ndarray,
+        out_rows: Mapping[str, np.ndarray],
+        out_carry: Mapping[str, np.ndarray],
+    ) -> None:
+        index = self._row_index(window)
+        for path, out in out_rows.items():
+            _take_rows(self._rows[path], index, out)
+        for path, out in out_carry.items():
+            np.take(self._carry[path], window[:, 0] % self.slots, axis=0, out=out, mode="clip")
+
+    def _copy_again(
+        self,
+        which: np.ndarray,
+        window: np.ndarray,
+        out_rows: Mapping[str, np.ndarray],
+        out_carry: Mapping[str, np.ndarray],
+    ) -> None:
+        """Copies to these positions of the batch only."""
+        fresh = self.buffers(len(which))
+        rows, carry = trees.flatten(fresh.rows), trees.flatten(fresh.carry)
+        self._copy_out(window, rows, carry)
+        for path, out in out_rows.items():
+            out[which] = rows[path]
+        for path, out in out_carry.items():
+            out[which] = carry[path]
+
+    def _changed(self, window: np.ndarray) -> np.ndarray:
+        """i64[m]: positions of which a block was overwritten since it was chosen."""
+        with self._lock:
+            same = (self._slot.key[window % self.slots] == window).all(axis=1)
+            self.redraws += int((~same).sum())
+        return np.flatnonzero(~same)
+
+    # --- saving ---
+
+    def state(self, *, copy: bool = True) -> dict[str, Any]:
+        """Flat names to arrays and JSON scalars: all that `restore` needs to go on exactly.
+
+        Only slots ever filled are saved. copy=False gives views, for a caller that adds nothing
+        until it has written them: a copy of a full ring doubles its memory.
+        """
+        with self._writing, self._lock:
+            used = min(self._next_key, self.slots)
+            counters = {name: int(getattr(self, name)) for name in _COUNTERS}
+            saved: dict[str, Any] = {"layout": self._layout(), **counters}
+            for path, array in self._saved_arrays().items():
+                part = array if path.startswith("lane/") else array[:used]
+                saved[path] = part.copy() if copy else part
+            return saved
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over a saved state; raises ValueError if it is of a ring made otherwise."""
+        if state["layout"] != self._layout():
+            raise ValueError(
+                f"The saved replay has another layout: saved {state['layout']}, "
+                f"this run {self._layout()}; resume with the settings it was saved with."
+            )
+        with self._writing, self._lock:
+            self._slot.key[:] = -1
+            for path, array in self._saved_arrays().items():
+                if path != "leaves":
+                    array[: len(state[path])] = state[path]
+            self._tree.load(state["leaves"])
+            for name in _COUNTERS:
+                setattr(self, name, int(state[name]))
+            self._live = int((self._slot.key >= 0).sum())
+            self._startable = int((self._tree.values > 0).sum())
+
+    def check_valid(self) -> tuple[bool, str]:
+        """Whether tables, links, tree and counters agree (slow: for tests)."""
+        with self._writing, self._lock:
+            valid, reason = self._tree.check_valid()
+            if not valid:
+                return False, reason
+            live = np.flatnonzero(self._slot.key >= 0)
+            starts = np.flatnonzero(self._tree.values > 0)
+            if self._live != len(live) or self._startable != len(starts):
+                return False, "a counter is wrong"
+            if (self._slot.key[live] % self.slots != live).any():
+                return False, "a key lies in another's slot"
+            window = self._window(self._slot.key[starts])
+            if not self._live_keys(window).all():
+                return False, "a start has lost a block"
+            number = self._slot.number[window % self.slots]
+            if (number != number[:, :1] + np.arange(self.sequence.blocks)).any():
+                return False, "a link skips a block"
+            return True, ""
+
+    def _saved_arrays(self) -> dict[str, np.ndarray]:
+        """Per slot, or per lane where the name begins with `lane/`."""
+        arrays = {f"slot/{name}": array for name, array in vars(self._slot).items()}
+        arrays |= {f"lane/{name}": array for name, array in vars(self._lane).items()}
+        arrays |= {f"rows/{path}": array for path, array in self._rows.items()}
+        arrays |= {f"carry/{path}": array for path, array in self._carry.items()}
+        return arrays | {"leaves": self._tree.values}
+
+    def _layout(self) -> str:
+        """JSON of all that a saved state depends on."""
+        leaves = trees.flatten({"rows": self._row_spec, "carry": self._carry_spec})
+        return json.dumps(
+            {
+                "slots": self.slots,
+                "lanes": self.lanes,
+                "sequence": asdict(self.sequence),
+                "leaves": {path: [list(leaf.shape), leaf.dtype] for path, leaf in leaves.items()},
+            },
+            sort_keys=True,
+        )
+
+
+_COUNTERS = ("_next_key", "env_steps", "blocks_dropped", "redraws")
+
+
+def _zeros(spec: Row | Carry, leading: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Arrays by leaf path; np.zeros touches no memory before it is written."""
+    leaves: dict[str, ArraySpec] = trees.flatten(spec)
+    return {path: np.zeros((*leading, *leaf.shape), leaf.dtype) for path, leaf in leaves.items()}
+
+
+def _take_rows(data: np.ndarray, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """[n, L, ...] of data [slots, K, ...] by row index; mode "clip" copies without a buffer."""
+    flat = data.reshape(-1, *data.shape[2:])
+    return np.take(flat, index, axis=0, out=out, mode="clip")
+
+
+def _as_slice(indices: np.ndarray) -> Any:
+    """The same indices as a slice where they have no gap: a view instead of a copy."""
+    if indices[-1] - indices[0] + 1 == len(indices):
+        return slice(int(indices[0]), int(indices[-1]) + 1)
+    return indices
+
+
+def _checked_leaves(
+    what: str, tree: Any, stored: Mapping[str, np.ndarray], blocks: int
+) -> dict[str, np.ndarray]:
+    """The leaves of a rollout's tree [M, ...], if they are as the ring stores them."""
+    leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(tree).items()}
+    if leaves.keys() != stored.keys():
+        raise ValueError(
+            f"A rollout's {what} have the leaves {sorted(leaves)}, the replay stores "
+            f"{sorted(stored)}; both must come from one spec."
+        )
+    for path, leaf in leaves.items():
+        want = stored[path]
+        if leaf.shape != (blocks, *want.shape[1:]) or leaf.dtype != want.dtype:
+            raise ValueError(
+                f"A rollout's {what} leaf {path} is {leaf.dtype}{list(leaf.shape)}, the replay "
+                f"stores {want.dtype}{[blocks, *want.shape[1:]]}; convert it where it is made."
+            )
+    return leaves
+
+
+def _checked_buffers(tree: Any, batch_size: int) -> dict[str, np.ndarray]:
+    leaves: dict[str, np.ndarray] = trees.flatten(tree)
+    for path, leaf in leaves.items():
+        if len(leaf) != batch_size:
+            raise ValueError(
+                f"Buffer {path} holds {len(leaf)} sequences, {batch_size} are asked for; "
+                f"make it by buffers({batch_size})."
+            )
+    return leaves

@@ -1,0 +1,173 @@
+"""Prioritised sequence replay, as in R2D2.
+
+From the paper: priority eta * max + (1 - eta) * mean of the absolute n-step TD errors of a sequence
+(section 2.3); drawing in proportion to priority^0.9, importance exponent 0.6 (appendix); first
+priorities from acting-time Q-values, the online network as its own target (as in Ape-X).
+The importance is divided by its maximum over the whole batch.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, final
+
+import numpy as np
+
+from rlx.interfaces import FirstTD
+from rlx.replay.blocks import BlockRing
+from rlx.seeding import spawn_rng
+from rlx.types import Batch, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
+
+_NOT_VALID = -1.0  # the TD of a row that has none
+
+
+def sequence_priority(td: np.ndarray, eta: float) -> np.ndarray:
+    """f64[B]: eta * max + (1 - eta) * mean over the valid rows of td f32[B, T]; 0 without any."""
+    td = np.asarray(td, np.float64)
+    valid = td != _NOT_VALID
+    td = np.where(valid, td, 0.0)
+    mean = td.sum(axis=1) / np.maximum(1, valid.sum(axis=1))
+    return eta * td.max(axis=1) + (1.0 - eta) * mean
+
+
+def importance_of(scaled_probability: np.ndarray, exponent: float) -> np.ndarray:
+    """f32[B]: (N * P)^-exponent by the batch's largest; N sequences, each drawn with chance P."""
+    importance = scaled_probability**-exponent
+    return (importance / importance.max()).astype(np.float32)
+
+
+@final
+class Prioritized:
+    """Draws sequences in proportion to (priority + epsilon)^priority_exponent."""
+
+    def __init__(
+        self,
+        *,
+        capacity: Annotated[int, Range(ge=1)],
+        ratio: Annotated[float, Range(gt=0)] | None,
+        min_sequences: Annotated[int, Range(ge=1)],
+        priority_exponent: Annotated[float, Range(ge=0)],
+        priority_eta: Annotated[float, Range(ge=0, le=1)],
+        priority_epsilon: Annotated[float, Range(gt=0)],
+        importance_exponent: Annotated[float, Range(ge=0)],
+        initial_priority: Literal["acting", "max"],
+        stratified: bool,
+        sequence: Runtime[SequenceSpec],
+        row_spec: Runtime[Row],
+        carry_spec: Runtime[Carry],
+        lanes: Runtime[int],
+        first_td: Runtime[FirstTD],
+        seed: Runtime[int],
+    ) -> None:
+        """Settings: conf/replay/prioritized.yaml. Raises ValueError for what cannot work."""
+        self.ratio = ratio
+        self.min_sequences = min_sequences
+        self._exponent, self._eta, self._epsilon = priority_exponent, priority_eta, priority_epsilon
+        self._importance_exponent = importance_exponent
+        self._initial_priority = initial_priority
+        self._stratified = stratified
+        self._first_td = first_td
+        self._rng = spawn_rng(seed, "replay", "sample")
+        self._largest_priority = 1.0  # ever written; read by initial_priority=max only
+        self._stale_updates = 0
+        self._ring = BlockRing(
+            capacity_rows=capacity,
+            sequence=sequence,
+            row_spec=row_spec,
+            carry_spec=carry_spec,
+            lanes=lanes,
+        )
+        self._ring.budget.check_min_sequences(min_sequences)
+
+    @property
+    def startable(self) -> int:
+        return self._ring.startable
+
+    @property
+    def rows(self) -> int:
+        return self._ring.rows
+
+    @property
+    def env_steps(self) -> int:
+        return self._ring.env_steps
+
+    @property
+    def nbytes(self) -> int:
+        return self._ring.nbytes
+
+    def add(self, rollout: Rollout) -> None:
+        """Stores a rollout's blocks and gives the sequences they complete a first priority."""
+        self._ring.add(rollout, self._first_leaves)
+
+    def buffers(self, batch_size: int) -> Batch:
+        """Arrays that `sample` can fill again and again."""
+        return self._ring.buffers(batch_size)
+
+    def sample(self, batch_size: int, *, buffers: Batch | None = None) -> Sample:
+        """Draws with replacement; the batch lies in the buffers, or in fresh arrays without."""
+        drawn = self._ring.draw(batch_size, self._rng, stratified=self._stratified, buffers=buffers)
+        importance = importance_of(drawn.scaled_probability, self._importance_exponent)
+        return Sample(
+            batch=Batch(rows=drawn.rows, carry=drawn.carry, importance=importance),
+            keys=drawn.keys,
+            weights_version=drawn.weights_version,
+        )
+
+    def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:
+        """New absolute TD errors f32[B, T] (-1 = not valid) of the sequences with keys i64[B].
+
+        Keys overwritten since they were sampled are ignored and counted. Raises
+        FloatingPointError, naming the keys, if an error is not finite.
+        """
+        self._stale_updates += self._ring.set_leaves(keys, self._leaves(keys, td))
+
+    def stats(self) -> dict[str, float]:
+        """Metrics: the ring's, and the updates that came too late."""
+        return {**self._ring.stats(), "replay/stale_updates": float(self._stale_updates)}
+
+    def state(self, *, copy: bool = True) -> dict[str, Any]:
+        """Arrays and JSON scalars; copy=False: views, to be written out before the next add."""
+        return {
+            **self._ring.state(copy=copy),
+            "rng": json.dumps(self._rng.bit_generator.state),
+            "largest_priority": self._largest_priority,
+            "stale_updates": self._stale_updates,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._ring.restore(state)
+        self._rng.bit_generator.state = json.loads(state["rng"])
+        self._largest_priority = float(state["largest_priority"])
+        self._stale_updates = int(state["stale_updates"])
+
+    def _first_leaves(self, keys: np.ndarray) -> np.ndarray:
+        if self._initial_priority == "max":
+            return self._to_leaves(np.full(len(keys), self._largest_priority))
+        return self._leaves(keys, self._first_td(self._ring.scalars(keys)))
+
+    def _leaves(self, keys: np.ndarray, td: np.ndarray) -> np.ndarray:
+        """f64[B] of td f32[B, T]."""
+        _check_td(keys, td)
+        priority = sequence_priority(td, self._eta)
+        self._largest_priority = max(self._largest_priority, float(priority.max(initial=0.0)))
+        return self._to_leaves(priority)
+
+    def _to_leaves(self, priority: np.ndarray) -> np.ndarray:
+        # A leaf of 0 would take the sequence out of the replay.
+        return np.maximum((priority + self._epsilon) ** self._exponent, np.finfo(np.float64).tiny)
+
+
+def _check_td(keys: np.ndarray, td: np.ndarray) -> None:
+    td = np.asarray(td)
+    if td.ndim != 2 or len(td) != len(keys):
+        raise ValueError(
+            f"TD errors must be f32[{len(keys)}, T], one line per key, got {list(td.shape)}."
+        )
+    bad = ~np.isfinite(td).all(axis=1)
+    if bad.any():
+        raise FloatingPointError(
+            f"TD errors of the sequences with keys {np.asarray(keys)[bad].tolist()} are not "
+            f"finite; look at the learner's loss and the rewards."
+        )
+    if ((td < 0) & (td != _NOT_VALID)).any():
+        raise ValueError(f"TD errors must be absolute (or -1 = not valid), got {float(td.min())}.")

@@ -1,0 +1,147 @@
+"""Trains: `python -m rlx.train acting=ray_pool acting.instances=128`.
+
+Compose, check, run. Everything here is about the command line; the training loop is
+`rlx.loop.run`, and `rlx.run(rlx.compose([...]))` does the same from Python.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from rlx import _paths, api, composing
+from rlx.config import ROLES, check, remember
+from rlx.problems import ConfigError, Problem, refuse
+
+VERSION = {"execution_whitelist": ("rlx.*",)} if composing.HYDRA_14 else composing.VERSION
+
+
+def main() -> None:
+    """The console script `rlx-train`."""
+    try:
+        sys.argv[1:] = prepare(sys.argv[1:])
+    except ConfigError as error:
+        _leave(error)
+    hydra.main(config_path=str(_paths.config_dir()), config_name="config", **VERSION)(job)()
+
+
+def job(cfg: DictConfig) -> Any:
+    """One run, in the folder that Hydra made for it."""
+    running: Any = HydraConfig.get()
+    main_dir = next(s.path for s in running.runtime.config_sources if s.provider == "main")
+    overrides = [*_searchpath(running), *running.overrides.task]
+    sources = composing.find_sources(overrides, running.job.config_name, main_dir)
+    try:
+        return api.run(remember(cfg, sources), running.runtime.output_dir)
+    except ConfigError as error:
+        if running.mode == RunMode.MULTIRUN:
+            raise  # the sweep's other jobs go on
+        _leave(error)
+
+
+def prepare(argv: list[str]) -> list[str]:
+    """Checks a single run before Hydra starts it, and rewrites `resume=DIR` for Hydra."""
+    args = get_args_parser().parse_args(argv)
+    if args.experimental_rerun:
+        raise refuse("--experimental-rerun", "reads a pickle; write resume=DIR instead")
+    if args.config_path and not Path(args.config_path).is_absolute():
+        says = "give an absolute path; or --config-dir, which adds a folder to rlx's own"
+        raise refuse("--config-path", says, given=args.config_path)
+    if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
+        return argv
+    if (folder := _resumed(args.overrides)) is not None:
+        argv = _resume_argv(folder, args)
+        args = get_args_parser().parse_args(argv)
+    if args.multirun or "hydra.mode=MULTIRUN" in args.overrides:
+        return argv
+    cfg = composing.compose(
+        args.overrides,
+        args.config_name or "config",
+        config_dir=args.config_path,
+        extra_dir=args.config_dir,
+        keep_hydra=True,
+    )
+    check(cfg)
+    if cfg.resume is None:
+        _check_output(Path(cfg.hydra.run.dir))
+    return argv
+
+
+def _check_output(folder: Path) -> None:
+    """Refuses a folder that cannot be one, before Hydra writes into it."""
+    api.refuse_used(folder)
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        says = f"cannot be made: {existing} is not a folder that can be written; give another"
+        raise refuse("hydra.run.dir", says, given=str(folder))
+
+
+# --- resume --------------------------------------------------------------------------------------
+
+
+def _resumed(overrides: list[str]) -> Path | None:
+    """The run that `resume=DIR` names; None for `resume=auto` and for none."""
+    for text in overrides:
+        if text.partition("=")[0].lstrip("+") == "resume":
+            try:
+                given = OverridesParser.create().parse_override(text).value()
+            except HydraException:
+                return None  # composing will say what is wrong with it
+            return None if given in (None, "auto") else api.find_run(str(given)).resolve()
+    return None
+
+
+def _resume_argv(folder: Path, args: Any) -> list[str]:
+    """The command line that continues a run: its own configuration, its own folder."""
+    if args.multirun or args.config_path or args.config_name or args.config_dir:
+        says = "continues one run with its own configuration; leave -m and --config-* out"
+        raise refuse("resume", says, given=str(folder))
+    names = (text.partition("=") for text in args.overrides)
+    groups = {key: value for key, _, value in names if key.lstrip("+~") in (*ROLES, "experiment")}
+    if groups:
+        says = "a resumed run keeps its groups, its checkpoint was made with them; change single "
+        says += "values (acting.instances=4), or start a new run"
+        source = composing.COMMAND_LINE
+        raise ConfigError(
+            [Problem(path=k, given=v, source=source, says=says) for k, v in groups.items()]
+        )
+    number = 1 + len(list((folder / ".hydra").glob("resume-*")))
+    values = [text for text in args.overrides if text.partition("=")[0].lstrip("+") != "resume"]
+    return [
+        *("--config-path", str(folder / ".hydra"), "--config-name", "config"),
+        composing.search(_paths.config_dir()),
+        "hydra/job_logging=rlx",
+        f"hydra.run.dir={composing.quote(str(folder))}",
+        f"hydra.output_subdir=.hydra/resume-{number}",
+        f"resume={composing.quote(str(folder))}",
+        *values,
+    ]
+
+
+def _searchpath(running: DictConfig) -> list[str]:
+    """Hydra's further search folders, as `find_sources` takes them."""
+    sources = running.runtime.config_sources
+    more = [s.path for s in sources if s.schema == "file" and s.provider != "main"]
+    return [composing.search(*more)] if more else []
+
+
+def _leave(error: ConfigError) -> NoReturn:
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise error
+    for problem in error.problems:
+        print(f"rlx: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

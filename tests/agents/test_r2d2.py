@@ -1,0 +1,241 @@
+"""R2D2's update against plain Python in float64, and the rules of sequences."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlx import trees
+from rlx.types import Batch, QActing, TrainState
+from tests import parts
+
+
+def h(x, e=1e-3):
+    return np.sign(x) * (np.sqrt(abs(x) + 1) - 1) + e * x
+
+
+def h_inverse(x, e=1e-3):
+    return np.sign(x) * (((np.sqrt(1 + 4 * e * (abs(x) + 1 + e)) - 1) / (2 * e)) ** 2 - 1)
+
+
+def q_values(agent, params, batch: Batch) -> np.ndarray:
+    """f64[B, L, A]: an unroll from the stored carry."""
+    rows = trees.tree_map(lambda x: np.swapaxes(x, 0, 1), batch.rows)
+    q, _ = agent.network.apply(params, rows.inputs, batch.carry)
+    return np.swapaxes(np.asarray(q, np.float64), 0, 1)
+
+
+def oracle_td(agent, state: TrainState, batch: Batch) -> np.ndarray:
+    """f64[B, T] signed TD errors, nan where not valid: the paper's equations, row by row."""
+    online = q_values(agent, state.params, batch)
+    target = q_values(agent, state.target_params, batch)
+    rows, n = batch.rows, agent.n_step
+    td = np.full((len(online), agent.unroll), np.nan)
+    for b in range(len(online)):
+        for i in range(agent.unroll):
+            t = agent.burn_in + i
+            if not rows.valid[b, t]:
+                continue
+            total, factor, k = 0.0, 1.0, 0
+            while k < n and rows.valid[b, t + k]:
+                total += factor * float(rows.reward[b, t + k])
+                factor *= agent.discount * float(rows.discount[b, t + k])
+                k += 1
+            best = np.argmax(online[b, t + k] if agent.double_q else target[b, t + k])
+            value = h(total + factor * h_inverse(target[b, t + k, best]))
+            td[b, i] = value - online[b, t, rows.action[b, t]]
+    return td
+
+
+def started(agent, seed: int = 0) -> TrainState:
+    """A state whose target network is another one."""
+    state = agent.init(jax.random.PRNGKey(seed))
+    other = agent.network.init(jax.random.PRNGKey(seed + 1))
+    return dataclasses.replace(state, target_params=other)
+
+
+@pytest.mark.parametrize("double_q", [True, False])
+@pytest.mark.parametrize("core", ["lstm", "gru", "none"])
+def test_td_and_loss_equal_the_float64_oracle(core, double_q):
+    agent = parts.agent(parts.network(core=core), double_q=double_q)
+    batch, state = parts.batch(agent, 16), started(agent)
+    assert not batch.rows.valid.all()
+    assert (batch.rows.discount[batch.rows.valid] == 0).any()
+    td = oracle_td(agent, state, batch)
+    _, output = jax.jit(agent.update)(state, batch)
+    np.testing.assert_allclose(output.td, np.where(np.isnan(td), -1, abs(td)), atol=2e-5)
+    per_sequence = np.nanmean(0.5 * td**2, axis=1)
+    np.testing.assert_allclose(
+        output.metrics["learner/loss"], np.mean(batch.importance * per_sequence), rtol=1e-4
+    )
+
+
+def test_images_with_stacks_too():
+    agent = parts.agent(
+        parts.network(parts.IMAGE), burn_in=2, unroll=3, n_step=2, stride=2, block_rows=2
+    )
+    batch, state = parts.batch(agent, 4), started(agent)
+    td = oracle_td(agent, state, batch)
+    _, output = agent.update(state, batch)
+    np.testing.assert_allclose(output.td, np.where(np.isnan(td), -1, abs(td)), atol=2e-5)
+
+
+def test_rows_of_a_sequence_over_an_end_are_those_of_their_own_episodes():
+    """Cut the batch at the end: what comes after it must not change what was before, and back."""
+    agent = parts.agent(burn_in=0, unroll=10, n_step=3)
+    state, rng = started(agent), np.random.default_rng(0)
+    batch = parts.batch(agent, 1)
+    end = 5  # x_5 is an episode's last observation, x_6 the next one's first
+
+    def with_end(changes: dict) -> Batch:
+        rows = trees.tree_map(np.copy, batch.rows)
+        rows.inputs.first[:] = False
+        rows.inputs.first[:, end + 1] = True
+        rows.valid[:] = True
+        rows.valid[:, end] = False
+        rows.discount[:] = 1
+        rows.discount[:, end - 1 : end + 1] = 0
+        for side, (low, high) in {"before": (0, end + 1), "after": (end + 1, 13)}.items():
+            if side in changes:
+                shape = rows.inputs.observation["observation"][:, low:high].shape
+                rows.inputs.observation["observation"][:, low:high] = rng.normal(size=shape)
+                rows.reward[:, low:high] = rng.normal(size=(1, high - low))
+        rows.reward[:, end] = 0
+        return Batch(rows=rows, carry=batch.carry, importance=batch.importance)
+
+    _, plain = agent.update(state, with_end({}))
+    for side, same in {"before": slice(end + 1, None), "after": slice(0, end + 1)}.items():
+        _, changed = agent.update(state, with_end({side}))
+        np.testing.assert_allclose(plain.td[:, same], changed.td[:, same], rtol=1e-4, atol=1e-6)
+        assert not np.allclose(plain.td, changed.td, atol=1e-3)
+
+
+def test_first_td_equals_the_learners_when_all_networks_are_one():
+    agent = parts.agent()
+    batch = parts.batch(agent, 16)
+    state = agent.init(jax.random.PRNGKey(0))
+    q = q_values(agent, state.params, batch)
+    taken = np.take_along_axis(q, batch.rows.action[..., None], axis=-1)[..., 0]
+    acting = QActing(q=taken.astype(np.float32), q_max=q.max(axis=-1).astype(np.float32))
+    rows = dataclasses.replace(batch.rows, acting=acting)
+    _, output = agent.update(state, dataclasses.replace(batch, rows=rows))
+    scalars = dataclasses.replace(
+        rows, inputs=dataclasses.replace(rows.inputs, observation={})
+    )
+    first = agent.first_td(scalars)
+    assert first.dtype == np.float32
+    np.testing.assert_allclose(first, output.td, atol=2e-5)
+    assert (first == -1).any()
+
+
+def test_no_gradient_crosses_the_burn_in():
+    agent = parts.agent()
+    batch, state = parts.batch(agent, 4), started(agent)
+    after_burn_in = trees.tree_map(lambda x: x[:, agent.burn_in :], batch.rows)
+    rows = trees.tree_map(lambda x: np.swapaxes(x[:, : agent.burn_in], 0, 1), batch.rows)
+    _, carry = agent.network.apply(state.params, rows.inputs, batch.carry)
+    _, target_carry = agent.network.apply(state.target_params, rows.inputs, batch.carry)
+    no_burn_in = dataclasses.replace(agent, burn_in=0)
+    short = Batch(rows=after_burn_in, carry=carry, importance=batch.importance)
+
+    def grads(agent, batch, target_carry):
+        rows = trees.tree_map(lambda x: np.swapaxes(x, 0, 1), batch.rows)
+        target_q, _ = agent.network.apply(state.target_params, rows.inputs, target_carry)
+        loss = lambda p: agent._loss(p, rows, batch.carry, target_q, batch.importance)[0]
+        return jax.grad(loss)(state.params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        grads(agent, batch, batch.carry),
+        grads(no_burn_in, short, target_carry),
+    )
+
+
+def test_target_is_copied_every_period_and_not_between():
+    agent = parts.agent(target_period_updates=3)
+    batch, state = parts.batch(agent, 4), started(agent)
+    update, old = jax.jit(agent.update), state.target_params
+    for count in range(1, 7):
+        state, _ = update(state, batch)
+        assert int(state.updates) == count
+        expected = state.params if count % 3 == 0 else old
+        jax.tree.map(np.testing.assert_array_equal, state.target_params, expected)
+        old = state.target_params
+
+
+def test_padding_like_sequences_give_no_nan():
+    agent = parts.agent()
+    batch, state = parts.batch(agent, 2), started(agent)
+    rows = dataclasses.replace(batch.rows, valid=np.zeros_like(batch.rows.valid))
+    _, output = agent.update(state, dataclasses.replace(batch, rows=rows))
+    assert (np.asarray(output.td) == -1).all()
+    assert all(np.isfinite(value) for value in output.metrics.values())
+
+
+def test_zero_state_ablation_forgets_the_stored_state():
+    agent = parts.agent(stored_state=False)
+    batch, state = parts.batch(agent, 4), started(agent)
+    _, output = agent.update(state, batch)
+    zero = dataclasses.replace(batch, carry=agent.initial_carry(4))
+    _, same = parts.agent(agent.network).update(state, zero)
+    np.testing.assert_allclose(output.td, same.td, atol=1e-6)
+    _, stored = parts.agent(agent.network).update(state, batch)
+    assert not np.allclose(output.td, stored.td, atol=1e-3)
+
+
+def test_reward_transform_reaches_targets_and_inputs_alike():
+    clipped, raw = parts.agent(reward="clip"), parts.agent()
+    state, batch = started(raw), parts.batch(raw, 4)
+    big = dataclasses.replace(batch.rows, reward=batch.rows.reward * 100)
+    big = dataclasses.replace(
+        big, inputs=dataclasses.replace(big.inputs, prev_reward=big.inputs.prev_reward * 100)
+    )
+    by_hand = dataclasses.replace(
+        big,
+        reward=np.clip(big.reward, -1, 1),
+        inputs=dataclasses.replace(
+            big.inputs, prev_reward=np.clip(big.inputs.prev_reward, -1, 1)
+        ),
+    )
+    _, got = clipped.update(state, dataclasses.replace(batch, rows=big))
+    _, expected = raw.update(state, dataclasses.replace(batch, rows=by_hand))
+    np.testing.assert_allclose(got.td, expected.td, atol=1e-6)
+
+
+def test_act_is_greedy_at_epsilon_0_random_at_1_and_keeps_its_q():
+    agent = parts.agent()
+    params = agent.init(jax.random.PRNGKey(0)).params
+    inputs = parts.inputs(parts.VECTOR, 4000, rng=np.random.default_rng(0))
+    carry, key = agent.initial_carry(4000), jax.random.PRNGKey(1)
+    one_row = trees.tree_map(lambda x: x[None], inputs)
+    q = np.asarray(agent.network.apply(params, one_row, carry)[0][0])
+    greedy, acting, _ = agent.act(params, inputs, carry, key, jnp.zeros(4000))
+    np.testing.assert_array_equal(greedy, q.argmax(-1))
+    np.testing.assert_allclose(acting.q, acting.q_max)
+    action, acting, _ = agent.act(params, inputs, carry, key, jnp.ones(4000))
+    counts = np.bincount(action, minlength=4)
+    assert (abs(counts - 1000) < 5 * np.sqrt(750)).all()
+    np.testing.assert_allclose(acting.q, q[np.arange(4000), action], rtol=1e-5)
+    np.testing.assert_allclose(acting.q_max, q.max(-1), rtol=1e-5)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    optimizer = parts.adam(max_grad_norm=1.0).build()
+    params = {"w": jnp.zeros(3)}
+    grads = {"w": jnp.array([300.0, 0.0, 400.0])}
+    small = {"w": grads["w"] / 500}
+    first, _ = optimizer.update(grads, optimizer.init(params), params)
+    second, _ = optimizer.update(small, optimizer.init(params), params)
+    np.testing.assert_allclose(first["w"], second["w"], rtol=1e-5)
+    plain = parts.adam(max_grad_norm=None, decay_updates=10).build()
+    assert isinstance(plain, optax.GradientTransformation)
+
+
+def test_wrong_settings_say_so():
+    with pytest.raises(ValueError, match="multiple of agent.block_rows=4"):
+        parts.agent(stride=6)
+    with pytest.raises(ValueError, match="acts in discrete action spaces; box has a box"):
+        parts.agent(parts.network(parts.BOX))

@@ -1,0 +1,162 @@
+"""Small networks, agents and batches for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rlx.agents.r2d2 import R2D2
+from rlx.networks.cores import GRU, LSTM, Core, Feedforward
+from rlx.networks.heads import Dueling
+from rlx.networks.recurrent import RecurrentNetwork
+from rlx.networks.torsos import MLP, NatureCNN, Torso
+from rlx.optimizers import Adam
+from rlx.types import (
+    ArraySpec,
+    Batch,
+    BoxSpec,
+    Carry,
+    DiscreteSpec,
+    EnvSpec,
+    NetInput,
+    QActing,
+    Row,
+)
+
+CORES: dict[str, Core] = {
+    "lstm": LSTM(units=8),
+    "gru": GRU(units=8),
+    "none": Feedforward(units=8),
+}
+SMALL_CNN = NatureCNN(channels=(4, 4), kernels=(8, 4), strides=(8, 4))
+VECTOR = EnvSpec(
+    id="vector",
+    observation={"observation": ArraySpec(shape=(3,), dtype="float32")},
+    action=DiscreteSpec(n=4),
+    frames_per_env_step=1,
+)
+IMAGE = EnvSpec(
+    id="image",
+    observation={"observation": ArraySpec(shape=(1, 84, 84), dtype="uint8")},
+    action=DiscreteSpec(n=4),
+    frames_per_env_step=4,
+)
+BOX = EnvSpec(
+    id="box",
+    observation=VECTOR.observation,
+    action=BoxSpec(shape=(2,), low=(-1.0, -1.0), high=(1.0, 1.0)),
+    frames_per_env_step=1,
+)
+
+
+def network(spec: EnvSpec = VECTOR, core: str = "lstm", **changes: Any) -> RecurrentNetwork:
+    image = any(len(leaf.shape) == 3 for leaf in spec.observation.values())
+    torso: Torso = SMALL_CNN if image else MLP(layers=(8,))
+    settings: dict[str, Any] = {
+        "torso": torso,
+        "dense_before_core": None,
+        "layer_norm": False,
+        "core": CORES[core],
+        "head": Dueling(hidden=8),
+        "stack": {"observation": 4} if image else {},
+        "prev_action": True,
+        "prev_reward": True,
+        "compute_dtype": "float32",
+        "spec": spec,
+    }
+    return RecurrentNetwork(**settings | changes)
+
+
+def adam(**changes: Any) -> Adam:
+    settings: dict[str, Any] = {
+        "learning_rate": 1e-3,
+        "b1": 0.9,
+        "b2": 0.999,
+        "epsilon": 1e-3,
+        "max_grad_norm": 80.0,
+        "decay_updates": None,
+    }
+    return Adam(**settings | changes)
+
+
+def agent(net: RecurrentNetwork | None = None, **changes: Any) -> R2D2:
+    net = net or network()
+    settings: dict[str, Any] = {
+        "burn_in": 4,
+        "unroll": 6,
+        "n_step": 3,
+        "stride": 4,
+        "block_rows": 4,
+        "discount": 0.97,
+        "double_q": True,
+        "rescale_epsilon": 1e-3,
+        "reward": "raw",
+        "stored_state": True,
+        "loss_over_time": "mean",
+        "target_period_updates": 10,
+        "optimizer": adam(),
+        "network": net,
+        "spec": net.spec,
+    }
+    return R2D2(**settings | changes)
+
+
+def inputs(spec: EnvSpec, *leading: int, rng: np.random.Generator) -> NetInput:
+    """Random inputs with resets here and there."""
+    first = rng.random(leading) < 0.2
+    observation = {
+        name: (
+            rng.integers(0, 256, (*leading, *leaf.shape)).astype(leaf.dtype)
+            if leaf.dtype == "uint8"
+            else rng.normal(size=(*leading, *leaf.shape)).astype(leaf.dtype)
+        )
+        for name, leaf in spec.observation.items()
+    }
+    assert isinstance(spec.action, DiscreteSpec)
+    action = rng.integers(0, spec.action.n, leading).astype(np.int32)
+    return NetInput(
+        observation=observation,
+        prev_action=np.where(first, np.int32(-1), action),
+        prev_reward=np.where(first, 0, rng.normal(size=leading)).astype(np.float32),
+        time=np.zeros(leading, np.int32),
+        first=first,
+    )
+
+
+def random_carry(net: RecurrentNetwork, batch: int, rng: np.random.Generator) -> Carry:
+    """As if acting had gone on for a while."""
+    import jax
+
+    def noise(x: Any) -> np.ndarray:
+        if x.dtype == np.uint8:
+            return rng.integers(0, 256, x.shape).astype(np.uint8)
+        return rng.normal(size=x.shape).astype(x.dtype) / 2
+
+    return jax.tree.map(noise, net.initial_carry(batch))
+
+
+def batch(agent: R2D2, size: int, *, seed: int = 0) -> Batch:
+    """Random sequences in which episodes end, by termination and by truncation."""
+    rng = np.random.default_rng(seed)
+    length = agent.sequence.length
+    net_inputs = inputs(agent.spec, size, length, rng=rng)
+    # The row before a first row is an episode's last observation: not valid.
+    valid = np.ones((size, length), bool)
+    valid[:, :-1] = ~net_inputs.first[:, 1:]
+    terminated = rng.random((size, length)) < 0.5
+    discount = np.ones((size, length), np.float32)
+    discount[:, :-1] = np.where(~valid[:, 1:] & terminated[:, 1:], 0, 1)
+    discount = np.where(valid, discount, 0).astype(np.float32)
+    scalar = rng.normal(size=(2, size, length)).astype(np.float32)
+    assert isinstance(agent.spec.action, DiscreteSpec)
+    rows = Row(
+        inputs=net_inputs,
+        action=rng.integers(0, agent.spec.action.n, (size, length)).astype(np.int32),
+        reward=np.where(valid, rng.normal(size=(size, length)), 0).astype(np.float32),
+        discount=discount,
+        valid=valid,
+        acting=QActing(q=scalar[0], q_max=np.maximum(scalar[0], scalar[1])),
+    )
+    importance = rng.uniform(0.2, 1, size).astype(np.float32)
+    return Batch(rows=rows, carry=random_carry(agent.network, size, rng), importance=importance)

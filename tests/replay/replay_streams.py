@@ -1,0 +1,98 @@
+"""Streams of blocks whose every leaf tells which lane, chain and row it is, and specs for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rlx import trees
+from rlx.types import ArraySpec, Carry, NetInput, QActing, Rollout, Row, SequenceSpec
+
+
+def row_spec(shape: tuple[int, ...] = (3,)) -> Row:
+    def scalar(dtype: str) -> ArraySpec:
+        return ArraySpec(shape=(), dtype=dtype)
+
+    return Row(
+        inputs=NetInput(
+            observation={"image": ArraySpec(shape=shape, dtype="uint8")},
+            prev_action=scalar("int32"),
+            prev_reward=scalar("float32"),
+            time=scalar("int32"),
+            first=scalar("bool"),
+        ),
+        action=scalar("int32"),
+        reward=scalar("float32"),
+        discount=scalar("float32"),
+        valid=scalar("bool"),
+        acting=QActing(q=scalar("float32"), q_max=scalar("float32")),
+    )
+
+
+def carry_spec(units: int = 2, frames: tuple[int, ...] = (1, 3)) -> Carry:
+    state = ArraySpec(shape=(units,), dtype="float32")
+    return Carry(core=(state, state), frames={"image": ArraySpec(shape=frames, dtype="uint8")})
+
+
+ATARI_ROW = row_spec((84, 84))
+ATARI_CARRY = carry_spec(512, (3, 84, 84))
+ATARI_SEQUENCE = SequenceSpec(burn_in=40, unroll=80, n_step=5, stride=40, block_rows=40)
+
+
+def sequence_spec(
+    *, block_rows: int = 2, length: int = 5, blocks_per_stride: int = 1
+) -> SequenceSpec:
+    """A sequence of that many rows, one of them trained."""
+    return SequenceSpec(
+        burn_in=length - 1,
+        unroll=1,
+        n_step=0,
+        stride=block_rows * blocks_per_stride,
+        block_rows=block_rows,
+    )
+
+
+def fill(spec: Any, leading: tuple[int, ...]) -> Any:
+    """Zeros of a spec with these leading axes."""
+    return trees.tree_map(lambda leaf: np.zeros((*leading, *leaf.shape), leaf.dtype), spec)
+
+
+def rollout(
+    blocks: list[tuple[int, int, int]],
+    sequence: SequenceSpec,
+    *,
+    rows: Row | None = None,
+    carry: Carry | None = None,
+    valid: bool = True,
+) -> Rollout:
+    """Blocks (lane, chain, number): action = lane, time = row of the chain, reward = chain.
+
+    The image's bytes are the row's, the carry's are those of the block's first row.
+    """
+    rows, carry = rows or row_spec(), carry or carry_spec()
+    names = np.array(blocks, np.int64).reshape(-1, 3)
+    k = sequence.block_rows
+    time = names[:, 2:] * k + np.arange(k)
+    data, before = fill(rows, (len(names), k)), fill(carry, (len(names),))
+    data.action[:] = names[:, :1]
+    data.reward[:] = names[:, 1:2]
+    data.inputs.time[:] = time
+    data.valid[:] = valid
+    data.inputs.observation["image"][:] = (time % 251).reshape(
+        *time.shape, *[1] * (data.inputs.observation["image"].ndim - 2)
+    )
+    before.core[0][:] = names[:, 2:] * k
+    return Rollout(
+        rows=data,
+        carry=before,
+        next=None,
+        lane=names[:, 0].astype(np.int32),
+        chain=names[:, 1].astype(np.int32),
+        number=names[:, 2],
+        weights_version=names[:, 2] * 10,
+        episodes=(),
+        env_steps=0,
+        frames=0,
+        timings={},
+    )

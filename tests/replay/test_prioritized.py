@@ -1,0 +1,292 @@
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from replay_streams import carry_spec, rollout, row_spec, sequence_spec
+from scipy import stats
+
+from rlx import trees
+from rlx.replay.prioritized import Prioritized, importance_of, sequence_priority
+from rlx.replay.uniform import Uniform
+from rlx.types import Row
+
+CONF = Path(__file__).parents[2] / "conf" / "replay"
+RUNTIME = {"sequence", "row_spec", "carry_spec", "lanes", "first_td", "seed"}
+SEQUENCE = sequence_spec(block_rows=2, length=5)
+
+
+def first_td(rows: Row) -> np.ndarray:
+    """One trained row: the time of the sequence's first row."""
+    assert rows.inputs.observation == {}
+    return rows.inputs.time[:, :1].astype(np.float32)
+
+
+def make(**settings) -> Prioritized:
+    defaults = {
+        "capacity": 80,
+        "ratio": 0.8,
+        "min_sequences": 1,
+        "priority_exponent": 0.9,
+        "priority_eta": 0.9,
+        "priority_epsilon": 0.001,
+        "importance_exponent": 0.6,
+        "initial_priority": "acting",
+        "stratified": False,
+        "sequence": SEQUENCE,
+        "row_spec": row_spec(),
+        "carry_spec": carry_spec(),
+        "lanes": 2,
+        "first_td": first_td,
+        "seed": 0,
+    }
+    return Prioritized(**(defaults | settings))
+
+
+def add(replay: Prioritized | Uniform, begin: int, end: int) -> None:
+    """Blocks of two lanes taking turns: key k is block k // 2 of lane k % 2."""
+    replay.add(rollout([(k % 2, 0, k // 2) for k in range(begin, end)], SEQUENCE))
+
+
+def leaves_by_hand(td: list[list[float]], eta=0.9, epsilon=0.001, exponent=0.9) -> list[float]:
+    """The formula in plain Python; -1 marks a row without error."""
+    leaves = []
+    for errors in td:
+        valid = [error for error in errors if error != -1]
+        mean = sum(valid) / max(1, len(valid))
+        priority = eta * max(valid, default=0.0) + (1 - eta) * mean
+        leaves.append((priority + epsilon) ** exponent)
+    return leaves
+
+
+# --- priorities ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", range(8))
+def test_rows_not_valid_have_no_share_wherever_they_are(end):
+    """An end at every position of 7 trained rows (7: none), also all but that one."""
+    errors = np.arange(1.0, 8.0, dtype=np.float32)
+    one_out, one_in = errors.copy(), np.full(7, -1, np.float32)
+    one_out[end : end + 1] = -1
+    one_in[end : end + 1] = errors[end : end + 1]
+    td = np.stack([one_out, one_in])
+    leaves = (sequence_priority(td, 0.9) + 0.001) ** 0.9
+    assert leaves == pytest.approx(leaves_by_hand(td.tolist()), rel=1e-12)
+
+
+@given(td=st.lists(st.lists(st.just(-1.0) | st.floats(0, 1e6), min_size=4, max_size=4), min_size=1))
+@settings(deadline=None)
+def test_leaves_after_an_update_are_the_formula(td):
+    td = np.array(td, np.float32)[:10]
+    replay = make(capacity=80)
+    add(replay, 0, 40)
+    replay.update_td(np.arange(len(td)), td)
+    leaves = replay._ring.leaves(np.arange(len(td)))
+    assert leaves == pytest.approx(leaves_by_hand(td.tolist()), rel=1e-12)
+    assert (leaves > 0).all()
+
+
+def test_first_priorities_come_from_acting_time():
+    replay = make()
+    add(replay, 0, 13)  # then wrapping around, in several rollouts
+    for begin in range(13, 90, 7):
+        add(replay, begin, begin + 7)
+    keys = np.arange(90 - 40, 90 - 4)
+    expected = leaves_by_hand([[4.0 * (key // 2) / 2] for key in keys.tolist()])
+    assert replay._ring.leaves(keys) == pytest.approx(expected, rel=1e-12)
+    assert replay.startable == len(keys)
+
+
+def test_initial_priority_max_is_the_largest_so_far():
+    replay = make(initial_priority="max", first_td=None)
+    add(replay, 0, 6)
+    assert replay._ring.leaves(np.arange(2)) == pytest.approx([1.001**0.9] * 2)
+    replay.update_td(np.array([0, 1]), np.array([[5.0], [0.5]], np.float32))
+    add(replay, 6, 7)
+    assert replay._ring.leaves(np.arange(3)) == pytest.approx(leaves_by_hand([[5], [0.5], [5]]))
+
+
+def test_errors_that_are_not_finite_name_their_keys():
+    replay = make()
+    add(replay, 0, 10)
+    before = replay._ring.leaves(np.arange(6))
+    for bad in (np.nan, np.inf, -np.inf):
+        td = np.array([[1, 1], [1, bad], [1, 1], [bad, -1]], np.float32)
+        with pytest.raises(FloatingPointError, match=r"keys \[3, 5\]"):
+            replay.update_td(np.array([2, 3, 4, 5]), td)
+    assert (replay._ring.leaves(np.arange(6)) == before).all()
+    broken = make(first_td=lambda rows: np.full((len(rows.valid), 1), np.nan))
+    with pytest.raises(FloatingPointError, match=r"keys \[0\]"):  # the first one completed
+        add(broken, 0, 8)
+
+
+def test_other_errors_in_updates():
+    replay = make()
+    add(replay, 0, 10)
+    with pytest.raises(ValueError, match=r"must be f32\[2, T\], one line per key, got \[2\]"):
+        replay.update_td(np.array([0, 1]), np.ones(2, np.float32))
+    with pytest.raises(ValueError, match="must be absolute"):
+        replay.update_td(np.array([0]), np.array([[0.5, -0.5]], np.float32))
+    with pytest.raises(ValueError, match=r"Keys \[10\] were never given out"):
+        replay.update_td(np.array([10]), np.ones((1, 1), np.float32))
+    with pytest.raises(ValueError, match="begin no startable sequence"):
+        replay.update_td(np.array([9]), np.ones((1, 1), np.float32))
+    assert replay.startable == 6
+
+
+def test_stats_are_metrics():
+    replay = make()
+    add(replay, 0, 10)
+    replay.add(rollout([(0, 1, 0), (0, 0, 5)], SEQUENCE))
+    assert replay.stats() == {
+        "replay/fill_fraction": 11 / 40,
+        "replay/startable_sequences": 6.0,
+        "replay/blocks_dropped": 1.0,
+        "replay/redraws": 0.0,
+        "replay/stale_updates": 0.0,
+    }
+
+
+def test_a_late_priority_is_ignored_and_counted():
+    replay = make()
+    add(replay, 0, 40)
+    sample = replay.sample(4)
+    assert sample.keys.max() < 36
+    add(replay, 40, 41)  # key 0 is overwritten: its slot holds key 40 now
+    before = replay._ring.leaves(np.arange(41))
+    replay.update_td(np.array([0, 1, 0]), np.full((3, 1), 7.0, np.float32))
+    after = replay._ring.leaves(np.arange(41))
+    assert after[1] == pytest.approx(leaves_by_hand([[7.0]])[0])
+    assert (np.delete(after, 1) == np.delete(before, 1)).all()
+    assert replay.stats()["replay/stale_updates"] == 2
+    assert replay._ring.check_valid() == (True, "")
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def drawn_counts(replay: Prioritized | Uniform, keys: int, draws: int) -> np.ndarray:
+    counts = np.zeros(keys)
+    for _ in range(draws // 50):
+        np.add.at(counts, replay.sample(50).keys, 1)
+    return counts
+
+
+def test_draws_follow_the_priorities():
+    replay = make()
+    add(replay, 0, 24)
+    td = np.array([[0.01], [3.0], [0.2], [1.0], [0.0], [9.0]], np.float32)
+    replay.update_td(np.array([0, 1, 5, 6, 10, 19]), td)
+    leaves = np.array(leaves_by_hand([[4.0 * (key // 2) / 2] for key in range(20)]))
+    leaves[[0, 1, 5, 6, 10, 19]] = leaves_by_hand(td.tolist())
+    counts = drawn_counts(replay, 20, 100_000)
+    expected = leaves / leaves.sum() * 100_000
+    # Cells that expect fewer than 5 draws are no chi-square cells: they are put together.
+    rare = expected < 5
+    assert rare.sum() < 5
+    merged = [np.append(x[~rare], x[rare].sum() + 1e-9) for x in (counts, expected)]
+    assert stats.chisquare(*merged).pvalue > 1e-3
+
+
+def test_stratified_draws_take_one_of_each_part():
+    replay = make(stratified=True, priority_exponent=0.0)  # all leaves 1
+    add(replay, 0, 36)
+    assert replay.startable == 32
+    for _ in range(20):
+        assert sorted(replay.sample(32).keys.tolist()) == list(range(32))
+    assert stats.chisquare(drawn_counts(replay, 32, 50_000)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.6, 1.0])
+def test_importance_is_recomputed_from_the_raw_tree(exponent):
+    replay = make(importance_exponent=exponent)
+    add(replay, 0, 60)
+    for _ in range(20):
+        sample = replay.sample(16)
+        raw = np.array(replay._ring._tree.values)
+        probability = raw[sample.keys % 40] / raw.sum()
+        expected = ((raw > 0).sum() * probability) ** -exponent
+        assert sample.batch.importance.dtype == np.float32
+        assert sample.batch.importance == pytest.approx(expected / expected.max(), rel=1e-6)
+        replay.update_td(sample.keys, np.random.default_rng(1).random((16, 3), np.float32))
+
+
+def test_importance_is_at_most_1_and_largest_for_the_rarest():
+    importance = importance_of(np.array([2.0, 0.5, 1.0]), 0.6)
+    assert importance == pytest.approx([0.25**0.6, 1.0, 0.5**0.6])
+
+
+def test_a_sample_is_what_its_keys_say():
+    replay = make()
+    add(replay, 0, 60)
+    buffers = replay.buffers(32)
+    sample = replay.sample(32, buffers=buffers)
+    assert sample.batch.rows is buffers.rows
+    assert sample.keys.dtype == np.int64
+    first = SEQUENCE.block_rows * (sample.keys // 2)
+    assert (sample.batch.rows.inputs.time == first[:, None] + np.arange(5)).all()
+    assert (sample.batch.rows.action == (sample.keys % 2)[:, None]).all()
+    assert (sample.batch.carry.core[0][:, 0] == first).all()
+    assert (sample.weights_version == 10 * (sample.keys // 2)).all()
+
+
+# --- settings and saving -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "cls"), [("prioritized", Prioritized), ("uniform", Uniform)])
+def test_the_yaml_lists_every_setting_with_a_comment(name, cls):
+    text = (CONF / f"{name}.yaml").read_text()
+    node = yaml.safe_load(text)
+    assert node.pop("_target_") == f"{cls.__module__}.{cls.__qualname__}"
+    parameters = inspect.signature(cls.__init__).parameters
+    assert node.keys() == parameters.keys() - RUNTIME - {"self"}
+    assert all(p.default is p.empty for p in parameters.values())
+    for line in text.splitlines():
+        assert line.startswith("_target_") or "#" in line, line
+
+
+def test_unreachable_min_sequences_are_refused():
+    assert make(min_sequences=36).min_sequences == 36
+    with pytest.raises(ValueError, match="min_sequences=37"):
+        make(min_sequences=37)
+
+
+def through_json(state: dict) -> dict:
+    """As a checkpoint keeps it: arrays apart, the rest JSON."""
+    scalars = {k: v for k, v in state.items() if not isinstance(v, np.ndarray)}
+    return {**state, **json.loads(json.dumps(scalars))}
+
+
+@pytest.mark.parametrize("blocks", [10, 40, 61])
+@pytest.mark.parametrize("initial_priority", ["acting", "max"])
+def test_stop_and_resume_is_never_stopped(blocks, initial_priority):
+    def work(replay, begin):
+        samples = []
+        for block in range(begin, begin + 15):
+            add(replay, block, block + 1)
+            sample = replay.sample(8)
+            td = np.random.default_rng(block).random((8, 3), np.float32) * 3
+            replay.update_td(sample.keys, td)
+            samples.append(sample)
+        return samples
+
+    replay = make(initial_priority=initial_priority)
+    add(replay, 0, blocks)
+    work(replay, blocks)
+    state = replay.state()
+    other = make(initial_priority=initial_priority, seed=7)
+    other.restore(through_json(state))
+    assert other.stats() == replay.stats()
+    assert (other.env_steps, other.rows, other.startable) == (
+        replay.env_steps,
+        replay.rows,
+        replay.startable,
+    )
+    for a, b in zip(work(replay, blocks + 15), work(other, blocks + 15), strict=True):
+        for x, y in zip(trees.flatten(a).values(), trees.flatten(b).values(), strict=True):
+            assert np.array_equal(x, y)
+    assert other.stats() == replay.stats()

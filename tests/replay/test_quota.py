@@ -1,0 +1,184 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from replay_streams import carry_spec, rollout, row_spec, sequence_spec
+
+from rlx.replay.quota import Quota
+from rlx.replay.uniform import Uniform
+
+RATIOS = st.sampled_from([0.01, 0.1, 0.25, 0.8, 1.0, 1.5, 4.0, 32.0, 1 / 3])
+
+
+@given(
+    ratio=RATIOS,
+    rows_per_update=st.integers(1, 5120),
+    burst=st.integers(0, 2000),
+    opened_at=st.integers(0, 10**9),
+    steps=st.integers(0, 10**7),
+    trained=st.integers(0, 10**7),
+    startable=st.integers(0, 10),
+    min_sequences=st.integers(1, 10),
+)
+@settings(deadline=None, max_examples=300)
+def test_never_are_both_blocked(
+    ratio, rows_per_update, burst, opened_at, steps, trained, startable, min_sequences
+):
+    quota = Quota(
+        ratio=ratio,
+        rows_per_update=rows_per_update,
+        burst_env_steps=burst,
+        min_sequences=min_sequences,
+    )
+    assert quota.may_act(steps, startable)
+    assert not quota.may_learn(steps, startable)
+    quota.open(opened_at)
+    quota.trained(trained)
+    now = opened_at + steps
+    assert quota.may_act(now, startable) or quota.may_learn(now, startable)
+    if startable < min_sequences:
+        assert quota.may_act(now, startable)
+        assert not quota.may_learn(now, startable)
+
+
+@given(ratio=RATIOS, rows=st.integers(1, 200), burst=st.integers(1, 300), seed=st.integers(0, 999))
+@settings(deadline=None, max_examples=60)
+def test_the_ratio_is_kept_within_one_update(ratio, rows, burst, seed):
+    """Random turns; a round of requests brings between nothing and `burst` env steps."""
+    rng = np.random.default_rng(seed)
+    quota = Quota(ratio=ratio, rows_per_update=rows, burst_env_steps=burst)
+    env_steps = opened_at = 1000
+    trained, exact = 0, Fraction(ratio)
+    quota.open(opened_at)
+    for _ in range(500):
+        act, learn = quota.may_act(env_steps, 1), quota.may_learn(env_steps, 1)
+        assert act or learn
+        if act and (not learn or rng.random() < 0.5):
+            env_steps += int(rng.integers(0, burst + 1))
+        else:
+            quota.trained(rows)
+            trained += rows
+        owed = exact * (env_steps - opened_at) - trained
+        assert -1e-6 <= owed <= rows + 2 * exact * burst + 1e-6
+    while quota.may_learn(env_steps, 1):
+        quota.trained(rows)
+        trained += rows
+    owed = exact * (env_steps - opened_at) - trained
+    assert -1e-6 <= owed < rows + 1e-6
+    if env_steps > opened_at:
+        assert quota.ratio_so_far(env_steps) == trained / (env_steps - opened_at)
+
+
+@given(
+    lanes=st.integers(1, 6),
+    length=st.integers(1, 9),
+    blocks_per_stride=st.integers(1, 2),
+    spare=st.integers(0, 9),
+    batch_size=st.integers(1, 8),
+    ratio=st.sampled_from([0.1, 0.8, 3.0]),
+    min_sequences=st.integers(1, 8),
+    seed=st.integers(0, 999),
+)
+@settings(deadline=None, max_examples=40)
+def test_no_deadlock_with_a_replay(
+    lanes, length, blocks_per_stride, spare, batch_size, ratio, min_sequences, seed
+):
+    """Lanes of any speed, chains that break, the smallest rings: both sides always go on."""
+    sequence = sequence_spec(block_rows=2, length=length, blocks_per_stride=blocks_per_stride)
+    blocks = 2 * lanes * sequence.blocks + spare
+    replay = Uniform(
+        capacity=2 * blocks,
+        ratio=ratio,
+        min_sequences=min(
+            min_sequences,
+            lanes * ((blocks // lanes - sequence.blocks + 1) // blocks_per_stride) or 1,
+        ),
+        sequence=sequence,
+        row_spec=row_spec(),
+        carry_spec=carry_spec(),
+        lanes=lanes,
+        first_td=None,
+        seed=0,
+    )
+    quota = Quota(
+        ratio=ratio,
+        rows_per_update=batch_size,
+        burst_env_steps=2 * lanes,
+        min_sequences=replay.min_sequences,
+    )
+    rng, heads, updates, opened_at = np.random.default_rng(seed), [(0, 0)] * lanes, 0, 0
+    broken = rng.random() < 0.5
+    for _ in range(400):
+        startable, env_steps = replay.startable, replay.env_steps
+        if startable >= replay.min_sequences and not quota.is_open:
+            quota.open(env_steps)
+            opened_at = env_steps
+        act, learn = quota.may_act(env_steps, startable), quota.may_learn(env_steps, startable)
+        assert act or learn
+        if learn and (not act or rng.random() < 0.5):
+            replay.sample(batch_size)
+            quota.trained(batch_size)
+            updates += 1
+            continue
+        some = []
+        for lane in rng.permutation(lanes)[: rng.integers(1, lanes + 1)].tolist():
+            if broken and rng.random() < 0.02:
+                heads[lane] = (heads[lane][0] + 1, 0)
+            some.append((lane, *heads[lane]))
+            heads[lane] = (heads[lane][0], heads[lane][1] + 1)
+        replay.add(rollout(some, sequence))
+    while quota.may_learn(replay.env_steps, replay.startable):
+        quota.trained(batch_size)
+        updates += 1
+    if replay.startable >= replay.min_sequences:
+        owed = ratio * (replay.env_steps - opened_at) - updates * batch_size
+        assert -1e-6 <= owed < batch_size + 1e-6
+
+
+def test_nothing_before_the_opening_is_owed():
+    quota = Quota(ratio=1.0, rows_per_update=10, burst_env_steps=5)
+    assert quota.may_act(10**6, 100)
+    assert not quota.may_learn(10**6, 100)
+    assert quota.ratio_so_far(10**6) == 0.0
+    quota.open(10**6)
+    quota.open(0)
+    assert not quota.may_learn(10**6 + 9, 100)
+    assert quota.may_learn(10**6 + 10, 100)
+    assert quota.may_act(10**6 + 15, 100)
+    assert not quota.may_act(10**6 + 16, 100)
+    assert quota.may_act(10**6 + 16, 0)
+    quota.trained(10)
+    assert quota.ratio_so_far(10**6 + 20) == 0.5
+
+
+def test_without_a_ratio_each_side_is_free():
+    quota = Quota(ratio=None, rows_per_update=10, burst_env_steps=5)
+    assert not quota.may_learn(1, 5)
+    quota.open(0)
+    assert quota.may_learn(1, 5)
+    assert not quota.may_learn(1, 0)
+    assert quota.may_act(10**9, 5)
+
+
+def test_saving():
+    quota = Quota(ratio=1.0, rows_per_update=10, burst_env_steps=5)
+    other = Quota(ratio=1.0, rows_per_update=10, burst_env_steps=5)
+    other.restore(quota.state())
+    assert not other.is_open
+    quota.open(7)
+    quota.trained(10)
+    other.restore(quota.state())
+    assert other.state() == quota.state() == {"opened_at": 7, "trained_rows": 10}
+    assert not other.may_learn(26, 1)
+    assert other.may_learn(27, 1)
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="above 0 or null"):
+        Quota(ratio=0.0, rows_per_update=1, burst_env_steps=1)
+    with pytest.raises(ValueError, match="got 0, 1 and 1"):
+        Quota(ratio=1.0, rows_per_update=0, burst_env_steps=1)
+    with pytest.raises(RuntimeError, match="not open"):
+        Quota(ratio=1.0, rows_per_update=1, burst_env_steps=1).trained(1)

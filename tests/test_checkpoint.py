@@ -1,0 +1,472 @@
+"""Checkpoints on real files: exact, atomic under kill -9, and checked when read."""
+
+import dataclasses
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+import yaml
+
+from rlx import checkpoint as c
+from rlx.trees import register
+from rlx.types import TrainState
+
+SETTINGS = c.Checkpoint(every_env_steps=1, keep=2, replay=True, exact=False)
+WARNINGS = "rlx.checkpoint"
+
+
+def train_state(seed: int = 0, width: int = 8, key: Any = None) -> TrainState:
+    register()
+    rng = np.random.default_rng(seed)
+    core = {
+        "w": rng.standard_normal((4, width)).astype(np.float32),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+    params = {"core": core, "half": jnp.asarray(rng.standard_normal(3), jnp.bfloat16)}
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3), optax.identity())
+    opt_state = optimiser.init(jax.tree.map(jnp.asarray, params))
+    opt_state = jax.tree.map(lambda x: x + jnp.asarray(seed, x.dtype), opt_state)
+    return TrainState(
+        params=params,
+        target_params=jax.tree.map(lambda x: x * 2, params),
+        opt_state=opt_state,
+        updates=jnp.int32(2**31 - 1 - seed),
+        key=jax.random.key(seed) if key is None else key,
+    )
+
+
+def bits(tree: Any) -> Any:
+    """(structure, [(dtype, shape, bytes)]) of a tree, typed keys among its leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    found = []
+    for leaf in leaves:
+        about = str(leaf.dtype), leaf.shape
+        typed = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        found.append((*about, np.asarray(jax.random.key_data(leaf) if typed else leaf).tobytes()))
+    return structure, found
+
+
+def save_some(run: Path, *env_steps: int, settings: c.Checkpoint = SETTINGS) -> c.Checkpointer:
+    """Checkpoints whose contents tell their env steps."""
+    checkpointer = c.Checkpointer(run, settings)
+    for n in env_steps:
+        replay_state = {"keys": np.arange(n), "chains": {"lane": n}}
+        checkpointer.save(n, state=train_state(n), meta={"n": n}, replay_state=replay_state)
+    return checkpointer
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_yaml_lists_every_setting_and_no_other() -> None:
+    node = yaml.safe_load((Path(__file__).parents[1] / "conf/checkpoint/default.yaml").read_text())
+    assert node.pop("_target_") == "rlx.checkpoint.Checkpoint"
+    assert set(node) == {field.name for field in dataclasses.fields(c.Checkpoint)}
+    c.Checkpoint(**node)
+
+
+def test_importing_is_cheap() -> None:
+    code = "import sys, rlx.checkpoint; print({'jax', 'orbax', 'rich'} & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "set()"
+
+
+# --- exact ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "raw"])
+def test_the_state_comes_back_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    key = jax.random.PRNGKey(3) if kind == "raw" else jax.random.key(3, impl=kind)
+    state = train_state(7, key=key)
+    checkpointer = c.Checkpointer(tmp_path, SETTINGS)
+    checkpointer.save(5, state=state, meta={})
+    like = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, state))
+    for expected in (train_state(1, key=key), like):
+        restored = checkpointer.restore(expected)
+        assert bits(restored.state) == bits(state)
+    assert isinstance(restored.state.params["core"]["w"], np.ndarray)
+    draws = [jax.random.normal(k, (3,)).tolist() for k in (restored.state.key, key)]
+    assert draws[0] == draws[1]
+
+
+def test_meta_and_replay_come_back_as_they_were(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    meta = {"quota": {"trained": 2**70, "ratio": 0.1 + 0.2, "nan": float("nan")}, "seen": None,
+            "rng": rng.bit_generator.state, "count": np.int64(4)}  # fmt: skip
+    replay_state = {
+        "frames": {"a": rng.integers(0, 256, (40, 999, 31), np.uint8), "b": np.zeros((0, 2))},
+        "turned": np.asfortranarray(rng.standard_normal((3, 4))),
+        "sliced": np.arange(100, dtype=np.int64)[::7],
+        "half": np.arange(5).astype(ml_dtypes.bfloat16),
+        "pairs": [[1, np.float32([1.5])], [2, np.float32([2.5])]],
+        "rng": rng.bit_generator.state,
+        "account": 1e300,
+    }  # fmt: skip
+    checkpointer = c.Checkpointer(tmp_path, SETTINGS)
+    path = checkpointer.save(5, state=train_state(), meta=meta, replay_state=replay_state)
+    restored = checkpointer.restore(train_state())
+    assert (restored.path, restored.env_steps) == (path, 5)
+    assert repr(restored.meta) == repr(meta | {"count": 4})
+    found = restored.replay_state
+    assert found is not None
+    for name in ("turned", "sliced", "half"):
+        assert bits(found[name]) == bits(replay_state[name])
+    assert bits(found["frames"]) == bits(replay_state["frames"])
+    assert repr(found["pairs"]) == repr(replay_state["pairs"])
+    assert (found["rng"], found["account"]) == (replay_state["rng"], 1e300)
+
+
+def test_restored_arrays_can_be_written_without_touching_the_checkpoint(tmp_path: Path) -> None:
+    checkpointer = c.Checkpointer(tmp_path, SETTINGS)
+    big = np.ones(c.MAP_BYTES, np.uint8)
+    checkpointer.save(1, state=train_state(), meta={}, replay_state={"big": big})
+    for _ in range(2):
+        found = checkpointer.restore(train_state()).replay_state
+        assert found is not None
+        np.testing.assert_array_equal(found["big"], big)
+        found["big"][:] = 7
+
+
+def test_without_a_replay(tmp_path: Path) -> None:
+    checkpointer = save_some(tmp_path, 1)
+    assert checkpointer.restore(train_state(), with_replay=False).replay_state is None
+    for path in checkpointer.paths()[0].glob("replay*/*.npy"):
+        path.unlink()
+    restored = checkpointer.restore(train_state(), with_replay=False)
+    assert bits(restored.state) == bits(train_state(1))
+    path = checkpointer.save(2, state=train_state(), meta={})
+    assert not (path / "replay").exists()
+    assert checkpointer.restore(train_state()).replay_state is None
+
+
+def test_a_big_replay_is_saved_and_restored_beside_little_else(tmp_path: Path) -> None:
+    frames = np.zeros((128, 1 << 20), np.uint8)
+    state = train_state()
+    checkpointer = c.Checkpointer(tmp_path, SETTINGS)
+    checkpointer.save(1, state=state, meta={})  # imports and compiles what it needs
+    tracemalloc.start()
+    checkpointer.save(2, state=state, meta={}, replay_state={"frames": frames})
+    saving = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    restored = checkpointer.restore(state)
+    restoring = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert restored.replay_state is not None
+    assert restored.replay_state["frames"].shape == frames.shape
+    assert max(saving, restoring) < frames.nbytes / 2
+
+
+TWO_DEVICES = """
+import sys, jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rlx.checkpoint import Checkpoint, Checkpointer
+assert jax.device_count() == 2
+mesh = Mesh(np.array(jax.devices()), "d")
+place = lambda spec: jax.device_put(np.arange(8, dtype=np.uint32), NamedSharding(mesh, spec))
+state = {"split": place(PartitionSpec("d")), "copied": place(PartitionSpec())}
+settings = Checkpoint(every_env_steps=1, keep=1, replay=False, exact=False)
+Checkpointer(sys.argv[1], settings).save(1, state=state, meta={})
+"""
+
+
+def test_a_state_of_two_devices_is_restored_on_one(tmp_path: Path) -> None:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run([sys.executable, "-c", TWO_DEVICES, str(tmp_path)], check=True, env=environment)
+    like = {"split": np.zeros(8, np.uint32), "copied": np.zeros(8, np.uint32)}
+    state = c.Checkpointer(tmp_path, None).restore(like).state
+    for leaf in state.values():
+        np.testing.assert_array_equal(leaf, np.arange(8, dtype=np.uint32), strict=True)
+
+
+# --- what stays ----------------------------------------------------------------------------------
+
+
+def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpointer = c.Checkpointer(tmp_path, SETTINGS)
+    scores = {10: 1.0, 20: 5.0, 30: 5.0, 40: None, 50: float("nan"), 60: 4.0}
+    for n, score in scores.items():
+        checkpointer.save(n, state=train_state(n), meta={"n": n}, score=score)
+    assert [int(path.name) for path in checkpointer.paths()] == [30, 50, 60]
+    assert names(tmp_path / "checkpoints") == [f"{n:012d}" for n in (30, 50, 60)] + ["best.json"]
+    best = json.loads((tmp_path / "checkpoints/best.json").read_text())
+    assert best == {"checkpoint": "000000000030", "score": 5.0, "env_steps": 30}
+    assert checkpointer.restore(train_state(), "best").meta == {"n": 30}
+    assert checkpointer.restore(train_state()).meta == {"n": 60}
+    assert checkpointer.restore(train_state(), checkpointer.paths()[1]).meta == {"n": 50}
+    checkpointer.save(70, state=train_state(70), meta={"n": 70}, score=6.0)
+    assert [int(path.name) for path in checkpointer.paths()] == [60, 70]
+
+
+def test_best_without_a_score_is_the_latest(tmp_path: Path, caplog) -> None:
+    checkpointer = save_some(tmp_path, 1, 2)
+    assert checkpointer.restore(train_state(), "best").env_steps == 2
+    assert "no checkpoint has a score" in caplog.text
+    assert checkpointer.best() is None
+
+
+def test_a_run_that_went_back_sets_its_other_history_aside(tmp_path: Path) -> None:
+    save_some(tmp_path, 100, 200, 300, settings=dataclasses.replace(SETTINGS, keep=5))
+    checkpointer = save_some(tmp_path, 150)
+    assert checkpointer.restore(train_state()).env_steps == 150
+    assert [int(path.name) for path in checkpointer.paths()] == [100, 150]
+    aside = tmp_path / "checkpoints/discarded"
+    assert names(aside) == ["000000000200", "000000000300"]
+    assert checkpointer.restore(train_state(), aside / "000000000300").meta == {"n": 300}
+
+
+def test_saving_the_same_env_step_again_replaces_it(tmp_path: Path) -> None:
+    checkpointer = save_some(tmp_path, 5)
+    checkpointer.save(5, state=train_state(9), meta={"n": "again"})
+    assert checkpointer.restore(train_state()).meta == {"n": "again"}
+    assert names(tmp_path / "checkpoints") == ["000000000005"]
+
+
+# --- kills and damage ----------------------------------------------------------------------------
+
+SAVER = """
+import sys, numpy as np
+from rlx.checkpoint import Checkpoint, Checkpointer
+settings = Checkpoint(every_env_steps=1, keep=2, replay=True, exact=False)
+checkpointer = Checkpointer(sys.argv[1], settings)
+like = {"w": np.zeros(100_000, np.int64), "v": np.zeros((50, 50), np.int64)}
+n = checkpointer.restore(like).env_steps if checkpointer.paths() else 0
+while True:
+    n += 1
+    state = {name: leaf + n for name, leaf in like.items()}
+    replay = {"a": np.full(300_000, n), "b": np.full(10, n)}
+    score = float(n % 7)
+    checkpointer.save(n, state=state, meta={"n": n}, replay_state=replay, score=score)
+    print(n, flush=True)
+"""
+
+
+def test_kill_9_in_the_middle_of_saves_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    like = {"w": np.zeros(100_000, np.int64), "v": np.zeros((50, 50), np.int64)}
+    last, interrupted = 0, 0
+    for _ in range(6):
+        child = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        for _ in range(chance.randint(1, 4)):
+            assert int(child.stdout.readline()) == last + 1
+            last += 1
+        time.sleep(chance.uniform(0, 0.12))
+        child.send_signal(signal.SIGKILL)
+        told = child.stdout.read().split()
+        child.wait()
+        child.stdout.close()
+        last = int(told[-1]) if told else last
+        left = names(tmp_path / "checkpoints")
+        interrupted += any(name.startswith(".") for name in left)
+        paths = c.Checkpointer(tmp_path, None).paths()
+        assert int(paths[-1].name) in (last, last + 1)  # renamed, not yet told
+        last = int(paths[-1].name)
+        for path in paths:
+            check_uniform(c.Checkpointer(tmp_path, None).restore(like, path))
+        assert names(tmp_path / "checkpoints") == left  # a reader changes nothing
+    assert interrupted >= 3
+    c.Checkpointer(tmp_path, SETTINGS)
+    assert not [n for n in names(tmp_path / "checkpoints") if n.startswith(".")]
+
+
+def check_uniform(restored: c.Restored) -> None:
+    replay_state = restored.replay_state
+    assert replay_state is not None
+    assert restored.meta == {"n": restored.env_steps}
+    for leaf in [*restored.state.values(), *replay_state.values()]:
+        assert (leaf == restored.env_steps).all()
+
+
+def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path) -> None:
+    path = save_some(tmp_path, 5).paths()[0]
+    path.rename(path.with_name(f".old-{path.name}"))
+    assert c.Checkpointer(tmp_path, SETTINGS).restore(train_state()).meta == {"n": 5}
+    assert names(tmp_path / "checkpoints") == [path.name]
+
+
+def test_a_kill_while_deleting_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    checkpointer = save_some(tmp_path, 1, 2)
+
+    def killed(path: Path, **options: Any) -> None:
+        if path.exists():
+            (path / "manifest.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(c.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer.save(3, state=train_state(), meta={})
+    monkeypatch.undo()
+    assert [checkpointer.restore(train_state(), p).env_steps for p in checkpointer.paths()] == [
+        2,
+        3,
+    ]
+    c.Checkpointer(tmp_path, SETTINGS)
+    assert [name for name in names(tmp_path / "checkpoints") if name.startswith(".")] == []
+
+
+def test_a_failing_save_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    checkpointer = save_some(tmp_path, 5)
+    before = names(tmp_path / "checkpoints")
+
+    def full(*arguments: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(c, "_write_state", full)
+    with pytest.raises(OSError, match="disk full"):
+        checkpointer.save(6, state=train_state(), meta={})
+    assert names(tmp_path / "checkpoints") == before
+
+
+KINDS = ["state/_METADATA", "state/d/*", "state/manifest.ocdbt", "state/ocdbt.process_0/d/*",
+         "leaves.json", "meta.json", "replay.json", "replay/*.npy", "manifest.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_damage_is_named_and_the_previous_checkpoint_restored(
+    tmp_path: Path, caplog, how: str
+) -> None:
+    state = train_state(1)
+    checkpointer = save_some(tmp_path, 1, 2)
+    whole = {
+        path: path.read_bytes() for path in checkpointer.paths()[1].rglob("*") if path.is_file()
+    }
+    for kind in KINDS:
+        damaged = sorted(checkpointer.paths()[1].glob(kind))[0]
+        if how == "flip":
+            flip_a_bit(damaged)
+        elif how == "cut":
+            damaged.write_bytes(whole[damaged][:-1])
+        else:
+            damaged.unlink()
+        with caplog.at_level(logging.WARNING, WARNINGS):
+            caplog.clear()
+            restored = checkpointer.restore(state)
+        # The manifest's last byte is a newline, which says nothing.
+        if not (how == "cut" and kind == "manifest.json"):
+            assert f"{damaged}: " in caplog.text
+            assert (restored.env_steps, bits(restored.state)) == (1, bits(state)), kind
+            with pytest.raises(c.CheckpointError, match=damaged.name):
+                checkpointer.restore(state, checkpointer.paths()[1])
+        damaged.write_bytes(whole[damaged])
+    assert checkpointer.restore(state).env_steps == 2
+
+
+def test_any_flipped_bit_of_the_manifest_is_seen(tmp_path: Path) -> None:
+    checkpointer = save_some(tmp_path, 1)
+    path = checkpointer.paths()[0] / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole) - 1, 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(c.CheckpointError, match=r"manifest\.json"):
+            checkpointer.restore(train_state())
+
+
+def test_an_error_when_no_good_checkpoint_is_left(tmp_path: Path) -> None:
+    checkpointer = save_some(tmp_path, 1, 2)
+    for path in checkpointer.paths():
+        flip_a_bit(path / "meta.json")
+    with pytest.raises(c.CheckpointError, match=r"000001/meta\.json: damaged.*No other checkpoint"):
+        checkpointer.restore(train_state())
+
+
+def test_a_damaged_best_falls_back_to_the_latest(tmp_path: Path) -> None:
+    checkpointer = c.Checkpointer(tmp_path, SETTINGS)
+    for n, score in ((1, 9.0), (2, 1.0), (3, 2.0)):
+        checkpointer.save(n, state=train_state(n), meta={}, score=score)
+    flip_a_bit(checkpointer.paths()[0] / "meta.json")
+    assert checkpointer.restore(train_state(), "best").env_steps == 3
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_another_network_is_told_by_its_first_differing_leaves(tmp_path: Path) -> None:
+    checkpointer = save_some(tmp_path, 1)
+    with pytest.raises(c.CheckpointError) as error:
+        checkpointer.restore(train_state(width=16))
+    text = str(error.value)
+    assert "params/core/w is float32[4, 8], expected float32[4, 16]" in text
+    assert "another network" in text
+    assert "\n" not in text
+    other = dataclasses.replace(train_state(), params={"new": np.zeros(2)})
+    with pytest.raises(c.CheckpointError) as error:
+        checkpointer.restore(other)
+    text = str(error.value)
+    assert "params/new is missing, expected float64[2]" in text
+    assert "params/core/w is float32[4, 8], expected missing" in text
+    many = {f"w{i}": np.zeros(2) for i in range(20)}
+    with pytest.raises(c.CheckpointError, match=r"; and [0-9]+ more"):
+        checkpointer.restore(dataclasses.replace(train_state(), params=many))
+    rbg = train_state(key=jax.random.key(0, impl="rbg"))
+    with pytest.raises(c.CheckpointError, match=r"key is key<fry>\[\], expected key<rbg>\[\]"):
+        checkpointer.restore(rbg)
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(c.CheckpointError, match="no checkpoint of a run is there"):
+            c.Checkpointer(folder, None).restore(train_state())
+    with pytest.raises(c.CheckpointError, match=r"no manifest\.json; give 'latest', 'best' or"):
+        c.Checkpointer(tmp_path, None).restore(train_state(), "lates")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
+    checkpointer = c.Checkpointer(tmp_path, SETTINGS)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"env_steps": -1}, "env_steps=-1: must be 0 or more"),
+        ({"meta": {"lanes": {3: 4}}}, "meta/lanes: key 3 must be a string"),
+        ({"meta": {"x": object()}}, "object .*: no JSON value"),
+        ({"replay_state": {"a": {"b": np.array([None])}}}, "replay_state/a/b: .*Python objects"),
+        ({"replay_state": {"a": {"__array__": 1}}}, "'__array__' is taken"),
+        ({"state": {"a/b": np.ones(1), "a": {"b": np.ones(1)}}}, "two leaves .* one path"),
+    ]
+    for wrong, message in cases:
+        right: dict[str, Any] = {"env_steps": 1, "state": {"w": np.ones(1)}, "meta": {}}
+        with pytest.raises(c.CheckpointError, match=message):
+            checkpointer.save(**right | wrong)
+    assert checkpointer.paths() == []
+    with pytest.raises(c.CheckpointError, match="opened for reading"):
+        c.Checkpointer(tmp_path, None).save(1, state={}, meta={})
+
+
+def test_a_pickle_in_a_checkpoint_is_never_read(tmp_path: Path) -> None:
+    checkpointer = save_some(tmp_path, 1)
+    folder = checkpointer.paths()[0]
+    np.save(folder / "replay/0000.npy", np.array([{"evil": 1}]), allow_pickle=True)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    body = manifest["body"]
+    body["files"]["replay/0000.npy"] = c._fingerprint(folder / "replay/0000.npy")
+    forged = {"sha256": c._body_sha256(body), "body": body}
+    (folder / "manifest.json").write_text(json.dumps(forged))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        checkpointer.restore(train_state())
+
+
+def test_orbax_keeps_its_log_lines_to_itself(tmp_path: Path, caplog) -> None:
+    with caplog.at_level(logging.INFO):
+        save_some(tmp_path, 1).restore(train_state())
+    assert {record.name for record in caplog.records} <= {WARNINGS, "jax._src.xla_bridge"}

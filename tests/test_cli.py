@@ -1,0 +1,225 @@
+"""The command line: `python -m rlx.train`, in processes of its own, with stand-ins for conf/."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlx import _paths, api, train
+from tests import standins
+
+ROOT = Path(__file__).resolve().parent.parent
+DRIVER = """
+import sys
+from pathlib import Path
+from rlx import _paths
+from tests import standins
+standins.install()
+folder = Path(sys.argv.pop(1))
+_paths.config_dir = lambda: folder
+from rlx import train
+train.main()
+"""
+
+
+@pytest.fixture
+def conf(tmp_path):
+    return standins.write_conf(tmp_path / "conf")
+
+
+def command(conf: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER, str(conf), *arguments],
+        cwd=conf.parent,
+        env={**os.environ, "PYTHONPATH": standins.search_path(ROOT), **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def seeds(folder: Path) -> list[int]:
+    return sorted(json.loads(f.read_text())["seed"] for f in folder.rglob("result.json"))
+
+
+# --- single runs ---------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_configuration_in_its_folder(conf):
+    done = command(conf, "seed=4", "hydra.run.dir=out")
+    assert (done.returncode, done.stderr) == (0, "")
+    out = conf.parent / "out"
+    assert seeds(out) == [4]
+    assert {"config.yaml", "hydra.yaml", "overrides.yaml"} <= set(os.listdir(out / ".hydra"))
+    assert (out / "env.json").exists()
+    assert api.find_run(out) == out
+
+
+def test_bad_overrides_end_with_status_2_and_a_line_each(conf):
+    done = command(conf, "acting=ray_pol", "acting.instnaces=3", "seed=[1")
+    assert done.returncode == 2
+    assert [line.split(" (")[0] for line in done.stderr.splitlines()] == [
+        "rlx: seed=[1",
+        "rlx: acting=ray_pol",
+        "rlx: acting.instnaces=3",
+    ]
+    assert os.listdir(conf.parent) == ["conf"]  # nothing was started
+
+
+def prepared(monkeypatch, conf: Path, *argv: str) -> list[str] | str:
+    """What `prepare` makes of a command line, in this process."""
+    monkeypatch.chdir(conf.parent)
+    monkeypatch.setattr(_paths, "config_dir", lambda: conf)
+    monkeypatch.setattr(train, "check", lambda cfg: None)
+    try:
+        return train.prepare(list(argv))
+    except api.ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--help", "--hydra-help", "-c=job", "-i=defaults", "--shell-completion"]
+)
+def test_hydras_own_flags_are_left_to_hydra(conf, monkeypatch, flag):
+    assert prepared(monkeypatch, conf, flag, "sede=3") == [flag, "sede=3"]
+
+
+def test_a_sweep_is_left_to_hydra(conf, monkeypatch):
+    assert prepared(monkeypatch, conf, "-m", "seed=0,1") == ["-m", "seed=0,1"]
+
+
+def test_config_dir_is_checked_too(conf, monkeypatch):
+    mine = conf.parent / "mine" / "acting"
+    mine.mkdir(parents=True)
+    (mine / "mine.yaml").write_text("defaults: [local, _self_]\n")
+    argv = ["--config-dir", str(mine.parent), "acting=mine"]
+    assert prepared(monkeypatch, conf, *argv) == argv
+    assert "did you mean acting=mine" in prepared(monkeypatch, conf, *argv[:2], "acting=mind")
+
+
+def test_a_relative_config_path_is_refused(conf, monkeypatch):
+    said = prepared(monkeypatch, conf, "--config-path", "conf")
+    assert said.startswith("--config-path=conf: give an absolute path; or --config-dir")
+
+
+def test_pickles_are_refused(conf, monkeypatch):
+    said = prepared(monkeypatch, conf, "--experimental-rerun", "x.pickle")
+    assert said == "--experimental-rerun: reads a pickle; write resume=DIR instead"
+
+
+def test_used_and_impossible_folders_are_refused_before_hydra_writes(conf, monkeypatch):
+    (conf.parent / "old").mkdir()
+    (conf.parent / "old" / "env.json").write_text("{}")
+    assert prepared(monkeypatch, conf, "hydra.run.dir=old") == (
+        "output_dir=old: holds a run already; continue it with resume=old, or give another folder"
+    )
+    (conf.parent / "file").write_text("")
+    said = prepared(monkeypatch, conf, "hydra.run.dir=file/run")
+    assert said.startswith("hydra.run.dir=file/run: cannot be made: ")
+    assert "file is not a folder that can be written; give another" in said
+
+
+def test_a_problem_found_while_running_is_a_line_and_a_bug_a_traceback(conf):
+    done = command(conf, "seed=99")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "rlx: replay.capacity=4000000: 28 GB are too many\n",
+    )
+    done = command(conf, "seed=13")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "RuntimeError: unlucky" in done.stderr
+
+
+def test_the_full_error_of_a_problem_can_be_had(conf):
+    done = command(conf, "seed=-1", HYDRA_FULL_ERROR="1")
+    assert "Traceback" in done.stderr
+    assert "seed=-1 (command line): accepted: an int >= 0" in done.stderr
+
+
+# --- sweeps --------------------------------------------------------------------------------------
+
+
+def test_in_a_sweep_one_bad_job_lets_the_others_run(conf):
+    done = command(conf, "-m", "seed=1,-1,13,2")
+    assert seeds(conf.parent / "multirun") == [1, 2]
+    assert done.returncode == 1
+    assert "seed=-1 (command line): accepted: an int >= 0" in done.stderr
+
+
+# --- resume --------------------------------------------------------------------------------------
+
+
+def test_resume_keeps_the_runs_configuration_and_folder(conf):
+    assert command(conf, "seed=4", "acting=ray_pool", "hydra.run.dir=my out").returncode == 0
+    out = conf.parent / "my out"
+    first = (out / ".hydra" / "config.yaml").read_text()
+    done = command(conf, "resume='my out'", "total_env_steps=5", "+agent.stack.image=4")
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads((out / "result.json").read_text())
+    assert (result["seed"], result["total_env_steps"], result["resume"]) == (4, 5, str(out))
+    assert (result["acting"]["instances"], result["agent"]["stack"]) == (128, {"image": 4})
+    assert (out / ".hydra" / "config.yaml").read_text() == first
+    assert (out / ".hydra" / "resume-1" / "config.yaml").exists()
+    assert (out / "env-1.json").exists()
+    assert command(conf, "resume='my out'").returncode == 0
+    assert (out / ".hydra" / "resume-2").exists()
+    done = command(conf, "resume='my out'", "acting.instnaces=3", "seed=x")
+    assert done.returncode == 2
+    assert "did you mean acting.instances?" in done.stderr
+
+
+def test_resume_refuses_other_groups_sweeps_and_folders_without_a_run(conf, monkeypatch):
+    (conf.parent / "run" / ".hydra").mkdir(parents=True)
+    (conf.parent / "run" / ".hydra" / "config.yaml").write_text("seed: 0\n")
+    said = prepared(monkeypatch, conf, "resume=run", "acting=ray_pool", "+agent=iqn")
+    assert [line.split(":")[0] for line in said.splitlines()] == [
+        "acting=ray_pool (command line)",
+        "+agent=iqn (command line)",
+    ]
+    assert "a resumed run keeps its groups, its checkpoint was made with them" in said
+    assert "leave -m and --config-* out" in prepared(monkeypatch, conf, "-m", "resume=run")
+    assert prepared(monkeypatch, conf, "resume=nowhere").startswith(
+        "resume=nowhere: no run is there (no .hydra/config.yaml); give the folder of one"
+    )
+
+
+def test_resume_auto_and_null_are_ordinary_values(conf, monkeypatch):
+    assert prepared(monkeypatch, conf, "resume=auto") == ["resume=auto"]
+    assert prepared(monkeypatch, conf, "resume=null") == ["resume=null"]
+
+
+# --- wheel ---------------------------------------------------------------------------------------
+
+
+def test_a_wheel_holds_conf_and_runs_from_another_folder(tmp_path):
+    source = tmp_path / "source"
+    for name in ("rlx", "conf"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "hatch_build.py"):
+        shutil.copy(ROOT / name, source)
+    (source / "README.md").write_text("rlx\n")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("rlx-*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    shutil.rmtree(source)
+    code = "from rlx import _paths, train; print(_paths.config_dir()); train.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--info", "searchpath"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": standins.search_path(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path}/site/rlx/conf\n")
+    assert f"file://{tmp_path}/site/rlx/conf" in done.stdout
+    assert (tmp_path / "site" / "rlx" / "conf" / "hydra" / "job_logging" / "rlx.yaml").exists()
+    assert "rlx-train" in next((tmp_path / "site").glob("*.dist-info/entry_points.txt")).read_text()

@@ -1,0 +1,119 @@
+"""The learner over 1, 2 and 4 devices (forced host devices, each in its own process)."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from rlx.learner import Learner
+from tests import parts
+
+UPDATES = 4
+
+
+def learner(devices: int | None = 1, **changes) -> Learner:
+    settings = {"batch_size": 8, "devices": devices, "publish_every_updates": 1, "seed": 3}
+    return Learner(**settings | {"agent": parts.agent(target_period_updates=3)} | changes)
+
+
+def run(devices: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Parameters and TD errors after a few updates on the same batches."""
+    subject = learner(devices)
+    for seed in range(UPDATES):
+        output = subject.update(subject.put(parts.batch(subject._agent, 8, seed=seed)))
+    state = subject.state()
+    leaves = jax.tree.leaves((state.params, state.target_params, state.opt_state))
+    return leaves, subject.td(output)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_any_number_of_devices_gives_the_same_parameters(devices, tmp_path):
+    code = (
+        "import sys, numpy as np, jax\n"
+        "jax.config.update('jax_default_matmul_precision', 'highest')\n"
+        "from tests.test_learner import run\n"
+        "leaves, td = run(int(sys.argv[1]))\n"
+        "np.savez(sys.argv[2], *leaves, td=td)\n"
+    )
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    out = str(tmp_path / "out.npz")
+    subprocess.run(
+        [sys.executable, "-c", code, str(devices), out],
+        env={**os.environ, **flags, "JAX_PLATFORMS": "cpu"},
+        check=True,
+        timeout=300,
+    )
+    leaves, td = run(1)
+    saved = np.load(out)
+    np.testing.assert_allclose(saved["td"], td, atol=1e-5)
+    for i, leaf in enumerate(leaves):
+        np.testing.assert_allclose(saved[f"arr_{i}"], leaf, rtol=1e-4, atol=1e-5)
+
+
+def test_donation_survives_a_target_that_is_the_parameters():
+    subject = learner()
+    state = subject._agent.init(jax.random.PRNGKey(0))
+    assert jax.tree.leaves(state.params)[0] is jax.tree.leaves(state.target_params)[0]
+    subject.restore(state)
+    for seed in range(2):
+        subject.update(subject.put(parts.batch(subject._agent, 8, seed=seed)))
+    assert int(subject.state().updates) == 2
+
+
+def test_published_weights_do_not_move_with_later_updates():
+    subject = learner()
+    batch = parts.batch(subject._agent, 8)
+    subject.update(subject.put(batch))
+    published = subject.publish()
+    before = jax.tree.map(np.copy, subject.state().params)
+    subject.update(subject.put(batch))
+    weights = published.weights()
+    assert weights.version == 1
+    jax.tree.map(np.testing.assert_array_equal, weights.params, before)
+    after = subject.state().params
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    )
+
+
+def test_a_released_batch_overwritten_with_255_changes_no_loss():
+    losses = []
+    for overwrite in (False, True):
+        subject = learner()
+        for seed in range(UPDATES):
+            batch = parts.batch(subject._agent, 8, seed=seed)
+            output = subject.update(subject.put(batch))
+            subject.td(output)  # the update has finished: its buffers may be reused
+            if overwrite:
+                jax.tree.map(lambda x: np.asarray(x).view(np.uint8).fill(255), batch.rows)
+        losses.append(float(output.metrics["learner/loss"][0]))
+    assert losses[0] == losses[1]
+
+
+def test_restored_learner_goes_on_bit_for_bit():
+    batches = [parts.batch(parts.agent(), 8, seed=seed) for seed in range(4)]
+    whole, half = learner(), learner()
+    for batch in batches:
+        whole.update(whole.put(batch))
+    for batch in batches[:2]:
+        half.update(half.put(batch))
+    resumed = learner(seed=99)
+    resumed.restore(half.state())
+    for batch in batches[2:]:
+        resumed.update(resumed.put(batch))
+    assert resumed.updates == 4
+    jax.tree.map(np.testing.assert_array_equal, resumed.state(), whole.state())
+
+
+def test_impossible_devices_and_batches_are_refused():
+    with pytest.raises(ValueError, match=r"learner.devices=999, but there are \d+ \(cpu\)"):
+        learner(999)
+    from rlx.learner import choose_devices
+
+    assert len(choose_devices(None, 8)) == len(jax.local_devices())
+    if len(jax.local_devices()) == 1:
+        assert choose_devices(1, 7)

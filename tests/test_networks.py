@@ -1,0 +1,148 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlx import trees
+from rlx.networks.cores import stack_frames
+from rlx.networks.heads import Plain
+from rlx.networks.torsos import MLP, ImpalaResNet, NatureCNN, OneHotMLP
+from rlx.types import ArraySpec, DiscreteSpec, EnvSpec, NetInput
+from tests import parts
+
+
+def rows(inputs: NetInput, t: int) -> NetInput:
+    return trees.tree_map(lambda x: x[t : t + 1], inputs)
+
+
+@pytest.mark.parametrize("core", ["lstm", "gru", "none"])
+@pytest.mark.parametrize("spec", [parts.VECTOR, parts.IMAGE], ids=lambda s: s.id)
+def test_unroll_of_T_equals_T_unrolls_of_1_with_resets(spec, core):
+    net = parts.network(spec, core)
+    rng = np.random.default_rng(0)
+    params = net.init(jax.random.PRNGKey(0))
+    inputs = parts.inputs(spec, 9, 3, rng=rng)
+    assert inputs.first[1:].any()
+    carry = parts.random_carry(net, 3, rng)
+    whole, whole_carry = net.apply(params, inputs, carry)
+    for t in range(9):
+        one, carry = net.apply(params, rows(inputs, t), carry)
+        np.testing.assert_allclose(one[0], whole[t], rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), carry, whole_carry)
+
+
+@pytest.mark.parametrize("core", ["lstm", "gru"])
+def test_nothing_crosses_a_reset(core):
+    net = parts.network(core=core)
+    rng = np.random.default_rng(0)
+    params = net.init(jax.random.PRNGKey(0))
+    inputs = parts.inputs(parts.VECTOR, 6, 2, rng=rng)
+    inputs.first[:] = False
+    inputs.first[3] = True
+    after = trees.tree_map(lambda x: x[3:], inputs)
+    whole, _ = net.apply(params, inputs, parts.random_carry(net, 2, rng))
+    fresh, _ = net.apply(params, after, net.initial_carry(2))
+    np.testing.assert_allclose(whole[3:], fresh, rtol=1e-5, atol=1e-6)
+    inputs.first[3] = False
+    crossed, _ = net.apply(params, inputs, parts.random_carry(net, 2, rng))
+    assert np.abs(crossed[3:] - fresh).max() > 1e-3
+
+
+def test_no_previous_action_is_all_zeros():
+    net = parts.network()
+    params = net.init(jax.random.PRNGKey(0))
+    inputs = parts.inputs(parts.VECTOR, 1, 1, rng=np.random.default_rng(0))
+    carry = net.initial_carry(1)
+
+    def q(prev_action: int) -> np.ndarray:
+        changed = NetInput(
+            observation=inputs.observation,
+            prev_action=np.full((1, 1), prev_action, np.int32),
+            prev_reward=inputs.prev_reward,
+            time=inputs.time,
+            first=inputs.first,
+        )
+        return np.asarray(net.apply(params, changed, carry)[0])
+
+    kernel = params["core"]["input"]["kernel"]
+    action_rows = np.arange(8, 12)  # after the torso's 8 features
+    params["core"]["input"]["kernel"] = kernel.at[action_rows].set(0)
+    without = q(2)
+    params["core"]["input"]["kernel"] = kernel
+    np.testing.assert_array_equal(q(-1), without)
+    assert np.abs(q(0) - without).max() > 1e-4
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_stack_equals_a_walk_through_time(depth):
+    rng = np.random.default_rng(depth)
+    time, lanes = 12, 3
+    frames = rng.integers(0, 256, (time, lanes, 1, 2, 2)).astype(np.uint8)
+    first = rng.random((time, lanes)) < 0.25
+    carried = rng.integers(0, 256, (lanes, depth - 1, 1, 2, 2)).astype(np.uint8)
+    got, after = stack_frames(jnp.asarray(frames), jnp.asarray(first), jnp.asarray(carried))
+    for lane in range(lanes):
+        held = list(carried[lane])
+        for t in range(time):
+            held = [frames[t, lane]] * depth if first[t, lane] else [*held, frames[t, lane]]
+            held = held[-depth:]
+            np.testing.assert_array_equal(got[t, lane], np.concatenate(held))
+            held = held[-(depth - 1) :]
+        np.testing.assert_array_equal(after[lane], np.stack(held))
+
+
+def test_torsos_and_options_build_and_run():
+    grid = EnvSpec(
+        id="grid",
+        observation={
+            "image": ArraySpec(shape=(7, 7, 3), dtype="uint8"),
+            "direction": ArraySpec(shape=(), dtype="int32"),
+        },
+        action=DiscreteSpec(n=7),
+        frames_per_env_step=1,
+    )
+    one_hot = OneHotMLP(categories=(11, 6, 4), layers=(16,))
+    resnet = ImpalaResNet(channels=(4, 8), blocks=1)
+    for spec, changes in [
+        (grid, {"torso": one_hot, "stack": {}}),
+        (parts.IMAGE, {"torso": resnet, "dense_before_core": 16}),
+        (parts.VECTOR, {"layer_norm": True, "head": Plain(hidden=None)}),
+        (parts.IMAGE, {"compute_dtype": "bfloat16"}),
+    ]:
+        net = parts.network(spec, **changes)
+        params = net.init(jax.random.PRNGKey(0))
+        if spec is grid:
+            observation = {
+                "image": np.zeros((2, 3, 7, 7, 3), np.uint8),
+                "direction": np.zeros((2, 3), np.int32),
+            }
+            flat = parts.inputs(parts.VECTOR, 2, 3, rng=np.random.default_rng(0))
+            inputs = NetInput(
+                observation=observation,
+                prev_action=flat.prev_action,
+                prev_reward=flat.prev_reward,
+                time=flat.time,
+                first=flat.first,
+            )
+        else:
+            inputs = parts.inputs(spec, 2, 3, rng=np.random.default_rng(0))
+        q, carry = net.apply(params, inputs, net.initial_carry(3))
+        assert q.shape == (2, 3, spec.action.n)
+        assert q.dtype == jnp.float32
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(carry.core))
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
+def test_networks_say_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"stack names \['pixels'\]"):
+        parts.network(stack={"pixels": 4})
+    with pytest.raises(ValueError, match="is not an image"):
+        parts.network(stack={"observation": 4})
+    with pytest.raises(ValueError, match="box action space"):
+        parts.network(parts.BOX).init(jax.random.PRNGKey(0))
+    with pytest.raises(ValueError, match="exactly one leaf of three axes"):
+        parts.network(torso=parts.SMALL_CNN).init(jax.random.PRNGKey(0))
+    with pytest.raises(ValueError, match="one number per layer"):
+        torso = NatureCNN(channels=(4,), kernels=(8, 4), strides=(4, 2))
+        parts.network(parts.IMAGE, torso=torso).init(jax.random.PRNGKey(0))
+    assert MLP(layers=()).layers == ()
