@@ -90,10 +90,6 @@ class Gymnasium:
             vector_kwargs=kwargs,
             **self._make_kwargs(render),
         )
-        if vector.metadata.get("autoreset_mode") != AutoresetMode.NEXT_STEP:
-            raise ValueError(
-                f"gymnasium resets {self.id!r} by {vector.metadata}; accepted: NEXT_STEP"
-            )
         return GymnasiumLanes(
             vector=vector,
             spec=spec,

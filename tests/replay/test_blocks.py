@@ -255,6 +255,15 @@ def test_a_block_being_written_is_seen_as_changed(monkeypatch):
     ring.add(rollout([(0, 0, 12)], ring.sequence), ones)
 
 
+def test_every_block_of_a_window_is_compared():
+    ring = make_ring(12, 2)
+    ring.add(rollout([(0, 0, n) for n in range(12)], ring.sequence), ones)
+    for block in (3, 4, 5):
+        ring._slot.key[block] = -1
+        assert ring._changed(np.array([[0, 1, 2], [3, 4, 5]])).tolist() == [1]
+        ring._slot.key[block] = block
+
+
 def blocks_of_their_keys(sequence, shape, lanes: int, number: int, count: int):
     """The lanes' next `count` blocks each, taking turns, with their keys in every leaf."""
     names = [(lane, 0, number + n) for n in range(count) for lane in range(lanes)]

@@ -1,0 +1,245 @@
+"""The keystone: with weights unchanged, replayed Q equals acting-time Q.
+
+Through real environments, actors, blocks, the ring and the network; over episode ends, block
+borders, wrap-around, replaced actors and asynchronous EnvPool. Each planted off-by-one breaks it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rlx import trees
+from rlx.acting.blocks import row_spec
+from rlx.acting.exploration import Constant
+from rlx.acting.local_pool import LocalPool, carry_spec
+from rlx.agents.r2d2 import R2D2
+from rlx.envs.envpool import EnvPool
+from rlx.replay.prioritized import Prioritized
+from rlx.types import Batch, Weights
+from tests import parts
+
+CARTPOLE: dict[str, Any] = {"id": "CartPole-v1", "components": [0, 2], "max_episode_steps": 30}
+PONG: dict[str, Any] = {"id": "Pong-v5", "max_episode_steps": 25}
+GRID: dict[str, Any] = {"id": "MiniGrid-MemoryS7-v0", "observe": "image", "max_episode_steps": 20}
+
+
+def family(**changes: Any) -> EnvPool:
+    settings: dict[str, Any] = {
+        "id": "CartPole-v1",
+        "observe": None,
+        "components": None,
+        "max_episode_steps": None,
+        "batch_size": None,
+        "threads": 1,
+        "options": {},
+    }
+    return EnvPool(**settings | changes)
+
+
+def make_agent(envs: EnvPool, core: str = "lstm") -> R2D2:
+    spec = envs.spec()
+    stacked = "observation" in spec.observation and len(spec.observation["observation"].shape) == 3
+    net = parts.network(
+        spec,
+        core,
+        torso=parts.SMALL_CNN if stacked else parts.MLP(layers=(8,)),
+        stack={"observation": 4} if stacked else {},
+    )
+    return parts.agent(net, burn_in=4, unroll=6, n_step=3, stride=4, block_rows=4)
+
+
+def make_pool(envs: EnvPool, agent: R2D2, *, instances: int = 1, lanes: int = 3) -> LocalPool:
+    return LocalPool(
+        instances=instances,
+        envs_per_actor=lanes,
+        env_steps_per_request=lanes * 10,
+        device="cpu",
+        family=envs,
+        agent=agent,
+        exploration=Constant(value=0.3),
+        seed=5,
+        chain=0,
+        env_steps=0,
+    )
+
+
+def make_replay(agent: R2D2, lanes: int, capacity: int = 240) -> Prioritized:
+    return Prioritized(
+        capacity=capacity,
+        ratio=1.0,
+        min_sequences=1,
+        priority_exponent=0.9,
+        priority_eta=0.9,
+        priority_epsilon=1e-3,
+        importance_exponent=0.6,
+        initial_priority="acting",
+        stratified=False,
+        sequence=agent.sequence,
+        row_spec=row_spec(agent.spec, agent.acting_spec),
+        carry_spec=carry_spec(agent),
+        lanes=lanes,
+        first_td=agent.first_td,
+        seed=0,
+    )
+
+
+def replayed_q(agent: R2D2, params: Any, batch: Batch) -> np.ndarray:
+    """f32[B, L, A]: unrolled from the stored carry of each sequence."""
+    rows = trees.tree_map(lambda x: np.swapaxes(x, 0, 1), batch.rows)
+    q, _ = agent.network.apply(params, rows.inputs, batch.carry)
+    return np.swapaxes(np.asarray(q), 0, 1)
+
+
+def difference(agent: R2D2, params: Any, batch: Batch) -> float:
+    """The largest relative difference of replayed and acting-time Q, of any row."""
+    q, rows = replayed_q(agent, params, batch), batch.rows
+    taken = np.take_along_axis(q, rows.action[..., None], axis=-1)[..., 0]
+    worst = 0.0
+    for got, kept in ((taken, rows.acting.q), (q.max(-1), rows.acting.q_max)):
+        worst = max(worst, float((np.abs(got - kept) / np.maximum(1, np.abs(kept))).max()))
+    return worst
+
+
+def gather(
+    envs: EnvPool, core: str = "lstm", *, instances: int = 1, lanes: int = 3, reopen: bool = False
+) -> tuple[R2D2, Any, Batch]:
+    """Acts far beyond the ring's capacity and samples what is left."""
+    agent = make_agent(envs, core)
+    params = jax.tree.map(np.asarray, agent.init(jax.random.PRNGKey(0)).params)
+    pool = make_pool(envs, agent, instances=instances, lanes=lanes)
+    replay = make_replay(agent, instances * lanes)
+    pool.publish(Weights(version=0, params=params), 0)
+    for turn in range(14):
+        for rollout in pool.collect(lanes * 10, 60.0):
+            replay.add(rollout)
+        if reopen and turn in (5, 9):
+            pool.reopen()
+            pool.publish(Weights(version=0, params=params), 0)
+    pool.close(10.0)
+    assert replay.env_steps > replay.rows  # wrapped around
+    return agent, params, replay.sample(64).batch
+
+
+@pytest.mark.parametrize(
+    ("environment", "core", "options"),
+    [
+        (CARTPOLE, "lstm", {}),
+        (CARTPOLE, "gru", {"instances": 2, "lanes": 2}),
+        (CARTPOLE, "none", {}),
+        (CARTPOLE, "lstm", {"reopen": True}),
+        (CARTPOLE | {"batch_size": 2}, "lstm", {"lanes": 5}),
+        (GRID, "lstm", {}),
+        (PONG, "lstm", {}),
+        (PONG | {"batch_size": 2, "threads": 2}, "lstm", {"lanes": 4, "reopen": True}),
+        (PONG, "none", {"lanes": 2}),
+    ],
+    ids=["vector", "two-actors", "feed-forward", "reopened", "async", "grid", "pong", "pong-async",
+         "stack-only"],
+)  # fmt: skip
+def test_replayed_q_equals_acting_q(environment, core, options):
+    agent, params, batch = gather(family(**environment), core, **options)
+    rows = batch.rows
+    assert rows.inputs.first[:, 1:].any()  # over ends
+    assert not rows.valid.all()
+    assert difference(agent, params, batch) < 1e-4
+
+
+def shifted(x: np.ndarray) -> np.ndarray:
+    """Each row gets the one before it."""
+    return np.concatenate([x[:, :1], x[:, :-1]], axis=1)
+
+
+def change_inputs(**changes: Callable[[Any], Any]) -> Callable[[Batch], Batch]:
+    def apply(batch: Batch) -> Batch:
+        inputs = batch.rows.inputs
+        new = {name: change(getattr(inputs, name)) for name, change in changes.items()}
+        rows = dataclasses.replace(batch.rows, inputs=dataclasses.replace(inputs, **new))
+        return dataclasses.replace(batch, rows=rows)
+
+    return apply
+
+
+def next_rows_carry(batch: Batch) -> Batch:
+    """The sequence starts one row late, with the carry of the row before."""
+    rows = trees.tree_map(lambda x: x[:, 1:], batch.rows)
+    return dataclasses.replace(batch, rows=rows)
+
+
+def shift_stack(batch: Batch) -> Batch:
+    frames = {name: np.roll(x, 1, axis=1) for name, x in batch.carry.frames.items()}
+    return dataclasses.replace(batch, carry=dataclasses.replace(batch.carry, frames=frames))
+
+
+PLANTED = {
+    "carry of another row": next_rows_carry,
+    "previous action one late": change_inputs(prev_action=shifted),
+    "previous reward one late": change_inputs(prev_reward=shifted),
+    "first dropped": change_inputs(first=np.zeros_like),
+    "first one late": change_inputs(first=shifted),
+    "observation one late": change_inputs(
+        observation=lambda o: {name: shifted(x) for name, x in o.items()}
+    ),
+    "stack shifted": shift_stack,
+}
+
+
+@pytest.mark.parametrize("environment", [CARTPOLE, PONG], ids=["vector", "pong"])
+def test_any_planted_off_by_one_breaks_it(environment):
+    agent, params, batch = gather(family(**environment))
+    for name, plant in PLANTED.items():
+        if name == "stack shifted" and not batch.carry.frames:
+            continue
+        if name == "previous reward one late" and environment is PONG:
+            continue  # nobody scores in so few frames: every reward is 0
+        assert difference(agent, params, plant(batch)) > 1e-4, name
+
+
+def test_every_row_arrives_in_order_once_and_with_its_inputs():
+    """Blocks of a lane, put end to end, are one unbroken stream."""
+    envs = family(**CARTPOLE | {"batch_size": 2})
+    agent = make_agent(envs)
+    params = jax.tree.map(np.asarray, agent.init(jax.random.PRNGKey(0)).params)
+    pool = make_pool(envs, agent, lanes=5)
+    pool.publish(Weights(version=0, params=params), 0)
+    rollouts = [r for _ in range(20) for r in pool.collect(40, 60.0)]
+    pool.close(10.0)
+    blocks: dict[int, list] = {}
+    for rollout in rollouts:
+        for m in range(len(rollout.lane)):
+            rows, following = (
+                trees.tree_map(lambda x, m=m: x[m], tree) for tree in (rollout.rows, rollout.next)
+            )
+            blocks.setdefault(int(rollout.lane[m]), []).append(
+                (int(rollout.number[m]), rows, following)
+            )
+    assert sorted(blocks) == [0, 1, 2, 3, 4]
+    for parts_of_lane in blocks.values():
+        numbers = [number for number, _, _ in parts_of_lane]
+        assert numbers == list(range(len(numbers)))
+        for (_, _, following), (_, rows, _) in zip(
+            parts_of_lane, parts_of_lane[1:], strict=False
+        ):
+            first_row = trees.tree_map(lambda x: x[0], rows.inputs)
+            trees.tree_map(np.testing.assert_array_equal, following, first_row)
+        rows = trees.tree_map(lambda *x: np.concatenate(x), *[r for _, r, _ in parts_of_lane])
+        inputs = rows.inputs
+        assert inputs.first[0]
+        np.testing.assert_array_equal(rows.valid[:-1], ~inputs.first[1:])
+        follows = ~inputs.first[1:]
+        np.testing.assert_array_equal(inputs.prev_action[1:][follows], rows.action[:-1][follows])
+        np.testing.assert_array_equal(inputs.prev_reward[1:][follows], rows.reward[:-1][follows])
+        np.testing.assert_array_equal(inputs.time[1:][follows], inputs.time[:-1][follows] + 1)
+        for name in ("prev_action", "prev_reward", "time"):
+            none = -1 if name == "prev_action" else 0
+            assert (getattr(inputs, name)[inputs.first] == none).all()
+        assert (rows.reward[~rows.valid] == 0).all()
+        assert (rows.discount[~rows.valid] == 0).all()
+    total = sum(rollout.env_steps for rollout in rollouts)
+    stored = sum(int(r.valid.sum()) for lane in blocks.values() for _, r, _ in lane)
+    assert stored <= total <= stored + 5 * agent.block_rows
