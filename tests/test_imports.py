@@ -22,7 +22,7 @@ LAYERS = [
     {"agents", "acting", "learner"},
     {"evaluate"},
     {"loop"},
-    {"composing"},
+    {"assemble", "composing"},
     {"api"},
     {"train", "report", "bench"},
 ]

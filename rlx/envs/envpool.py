@@ -114,27 +114,29 @@ class EnvPool:
 
         Equal seeds give equal streams, whatever the number of lanes, threads or the batch size.
         """
-        checked = check_lanes_and_seeds(lanes, seeds)
         if problems := self.problems(lanes=lanes):
             raise ValueError("; ".join(problems))
         if render and (reason := _cannot_render(self.id)):
             raise ValueError(
                 f"env.id={self.id!r} cannot be rendered here ({reason}); turn video off"
             )
-        raw = self._raw_spec()
         return EnvPoolLanes(
-            pool=envpool.make_gymnasium(
-                self.id,
-                num_envs=lanes,
-                batch_size=self.batch_size or lanes,
-                num_threads=self.threads,
-                seed=checked,
-                **self._env_options(raw.config._asdict()),
-                **({"render_mode": "rgb_array"} if render else {}),
-            ),
+            pool=self.open(lanes=lanes, seeds=seeds, render=render),
             spec=self.spec(),
-            reader=Reader(select(_sources(raw), self.observe, self.components)),
+            reader=Reader(select(_sources(self._raw_spec()), self.observe, self.components)),
             render=render,
+        )
+
+    def open(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> Any:
+        """EnvPool's own object with these settings, without our adapter (for measuring it)."""
+        return envpool.make_gymnasium(
+            self.id,
+            num_envs=lanes,
+            batch_size=self.batch_size or lanes,
+            num_threads=self.threads,
+            seed=check_lanes_and_seeds(lanes, seeds),
+            **self._env_options(self._raw_spec().config._asdict()),
+            **({"render_mode": "rgb_array"} if render else {}),
         )
 
     def _raw_spec(self) -> Any:

@@ -1,0 +1,304 @@
+"""How fast, against what this machine could do: `python -m rlx.bench what=acting seconds=10`.
+
+Every variant of a bench runs in slices, one after the other and round again, so that a noisy
+machine disturbs them alike; a ratio is the median over the rounds of the ratio within a round.
+Runs where neither ray nor envpool nor hydra is installed (`what=learner`). The last line printed
+is one JSON object: {"what", "machine", "rows": [{"name", "value", "unit", "ratio"}]}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+import yaml
+
+from rlx import trees
+from rlx._paths import config_dir
+from rlx.acting.local_pool import LocalPool
+from rlx.acting.policy import Policy
+from rlx.config import build
+from rlx.interfaces import Agent
+from rlx.learner import Learner
+from rlx.types import ArraySpec, Batch, DiscreteSpec, EnvSpec, NetInput, Row, Weights
+
+What = Literal["acting", "learner"]
+SLICE_S = 0.5
+
+PONG = EnvSpec(
+    id="Pong-v5",
+    observation={"observation": ArraySpec(shape=(1, 84, 84), dtype="uint8")},
+    action=DiscreteSpec(n=18),
+    frames_per_env_step=4,
+)
+CARTPOLE = EnvSpec(
+    id="CartPole-v1",
+    observation={"observation": ArraySpec(shape=(2,), dtype="float32")},
+    action=DiscreteSpec(n=2),
+    frames_per_env_step=1,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A benched run: which file of each group, and its environment's spec without EnvPool."""
+
+    name: str
+    env: str
+    network: str
+    agent: str
+    batch_size: int
+    spec: EnvSpec
+
+
+SETUPS = (
+    Setup(
+        name="cartpole",
+        env="cartpole_memory",
+        network="mlp_lstm",
+        agent="r2d2_small",
+        batch_size=32,
+        spec=CARTPOLE,
+    ),
+    Setup(
+        name="pong",
+        env="atari",
+        network="nature_lstm",
+        agent="r2d2",
+        batch_size=64,
+        spec=PONG,
+    ),
+)
+
+Work = Callable[[], float]  # does a little and answers how much, in the bench's unit
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def measure(variants: Mapping[str, Work], seconds: float) -> dict[str, list[float]]:
+    """Rates per second of each variant, one per round, within about `seconds` for all."""
+    for work in variants.values():
+        work()  # compiles
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    end = perf_counter() + seconds
+    while perf_counter() < end or not all(rates.values()):
+        for name, work in variants.items():
+            done, began = 0.0, perf_counter()
+            while (spent := perf_counter() - began) < SLICE_S or not done:
+                done += work()
+            rates[name].append(done / spent)
+    return rates
+
+
+def rows(
+    rates: Mapping[str, Sequence[float]], *, prefix: str, unit: str, roofline: str
+) -> list[dict[str, Any]]:
+    """Median rates, and the median over the rounds of each round's ratio to the roofline."""
+    return [
+        {
+            "name": f"{prefix}/{name}",
+            "value": statistics.median(values),
+            "unit": unit,
+            "ratio": statistics.median(
+                value / best for value, best in zip(values, rates[roofline], strict=True)
+            ),
+        }
+        for name, values in rates.items()
+    ]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "devices": [str(device.device_kind) for device in jax.local_devices()],
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def report(what: str, found: list[dict[str, Any]]) -> None:
+    """A table, then the same as one line of JSON."""
+    print(f"{'name':<44} {'value':>14} {'unit':<14} {'ratio':>6}")
+    for row in found:
+        print(f"{row['name']:<44} {row['value']:>14,.1f} {row['unit']:<14} {row['ratio']:>6.2f}")
+    print(json.dumps({"what": what, "machine": machine(), "rows": found}))
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def settings(group: str, name: str) -> Any:
+    """One file of a group, as it is (no hydra needed)."""
+    return yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text())
+
+
+def make_agent(setup: Setup) -> Agent:
+    """The setup's network and agent."""
+    network = build(settings("network", setup.network), "network", spec=setup.spec)
+    return build(settings("agent", setup.agent), "agent", network=network, spec=setup.spec)
+
+
+def random_batch(agent: Agent, size: int) -> Batch:
+    """Valid rows of noise, as the replay would give them."""
+    rng, length = np.random.default_rng(0), agent.sequence.length
+
+    def noise(spec: ArraySpec) -> np.ndarray:
+        shape = (size, length, *spec.shape)
+        return rng.integers(0, 2, shape).astype(spec.dtype)
+
+    from rlx.acting.blocks import row_spec
+
+    made: Row = trees.tree_map(noise, row_spec(agent.spec, agent.acting_spec))
+    made.valid[:] = True
+    made.inputs.first[:] = False
+    made.discount[:] = 1
+    carry = trees.tree_map(np.asarray, agent.initial_carry(size))
+    return Batch(rows=made, carry=carry, importance=np.ones(size, np.float32))
+
+
+# --- benches -------------------------------------------------------------------------------------
+
+
+def bench_acting(setup: Setup, seconds: float) -> list[dict[str, Any]]:
+    """Raw EnvPool, EnvPool with the jitted policy (the roofline), the whole local pool."""
+    agent, acting = make_agent(setup), settings("acting", "local")
+    lanes, device = acting["envs_per_actor"], acting["device"]
+    family = build(settings("env", setup.env), "env")
+    state = agent.init(jax.random.PRNGKey(0))
+    params = jax.tree.map(np.asarray, agent.acting_params(state))
+    weights = Weights(version=0, params=params)
+    policy = Policy(agent=agent, lanes=lanes, seed=0, path=("bench",), device=device)
+    policy.take(weights)
+    pool: LocalPool = build(
+        acting,
+        "acting",
+        family=family,
+        agent=agent,
+        exploration=build(settings("exploration", "ladder"), "exploration"),
+        seed=0,
+        chain=0,
+        env_steps=0,
+    )
+    pool.publish(weights, 0)
+    variants: dict[str, Work] = {
+        "envpool": raw_stepping(family, lanes, None),
+        "envpool + policy": raw_stepping(family, lanes, policy),
+        "local pool": lambda: sum(
+            rollout.env_steps for rollout in pool.collect(pool.env_steps_per_request, 60.0)
+        ),
+    }
+    prefix = f"acting/{setup.name}"
+    rates = measure(variants, seconds)
+    return rows(rates, prefix=prefix, unit="env steps/s", roofline="envpool + policy")
+
+
+def raw_stepping(family: Any, lanes: int, policy: Policy | None) -> Work:
+    """EnvPool's own `step` in a bare loop, without adapter, rows or blocks."""
+    pool = family.open(lanes=lanes, seeds=list(range(lanes)))
+    columns = None if family.components is None else np.asarray(family.components)
+    lane = np.arange(lanes, dtype=np.int32)
+    zeros = np.zeros(lanes, np.int32)
+    nothing = np.zeros(lanes, np.float32), np.zeros(lanes, bool)
+    state = {"observation": pool.reset()[0], "action": zeros}
+
+    def work() -> float:
+        if policy is not None:
+            seen = state["observation"]
+            inputs = NetInput(
+                observation={"observation": seen if columns is None else seen[:, columns]},
+                prev_action=state["action"],
+                prev_reward=nothing[0],
+                time=zeros,
+                first=nothing[1],
+            )
+            state["action"], _ = policy.act(inputs, None, nothing[0])
+        state["observation"] = pool.step(state["action"], lane)[0]
+        return lanes
+
+    return work
+
+
+def bench_learner(setup: Setup, seconds: float) -> list[dict[str, Any]]:
+    """The compiled update alone, on resident data (the roofline), and the learner's whole path."""
+    agent, size = make_agent(setup), setup.batch_size
+    own = settings("learner", "default") | {"batch_size": size}
+    learner: Learner = build(own, "learner", agent=agent, seed=0)
+    batch = random_batch(agent, size)
+    update = jax.jit(agent.update, donate_argnums=0)
+    held = {"state": jax.tree.map(jax.numpy.array, agent.init(jax.random.PRNGKey(0)))}
+    resident = jax.device_put(batch)
+    waiting: list[Any] = []
+
+    def alone() -> float:
+        held["state"], output = update(held["state"], resident)
+        jax.block_until_ready(output.td)
+        return 1
+
+    def path() -> float:
+        """As the loop does it: fresh host batches, TD errors one update late, publishing."""
+        output = learner.update(learner.put(batch))
+        if waiting:
+            learner.td(waiting.pop())
+        waiting.append(output)
+        if learner.updates % learner.publish_every_updates == 0:
+            learner.publish().weights()
+        return 1
+
+    rates = measure({"compiled update": alone, "learner path": path}, seconds)
+    prefix = f"learner/{setup.name}"
+    found = rows(rates, prefix=prefix, unit="updates/s", roofline="compiled update")
+    trained = size * agent.sequence.unroll
+    return found + [
+        row | {"value": row["value"] * trained, "unit": "trained rows/s"} for row in found
+    ]
+
+
+BENCHES: Mapping[str, Callable[[Setup, float], list[dict[str, Any]]]] = {
+    "acting": bench_acting,
+    "learner": bench_learner,
+}
+
+
+def main() -> None:
+    """`what=acting|learner seconds=10 setup=cartpole|pong|all`: seconds for each setup."""
+    given = dict(text.partition("=")[::2] for text in sys.argv[1:])
+    names = [setup.name for setup in SETUPS]
+    what, chosen = given.pop("what", None), given.pop("setup", "all")
+    seconds = given.pop("seconds", "10")
+    if (
+        what not in get_args(What)
+        or chosen not in (*names, "all")
+        or given
+        or not _positive(seconds)
+    ):
+        print(
+            f"rlx.bench: got {' '.join(sys.argv[1:]) or 'nothing'}; accepted: "
+            f"what={'|'.join(get_args(What))} seconds=10 setup={'|'.join(names)}|all",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    setups = [setup for setup in SETUPS if chosen in (setup.name, "all")]
+    report(what, [row for setup in setups for row in BENCHES[what](setup, float(seconds))])
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
+if __name__ == "__main__":
+    main()
