@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from rlx import provenance
 from rlx.composing import compose
 from rlx.config import ROLES, build, check, plain, remember, runtime_names, setting_hints
+from rlx.interfaces import Agent, EnvFamily
 from rlx.problems import ConfigError, Problem, Sources, did_you_mean, refuse
 from rlx.targets import resolve
+from rlx.types import Params, Weights
+
+if TYPE_CHECKING:
+    from rlx.checkpoint import Restored
 
 __all__ = ["Loaded", "compose", "load", "make", "run"]
 
@@ -71,25 +78,89 @@ def refuse_used(folder: Path) -> None:
         raise refuse("output_dir", says, given=str(folder))
 
 
-def find_run(path: Path | str) -> Path:
-    """The folder of a run; ConfigError if there is none."""
+def find_run(path: Path | str, key: str = "resume") -> Path:
+    """The folder of a run; ConfigError (of the setting `key`) if there is none."""
     if not (Path(path) / ".hydra" / "config.yaml").is_file():
         says = "no run is there (no .hydra/config.yaml); give the folder of one, as under outputs/"
-        raise refuse("resume", says, given=str(path))
+        raise refuse(key, says, given=str(path))
     return Path(path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A run from its folder."""
+    """A run from its folder; its parts are built when they are first asked for."""
 
     cfg: DictConfig
     output_dir: Path
 
+    @property
+    def family(self) -> EnvFamily:
+        """The environment's settings, which make lanes of it."""
+        return self._built[0]
+
+    @property
+    def agent(self) -> Agent:
+        """The agent, with its network."""
+        return self._built[1]
+
+    def restore(self, which: str | Path = "latest") -> Restored:
+        """A checkpoint without its replay: "latest", "best", or the folder of one."""
+        import jax
+
+        from rlx.checkpoint import Checkpointer, CheckpointError
+
+        like = jax.eval_shape(lambda: self.agent.init(jax.random.PRNGKey(0)))
+        try:
+            return Checkpointer(self.output_dir, None).restore(like, which, with_replay=False)
+        except CheckpointError as error:
+            raise refuse("which", str(error), given=str(which)) from error
+
+    def params(self, which: str | Path = "latest") -> Params:
+        """The parameters that act, as NumPy arrays."""
+        return self.agent.acting_params(self.restore(which).state)
+
+    def evaluate(
+        self,
+        *,
+        episodes: int = 100,
+        which: str | Path = "latest",
+        epsilon: float | None = None,
+        envs: int | None = None,
+        seed: int = 0,
+        record: bool = False,
+        record_fps: float = 30.0,
+    ) -> dict[str, Any]:
+        """Plays episodes with a checkpoint's parameters; `rlx.evaluate` explains the arguments."""
+        from rlx.evaluate import Recorder, evaluate
+
+        settings, restored = plain(self.cfg)["evaluation"], self.restore(which)
+        version, name = restored.meta["updates"], f"evaluation-{restored.env_steps}"
+        folder = self.output_dir / "videos"
+        with Recorder(folder, name, record_fps) if record else nullcontext() as recorder:
+            result = evaluate(
+                agent=self.agent,
+                weights=Weights(version=version, params=self.agent.acting_params(restored.state)),
+                family=self.family,
+                episodes=episodes,
+                lanes=settings["envs"] if envs is None else envs,
+                epsilon=settings["epsilon"] if epsilon is None else epsilon,
+                seed=seed,
+                recorder=recorder,
+            )
+        about = {"checkpoint": str(restored.path), "env_steps": restored.env_steps}
+        video = str(recorder.path) if recorder else None
+        return {**about, "updates": version, **result, "video": video}
+
+    @cached_property
+    def _built(self) -> tuple[EnvFamily, Agent]:
+        from rlx.assemble import build_agent
+
+        return build_agent(plain(self.cfg))
+
 
 def load(run_dir: Path | str) -> Loaded:
     """A finished or interrupted run; its configuration is checked like any other."""
-    saved = find_run(run_dir) / ".hydra" / "config.yaml"
+    saved = find_run(run_dir, "run") / ".hydra" / "config.yaml"
     cfg = OmegaConf.load(saved)
     assert isinstance(cfg, DictConfig)
     names = {key: str(saved) for key in map(str, cfg)}

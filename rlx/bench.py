@@ -210,8 +210,8 @@ def raw_stepping(family: Any, lanes: int, policy: Policy | None) -> Work:
     columns = None if family.components is None else np.asarray(family.components)
     lane = np.arange(lanes, dtype=np.int32)
     zeros = np.zeros(lanes, np.int32)
-    nothing = np.zeros(lanes, np.float32), np.zeros(lanes, bool)
-    state = {"observation": pool.reset()[0], "action": zeros}
+    nothing: Any = np.zeros(lanes, np.float32), np.zeros(lanes, bool)
+    state: dict[str, Any] = {"observation": pool.reset()[0], "action": zeros, "ended": nothing[1]}
 
     def work() -> float:
         if policy is not None:
@@ -224,8 +224,10 @@ def raw_stepping(family: Any, lanes: int, policy: Policy | None) -> Work:
                 first=nothing[1],
             )
             state["action"], _ = policy.act(inputs, None, nothing[0])
-        state["observation"] = pool.step(state["action"], lane)[0]
-        return lanes
+        resets = int(np.count_nonzero(state["ended"]))  # rows that are no env steps
+        state["observation"], _, terminated, truncated, _ = pool.step(state["action"], lane)
+        state["ended"] = terminated | truncated
+        return lanes - resets
 
     return work
 

@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -40,6 +40,8 @@ ROLES = {  # group -> the Protocol or class that its target must be
 }
 MISSING = "???"
 NO_DEFAULT = inspect.Parameter.empty
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,15 @@ def build(node: DictConfig | Mapping[str, Any], role: str | type, **runtime: Any
     if out or call is None:
         raise ConfigError(out)
     return call.make(runtime)
+
+
+def read(cls: type[T], given: Mapping[str, Any]) -> T:
+    """An object of settings alone, such as the options of a command line; no `_target_`."""
+    out: list[Problem] = []
+    settings = _read_settings(cls, given, "", out)
+    if out:
+        raise ConfigError(out)
+    return cls(**settings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,22 +1,54 @@
 """Evaluation, during training and after it: `python -m rlx.evaluate run=DIR episodes=100`.
 
 The episodes that *started* first are counted, not those that ended first: short ones would weigh
-too much.
+too much. They are played on the CPU, beside whatever trains on the GPUs. Options:
+
+    run=DIR            the folder of a run (required)
+    episodes=100       how many are played
+    epsilon=null       share of random actions; null: the run's evaluation.epsilon
+    envs=null          lanes; null: the run's evaluation.envs
+    which=latest       latest | best | the folder of a checkpoint
+    seed=0             of environments and random actions; the same seed gives the same returns
+    record=false       true: a video of the first episode, DIR/videos/evaluation-<env steps>.mp4,
+                       or .gif where imageio finds no ffmpeg; needs pip install rlx[video]
+    record_fps=30      frames per second of that video, one per env step
+    output=null        the file to write; null: DIR/evaluation.json
+
+The file holds {"evaluations": [...]}, the newest last: a further evaluation is added to it.
+`rlx.load(DIR).evaluate(episodes=100)` does the same from Python and writes no file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any
 
+import jax
 import numpy as np
 
 from rlx.acting.actor import InputTracker
 from rlx.acting.policy import Policy
 from rlx.interfaces import Agent, Env, EnvFamily
+from rlx.metrics import write_json
+from rlx.problems import ConfigError, Problem, refuse
 from rlx.seeding import spawn_int
+from rlx.statistics import summarize
 from rlx.types import Episode, Range, Timestep, Weights
+
+log = logging.getLogger(__name__)
+
+JSON = dict[str, Any]
+
+EVALUATION_FILE = "evaluation.json"
+VIDEO_FRAMES = 3000  # a longer episode is cut: a GIF is gathered in memory before it is written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +77,9 @@ class Evaluation:
         return [episode.ret for episode in finished]
 
 
+# --- playing -------------------------------------------------------------------------------------
+
+
 def run_episodes(
     *,
     agent: Agent,
@@ -61,9 +96,7 @@ def run_episodes(
 
     `watch` sees the environment, its answer and who started what, after every step.
     """
-    seeds = [spawn_int(seed, "evaluation", lane) for lane in range(lanes)]
-    options = {"render": True} if render else {}
-    env = family.make(lanes=lanes, seeds=seeds, **options)
+    env = _open(family, lanes, seed, render)
     policy = Policy(
         agent=agent, lanes=lanes, seed=seed, path=("evaluation", "policy"), device="cpu"
     )
@@ -85,6 +118,21 @@ def run_episodes(
             starts.ended(env.episodes())
     finally:
         env.close()
+
+
+def _open(family: EnvFamily, lanes: int, seed: int, render: bool) -> Env:
+    # Answers of all lanes at once: else the machine's load decides which episodes start first,
+    # and a batch size that suits the lanes of training may be more than there are here.
+    if dataclasses.is_dataclass(family) and getattr(family, "batch_size", None) is not None:
+        family = dataclasses.replace(family, batch_size=None)
+    seeds = [spawn_int(seed, "evaluation", lane) for lane in range(lanes)]
+    if not render:
+        return family.make(lanes=lanes, seeds=seeds)
+    drawing: Any = family  # `render` is no part of every family
+    try:
+        return drawing.make(lanes=lanes, seeds=seeds, render=True)
+    except (ValueError, TypeError) as error:
+        raise _not_recorded(str(error)) from error
 
 
 class Starts:
@@ -109,3 +157,252 @@ class Starts:
 
     def finished(self) -> list[Episode]:
         return [self._ended[number] for number in sorted(self._ended)]
+
+
+def evaluate(
+    *,
+    agent: Agent,
+    weights: Weights,
+    family: EnvFamily,
+    episodes: int,
+    lanes: int,
+    epsilon: float,
+    seed: int,
+    recorder: Recorder | None = None,
+) -> JSON:
+    """Plays that many episodes; their statistics, returns and settings, ready for JSON."""
+    finished = run_episodes(
+        agent=agent,
+        weights=weights,
+        family=family,
+        episodes=episodes,
+        lanes=min(lanes, episodes),
+        epsilon=epsilon,
+        seed=seed,
+        watch=recorder,
+        render=recorder is not None,
+    )
+    returns = [episode.ret for episode in finished]
+    return {
+        "env_id": agent.spec.id,
+        "seed": seed,
+        "epsilon": epsilon,
+        "envs": lanes,
+        **summarize(returns, seed=seed),
+        "length_mean": sum(episode.env_steps for episode in finished) / len(finished),
+        "returns": returns,
+    }
+
+
+# --- videos --------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Writes the episode that started first as a video, one frame per env step.
+
+    Give it to `run_episodes` as `watch`, in a `with` block, which puts the whole file in place.
+    """
+
+    def __init__(self, folder: Path, name: str, fps: float) -> None:
+        imageio = _imageio()
+        suffix, options = ".gif", {"duration": 1000 / fps, "loop": 0}
+        if _has_ffmpeg():
+            suffix, options = ".mp4", {"fps": fps, "macro_block_size": 2}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{name}{suffix}"
+        self._temporary = self.path.with_name(f".{self.path.name}")
+        self._writer = imageio.get_writer(self._temporary, mode="I", **options)
+        self._frames, self._complete = 0, False
+
+    def __call__(self, env: Any, timestep: Timestep, starts: Starts) -> None:
+        """Adds a frame while lane 0 plays its first episode, whose number is 0."""
+        if self._complete or 0 not in timestep.lane:
+            return
+        try:
+            self._writer.append_data(env.render(0))
+        except ValueError as error:
+            raise _not_recorded(str(error)) from error
+        self._frames += 1
+        self._complete = bool(starts.number[0] != 0)
+        if self._frames == VIDEO_FRAMES and not self._complete:
+            log.warning("%s: cut after %d frames.", self.path, VIDEO_FRAMES)
+            self._complete = True
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: Any, traceback: TracebackType | None
+    ) -> None:
+        self._writer.close()
+        if kind is None:
+            self._temporary.replace(self.path)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+
+def _imageio() -> Any:
+    try:
+        import imageio.v2
+    except ImportError as error:
+        raise _not_recorded("imageio is not installed; pip install rlx[video]") from error
+    return imageio.v2
+
+
+def _has_ffmpeg() -> bool:
+    try:
+        import imageio_ffmpeg  # type: ignore[import-not-found]
+
+        return bool(imageio_ffmpeg.get_ffmpeg_exe())
+    except (ImportError, RuntimeError):  # the latter: the package without the program
+        return False
+
+
+def _not_recorded(why: str) -> ConfigError:
+    return refuse("record", why.strip().split("\n")[0], given="true")
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line takes; the module's docstring explains it."""
+
+    run: str
+    episodes: Annotated[int, Range(ge=1)]
+    epsilon: Annotated[float, Range(ge=0, le=1)] | None
+    envs: Annotated[int, Range(ge=1)] | None
+    which: str
+    seed: Annotated[int, Range(ge=0)]
+    record: bool
+    record_fps: Annotated[float, Range(gt=0)]
+    output: str | None
+
+
+DEFAULTS: Mapping[str, Any] = {
+    "episodes": 100,
+    "epsilon": None,
+    "envs": None,
+    "which": "latest",
+    "seed": 0,
+    "record": False,
+    "record_fps": 30.0,
+    "output": None,
+}
+PATHS = ("run", "which", "output")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console script `rlx-evaluate`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    logging.basicConfig(level=logging.WARNING, format="rlx: %(message)s")
+    jax.config.update("jax_platforms", "cpu")  # a GPU's memory is not touched
+    try:
+        evaluate_run(parse(arguments))
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"rlx: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+def evaluate_run(options: Options) -> JSON:
+    """Evaluates a run, adds the result to its evaluation.json, shows and returns it."""
+    from rlx import api
+
+    run = api.load(options.run)
+    output = Path(options.output or run.output_dir / EVALUATION_FILE)
+    read_evaluations(output)  # what could not be written in the end is refused now
+    result = run.evaluate(
+        episodes=options.episodes,
+        which=options.which,
+        epsilon=options.epsilon,
+        envs=options.envs,
+        seed=options.seed,
+        record=options.record,
+        record_fps=options.record_fps,
+    )
+    write_json(output, {"evaluations": [*read_evaluations(output), result]})
+    _show(result, output)
+    return result
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Options of `key=value` texts; raises a ConfigError with every problem."""
+    from rlx.config import read
+
+    given: JSON = dict(DEFAULTS)
+    problems: list[Problem] = []
+    for text in arguments:
+        key, equals, value = text.partition("=")
+        if not equals:
+            problems.append(Problem(path=text, says="write key=value; --help lists the keys"))
+            continue
+        try:
+            given[key] = _value(key, value)
+        except ValueError as error:
+            problems.append(Problem(path=key, given=value, says=str(error)))
+    if problems:
+        raise ConfigError(problems)
+    return read(Options, given)
+
+
+def _value(key: str, text: str) -> Any:
+    """The value as YAML reads it; paths as they stand, since run=0 may be a folder."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    if key in PATHS:
+        return None if text in ("null", "") else text
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError("cannot be read; write a number, true, false or null") from error
+    return tree["value"]
+
+
+def read_evaluations(path: Path) -> list[JSON]:
+    """What an evaluation.json holds, oldest first; a ConfigError if another file is there."""
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        says = "cannot be written; give output=FILE in a folder that exists and can be written"
+        raise refuse("output", says, given=str(path))
+    if not path.exists():
+        return []
+    try:
+        return list(json.loads(path.read_bytes())["evaluations"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        says = "is no file of evaluations; move it away, or give another"
+        raise refuse("output", says, given=str(path)) from error
+
+
+def _show(result: Mapping[str, Any], output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{result['env_id']} after {result['env_steps']:,} env steps, epsilon {{:g}}"
+    table = Table(title=title.format(result["epsilon"]), title_justify="left")
+    interval = f"{result['iqm']:.2f} [{result['iqm_low']:.2f}, {result['iqm_high']:.2f}]"
+    columns = {
+        "episodes": str(result["episodes"]),
+        "mean": f"{result['mean']:.2f}",
+        "IQM [95 %]": interval,
+        "median": f"{result['median']:.2f}",
+        "min": f"{result['min']:.2f}",
+        "max": f"{result['max']:.2f}",
+        "env steps": f"{result['length_mean']:.1f}",
+    }
+    for name in columns:
+        table.add_column(name, justify="right")
+    table.add_row(*columns.values())
+    console = Console(highlight=False)
+    console.print(table, markup=False)
+    for path in filter(None, (output, result["video"])):
+        console.print(str(path), markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

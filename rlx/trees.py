@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from rlx import types
 
 
 def children(tree: Any) -> dict[str, Any] | None:
     """The named children of a node, or None for a leaf."""
-    if dataclasses.is_dataclass(tree) and type(tree) in types.RECORDS:
-        return {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
+    names = types.RECORDS.get(type(tree))
+    if names is not None:
+        return {name: getattr(tree, name) for name in names}
+    if isinstance(tree, np.ndarray):  # by far the most common leaf; the tests below are slower
+        return None
     if isinstance(tree, Mapping):
         return {key: tree[key] for key in sorted(tree)}
     if isinstance(tree, tuple | list):
@@ -70,8 +74,7 @@ def register() -> None:
     """Makes JAX pytrees of all records; call it where JAX is loaded. Safe to call again."""
     import jax
 
-    for cls in types.RECORDS:
+    for cls, names in types.RECORDS.items():
         if cls not in _registered:
-            names = [f.name for f in dataclasses.fields(cls)]
-            jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+            jax.tree_util.register_dataclass(cls, data_fields=list(names), meta_fields=[])
             _registered.add(cls)

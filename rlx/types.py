@@ -12,14 +12,14 @@ JAX nor the rest of rlx: thin actors load it alone (`rlx.trees.register` makes p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 Array = Any  # numpy.ndarray or jax.Array
 Observation = Mapping[str, Array]
 Params = Any  # nested dict of arrays
 
-RECORDS: list[type] = []  # every record with array fields, in order of definition
+RECORDS: dict[type, tuple[str, ...]] = {}  # every record with array fields -> their names
 
 C = TypeVar("C", bound=type)
 T = TypeVar("T")
@@ -46,7 +46,7 @@ Runtime = Annotated[T, FromRun()]
 def record(cls: C) -> C:
     """A frozen keyword-only dataclass whose fields are arrays or trees of arrays."""
     made: Any = dataclass(frozen=True, kw_only=True, eq=False)(cls)
-    RECORDS.append(made)
+    RECORDS[made] = tuple(field.name for field in fields(made))
     return made
 
 

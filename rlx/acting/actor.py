@@ -182,7 +182,7 @@ class Actor:
         if len(self._finished) == 1:
             return self._finished[0]
         if not self._finished:
-            rows, carry = self._writer.nothing()
+            rows, carry = self._writer.nothing
             following = trees.tree_map(lambda x: x[:, 0], rows.inputs)
             number = np.zeros(0, np.int64)
             return rows, carry, following, self._global[:0], number, number

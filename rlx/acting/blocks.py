@@ -57,6 +57,7 @@ class BlockWriter:
         self._filled = np.zeros(lanes, np.int64)  # rows closed in each lane's open block
         self._number = np.zeros(lanes, np.int64)
         self._version = np.full(lanes, -1, np.int64)
+        self.nothing = empty(row, 0, block_rows), empty(carry, 0)  # no blocks, rightly structured
         self._renew()
 
     def starts(self, lane: np.ndarray) -> np.ndarray:
@@ -114,10 +115,6 @@ class BlockWriter:
                 self._carry_spec, {name: x[lane] for name, x in self._carry.items()}
             )
         return rows, carry, number, version
-
-    def nothing(self) -> tuple[Row, Carry]:
-        """No blocks, in the right structure."""
-        return empty(self._row_spec, 0, self._block_rows), empty(self._carry_spec, 0)
 
     def _renew(self) -> None:
         self._rows: Row = empty(self._row_spec, self._lanes, self._block_rows)

@@ -48,7 +48,7 @@ class Policy:
         action, acting, self._table = self._act(
             self._params, self._table, inputs, lane, self._key, step, epsilon
         )
-        return np.asarray(action), trees.tree_map(np.asarray, acting)
+        return jax.device_get((action, acting))
 
     def carry(self, lane: np.ndarray) -> Carry:
         """A copy of these lanes' carries [n, ...], before the next `act`."""

@@ -658,12 +658,14 @@ class BlockRing:
                 return False, "a counter is wrong"
             if (self._slot.key[live] % self.slots != live).any():
                 return False, "a key lies in another's slot"
-            window = self._window(self._slot.key[starts])
-            if not self._live_keys(window).all():
+            if not self._live_keys(self._window(self._slot.key[starts])).all():
                 return False, "a start has lost a block"
-            number = self._slot.number[window % self.slots]
-            if (number != number[:, :1] + np.arange(self.sequence.blocks)).any():
-                return False, "a link skips a block"
+            linked = live[self._slot.next_key[live] >= 0]
+            following = self._slot.next_key[linked] % self.slots
+            for name, step in (("lane", 0), ("chain", 0), ("number", 1)):
+                values = getattr(self._slot, name)
+                if (values[following] != values[linked] + step).any():
+                    return False, f"a link goes to another {name}"
             return True, ""
 
     def _saved_arrays(self) -> dict[str, np.ndarray]:

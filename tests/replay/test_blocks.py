@@ -211,9 +211,26 @@ def test_an_empty_ring_says_so():
         make_ring(12, 2).draw(1, np.random.default_rng(0))
 
 
+def test_a_chain_never_links_to_the_next():
+    ring = make_ring(12, 2)
+    ring.add(rollout([(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)], ring.sequence), ones)
+    assert ring._slot.next_key[:4].tolist() == [1, -1, 3, -1]
+    assert ring.check_valid() == (True, "")
+    ring._slot.next_key[1] = 2
+    assert ring.check_valid() == (False, "a link goes to another chain")
+
+
+def test_drawn_sequences_tell_their_probability():
+    ring = make_ring(12, 2)
+    ring.add(rollout([(0, 0, n) for n in range(6)], ring.sequence), lambda keys: keys + 1.0)
+    drawn = ring.draw(20, np.random.default_rng(0))
+    assert drawn.scaled_probability == pytest.approx(4 * (drawn.keys + 1) / (1 + 2 + 3 + 4))
+
+
 def test_scalars_are_the_windows_without_observations():
     ring = make_ring(12, 2)
     ring.add(rollout([(1, 0, n) for n in range(4)], ring.sequence), ones)
+    ring._rows["inputs/observation/image"] = None  # reading it would fail
     scalars = ring.scalars(np.array([1]))
     assert scalars.inputs.observation == {}
     assert scalars.inputs.time.tolist() == [[2, 3, 4, 5, 6]]
@@ -306,7 +323,7 @@ def test_a_writer_thread_never_gives_a_torn_sequence():
     writer = threading.Thread(target=write)
     try:
         writer.start()
-        while ring.startable < 20:
+        while ring.startable < 20 and writer.is_alive():
             time.sleep(0.001)
         buffers = ring.buffers(2)
         for _ in range(4000):
@@ -454,6 +471,7 @@ def test_a_restored_ring_goes_on_exactly(count):
     add(ring, count, count + 9)  # what is saved is a copy
     other.restore(saved)
     assert other.check_valid() == (True, "")
+    assert other.rows == 2 * min(count, 12)
     add(other, count, count + 9)
     assert other.check_valid() == (True, "")
     assert startable_keys(ring) == startable_keys(other)
