@@ -171,12 +171,13 @@ def evaluate(
     recorder: Recorder | None = None,
 ) -> JSON:
     """Plays that many episodes; their statistics, returns and settings, ready for JSON."""
+    lanes = min(lanes, episodes)
     finished = run_episodes(
         agent=agent,
         weights=weights,
         family=family,
         episodes=episodes,
-        lanes=min(lanes, episodes),
+        lanes=lanes,
         epsilon=epsilon,
         seed=seed,
         watch=recorder,
@@ -383,8 +384,8 @@ def _show(result: Mapping[str, Any], output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{result['env_id']} after {result['env_steps']:,} env steps, epsilon {{:g}}"
-    table = Table(title=title.format(result["epsilon"]), title_justify="left")
+    about = f"{result['env_id']} after {result['env_steps']:,} env steps"
+    table = Table(title=f"{about}, epsilon {result['epsilon']:g}", title_justify="left")
     interval = f"{result['iqm']:.2f} [{result['iqm_low']:.2f}, {result['iqm_high']:.2f}]"
     columns = {
         "episodes": str(result["episodes"]),

@@ -42,6 +42,12 @@ class Env(Protocol):
         truncated ignores its action and answers its next episode's first observation.
         """
 
+    def send(self, action: np.ndarray, lane: np.ndarray) -> None:
+        """The first half of `step`: the lanes begin."""
+
+    def recv(self) -> Timestep:
+        """The second half of `step`: waits for the answer."""
+
     def episodes(self) -> list[Episode]:
         """The episodes that ended since the last call."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,9 +20,8 @@ class ActingPolicy(Protocol):
     version: int
 
     def take(self, weights: Weights) -> None: ...
-    def act(
-        self, inputs: NetInput, lane: np.ndarray | None, epsilon: np.ndarray
-    ) -> tuple[np.ndarray, object]: ...
+    def start(self, inputs: NetInput, lane: np.ndarray | None, epsilon: np.ndarray) -> Any: ...
+    def finish(self, started: Any) -> tuple[np.ndarray, Any]: ...
     def carry(self, lane: np.ndarray) -> Carry: ...
 
 
@@ -106,9 +105,9 @@ class Actor:
         timestep = self._env.reset() if self._timestep is None else self._timestep
         while self._env_steps < request.want_env_steps:
             acted = perf_counter()
-            action = self._act(timestep)
+            self._act(timestep)
             stepped = perf_counter()
-            timestep = self._env.step(action, timestep.lane)
+            timestep = self._env.recv()
             policy_s += stepped - acted
             env_s += perf_counter() - stepped
         self._timestep = timestep
@@ -123,22 +122,30 @@ class Actor:
     def close(self) -> None:
         self._env.close()
 
-    def _act(self, timestep: Timestep) -> np.ndarray:
-        """Closes these lanes' rows with the answer, then opens the next ones with an action."""
-        lane = timestep.lane
+    def _act(self, timestep: Timestep) -> None:
+        """Closes these lanes' rows with the answer, opens the next ones and sends their actions.
+
+        The host writes rows while the device and then the environments are busy.
+        """
+        lane, policy, writer = timestep.lane, self._policy, self._writer
         index = self._tracker.index(lane)
-        full = self._close_rows(timestep)
         inputs = self._tracker.inputs(timestep, index)
+        starts = writer.next_starts(lane)
+        carry = policy.carry(starts) if len(starts) else None
+        whole = isinstance(index, slice)
+        started = policy.start(inputs, None if whole else lane, self._epsilon[index])
+
+        full = self._close_rows(timestep)
         if len(full):
             self._finish(full, lane, inputs)
-        starts = self._writer.starts(lane)
-        if len(starts):
-            self._writer.begin(starts, self._policy.carry(starts), self._policy.version)
-        whole = isinstance(index, slice)
-        action, acting = self._policy.act(inputs, None if whole else lane, self._epsilon[index])
-        self._writer.open(self._writer.place(lane), inputs, action, acting)
+        if carry is not None:
+            writer.begin(starts, carry, policy.version)
+        place = writer.open(lane, inputs)
+
+        action, acting = policy.finish(started)
+        self._env.send(action, lane)
+        writer.decide(place, action, acting)
         self._tracker.acted(index, action)
-        return action
 
     def _close_rows(self, timestep: Timestep) -> np.ndarray:
         """The rows these lanes opened; a row answered by a reset had its action ignored."""

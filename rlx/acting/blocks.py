@@ -47,22 +47,24 @@ def empty(spec: Any, *leading: int) -> Any:
 class BlockWriter:
     """The open blocks of N lanes: rows [N, K, ...] and the carry before each block's first row.
 
-    A row is written in two halves: `open` when the network reads x_t and chooses a_t, `close` when
-    the environment answers r_{t+1}.
+    A row is written in three parts: `open` with x_t, `decide` with a_t, `close` with r_{t+1} when
+    the environment has answered.
     """
 
     def __init__(self, *, lanes: int, block_rows: int, row: Row, carry: Carry) -> None:
         self._lanes, self._block_rows = lanes, block_rows
         self._row_spec, self._carry_spec = row, carry
         self._filled = np.zeros(lanes, np.int64)  # rows closed in each lane's open block
+        self._is_open = np.zeros(lanes, bool)  # a row that no answer has closed
         self._number = np.zeros(lanes, np.int64)
         self._version = np.full(lanes, -1, np.int64)
         self.nothing = empty(row, 0, block_rows), empty(carry, 0)  # no blocks, rightly structured
         self._renew()
 
-    def starts(self, lane: np.ndarray) -> np.ndarray:
-        """Which of these lanes are about to open a block."""
-        return lane[self._filled[lane] == 0]
+    def next_starts(self, lane: np.ndarray) -> np.ndarray:
+        """Which of these lanes open a block with their next row, before this one is closed."""
+        open_rows = self._filled[lane] + self._is_open[lane]
+        return lane[open_rows % self._block_rows == 0]
 
     def begin(self, lane: np.ndarray, carry: Carry, version: int) -> None:
         """Notes the carry before the first row of these lanes' new blocks."""
@@ -77,16 +79,21 @@ class BlockWriter:
             return slice(None), filled[0]
         return lane, filled[lane]
 
-    def open(self, place: Place, inputs: NetInput, action: np.ndarray, acting: Any) -> None:
-        """x_t, a_t and what the agent keeps of acting time."""
-        rows = self._rows
+    def open(self, lane: np.ndarray, inputs: NetInput) -> Place:
+        """x_t; answers where `decide` puts the rest."""
+        place, rows = self.place(lane), self._rows.inputs
         for name, values in inputs.observation.items():
-            rows.inputs.observation[name][place] = values
-        rows.inputs.prev_action[place] = inputs.prev_action
-        rows.inputs.prev_reward[place] = inputs.prev_reward
-        rows.inputs.time[place] = inputs.time
-        rows.inputs.first[place] = inputs.first
-        rows.action[place] = action
+            rows.observation[name][place] = values
+        rows.prev_action[place] = inputs.prev_action
+        rows.prev_reward[place] = inputs.prev_reward
+        rows.time[place] = inputs.time
+        rows.first[place] = inputs.first
+        self._is_open[lane] = True
+        return place
+
+    def decide(self, place: Place, action: np.ndarray, acting: Any) -> None:
+        """a_t and what the agent keeps of acting time."""
+        self._rows.action[place] = action
         for name, values in trees.flatten(acting).items():
             self._acting[name][place] = values
 
@@ -99,6 +106,7 @@ class BlockWriter:
         self._rows.discount[place] = discount
         self._rows.valid[place] = valid
         self._filled[lane] += 1
+        self._is_open[lane] = False
         return lane[self._filled[lane] == self._block_rows]
 
     def take(self, lane: np.ndarray) -> tuple[Row, Carry, np.ndarray, np.ndarray]:

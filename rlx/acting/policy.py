@@ -25,10 +25,10 @@ class Policy:
         self.version = -1
         self._device = jax.devices("cpu" if device == "cpu" else None)[0]
         self._params: Any = None
-        self._step = 0
         with jax.default_device(self._device):
             self._key = jax.random.PRNGKey(spawn_int(seed, *path))
-            table = jax.tree.map(jnp.array, agent.initial_carry(lanes))
+            carry = jax.tree.map(jnp.array, agent.initial_carry(lanes))
+            table = (carry, jnp.zeros((), jnp.uint32))  # and how often it has acted
         self._table = jax.device_put(table, self._device)
         self._act = _compiled_act(cast(Hashable, agent))  # agents hash by identity
 
@@ -37,22 +37,31 @@ class Policy:
         self._params = jax.device_put(weights.params, self._device)
         self.version = weights.version
 
+    def start(self, inputs: NetInput, lane: np.ndarray | None, epsilon: np.ndarray) -> Any:
+        """Sends inputs [n, ...] of these lanes (None: all N, in order) to the device.
+
+        Answers at once what `finish` waits for: the host has work to do meanwhile.
+        """
+        if self._params is None:
+            raise RuntimeError("Policy.start before Policy.take: the first request brings weights.")
+        action, acting, self._table = self._act(
+            self._params, self._table, inputs, lane, self._key, epsilon
+        )
+        return action, acting
+
+    def finish(self, started: Any) -> tuple[np.ndarray, Any]:
+        """(action i32[n], the agent's record of acting time [n]) of a `start`."""
+        return jax.device_get(started)
+
     def act(
         self, inputs: NetInput, lane: np.ndarray | None, epsilon: np.ndarray
     ) -> tuple[np.ndarray, Any]:
-        """inputs [n, ...] of these lanes (None: all N, in order) -> (action i32[n], record [n])."""
-        if self._params is None:
-            raise RuntimeError("Policy.act before Policy.take: the first request brings weights.")
-        step = np.uint32(self._step)
-        self._step += 1
-        action, acting, self._table = self._act(
-            self._params, self._table, inputs, lane, self._key, step, epsilon
-        )
-        return jax.device_get((action, acting))
+        """`start` and `finish` in one."""
+        return self.finish(self.start(inputs, lane, epsilon))
 
     def carry(self, lane: np.ndarray) -> Carry:
-        """A copy of these lanes' carries [n, ...], before the next `act`."""
-        return trees.tree_map(lambda x: np.asarray(x)[lane], self._table)
+        """A copy of these lanes' carries [n, ...], before the next `start`."""
+        return trees.tree_map(lambda x: np.asarray(x)[lane], self._table[0])
 
 
 @functools.lru_cache(maxsize=8)
@@ -60,14 +69,15 @@ def _compiled_act(agent: Any) -> Any:
     """One compiled function per agent, however many actors of it live in the process."""
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def act(
-        params: Any, table: Carry, inputs: NetInput, lane: Any, key: Any, step: Any, epsilon: Any
-    ) -> Any:
+    def act(params: Any, table: Any, inputs: NetInput, lane: Any, key: Any, epsilon: Any) -> Any:
+        carries, step = table
         key = jax.random.fold_in(key, step)
         if lane is None:
-            return agent.act(params, inputs, table, key, epsilon)
-        carry = jax.tree.map(lambda x: x[lane], table)
+            action, acting, carries = agent.act(params, inputs, carries, key, epsilon)
+            return action, acting, (carries, step + 1)
+        carry = jax.tree.map(lambda x: x[lane], carries)
         action, acting, carry = agent.act(params, inputs, carry, key, epsilon)
-        return action, acting, jax.tree.map(lambda x, new: x.at[lane].set(new), table, carry)
+        carries = jax.tree.map(lambda x, new: x.at[lane].set(new), carries, carry)
+        return action, acting, (carries, step + 1)
 
     return act

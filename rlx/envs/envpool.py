@@ -199,9 +199,18 @@ class EnvPoolLanes:
 
         action: i32[n] or f32[n, *]; lane: i32[n], lanes that wait for an action, each once.
         """
+        self.send(action, lane)
+        return self.recv()
+
+    def send(self, action: np.ndarray, lane: np.ndarray) -> None:
+        """The first half of `step`: the lanes begin to step, on EnvPool's threads."""
         with self._one_thread:
             self._stream.claim(action, lane)
             self._pool.send(action, lane)
+
+    def recv(self) -> Timestep:
+        """The second half of `step`: waits for the answer."""
+        with self._one_thread:
             return self._receive()
 
     def episodes(self) -> list[Episode]:

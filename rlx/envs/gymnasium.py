@@ -146,6 +146,7 @@ class GymnasiumLanes:
         self._action_start = action_start
         self._render = render
         self._stream = Stream(lanes=self.lanes, spec=spec, least_in_flight=self.lanes)
+        self._sent: tuple[np.ndarray, np.ndarray] | None = None
         self._one_thread = OneThread("one gymnasium environment")
 
     def reset(self) -> Timestep:
@@ -159,10 +160,23 @@ class GymnasiumLanes:
 
     def step(self, action: np.ndarray, lane: np.ndarray) -> Timestep:
         """Acts in all lanes. action: i32[N] or f32[N, *]; lane: i32[N], each lane once."""
+        self.send(action, lane)
+        return self.recv()
+
+    def send(self, action: np.ndarray, lane: np.ndarray) -> None:
+        """The first half of `step`: checks and keeps the actions."""
         with self._one_thread:
             self._stream.claim(action, lane)
             ordered = np.empty_like(action)
             ordered[lane] = action + self._action_start if self._action_start else action
+            self._sent = ordered, lane
+
+    def recv(self) -> Timestep:
+        """The second half of `step`: acts in all lanes."""
+        with self._one_thread:
+            if self._sent is None:
+                raise RuntimeError("recv() without send(): the lanes wait for actions")
+            (ordered, lane), self._sent = self._sent, None
             raw, reward, terminated, truncated, _ = self._vector.step(ordered)
             return self._answer(raw, reward, terminated, truncated, lane)
 
