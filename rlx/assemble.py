@@ -6,6 +6,7 @@ network, agent, learner, checkpoint to resume from, replay, pool.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,6 +68,8 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
         burst_env_steps=pool.burst_env_steps,
         min_sequences=replay.min_sequences,
     )
+    if resumed and resumed.replay_state is not None:  # else it fills anew, and so does its account
+        quota.restore(resumed.meta["quota"])
     return Parts(
         output_dir=output_dir,
         seed=seed,
@@ -82,15 +85,23 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
         evaluation=evaluation,
         checkpoint=checkpoint,
         logging=logging_,
-        resumed=resumed,
+        # Without the arrays: held for the whole run they would keep a deleted replay on the disk.
+        resumed=resumed and dataclasses.replace(resumed, state=None, replay_state=None),
     )
 
 
 def _check_agreement(settings: Mapping[str, Any]) -> None:
     """What two groups must agree on."""
-    if settings["replay"]["ratio"] is None and settings["acting"]["_target_"].endswith("LocalPool"):
+    local = settings["acting"]["_target_"].endswith("LocalPool")
+    if local and settings["replay"]["ratio"] is None:
         says = "acting=local takes turns with the learner and needs a ratio; set replay.ratio=0.8"
         raise refuse("replay.ratio", says, given="null")
+    checkpoint = settings["checkpoint"]
+    if checkpoint["exact"] and not (local and checkpoint["replay"]):
+        says = (
+            "the same bits need acting=local and checkpoint.replay=true; set them, or leave exact"
+        )
+        raise refuse("checkpoint.exact", says, given="true")
 
 
 def _build_replay(settings: Mapping[str, Any], agent: Agent, resumed: Restored | None) -> Any:

@@ -21,6 +21,7 @@ The file holds {"evaluations": [...]}, the newest last: a further evaluation is 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -252,9 +253,7 @@ def _imageio() -> Any:
 
 def _has_ffmpeg() -> bool:
     try:
-        import imageio_ffmpeg  # type: ignore[import-not-found]
-
-        return bool(imageio_ffmpeg.get_ffmpeg_exe())
+        return bool(importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe())
     except (ImportError, RuntimeError):  # the latter: the package without the program
         return False
 
@@ -346,9 +345,13 @@ def parse(arguments: Sequence[str]) -> Options:
             given[key] = _value(key, value)
         except ValueError as error:
             problems.append(Problem(path=key, given=value, says=str(error)))
+    try:
+        options = read(Options, given)
+    except ConfigError as error:
+        problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return read(Options, given)
+    return options
 
 
 def _value(key: str, text: str) -> Any:

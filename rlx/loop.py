@@ -10,7 +10,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -49,7 +49,7 @@ class Parts:
     evaluation: Evaluation
     checkpoint: Checkpoint
     logging: metrics.Logging
-    resumed: Restored | None  # applied to learner, replay and pool already
+    resumed: Restored | None  # applied to learner, replay, quota and pool already
 
 
 @dataclass(kw_only=True)
@@ -61,16 +61,6 @@ class Counters:
     wall_s: float = 0.0  # before this process
 
 
-@dataclass(frozen=True, kw_only=True)
-class Clock:
-    """Rings when a count passes a multiple of `every`; never if that is None."""
-
-    every: int | None
-
-    def rings(self, before: int, after: int) -> bool:
-        return self.every is not None and before // self.every != after // self.every
-
-
 def train(parts: Parts) -> dict[str, Any]:
     """Runs to `total_env_steps`, or until stopped; returns the summary."""
     with stop_on_signals() as stop:
@@ -78,10 +68,10 @@ def train(parts: Parts) -> dict[str, Any]:
         try:
             loop.begin()
             while not loop.finished() and not stop.is_set():
+                loop.keep()  # before the others: what is due at the end is left to `end`
                 loop.act()
                 loop.learn()
-                loop.keep()
-            return loop.end("interrupted" if stop.is_set() else "finished")
+            return loop.end("finished" if loop.finished() else "interrupted")
         except BaseException as error:
             loop.fail(error)
             raise
@@ -95,16 +85,17 @@ class Loop:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.count = Counters()
-        self._evaluated: float | None = None
+        self._evaluated: float | None = None  # the newest evaluation's mean return
+        self._score: float | None = None  # the same, until a checkpoint has it
         self._before = 0  # env steps at the last `keep`
         self._began = perf_counter()
         self._waiting: tuple[Sample, UpdateOutput] | None = None  # whose TD errors are to come
         self._published: Published | None = None
         self._acting_version = 0
         self._stages = metrics.Stages()
-        self._row: dict[str, Any] = {}
         resumed_at = parts.resumed.env_steps if parts.resumed else None
         self._metrics = metrics.Metrics(parts.output_dir, parts.logging, resumed_at)
+        self._row: dict[str, Any] = self._metrics.last_row or {}
         if parts.resumed:
             self._resume(parts.resumed)
         self._checkpoints = Checkpointer(parts.output_dir, parts.checkpoint)
@@ -114,8 +105,10 @@ class Loop:
 
     def begin(self) -> None:
         """Publishes the first weights."""
-        metrics.write_status(self.parts.output_dir, "running")
+        metrics.write_status(self.parts.output_dir, "running", self._row)
         self._before = self.count.env_steps
+        if self.parts.checkpoint.exact and self.parts.resumed is None:
+            self.save()  # so that a run stopped before its first checkpoint has one, too
         self._publish(self.parts.learner.publish())
 
     def finished(self) -> bool:
@@ -169,28 +162,23 @@ class Loop:
 
     def keep(self) -> None:
         """Evaluates, writes a row of metrics and saves, each on its own clock of env steps."""
-        before, now, parts = self._before, self.count.env_steps, self.parts
-        self._before = now
-        if Clock(every=parts.evaluation.every_env_steps).rings(before, now):
+        parts = self.parts
+        if self._rings(parts.evaluation.every_env_steps):
             self._evaluate(parts.evaluation.episodes)
-        if Clock(every=parts.logging.every_env_steps).rings(before, now):
+        if self._rings(parts.logging.every_env_steps):
             self._write_row()
-        if Clock(every=parts.checkpoint.every_env_steps).rings(before, now):
+        if self._rings(parts.checkpoint.every_env_steps):
             self.save()
             if parts.checkpoint.exact:
-                parts.pool.reopen()
                 self._publish(parts.learner.publish())
+        self._before = self.count.env_steps
         self._progress.update(self._live())
 
     # --- ends ------------------------------------------------------------------------------------
 
     def end(self, state: metrics.State) -> dict[str, Any]:
         """The last evaluation (not of an interrupted run), row, checkpoint and summary."""
-        self._settle()
-        if state == "finished" and self.parts.evaluation.final_episodes:
-            self._evaluate(self.parts.evaluation.final_episodes)
-        self._write_row()
-        saved = self.save()
+        saved = self._finished_before() or self._end(state)
         metrics.write_status(self.parts.output_dir, state, self._row)
         return metrics.write_summary(
             self.parts.output_dir,
@@ -208,34 +196,36 @@ class Loop:
     def fail(self, error: BaseException) -> None:
         """Writes what went wrong where `status.json` is read."""
         line = f"{type(error).__name__}: {error}".splitlines()[0]
-        metrics.write_status(self.parts.output_dir, "failed", self._row, error=line)
+        state: metrics.State = "failed"
+        if isinstance(error, KeyboardInterrupt):  # a second Ctrl-C: without a checkpoint
+            state, line = "interrupted", "interrupted a second time: without a checkpoint"
+        metrics.write_status(self.parts.output_dir, state, self._row, error=line)
 
     def close(self) -> None:
-        self._progress.close()
-        self._metrics.close()
-        self.parts.pool.close(CLOSE_TIMEOUT_S)
+        with ExitStack() as ends:  # all of them, the last one first, whatever one may raise
+            ends.callback(self.parts.pool.close, CLOSE_TIMEOUT_S)
+            ends.callback(self._metrics.close)
+            ends.callback(self._progress.close)
 
-    def save(self) -> Path:
-        """A checkpoint of everything; first ends the update in flight."""
+    def save(self, *, finished: bool = False) -> Path:
+        """A checkpoint of everything; first ends the update in flight.
+
+        An exact run then opens its environments anew, as one that resumes from here will.
+        """
+        self._settle()
+        replay, score = self.parts.replay, self._score
+        self._score = None  # an evaluation is the score of one checkpoint, the next one
         with self._stages.measure("checkpoint"):
-            self._settle()
-            replay = self.parts.replay
-            return self._checkpoints.save(
+            saved = self._checkpoints.save(
                 self.count.env_steps,
                 state=self.parts.learner.state(),
-                meta={
-                    "env_steps": self.count.env_steps,
-                    "frames": self.count.frames,
-                    "updates": self.parts.learner.updates,
-                    "wall_s": self.wall_s,
-                    "chain": self.parts.pool.chain,
-                    "metrics": self._metrics.state(),
-                    "quota": self.parts.quota.state(),
-                    "evaluation_return": self._evaluated,
-                },
-                replay_state=replay.state() if self.parts.checkpoint.replay else None,
-                score=self._evaluated,
+                meta=self._meta() | {"finished": finished},
+                replay_state=replay.state(copy=False) if self.parts.checkpoint.replay else None,
+                score=score,
             )
+            if self.parts.checkpoint.exact and not finished:
+                self.parts.pool.reopen()
+        return saved
 
     @property
     def wall_s(self) -> float:
@@ -243,6 +233,32 @@ class Loop:
         return self.count.wall_s + perf_counter() - self._began
 
     # --- details ---------------------------------------------------------------------------------
+
+    def _rings(self, every: int | None) -> bool:
+        """Whether a multiple of so many env steps was passed since `keep`; never if None."""
+        return every is not None and self._before // every != self.count.env_steps // every
+
+    def _end(self, state: metrics.State) -> Path:
+        """Evaluates, writes the last row and saves; answers the checkpoint."""
+        self._settle()
+        evaluation = self.parts.evaluation
+        if state == "finished" and evaluation.final_episodes:
+            self._evaluate(evaluation.final_episodes)
+        elif state == "finished" and self._rings(evaluation.every_env_steps):
+            self._evaluate(evaluation.episodes)
+        self._write_row()
+        if state == "interrupted" and self.parts.checkpoint.exact:
+            # Resuming off the clock would part this run from an unstopped one.
+            return self._checkpoints.paths()[-1]
+        return self.save(finished=state == "finished")
+
+    def _finished_before(self) -> Path | None:
+        """The checkpoint of a finished run that was resumed and had nothing left to do."""
+        resumed = self.parts.resumed
+        if resumed is None or not resumed.meta["finished"]:
+            return None
+        done = (resumed.env_steps, resumed.meta["updates"])
+        return resumed.path if done == (self.count.env_steps, self.parts.learner.updates) else None
 
     def _settle(self) -> None:
         """Ends the update in flight: its TD errors reach the replay, its weights the actors."""
@@ -264,7 +280,7 @@ class Loop:
         self._acting_version = published.version
 
     def _evaluate(self, episodes: int) -> None:
-        self._settle()
+        """Leaves the update in flight alone: evaluating changes no bit of training."""
         with self._stages.measure("evaluation"):
             params = self.parts.learner.publish().weights()
             returns = self.parts.evaluation.returns(
@@ -274,7 +290,7 @@ class Loop:
                 episodes=episodes,
                 seed=self.parts.seed,
             )
-        self._evaluated = sum(returns) / len(returns)
+        self._evaluated = self._score = sum(returns) / len(returns)
         self._metrics.record("evaluation/return_mean", self._evaluated)
 
     def _write_row(self) -> None:
@@ -302,6 +318,19 @@ class Loop:
             "wall_s": self.wall_s,
         }
 
+    def _meta(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the training state and the replay."""
+        return {
+            "env_steps": self.count.env_steps,
+            "frames": self.count.frames,
+            "updates": self.parts.learner.updates,
+            "wall_s": self.wall_s,
+            "chain": self.parts.pool.chain,
+            "metrics": self._metrics.state(),
+            "quota": self.parts.quota.state(),
+            "evaluation_return": self._evaluated,
+        }
+
     def _resume(self, resumed: Restored) -> None:
         meta = resumed.meta
         self.count = Counters(
@@ -309,8 +338,6 @@ class Loop:
         )
         self._evaluated = meta["evaluation_return"]
         self._metrics.restore(meta["metrics"])
-        if resumed.replay_state is not None:  # else the replay fills anew, and so its account
-            self.parts.quota.restore(meta["quota"])
 
 
 @contextmanager

@@ -76,10 +76,11 @@ class LocalPool:
         self._actors = self._open()
 
     def stats(self) -> dict[str, float]:
+        """Shares of the time spent acting, since the run began."""
         total = max(self._seconds["total_s"], 1e-9)
         return {
-            "acting/env_fraction": self._seconds["env_s"] / total,
-            "acting/policy_fraction": self._seconds["policy_s"] / total,
+            "time/acting_env": self._seconds["env_s"] / total,
+            "time/acting_policy": self._seconds["policy_s"] / total,
         }
 
     def close(self, timeout_s: float) -> None:

@@ -320,7 +320,7 @@ class BlockRing:
     def stats(self) -> dict[str, float]:
         """Metrics: how full it is, and what was dropped or drawn again since the run began."""
         return {
-            "replay/fill_fraction": self.rows / self.budget.rows,
+            "replay/fill": self.rows / self.budget.rows,
             "replay/startable_sequences": float(self._startable),
             "replay/blocks_dropped": float(self.blocks_dropped),
             "replay/redraws": float(self.redraws),

@@ -143,7 +143,7 @@ def test_stats_are_metrics():
     add(replay, 0, 10)
     replay.add(rollout([(0, 1, 0), (0, 0, 5)], SEQUENCE))
     assert replay.stats() == {
-        "replay/fill_fraction": 11 / 40,
+        "replay/fill": 11 / 40,
         "replay/startable_sequences": 6.0,
         "replay/blocks_dropped": 1.0,
         "replay/redraws": 0.0,

@@ -1,0 +1,381 @@
+"""Evaluation: which episodes are counted, repeatability, and the command line on a real run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import rlx
+from rlx import evaluate, metrics
+from rlx.agents.r2d2 import R2D2
+from rlx.envs.envpool import EnvPool, EnvPoolLanes
+from rlx.evaluate import run_episodes
+from rlx.problems import ConfigError
+from rlx.seeding import spawn_int
+from rlx.types import Episode, NetInput, Weights
+from tests import parts
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED, LANES, EPISODES = 3, 8, 12
+CARTPOLE = EnvPool(
+    id="CartPole-v1",
+    observe=None,
+    components=None,
+    max_episode_steps=None,
+    batch_size=None,
+    threads=1,
+    options={},
+)
+# With these weights the greedy policy drops the pole after 8 steps or after 90, as it starts.
+INIT_KEY, SCALE = 11, 3
+
+
+@pytest.fixture(scope="module")
+def agent() -> R2D2:
+    return parts.agent(parts.network(CARTPOLE.spec()))
+
+
+@pytest.fixture(scope="module")
+def weights(agent) -> Weights:
+    params = agent.init(jax.random.PRNGKey(INIT_KEY)).params
+    return Weights(version=0, params=jax.tree.map(lambda x: SCALE * np.asarray(x), params))
+
+
+def play(agent: R2D2, weights: Weights, **changes: Any) -> list[Episode]:
+    settings: dict[str, Any] = {
+        "family": CARTPOLE,
+        "episodes": EPISODES,
+        "lanes": LANES,
+        "epsilon": 0.0,
+        "seed": SEED,
+    }
+    return run_episodes(agent=agent, weights=weights, **settings | changes)
+
+
+def returns(episodes: Sequence[Episode]) -> list[float]:
+    return [episode.ret for episode in episodes]
+
+
+# --- which episodes count ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Played:
+    """An episode of one lane that was played by itself, in steps of the environment."""
+
+    started: int
+    lane: int
+    ended: int
+    env_steps: int
+
+
+def play_alone(agent: R2D2, weights: Weights, lane: int, steps: int) -> list[Played]:
+    """The episodes that a lane ends in so many steps, greedily, nothing else beside it."""
+    act = jax.jit(agent.act)
+    env = CARTPOLE.make(lanes=1, seeds=[spawn_int(SEED, "evaluation", lane)])
+    timestep, carry = env.reset(), agent.initial_carry(1)
+    action, time, started, found = np.full(1, -1, np.int32), 0, 0, []
+    for step in range(steps):
+        first = bool(timestep.first[0])
+        time = 0 if first else time + 1
+        inputs = NetInput(
+            observation=timestep.observation,
+            prev_action=np.full(1, -1, np.int32) if first else action,
+            prev_reward=timestep.reward * (not first),
+            time=np.full(1, time, np.int32),
+            first=timestep.first,
+        )
+        key = jax.random.PRNGKey(0)
+        action, _, carry = act(weights.params, inputs, carry, key, np.zeros(1, np.float32))
+        action = np.asarray(action)
+        timestep = env.step(action, timestep.lane)
+        if timestep.terminated[0] or timestep.truncated[0]:
+            found.append(Played(started, lane, step + 1, time + 1))
+            started = step + 1
+    env.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(agent, weights) -> list[Played]:
+    return [played for lane in range(LANES) for played in play_alone(agent, weights, lane, 200)]
+
+
+def test_the_episodes_that_started_first_are_counted(agent, weights, alone):
+    by_start = sorted(alone, key=lambda p: (p.started, p.lane))[:EPISODES]
+    counted = play(agent, weights)
+    assert [(e.lane, e.env_steps) for e in counted] == [(p.lane, p.env_steps) for p in by_start]
+    assert max(p.ended for p in by_start) < 200 > by_start[-1].started  # `alone` was long enough
+
+
+def test_counting_those_that_ended_first_would_be_biased(agent, weights, alone):
+    by_end = sorted(alone, key=lambda p: (p.ended, p.lane))[:EPISODES]
+    counted = [e.env_steps for e in play(agent, weights)]
+    assert np.mean([p.env_steps for p in by_end]) < np.mean(counted) - 5
+    assert max(p.env_steps for p in by_end) < max(counted)
+
+
+def test_fewer_episodes_than_lanes(agent, weights):
+    assert returns(play(agent, weights, episodes=3)) == returns(play(agent, weights))[:3]
+
+
+# --- repeatability -------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_returns(agent, weights):
+    assert returns(play(agent, weights)) == returns(play(agent, weights))
+    assert returns(play(agent, weights)) != returns(play(agent, weights, seed=SEED + 1))
+
+
+def test_random_actions_differ_from_greedy_ones_and_repeat_too(agent, weights):
+    random = returns(play(agent, weights, epsilon=1.0))
+    assert random != returns(play(agent, weights))
+    assert random == returns(play(agent, weights, epsilon=1.0))
+
+
+@pytest.mark.parametrize("batch_size", [3, LANES, 50])
+def test_the_batch_size_of_training_changes_nothing(agent, weights, batch_size):
+    family = dataclasses.replace(CARTPOLE, batch_size=batch_size)
+    assert returns(play(agent, weights, family=family)) == returns(play(agent, weights))
+
+
+class Unordered:
+    """A family that answers whichever three lanes are ready, and has no field to say so."""
+
+    def spec(self) -> Any:
+        return CARTPOLE.spec()
+
+    def make(self, *, lanes: int, seeds: Sequence[int]) -> EnvPoolLanes:
+        return dataclasses.replace(CARTPOLE, batch_size=3, threads=2).make(lanes=lanes, seeds=seeds)
+
+
+def test_an_asynchronous_environment_plays_each_lane_as_it_would_alone(agent, weights, alone):
+    counted = play(agent, weights, family=Unordered())
+    assert len(counted) == EPISODES
+    for lane in range(LANES):
+        mine = [e.env_steps for e in counted if e.lane == lane]
+        assert mine == [p.env_steps for p in alone if p.lane == lane][: len(mine)]
+        assert mine, "every lane's first episode started among the first"
+
+
+# --- a real run ----------------------------------------------------------------------------------
+
+SMALL = [
+    "total_env_steps=500",
+    "agent.burn_in=2",
+    "agent.unroll=4",
+    "agent.n_step=2",
+    "agent.stride=2",
+    "agent.block_rows=2",
+    "learner.batch_size=4",
+    "replay.min_sequences=4",
+    "replay.capacity=2000",
+    "acting.envs_per_actor=4",
+    "acting.env_steps_per_request=8",
+    "evaluation.final_episodes=10",
+    "evaluation.epsilon=0.1",
+    "checkpoint.every_env_steps=200",
+    "logging.console=off",
+    "logging.tensorboard=false",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    rlx.run(rlx.compose(SMALL), folder)
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy to write into."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def saved(run: Path) -> list[dict[str, Any]]:
+    return json.loads((run / "evaluation.json").read_text())["evaluations"]
+
+
+def refused(capsys, *arguments: str) -> list[str]:
+    """The lines of standard error of a command that is refused."""
+    with pytest.raises(SystemExit) as left:
+        evaluate.main(arguments)
+    assert left.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+
+def test_the_command_repeats_the_evaluation_that_ended_the_training(run):
+    done = subprocess.run(
+        [sys.executable, "-m", "rlx.evaluate", f"run={run}", "episodes=10"],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (found,) = saved(run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert found["mean"] == summary["evaluation_return"] == np.mean(found["returns"])
+    assert found["checkpoint"] == str(run / "checkpoints" / f"{summary['env_steps']:012d}")
+    for name in ("env_steps", "updates"):
+        assert found[name] == summary[name]
+    assert (found["episodes"], found["envs"], len(found["returns"])) == (10, 10, 10)
+    assert (found["epsilon"], found["seed"], found["env_id"]) == (0.1, 0, "CartPole-v1")
+    assert found["min"] <= found["iqm_low"] <= found["iqm"] <= found["iqm_high"] <= found["max"]
+    assert found["length_mean"] == found["mean"]  # CartPole pays 1 per env step
+    assert f"{found['mean']:.2f}" in done.stdout
+    assert str(run / "evaluation.json") in done.stdout.splitlines()
+
+
+def test_evaluations_are_added_newest_last(run):
+    evaluate.main([f"run={run}", "episodes=2"])
+    older = run / "checkpoints" / sorted(os.listdir(run / "checkpoints"))[0]
+    evaluate.main([f"run={run}", "episodes=3", f"which={older}", "seed=5", "epsilon=1", "envs=2"])
+    assert [e["episodes"] for e in saved(run)] == [2, 3]
+    last = saved(run)[-1]
+    assert (last["checkpoint"], last["env_steps"]) == (str(older), int(older.name))
+    assert (last["seed"], last["epsilon"], last["envs"], last["video"]) == (5, 1.0, 2, None)
+    evaluate.main([f"run={run}", "episodes=2", f"output={run}/other.json"])
+    assert len(saved(run)) == 2
+
+
+def test_a_loaded_run_gives_its_parts(run):
+    loaded = rlx.load(run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert metrics.params_sha256(loaded.params()) == summary["params_sha256"]
+    assert loaded.agent is loaded.agent
+    assert loaded.agent.sequence.unroll == 4
+    assert loaded.family.spec() == loaded.agent.spec
+    found = loaded.evaluate(episodes=10)
+    assert found["mean"] == summary["evaluation_return"]
+    assert not (run / "evaluation.json").exists()
+
+
+def test_record_writes_the_first_episode(run, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setattr(evaluate, "_has_ffmpeg", lambda: False)
+    evaluate.main([f"run={run}", "episodes=2", "record=true", "record_fps=20"])
+    (found,) = saved(run)
+    video = Path(found["video"])
+    assert video == run / "videos" / f"evaluation-{found['env_steps']}.gif"
+    assert os.listdir(video.parent) == [video.name]
+    frames, duration_ms = [], 0
+    with Image.open(video) as image:
+        for number in range(image.n_frames):
+            image.seek(number)
+            frames.append(np.asarray(image.convert("RGB")))
+            duration_ms += image.info["duration"]
+    assert duration_ms == 50 * (found["returns"][0] + 1)  # the last observation has a frame too
+    assert frames[0].shape == (400, 600, 3)
+    moved = (frames[0] != frames[-1]).any(-1)
+    assert 500 < moved.sum() < moved.size // 10  # cart and pole, on a still background
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_every_option_is_explained_and_has_a_default(capsys):
+    names = {field.name for field in dataclasses.fields(evaluate.Options)}
+    assert set(evaluate.DEFAULTS) == names - {"run"}
+    evaluate.main(["--help"])
+    assert all(f"    {name}=" in capsys.readouterr().out for name in ["run"])
+    assert all(f"    {name}=" in str(evaluate.__doc__) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], ["run: missing; give a string"]),
+        (["run=x", "epsiodes=3"], ["epsiodes=3: no such setting; did you mean episodes?"]),
+        (["run=x", "episodes=1.5"], ["episodes=1.5: accepted: an int >= 1"]),
+        (["run=x", "epsilon=2"], ["epsilon=2: accepted: a float >= 0 and <= 1 or null"]),
+        (["run=x", "record=maybe"], ["record=maybe: accepted: true or false"]),
+        (["run=x", "oops"], ["oops: write key=value; --help lists the keys"]),
+        (
+            ["run=x", "seed=[1", "envs=0"],
+            [
+                "seed=[1: cannot be read; write a number, true, false or null",
+                "envs=0: accepted: an int >= 1 or null",
+            ],
+        ),
+    ],
+)
+def test_bad_options_are_told_in_a_line_each(capsys, arguments, said):
+    assert refused(capsys, *arguments) == [f"rlx: {line}" for line in said]
+
+
+def test_paths_are_taken_as_they_stand():
+    options = evaluate.parse(["run=0", "which=000000000200", "epsilon=1", "seed=7"])
+    assert (options.run, options.which, options.output) == ("0", "000000000200", None)
+    assert (options.epsilon, options.seed) == (1.0, 7)
+    assert evaluate.parse(["run=seed=0,lr=1"]).run == "seed=0,lr=1"
+
+
+def test_folders_that_cannot_be_evaluated(capsys, run, tmp_path):
+    (line,) = refused(capsys, f"run={tmp_path}")
+    assert line.startswith(f"rlx: run={tmp_path}: no run is there")
+    (line,) = refused(capsys, f"run={run}", "which=lates")
+    assert line.startswith("rlx: which=lates: ")
+    assert "give 'latest', 'best' or a folder" in line
+    (line,) = refused(capsys, f"run={run}", f"output={run}/summary.json")
+    assert "is no file of evaluations" in line
+    (line,) = refused(capsys, f"run={run}", f"output={run}/nowhere/x.json")
+    assert "cannot be written; give output=FILE" in line
+    shutil.rmtree(run / "checkpoints")
+    (line,) = refused(capsys, f"run={run}")
+    assert "no checkpoint of a run is there" in line
+    assert not (run / "evaluation.json").exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(capsys, caplog, run):
+    older, newest = sorted((run / "checkpoints").glob("[0-9]*"))[-2:]
+    with (newest / "meta.json").open("a") as file:
+        file.write("x")
+    with caplog.at_level(logging.WARNING):
+        evaluate.main([f"run={run}", "episodes=1"])
+    assert f"{newest / 'meta.json'}: damaged" in caplog.text
+    assert saved(run)[0]["checkpoint"] == str(older)
+    (line,) = refused(capsys, f"run={run}", f"which={newest}")
+    assert f"{newest / 'meta.json'}: damaged" in line
+
+
+def test_recording_needs_imageio(capsys, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio.v2", None)
+    (line,) = refused(capsys, f"run={run}", "record=true")
+    assert line == "rlx: record=true: imageio is not installed; pip install rlx[video]"
+
+
+def test_recording_needs_an_environment_that_draws(agent, weights):
+    catch = dataclasses.replace(CARTPOLE, id="Catch-v0")
+    with pytest.raises(ConfigError, match=r"record=true: env.id='Catch-v0' cannot be rendered"):
+        play(agent, weights, family=catch, render=True)
+    with pytest.raises(ConfigError, match="record=true: .*unexpected keyword argument 'render'"):
+        play(agent, weights, family=Unordered(), render=True)
+
+
+def test_a_failed_recording_leaves_no_file(tmp_path, agent, weights, monkeypatch):
+    def render(env: EnvPoolLanes, lane: int) -> np.ndarray:
+        raise ValueError("no picture\nand more")
+
+    monkeypatch.setattr(EnvPoolLanes, "render", render)
+    with (
+        pytest.raises(ConfigError, match=r"^record=true: no picture$"),
+        evaluate.Recorder(tmp_path, "x", 30.0) as recorder,
+    ):
+        play(agent, weights, watch=recorder, render=True)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,616 @@
+"""Whole runs at toy size: same bits, resume, signals, quota, weights, lanes, errors, devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import rlx
+from rlx import trees
+from rlx.acting.local_pool import LocalPool
+from rlx.assemble import assemble
+from rlx.config import plain
+from rlx.envs.envpool import EnvPoolLanes
+from rlx.learner import Learner
+from rlx.loop import Loop
+from rlx.metrics import Metrics, read_rows, without_wall_clock
+from rlx.problems import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+LANES, REQUEST, ROWS_PER_UPDATE, ROW_EVERY = 4, 8, 16, 200
+TINY = (
+    "agent.burn_in=2 agent.unroll=4 agent.stride=2 agent.block_rows=2 agent.n_step=2 "
+    "agent.target_period_updates=5 learner.batch_size=4 learner.publish_every_updates=2 "
+    "replay.min_sequences=4 replay.capacity=2000 replay.ratio=0.8 acting.envs_per_actor=4 "
+    "acting.env_steps_per_request=8 network.torso.layers=[8] network.core.units=8 "
+    "network.head.hidden=8 evaluation.final_episodes=4 logging.every_env_steps=200 "
+    "logging.tensorboard=false logging.console=off checkpoint.every_env_steps=400 "
+    "total_env_steps=1200"
+).split()
+# A run that sends itself a signal once it has made so many env steps.
+STOPPED = """
+import os, sys
+number, env_steps = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+from rlx import train
+from rlx.loop import Loop
+learn = Loop.learn
+def learn_and_stop(loop):
+    learn(loop)
+    if loop.count.env_steps >= env_steps:
+        os.kill(os.getpid(), number)
+Loop.learn = learn_and_stop
+train.main()
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Every program is compiled once, for these runs and for those in processes of their own."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    precision = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}  # as tests/conftest.py sets it here
+    yield {name.upper(): str(value) for name, value in settings.items()} | precision
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A plain run that several tests look at."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    return run(folder), folder
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """The loops of the runs that the test makes."""
+    made: list[Loop] = []
+    begin = Loop.begin
+    monkeypatch.setattr(Loop, "begin", lambda loop: (made.append(loop), begin(loop))[1])
+    return made
+
+
+def run(folder: Path | None, *overrides: str) -> dict[str, Any]:
+    return rlx.run(rlx.compose([*TINY, *overrides]), folder)
+
+
+def train(*arguments: str, environment: dict[str, str], code: str | None = None) -> Any:
+    """`python -m rlx.train`, or other code, in a process of its own."""
+    start = ["-m", "rlx.train"] if code is None else ["-c", code]
+    return subprocess.run(
+        [sys.executable, *start, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def stopped(folder: Path, number: int, compiled: dict[str, str], *overrides: str) -> Any:
+    """A run in `folder` that gets this signal after 900 env steps."""
+    arguments = [str(int(number)), "900", *TINY, f"hydra.run.dir={folder}", *overrides]
+    return train(*arguments, environment=compiled, code=STOPPED)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """What two runs of one seed share of their rows."""
+    return [without_wall_clock(row) for row in read_rows(folder / "metrics.jsonl")]
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / name).read_text())
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("[0-9]*"))
+
+
+def assert_one_row_per_interval(folder: Path, total: int = 1200) -> None:
+    env_steps = [row["env_steps"] for row in rows(folder)]
+    assert [n // ROW_EVERY for n in env_steps] == list(range(1, total // ROW_EVERY + 1))
+
+
+def assert_same_tree(first: Any, second: Any) -> None:
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# --- the same bits -------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path):
+    evaluated = "evaluation.every_env_steps=300"
+    first, again, other = (
+        run(tmp_path / name, evaluated, f"seed={seed}")
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
+    assert first["params_sha256"] == again["params_sha256"] != other["params_sha256"]
+    assert rows(tmp_path / "first") == rows(tmp_path / "again") != rows(tmp_path / "other")
+    evaluations = [row["evaluation/return_mean"] for row in rows(tmp_path / "first")]
+    assert sum(value is not None for value in evaluations) == 4
+    assert first["state"] == "finished"
+
+
+def test_evaluating_changes_no_bit_of_training(base, tmp_path):
+    summary, folder = base
+    evaluated = run(tmp_path, "evaluation.every_env_steps=100", "evaluation.episodes=2")
+    assert evaluated["params_sha256"] == summary["params_sha256"]
+    for row, other in zip(rows(tmp_path), rows(folder), strict=True):
+        assert row.pop("evaluation/return_mean") is not None
+        other.pop("evaluation/return_mean")
+        assert row == other
+
+
+def test_there_is_one_row_per_interval_and_every_name_has_a_value(base):
+    _, folder = base
+    assert_one_row_per_interval(folder)
+    assert all(value is not None for value in rows(folder)[-1].values())
+    fractions = {k: v for k, v in read_rows(folder / "metrics.jsonl")[-1].items() if "time/" in k}
+    shares_of_acting = [fractions.pop("time/acting_env"), fractions.pop("time/acting_policy")]
+    assert 0 < sum(shares_of_acting) <= 1
+    assert sum(fractions.values()) == pytest.approx(1, abs=1e-6)
+
+
+def test_the_last_interval_is_evaluated_once_also_without_a_final_evaluation(tmp_path):
+    run(tmp_path, "evaluation.every_env_steps=600", "evaluation.final_episodes=0")
+    evaluated = [row["evaluation/return_mean"] is not None for row in rows(tmp_path)]
+    assert evaluated == [False, False, True, False, False, True]
+
+
+# --- resume --------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands before a pool and keeps what it gives."""
+
+    def __init__(self, pool: LocalPool) -> None:
+        self._pool, self.given = pool, []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def collect(self, want_env_steps: int, timeout_s: float) -> Any:
+        self.given.append(self._pool.collect(want_env_steps, timeout_s))
+        return self.given[-1]
+
+
+class Player(Recorder):
+    """Gives again what a Recorder kept."""
+
+    def play(self, given: list[Any]) -> Player:
+        self.given = list(given)
+        return self
+
+    def collect(self, want_env_steps: int, timeout_s: float) -> Any:
+        return self.given.pop(0)
+
+
+def advance(loop: Loop, iterations: int) -> None:
+    for _ in range(iterations):
+        loop.act()
+        loop.learn()
+    loop._settle()
+
+
+def test_learner_replay_and_sampler_continue_bit_for_bit_from_the_same_blocks(tmp_path):
+    settings = plain(rlx.compose(TINY))
+    parts = assemble(settings, tmp_path, resume=False)
+    recorder = Recorder(parts.pool)
+    loop = Loop(dataclasses.replace(parts, pool=recorder))
+    loop.begin()
+    for _ in range(60):  # ends with an update in flight, whose TD errors must not be lost
+        loop.act()
+        loop.learn()
+    while loop._waiting is None:
+        loop.learn()
+        loop.act()
+    loop.save()
+    recorder.given.clear()
+    advance(loop, 40)
+    loop.close()
+
+    parts = assemble(settings, tmp_path, resume=True)
+    resumed = Loop(dataclasses.replace(parts, pool=Player(parts.pool).play(recorder.given)))
+    resumed.begin()
+    advance(resumed, 40)
+    resumed.close()
+    assert resumed.parts.learner.updates == loop.parts.learner.updates > 20
+    assert_same_tree(resumed.parts.learner.state(), loop.parts.learner.state())
+    state, expected = resumed.parts.replay.state(), loop.parts.replay.state()
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(state[name], value, err_msg=name)
+    assert resumed.parts.quota.state() == loop.parts.quota.state()
+    assert resumed.count.env_steps == loop.count.env_steps
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_exact_run_that_was_stopped_is_the_same_bits_as_an_unstopped_one(
+    number, compiled, tmp_path
+):
+    exact = ("checkpoint.exact=true", "evaluation.every_env_steps=500", "seed=4")
+    exact = (*exact, "exploration.decay_env_steps=1000", "exploration.final_scale=0.1")
+    expected = run(tmp_path / "unstopped", *exact)
+    folder = tmp_path / "stopped"
+    done = stopped(folder, number, compiled, *exact)
+    assert done.returncode == (-number if number == signal.SIGKILL else 0), done.stderr
+    assert [int(path.name) // 400 for path in checkpoints(folder)] == [0, 1, 2]
+    done = train(f"resume={folder}", environment=compiled)
+    assert done.returncode == 0, done.stderr
+    summary = read(folder, "summary.json")
+    assert summary["params_sha256"] == expected["params_sha256"]
+    assert rows(folder) == rows(tmp_path / "unstopped")
+    assert (summary["state"], read(folder, "status.json")["state"]) == ("finished", "finished")
+    for name in ("env_steps", "frames", "updates", "train_return", "evaluation_return"):
+        assert summary[name] == expected[name]
+
+
+def test_without_a_saved_replay_it_fills_anew_and_the_account_opens_again(loops, tmp_path):
+    parted = ("checkpoint.replay=false", "replay.min_sequences=50")
+    before = run(tmp_path, *parted, "stop_after_updates=25")
+    assert not (Path(before["checkpoint"]) / "replay.json").exists()
+    after = run(None, *parted, f"resume={tmp_path}")
+    replay, quota = loops[1].parts.replay, loops[1].parts.quota
+    added = after["env_steps"] - before["env_steps"]
+    assert after["updates"] > before["updates"] == 25
+    assert (after["env_steps"] // 1200, before["env_steps"] // 1200) == (1, 0)
+    assert added - LANES <= replay.env_steps <= added
+    assert quota.state()["opened_at"] > 50  # of the env steps of the new replay
+    trained = (after["updates"] - 25) * ROWS_PER_UPDATE
+    assert quota.state()["trained_rows"] == trained
+    assert len({row["env_steps"] for row in rows(tmp_path)}) == len(rows(tmp_path)) == 7
+    episodes = [row["train/episodes"] for row in rows(tmp_path)]
+    assert episodes == sorted(episodes)
+    assert after["wall_s"] > before["wall_s"]
+
+
+def test_a_finished_run_resumed_has_nothing_to_do_until_it_is_given_more(tmp_path):
+    before = run(tmp_path, "total_env_steps=400")
+    seen, saved = rows(tmp_path), (tmp_path / "checkpoints").stat().st_mtime_ns
+    again = run(None, "total_env_steps=400", f"resume={tmp_path}")
+    assert {**again, "wall_s": 0} == {**before, "wall_s": 0}
+    assert rows(tmp_path) == seen
+    assert (tmp_path / "checkpoints").stat().st_mtime_ns == saved
+    more = run(None, "total_env_steps=800", f"resume={tmp_path}")
+    assert more["state"] == "finished"
+    assert more["updates"] > before["updates"]
+    assert_one_row_per_interval(tmp_path, 800)
+
+
+def test_resume_auto_begins_or_continues(loops, tmp_path):
+    first = run(tmp_path, "resume=auto", "total_env_steps=400")
+    assert loops[0].parts.resumed is None
+    second = run(tmp_path, "resume=auto", "total_env_steps=600")
+    assert loops[1].parts.resumed.env_steps == first["env_steps"] < second["env_steps"]
+
+
+def test_resume_with_another_network_names_the_leaves(base):
+    _, folder = base
+    with pytest.raises(ConfigError) as caught:
+        run(None, f"resume={folder}", "network.core.units=9")
+    (problem,) = caught.value.problems
+    assert problem.path == "resume"
+    assert "params/" in problem.says
+    assert "float32[" in problem.says
+
+
+def test_resume_falls_back_behind_a_damaged_checkpoint_and_says_which(tmp_path, caplog, loops):
+    run(tmp_path, "total_env_steps=800")
+    *_, older, newest = checkpoints(tmp_path)
+    (newest / "meta.json").write_text("{}")
+    summary = run(None, f"resume={tmp_path}")
+    assert loops[1].parts.resumed.path == older
+    said = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
+    assert len(said) == 1
+    assert str(newest / "meta.json") in said[0]
+    assert summary["state"] == "finished"
+    assert_one_row_per_interval(tmp_path)
+
+
+def test_an_exact_run_without_a_saved_replay_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="checkpoint.replay"):
+        run(tmp_path, "checkpoint.exact=true", "checkpoint.replay=false")
+
+
+# --- stopping ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_a_checkpoint_and_resume_finishes_it(number, compiled, tmp_path):
+    done = stopped(tmp_path, number, compiled)
+    assert done.returncode == 0, done.stderr
+    assert f"{signal.Signals(number).name}: stopping with a checkpoint" in done.stderr
+    status, summary = read(tmp_path, "status.json"), read(tmp_path, "summary.json")
+    assert status["state"] == summary["state"] == "interrupted"
+    assert status["error"] is None
+    assert 900 <= summary["env_steps"] == status["env_steps"] < 920
+    assert summary["evaluation_return"] is None
+    assert Path(summary["checkpoint"]) == checkpoints(tmp_path)[-1]
+    assert int(Path(summary["checkpoint"]).name) == summary["env_steps"]
+
+    finished = run(None, f"resume={tmp_path}")
+    assert finished["state"] == read(tmp_path, "status.json")["state"] == "finished"
+    assert finished["updates"] > summary["updates"]
+    assert finished["evaluation_return"] is not None
+    env_steps = [row["env_steps"] for row in rows(tmp_path)]
+    assert env_steps == sorted(set(env_steps))
+    assert summary["env_steps"] in env_steps
+
+
+def interrupt(monkeypatch, times: int) -> None:
+    """Ctrl-C, so many times, in the 50th turn of the next run's loop."""
+    turns, learn = [], Loop.learn
+
+    def learn_and_interrupt(loop: Loop) -> None:
+        learn(loop)
+        turns.append(loop)
+        for _ in range(times if len(turns) == 50 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Loop, "learn", learn_and_interrupt)
+
+
+def test_a_second_ctrl_c_interrupts_at_once_and_the_handlers_are_given_back(monkeypatch, tmp_path):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    interrupt(monkeypatch, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    status = read(tmp_path, "status.json")
+    assert status["state"] == "interrupted"
+    assert "without a checkpoint" in status["error"]
+    assert len(checkpoints(tmp_path)) < 2
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_the_limits_end_a_run_as_finished(loops, tmp_path):
+    by_updates = run(tmp_path / "updates", "stop_after_updates=7")
+    assert (by_updates["updates"], by_updates["state"]) == (7, "finished")
+    by_time = run(tmp_path / "time", "stop_after_s=0.2", "total_env_steps=1_000_000_000")
+    assert by_time["state"] == "finished"
+    assert by_time["wall_s"] >= 0.2
+    goes_on = run(None, f"resume={tmp_path / 'updates'}")
+    assert goes_on["state"] == "finished"
+    # The last request is the only one that may go over; it ends with a step of all lanes.
+    assert 1200 <= goes_on["env_steps"] < 1200 + REQUEST + LANES
+
+
+# --- quota and weights ---------------------------------------------------------------------------
+
+
+def test_the_replay_ratio_is_kept_and_told_as_it_is(loops, tmp_path):
+    summary = run(tmp_path)
+    replay, account = loops[0].parts.replay, loops[0].parts.quota.state()
+    trained = summary["updates"] * ROWS_PER_UPDATE
+    assert account["trained_rows"] == trained
+    since = replay.env_steps - account["opened_at"]
+    assert 0 <= 0.8 * since - trained < ROWS_PER_UPDATE
+    assert rows(tmp_path)[-1]["replay/ratio"] == pytest.approx(trained / since)
+    # What is missing lies in the lanes' open blocks of two rows.
+    assert 0 <= summary["env_steps"] - replay.env_steps <= LANES
+
+
+def test_actors_act_with_the_version_that_was_published_last(loops, monkeypatch, tmp_path):
+    versions: list[int] = []
+    publish, collect = LocalPool.publish, LocalPool.collect
+
+    def published(pool: LocalPool, weights: Any, env_steps: int) -> None:
+        versions.append(weights.version)
+        publish(pool, weights, env_steps)
+
+    def collected(pool: LocalPool, *given: Any) -> Any:
+        (rollout,) = collect(pool, *given)
+        assert pool._actors[0].weights_version == versions[-1]
+        # A block began at most one request ago.
+        assert set(rollout.weights_version.tolist()) <= set(versions[-2:])
+        return [rollout]
+
+    monkeypatch.setattr(LocalPool, "publish", published)
+    monkeypatch.setattr(LocalPool, "collect", collected)
+    summary = run(tmp_path)
+    assert versions == list(range(0, summary["updates"] + 1, 2))
+    ages = [row["weights/age_updates"] for row in rows(tmp_path)]
+    assert ages[-1] == pytest.approx(1.5, abs=0.2)
+    assert all(1 <= age <= 2 for age in ages)
+    assert all(row["replay/age_updates"] >= 1 for row in rows(tmp_path))
+
+
+def test_after_the_last_update_the_pool_has_the_learners_parameters(loops, tmp_path):
+    summary = run(tmp_path, "learner.publish_every_updates=1", "total_env_steps=600")
+    weights = loops[0].parts.pool._weights
+    assert weights.version == summary["updates"]
+    assert_same_tree(weights.params, loops[0].parts.learner.state().params)
+
+
+# --- lanes ---------------------------------------------------------------------------------------
+
+
+def test_two_actors_give_the_data_of_one(loops, monkeypatch, tmp_path):
+    episodes: list[Any] = []
+    take = Metrics.episodes
+    monkeypatch.setattr(
+        Metrics, "episodes", lambda self, new: (episodes.extend(new), take(self, new))[1]
+    )
+    told, random = {}, "exploration.base=1.0"  # lane 0 always acts at random
+    for instances in (1, 2):
+        episodes.clear()
+        lanes = (f"acting.instances={instances}", f"acting.envs_per_actor={LANES // instances}")
+        run(tmp_path / str(instances), *lanes, random, "exploration.exponent=0.0", "seed=5")
+        told[instances] = list(episodes)
+        stored = loops[-1].parts.replay._ring._slot
+        assert set(stored.lane[stored.key >= 0].tolist()) == set(range(LANES))
+    for lane in range(LANES):
+        one, two = ([e for e in told[n] if e.lane == lane] for n in (1, 2))
+        assert {e.epsilon for e in one} == {e.epsilon for e in two} == {1.0}
+        lengths = [np.array([e.env_steps for e in given]) for given in (one, two)]
+        spread = np.sqrt(sum(x.var() / len(x) for x in lengths))
+        assert abs(lengths[0].mean() - lengths[1].mean()) < 4 * spread
+        assert sum(lengths[1]) == pytest.approx(300, abs=60)  # no lane is left behind
+
+
+def test_epsilons_go_by_the_lane_of_the_run_not_of_the_actor(monkeypatch, tmp_path):
+    episodes: list[Any] = []
+    monkeypatch.setattr(Metrics, "episodes", lambda self, new: episodes.extend(new))
+    run(tmp_path, "acting.instances=2", "acting.envs_per_actor=2", "total_env_steps=400")
+    ladder = {lane: 0.4 ** (1 + 7 * lane / 3) for lane in range(LANES)}
+    assert {e.lane: e.epsilon for e in episodes} == pytest.approx(ladder, rel=1e-5)
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def open_files(folder: Path) -> list[str]:
+    return [name for name in descriptors() if name.startswith(str(folder))]
+
+
+def descriptors() -> list[str]:
+    """Where the files that this process holds open lie."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            found.append(os.readlink(link))
+        except OSError:  # the folder that is being read
+            continue
+    return found
+
+
+@pytest.fixture
+def open_environments(monkeypatch):
+    """Those that were made and not closed."""
+    alive: list[EnvPoolLanes] = []
+    begin, close = EnvPoolLanes.__init__, EnvPoolLanes.close
+
+    def begun(env: EnvPoolLanes, **given: Any) -> None:
+        begin(env, **given)
+        alive.append(env)
+
+    def closed(env: EnvPoolLanes) -> None:
+        close(env)
+        if env in alive:
+            alive.remove(env)
+
+    monkeypatch.setattr(EnvPoolLanes, "__init__", begun)
+    monkeypatch.setattr(EnvPoolLanes, "close", closed)
+    return alive
+
+
+def test_an_environment_that_raises_ends_the_run_as_failed(
+    open_environments, monkeypatch, tmp_path
+):
+    step, steps = EnvPoolLanes.step, []
+
+    def failing(env: EnvPoolLanes, *given: Any) -> Any:
+        steps.append(env)
+        if len(steps) > 100:
+            raise RuntimeError("the emulator is gone\nand more")
+        return step(env, *given)
+
+    monkeypatch.setattr(EnvPoolLanes, "step", failing)
+    with pytest.raises(RuntimeError, match="the emulator is gone"):
+        run(tmp_path, "logging.tensorboard=true")
+    status = read(tmp_path, "status.json")
+    assert (status["state"], status["error"]) == ("failed", "RuntimeError: the emulator is gone")
+    assert status["env_steps"] == rows(tmp_path)[-1]["env_steps"] > 0
+    assert not (tmp_path / "summary.json").exists()
+    assert open_files(tmp_path) == []
+    assert open_environments == []
+
+
+def test_everything_is_closed_though_one_closing_fails(open_environments, monkeypatch, tmp_path):
+    def failing(metrics: Metrics) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Metrics, "close", failing)
+    with pytest.raises(OSError, match="no space left"):
+        run(tmp_path, "total_env_steps=100")
+    assert open_environments == []
+
+
+def test_a_td_error_that_is_not_finite_stops_the_run_and_names_the_keys(monkeypatch, tmp_path):
+    td, calls = Learner.td, []
+
+    def broken(learner: Learner, output: Any) -> np.ndarray:
+        calls.append(output)
+        found = td(learner, output).copy()
+        found[1] = np.nan if len(calls) == 30 else found[1]
+        return found
+
+    monkeypatch.setattr(Learner, "td", broken)
+    with pytest.raises(FloatingPointError, match=r"keys \[\d+\] are not finite"):
+        run(tmp_path)
+    status = read(tmp_path, "status.json")
+    assert status["state"] == "failed"
+    assert status["error"].startswith("FloatingPointError: TD errors of the sequences with keys [")
+
+
+def test_a_network_that_diverges_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="keys"):
+        run(tmp_path, "agent.optimizer.learning_rate=1e30")
+    assert read(tmp_path, "status.json")["state"] == "failed"
+
+
+# --- devices, threads, leftovers -----------------------------------------------------------------
+
+
+def test_two_devices_give_nearly_the_metrics_of_one(base, compiled, tmp_path):
+    _, folder = base
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    arguments = [*TINY, "learner.devices=2", f"hydra.run.dir={tmp_path}"]
+    done = train(*arguments, environment=compiled | flags)
+    assert done.returncode == 0, done.stderr
+    one, two = rows(folder), rows(tmp_path)
+    # Sums in another order: as long as no action and no draw has changed by them.
+    for name in ("updates", "learner/loss", "learner/grad_norm", "learner/q_mean", "replay/ratio"):
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-3), name
+    assert [row["updates"] for row in two] == pytest.approx([row["updates"] for row in one], abs=1)
+    assert two[-1]["learner/loss"] == pytest.approx(one[-1]["learner/loss"], rel=0.5)
+
+
+def test_more_devices_than_there_are_is_said_of_the_learner(tmp_path):
+    with pytest.raises(ConfigError, match="learner.devices=3") as caught:
+        run(tmp_path, "learner.devices=3")
+    assert caught.value.problems[0].path == "learner"
+
+
+def test_runs_in_a_thread_leave_nothing_behind(base, open_environments, tmp_path):
+    expected, _ = base
+    summaries: list[dict[str, Any]] = []
+    counts = []
+    for i in range(3):
+        board = "logging.tensorboard=true"
+        body = (lambda folder: summaries.append(run(folder, board)),)
+        thread = threading.Thread(target=body[0], args=(tmp_path / str(i),))
+        thread.start()
+        thread.join(timeout=120)
+        counts.append((threading.active_count(), len(descriptors())))
+        assert open_files(tmp_path) == []
+        assert open_environments == []
+    assert [summary["params_sha256"] for summary in summaries] == [expected["params_sha256"]] * 3
+    assert counts[2] == counts[1]
+
+
+def test_the_state_that_a_run_resumed_from_is_let_go(base, loops):
+    _, folder = base
+    run(None, f"resume={folder}", "total_env_steps=1210")
+    resumed = loops[0].parts.resumed
+    assert resumed.state is None
+    assert resumed.replay_state is None
+    assert trees.flatten(loops[0].parts.learner.state().params)
