@@ -98,9 +98,7 @@ def _check_agreement(settings: Mapping[str, Any]) -> None:
         raise refuse("replay.ratio", says, given="null")
     checkpoint = settings["checkpoint"]
     if checkpoint["exact"] and not (local and checkpoint["replay"]):
-        says = (
-            "the same bits need acting=local and checkpoint.replay=true; set them, or leave exact"
-        )
+        says = "the same bits need acting=local and checkpoint.replay=true; set both"
         raise refuse("checkpoint.exact", says, given="true")
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ import yaml
 
 from rlx import trees
 from rlx._paths import config_dir
+from rlx.acting.blocks import row_spec
 from rlx.acting.local_pool import LocalPool
 from rlx.acting.policy import Policy
 from rlx.config import build
@@ -31,7 +32,6 @@ from rlx.interfaces import Agent
 from rlx.learner import Learner
 from rlx.types import ArraySpec, Batch, DiscreteSpec, EnvSpec, NetInput, Row, Weights
 
-What = Literal["acting", "learner"]
 SLICE_S = 0.5
 
 PONG = EnvSpec(
@@ -150,22 +150,24 @@ def make_agent(setup: Setup) -> Agent:
     return build(settings("agent", setup.agent), "agent", network=network, spec=setup.spec)
 
 
+def zero_batch(agent: Agent, size: int) -> Batch:
+    """Sequences of valid rows without content, as the replay would give them."""
+    length = agent.sequence.length
+    rows: Row = trees.tree_map(
+        lambda spec: np.zeros((size, length, *spec.shape), spec.dtype),
+        row_spec(agent.spec, agent.acting_spec),
+    )
+    rows.valid[:] = True
+    rows.discount[:] = 1
+    return Batch(rows=rows, carry=agent.initial_carry(size), importance=np.ones(size, np.float32))
+
+
 def random_batch(agent: Agent, size: int) -> Batch:
-    """Valid rows of noise, as the replay would give them."""
-    rng, length = np.random.default_rng(0), agent.sequence.length
-
-    def noise(spec: ArraySpec) -> np.ndarray:
-        shape = (size, length, *spec.shape)
-        return rng.integers(0, 2, shape).astype(spec.dtype)
-
-    from rlx.acting.blocks import row_spec
-
-    made: Row = trees.tree_map(noise, row_spec(agent.spec, agent.acting_spec))
-    made.valid[:] = True
-    made.inputs.first[:] = False
-    made.discount[:] = 1
-    carry = trees.tree_map(np.asarray, agent.initial_carry(size))
-    return Batch(rows=made, carry=carry, importance=np.ones(size, np.float32))
+    """The same with noise for observations."""
+    batch, rng = zero_batch(agent, size), np.random.default_rng(0)
+    for leaf in batch.rows.inputs.observation.values():
+        leaf[...] = rng.integers(0, 256, leaf.shape) if leaf.dtype == np.uint8 else 0.1
+    return trees.tree_map(np.asarray, batch)
 
 
 # --- benches -------------------------------------------------------------------------------------
@@ -275,19 +277,15 @@ BENCHES: Mapping[str, Callable[[Setup, float], list[dict[str, Any]]]] = {
 
 def main() -> None:
     """`what=acting|learner seconds=10 setup=cartpole|pong|all`: seconds for each setup."""
-    given = dict(text.partition("=")[::2] for text in sys.argv[1:])
     names = [setup.name for setup in SETUPS]
-    what, chosen = given.pop("what", None), given.pop("setup", "all")
-    seconds = given.pop("seconds", "10")
-    if (
-        what not in get_args(What)
-        or chosen not in (*names, "all")
-        or given
-        or not _positive(seconds)
-    ):
+    given = dict(text.partition("=")[::2] for text in sys.argv[1:])
+    options = {"what": "", "seconds": "10", "setup": "all"} | given
+    what, chosen, seconds = options["what"], options["setup"], options["seconds"]
+    known = what in BENCHES and chosen in (*names, "all") and len(options) == 3
+    if not known or not _positive(seconds):
         print(
             f"rlx.bench: got {' '.join(sys.argv[1:]) or 'nothing'}; accepted: "
-            f"what={'|'.join(get_args(What))} seconds=10 setup={'|'.join(names)}|all",
+            f"what={'|'.join(BENCHES)} seconds=10 setup={'|'.join(names)}|all",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -358,7 +358,7 @@ def _value(key: str, text: str) -> Any:
     """The value as YAML reads it; paths as they stand, since run=0 may be a folder."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
     if key in PATHS:
         return None if text in ("null", "") else text

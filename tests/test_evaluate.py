@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rlx.envs.envpool import EnvPool, EnvPoolLanes
 from rlx.evaluate import run_episodes
 from rlx.problems import ConfigError
 from rlx.seeding import spawn_int
-from rlx.types import Episode, NetInput, Weights
+from rlx.types import Carry, Episode, NetInput, Weights
 from tests import parts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,12 +81,14 @@ class Played:
     env_steps: int
 
 
-def play_alone(agent: R2D2, weights: Weights, lane: int, steps: int) -> list[Played]:
+def play_alone(
+    act: Callable[..., Any], params: Any, carry: Carry, lane: int, steps: int
+) -> list[Played]:
     """The episodes that a lane ends in so many steps, greedily, nothing else beside it."""
-    act = jax.jit(agent.act)
+    key, greedy = jax.random.PRNGKey(0), np.zeros(1, np.float32)
     env = CARTPOLE.make(lanes=1, seeds=[spawn_int(SEED, "evaluation", lane)])
-    timestep, carry = env.reset(), agent.initial_carry(1)
-    action, time, started, found = np.full(1, -1, np.int32), 0, 0, []
+    timestep, action, time, started = env.reset(), np.full(1, -1, np.int32), 0, 0
+    found = []
     for step in range(steps):
         first = bool(timestep.first[0])
         time = 0 if first else time + 1
@@ -97,8 +99,7 @@ def play_alone(agent: R2D2, weights: Weights, lane: int, steps: int) -> list[Pla
             time=np.full(1, time, np.int32),
             first=timestep.first,
         )
-        key = jax.random.PRNGKey(0)
-        action, _, carry = act(weights.params, inputs, carry, key, np.zeros(1, np.float32))
+        action, _, carry = act(params, inputs, carry, key, greedy)
         action = np.asarray(action)
         timestep = env.step(action, timestep.lane)
         if timestep.terminated[0] or timestep.truncated[0]:
@@ -110,7 +111,9 @@ def play_alone(agent: R2D2, weights: Weights, lane: int, steps: int) -> list[Pla
 
 @pytest.fixture(scope="module")
 def alone(agent, weights) -> list[Played]:
-    return [played for lane in range(LANES) for played in play_alone(agent, weights, lane, 200)]
+    act, carry = jax.jit(agent.act), agent.initial_carry(1)
+    lanes = [play_alone(act, weights.params, carry, lane, 200) for lane in range(LANES)]
+    return [played for lane in lanes for played in lane]
 
 
 def test_the_episodes_that_started_first_are_counted(agent, weights, alone):
@@ -173,22 +176,12 @@ def test_an_asynchronous_environment_plays_each_lane_as_it_would_alone(agent, we
 # --- a real run ----------------------------------------------------------------------------------
 
 SMALL = [
-    "total_env_steps=500",
-    "agent.burn_in=2",
-    "agent.unroll=4",
-    "agent.n_step=2",
-    "agent.stride=2",
-    "agent.block_rows=2",
-    "learner.batch_size=4",
-    "replay.min_sequences=4",
-    "replay.capacity=2000",
-    "acting.envs_per_actor=4",
-    "acting.env_steps_per_request=8",
-    "evaluation.final_episodes=10",
-    "evaluation.epsilon=0.1",
-    "checkpoint.every_env_steps=200",
-    "logging.console=off",
-    "logging.tensorboard=false",
+    *("agent.burn_in=2", "agent.unroll=4", "agent.n_step=2", "agent.stride=2"),
+    *("agent.block_rows=2", "learner.batch_size=4"),
+    *("replay.min_sequences=4", "replay.capacity=2000"),
+    *("acting.envs_per_actor=4", "acting.env_steps_per_request=8", "total_env_steps=500"),
+    *("evaluation.final_episodes=10", "evaluation.epsilon=0.1", "checkpoint.every_env_steps=200"),
+    *("logging.console=off", "logging.tensorboard=false"),
 ]
 
 
@@ -293,8 +286,8 @@ def test_every_option_is_explained_and_has_a_default(capsys):
     names = {field.name for field in dataclasses.fields(evaluate.Options)}
     assert set(evaluate.DEFAULTS) == names - {"run"}
     evaluate.main(["--help"])
-    assert all(f"    {name}=" in capsys.readouterr().out for name in ["run"])
-    assert all(f"    {name}=" in str(evaluate.__doc__) for name in names)
+    shown = capsys.readouterr().out
+    assert all(f"    {name}=" in shown for name in names)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +357,7 @@ def test_recording_needs_an_environment_that_draws(agent, weights):
     catch = dataclasses.replace(CARTPOLE, id="Catch-v0")
     with pytest.raises(ConfigError, match=r"record=true: env.id='Catch-v0' cannot be rendered"):
         play(agent, weights, family=catch, render=True)
-    with pytest.raises(ConfigError, match="record=true: .*unexpected keyword argument 'render'"):
+    with pytest.raises(ConfigError, match=r"record=true: .*unexpected keyword argument 'render'"):
         play(agent, weights, family=Unordered(), render=True)
 
 

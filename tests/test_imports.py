@@ -36,7 +36,7 @@ HOMES = {
     "omegaconf": HYDRA,
 }
 DEVICE_CALLS = {"jit", "pmap", "device_put"}
-DEVICE_HOMES = {"learner", "acting/policy", "replay/device", "evaluate"}
+DEVICE_HOMES = {"bench", "learner", "acting/policy", "replay/device", "evaluate"}
 WITHOUT_JAX = {"types", "seeding", "interfaces", "acting/actor", "acting/blocks"}
 
 

@@ -142,7 +142,7 @@ def test_networks_say_what_does_not_fit():
         parts.network(parts.BOX).init(jax.random.PRNGKey(0))
     with pytest.raises(ValueError, match="exactly one leaf of three axes"):
         parts.network(torso=parts.SMALL_CNN).init(jax.random.PRNGKey(0))
+    torso = NatureCNN(channels=(4,), kernels=(8, 4), strides=(4, 2))
     with pytest.raises(ValueError, match="one number per layer"):
-        torso = NatureCNN(channels=(4,), kernels=(8, 4), strides=(4, 2))
         parts.network(parts.IMAGE, torso=torso).init(jax.random.PRNGKey(0))
     assert MLP(layers=()).layers == ()

@@ -29,15 +29,32 @@ from rlx.problems import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 LANES, REQUEST, ROWS_PER_UPDATE, ROW_EVERY = 4, 8, 16, 200
-TINY = (
-    "agent.burn_in=2 agent.unroll=4 agent.stride=2 agent.block_rows=2 agent.n_step=2 "
-    "agent.target_period_updates=5 learner.batch_size=4 learner.publish_every_updates=2 "
-    "replay.min_sequences=4 replay.capacity=2000 replay.ratio=0.8 acting.envs_per_actor=4 "
-    "acting.env_steps_per_request=8 network.torso.layers=[8] network.core.units=8 "
-    "network.head.hidden=8 evaluation.final_episodes=4 logging.every_env_steps=200 "
-    "logging.tensorboard=false logging.console=off checkpoint.every_env_steps=400 "
-    "total_env_steps=1200"
-).split()
+TINY = [
+    "agent.burn_in=2",
+    "agent.unroll=4",
+    "agent.stride=2",
+    "agent.block_rows=2",
+    "agent.n_step=2",
+    "agent.target_period_updates=5",
+    "learner.batch_size=4",
+    "learner.publish_every_updates=2",
+    "replay.min_sequences=4",
+    "replay.capacity=2000",
+    "replay.ratio=0.8",
+    "acting.envs_per_actor=4",
+    "acting.env_steps_per_request=8",
+    "network.torso.layers=[8]",
+    "network.core.units=8",
+    "network.head.hidden=8",
+    "evaluation.episodes=4",
+    "evaluation.final_episodes=4",
+    "logging.every_env_steps=200",
+    "logging.tensorboard=false",
+    "logging.console=off",
+    "checkpoint.every_env_steps=400",
+    "total_env_steps=1200",
+]
+EVALUATED = "evaluation.every_env_steps=300"
 # A run that sends itself a signal once it has made so many env steps.
 STOPPED = """
 import os, sys
@@ -73,9 +90,9 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A plain run that several tests look at."""
+    """A run with evaluations and checkpoints that several tests look at."""
     folder = tmp_path_factory.mktemp("base") / "run"
-    return run(folder), folder
+    return run(folder, EVALUATED), folder
 
 
 @pytest.fixture
@@ -137,27 +154,24 @@ def assert_same_tree(first: Any, second: Any) -> None:
 # --- the same bits -------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path):
-    evaluated = "evaluation.every_env_steps=300"
-    first, again, other = (
-        run(tmp_path / name, evaluated, f"seed={seed}")
-        for name, seed in (("first", 1), ("again", 1), ("other", 2))
-    )
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(base, tmp_path):
+    first, folder = base
+    again = run(tmp_path / "again", EVALUATED)
+    other = run(tmp_path / "other", EVALUATED, "seed=1")
     assert first["params_sha256"] == again["params_sha256"] != other["params_sha256"]
-    assert rows(tmp_path / "first") == rows(tmp_path / "again") != rows(tmp_path / "other")
-    evaluations = [row["evaluation/return_mean"] for row in rows(tmp_path / "first")]
+    assert rows(folder) == rows(tmp_path / "again") != rows(tmp_path / "other")
+    evaluations = [row["evaluation/return_mean"] for row in rows(folder)]
     assert sum(value is not None for value in evaluations) == 4
     assert first["state"] == "finished"
 
 
 def test_evaluating_changes_no_bit_of_training(base, tmp_path):
     summary, folder = base
-    evaluated = run(tmp_path, "evaluation.every_env_steps=100", "evaluation.episodes=2")
-    assert evaluated["params_sha256"] == summary["params_sha256"]
+    without = run(tmp_path, "evaluation.final_episodes=0")
+    assert without["params_sha256"] == summary["params_sha256"]
+    assert without["evaluation_return"] is None
     for row, other in zip(rows(tmp_path), rows(folder), strict=True):
-        assert row.pop("evaluation/return_mean") is not None
-        other.pop("evaluation/return_mean")
-        assert row == other
+        assert row | {"evaluation/return_mean": 0} == other | {"evaluation/return_mean": 0}
 
 
 def test_there_is_one_row_per_interval_and_every_name_has_a_value(base):
@@ -253,9 +267,14 @@ def test_an_exact_run_that_was_stopped_is_the_same_bits_as_an_unstopped_one(
     folder = tmp_path / "stopped"
     done = stopped(folder, number, compiled, *exact)
     assert done.returncode == (-number if number == signal.SIGKILL else 0), done.stderr
+    state = "running" if number == signal.SIGKILL else "interrupted"
+    assert read(folder, "status.json")["state"] == state
     assert [int(path.name) // 400 for path in checkpoints(folder)] == [0, 1, 2]
-    done = train(f"resume={folder}", environment=compiled)
-    assert done.returncode == 0, done.stderr
+    if number == signal.SIGKILL:
+        done = train(f"resume={folder}", environment=compiled)
+        assert done.returncode == 0, done.stderr
+    else:
+        run(None, *exact, f"resume={folder}")
     summary = read(folder, "summary.json")
     assert summary["params_sha256"] == expected["params_sha256"]
     assert rows(folder) == rows(tmp_path / "unstopped")
@@ -327,18 +346,17 @@ def test_resume_falls_back_behind_a_damaged_checkpoint_and_says_which(tmp_path, 
 
 
 def test_an_exact_run_without_a_saved_replay_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="checkpoint.replay"):
+    with pytest.raises(ConfigError, match=r"checkpoint\.replay"):
         run(tmp_path, "checkpoint.exact=true", "checkpoint.replay=false")
 
 
 # --- stopping ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_with_a_checkpoint_and_resume_finishes_it(number, compiled, tmp_path):
-    done = stopped(tmp_path, number, compiled)
+def test_ctrl_c_ends_a_run_with_a_checkpoint_and_resume_finishes_it(compiled, tmp_path):
+    done = stopped(tmp_path, signal.SIGINT, compiled)
     assert done.returncode == 0, done.stderr
-    assert f"{signal.Signals(number).name}: stopping with a checkpoint" in done.stderr
+    assert "SIGINT: stopping with a checkpoint" in done.stderr
     status, summary = read(tmp_path, "status.json"), read(tmp_path, "summary.json")
     assert status["state"] == summary["state"] == "interrupted"
     assert status["error"] is None
@@ -356,22 +374,29 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_resume_finishes_it(number, co
     assert summary["env_steps"] in env_steps
 
 
-def interrupt(monkeypatch, times: int) -> None:
-    """Ctrl-C, so many times, in the 50th turn of the next run's loop."""
+def send(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> None:
+    """A signal, so many times, in the 50th turn of the next run's loop."""
     turns, learn = [], Loop.learn
 
-    def learn_and_interrupt(loop: Loop) -> None:
+    def learn_and_send(loop: Loop) -> None:
         learn(loop)
         turns.append(loop)
         for _ in range(times if len(turns) == 50 else 0):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Loop, "learn", learn_and_interrupt)
+    monkeypatch.setattr(Loop, "learn", learn_and_send)
+
+
+def test_sigterm_ends_a_run_with_a_checkpoint(monkeypatch, tmp_path):
+    send(monkeypatch, signal.SIGTERM, times=1)
+    summary = run(tmp_path)
+    assert summary["state"] == read(tmp_path, "status.json")["state"] == "interrupted"
+    assert int(Path(summary["checkpoint"]).name) == summary["env_steps"] < 600
 
 
 def test_a_second_ctrl_c_interrupts_at_once_and_the_handlers_are_given_back(monkeypatch, tmp_path):
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    interrupt(monkeypatch, times=2)
+    send(monkeypatch, signal.SIGINT, times=2)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     status = read(tmp_path, "status.json")
@@ -515,15 +540,15 @@ def open_environments(monkeypatch):
 def test_an_environment_that_raises_ends_the_run_as_failed(
     open_environments, monkeypatch, tmp_path
 ):
-    step, steps = EnvPoolLanes.step, []
+    receive, steps = EnvPoolLanes.recv, []
 
-    def failing(env: EnvPoolLanes, *given: Any) -> Any:
+    def failing(env: EnvPoolLanes) -> Any:
         steps.append(env)
         if len(steps) > 100:
             raise RuntimeError("the emulator is gone\nand more")
-        return step(env, *given)
+        return receive(env)
 
-    monkeypatch.setattr(EnvPoolLanes, "step", failing)
+    monkeypatch.setattr(EnvPoolLanes, "recv", failing)
     with pytest.raises(RuntimeError, match="the emulator is gone"):
         run(tmp_path, "logging.tensorboard=true")
     status = read(tmp_path, "status.json")
@@ -561,43 +586,44 @@ def test_a_td_error_that_is_not_finite_stops_the_run_and_names_the_keys(monkeypa
     assert status["error"].startswith("FloatingPointError: TD errors of the sequences with keys [")
 
 
-def test_a_network_that_diverges_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match="keys"):
-        run(tmp_path, "agent.optimizer.learning_rate=1e30")
-    assert read(tmp_path, "status.json")["state"] == "failed"
-
-
 # --- devices, threads, leftovers -----------------------------------------------------------------
 
 
 def test_two_devices_give_nearly_the_metrics_of_one(base, compiled, tmp_path):
     _, folder = base
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    arguments = [*TINY, "learner.devices=2", f"hydra.run.dir={tmp_path}"]
+    short = ["total_env_steps=600", "evaluation.final_episodes=0"]
+    arguments = [*TINY, *short, "learner.devices=2", f"hydra.run.dir={tmp_path}"]
     done = train(*arguments, environment=compiled | flags)
     assert done.returncode == 0, done.stderr
     one, two = rows(folder), rows(tmp_path)
-    # Sums in another order: as long as no action and no draw has changed by them.
-    for name in ("updates", "learner/loss", "learner/grad_norm", "learner/q_mean", "replay/ratio"):
+    # Sums in another order, until by them an action or a draw is another.
+    for name in ("updates", "learner/loss", "learner/grad_norm", "replay/ratio"):
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-3), name
-    assert [row["updates"] for row in two] == pytest.approx([row["updates"] for row in one], abs=1)
-    assert two[-1]["learner/loss"] == pytest.approx(one[-1]["learner/loss"], rel=0.5)
+    assert len(two) == 3
+    for row, other in zip(two, one, strict=False):
+        assert row["updates"] == pytest.approx(other["updates"], abs=1)
+        assert row["learner/loss"] == pytest.approx(other["learner/loss"], rel=0.3)
+        assert row["learner/q_mean"] == pytest.approx(other["learner/q_mean"], rel=0.3)
 
 
 def test_more_devices_than_there_are_is_said_of_the_learner(tmp_path):
-    with pytest.raises(ConfigError, match="learner.devices=3") as caught:
+    with pytest.raises(ConfigError, match=r"learner\.devices=3") as caught:
         run(tmp_path, "learner.devices=3")
     assert caught.value.problems[0].path == "learner"
 
 
 def test_runs_in_a_thread_leave_nothing_behind(base, open_environments, tmp_path):
     expected, _ = base
+    short = (EVALUATED, "logging.tensorboard=true")
     summaries: list[dict[str, Any]] = []
     counts = []
+
+    def body(folder: Path) -> None:
+        summaries.append(run(folder, *short))
+
     for i in range(3):
-        board = "logging.tensorboard=true"
-        body = (lambda folder: summaries.append(run(folder, board)),)
-        thread = threading.Thread(target=body[0], args=(tmp_path / str(i),))
+        thread = threading.Thread(target=body, args=(tmp_path / str(i),))
         thread.start()
         thread.join(timeout=120)
         counts.append((threading.active_count(), len(descriptors())))

@@ -7,6 +7,7 @@ borders, wrap-around, replaced actors and asynchronous EnvPool. Each planted off
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -222,9 +223,7 @@ def test_every_row_arrives_in_order_once_and_with_its_inputs():
     for parts_of_lane in blocks.values():
         numbers = [number for number, _, _ in parts_of_lane]
         assert numbers == list(range(len(numbers)))
-        for (_, _, following), (_, rows, _) in zip(
-            parts_of_lane, parts_of_lane[1:], strict=False
-        ):
+        for (_, _, following), (_, rows, _) in itertools.pairwise(parts_of_lane):
             first_row = trees.tree_map(lambda x: x[0], rows.inputs)
             trees.tree_map(np.testing.assert_array_equal, following, first_row)
         rows = trees.tree_map(lambda *x: np.concatenate(x), *[r for _, r, _ in parts_of_lane])

@@ -122,9 +122,7 @@ def test_first_td_equals_the_learners_when_all_networks_are_one():
     acting = QActing(q=taken.astype(np.float32), q_max=q.max(axis=-1).astype(np.float32))
     rows = dataclasses.replace(batch.rows, acting=acting)
     _, output = agent.update(state, dataclasses.replace(batch, rows=rows))
-    scalars = dataclasses.replace(
-        rows, inputs=dataclasses.replace(rows.inputs, observation={})
-    )
+    scalars = dataclasses.replace(rows, inputs=dataclasses.replace(rows.inputs, observation={}))
     first = agent.first_td(scalars)
     assert first.dtype == np.float32
     np.testing.assert_allclose(first, output.td, atol=2e-5)
@@ -144,7 +142,10 @@ def test_no_gradient_crosses_the_burn_in():
     def grads(agent, batch, target_carry):
         rows = trees.tree_map(lambda x: np.swapaxes(x, 0, 1), batch.rows)
         target_q, _ = agent.network.apply(state.target_params, rows.inputs, target_carry)
-        loss = lambda p: agent._loss(p, rows, batch.carry, target_q, batch.importance)[0]
+
+        def loss(params):
+            return agent._loss(params, rows, batch.carry, target_q, batch.importance)[0]
+
         return jax.grad(loss)(state.params)
 
     jax.tree.map(
@@ -196,9 +197,7 @@ def test_reward_transform_reaches_targets_and_inputs_alike():
     by_hand = dataclasses.replace(
         big,
         reward=np.clip(big.reward, -1, 1),
-        inputs=dataclasses.replace(
-            big.inputs, prev_reward=np.clip(big.inputs.prev_reward, -1, 1)
-        ),
+        inputs=dataclasses.replace(big.inputs, prev_reward=np.clip(big.inputs.prev_reward, -1, 1)),
     )
     _, got = clipped.update(state, dataclasses.replace(batch, rows=big))
     _, expected = raw.update(state, dataclasses.replace(batch, rows=by_hand))
@@ -235,7 +234,7 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 
 def test_wrong_settings_say_so():
-    with pytest.raises(ValueError, match="multiple of agent.block_rows=4"):
+    with pytest.raises(ValueError, match=r"multiple of agent\.block_rows=4"):
         parts.agent(stride=6)
     with pytest.raises(ValueError, match="acts in discrete action spaces; box has a box"):
         parts.agent(parts.network(parts.BOX))

@@ -1,0 +1,122 @@
+"""Every YAML of every group and every experiment: composes, is checked, builds, and is read."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+import rlx
+from rlx import bench, config
+from rlx.assemble import build_agent
+from rlx.config import ROLES, plain, runtime_names, setting_hints
+from rlx.targets import resolve
+
+CONF = Path(__file__).parents[1] / "conf"
+SOURCE = Path(__file__).parents[1] / "rlx"
+OPTIONS = [
+    f"{group}={path.stem}" for group in ROLES for path in sorted((CONF / group).glob("*.yaml"))
+]
+EXPERIMENTS = [
+    str(path.relative_to(CONF / "experiment").with_suffix(""))
+    for path in sorted((CONF / "experiment").rglob("*.yaml"))
+]
+# What some options need beside them.
+COMPANIONS = {
+    "env=atari": ["network=nature_lstm"],
+    "env=minigrid_memory": ["network=grid_lstm"],
+    "network=nature_lstm": ["env=atari"],
+    "network=nature_lstm_small": ["env=atari"],
+    "network=impala_lstm": ["env=atari"],
+    "network=grid_lstm": ["env=minigrid_memory"],
+}
+REFUSED = {"env=mujoco": "discrete"}  # continuous actions: by name
+
+
+@functools.cache
+def built(*overrides: str) -> Any:
+    settings = plain(rlx.compose(overrides))
+    config.check(settings)
+    return settings, *build_agent(settings)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_builds_and_one_update_traces(option):
+    overrides = [option, *COMPANIONS.get(option, [])]
+    if option in REFUSED:
+        with pytest.raises(rlx.problems.ConfigError, match=REFUSED[option]):
+            built(*overrides)
+        return
+    settings, _, agent = built(*overrides)
+    trace_update(agent, settings["learner"]["batch_size"])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_builds_and_one_update_traces(name):
+    settings, _, agent = built(f"experiment={name}")
+    trace_update(agent, settings["learner"]["batch_size"])
+    config.build(settings["exploration"], "exploration")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_opens_with_its_command(name):
+    first, second = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()[:2]
+    assert first == "# @package _global_"
+    assert second.startswith(f"# python -m rlx.train experiment={name}")
+
+
+def trace_update(agent: Any, batch_size: int) -> None:
+    """Shapes only: nothing is compiled or computed."""
+    batch = jax.eval_shape(lambda: bench.zero_batch(agent, batch_size))
+    state = jax.eval_shape(agent.init, jax.random.PRNGKey(0))
+    new, output = jax.eval_shape(agent.update, state, batch)
+    assert output.td.shape == (batch_size, agent.sequence.unroll)
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, new)
+    assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_setting_of_a_yaml_is_explained_and_read(option):
+    """Each key has a comment on its line or above its block, and some code reads it."""
+    group, _, name = option.partition("=")
+    text = (CONF / group / f"{name}.yaml").read_text()
+    assert text.startswith("#")
+    source = "".join(path.read_text() for path in SOURCE.rglob("*.py"))
+    for cls, settings in targets(yaml.safe_load(text)):
+        assert set(settings) == set(setting_hints(cls)) - set(runtime_names(cls))
+        for key in settings:
+            uses = re.findall(rf"(?<![\w.])(?:\w+\.)*{key}\b(?!\s*:)", source)
+            assert uses, f"nothing reads {group}.{key}"
+
+
+def targets(node: Any) -> Any:
+    """(class, its settings) of every node that has a `_target_`."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            cls, why = resolve(node["_target_"])
+            assert cls is not None, why
+            yield cls, {key: value for key, value in node.items() if key != "_target_"}
+        for child in node.values():
+            yield from targets(child)
+
+
+def test_the_paper_agent_has_the_papers_numbers():
+    settings, _, agent = built("experiment=atari_r2d2")
+    spec = agent.sequence
+    assert (spec.burn_in, spec.unroll, spec.n_step, spec.stride) == (40, 80, 5, 40)
+    assert (agent.discount, agent.rescale_epsilon) == (0.997, 1e-3)
+    assert agent.target_period_updates == 2500
+    assert (agent.optimizer.learning_rate, agent.optimizer.epsilon) == (1e-4, 1e-3)
+    assert (settings["learner"]["batch_size"], settings["replay"]["ratio"]) == (64, 0.8)
+    replay = settings["replay"]
+    assert (replay["priority_exponent"], replay["importance_exponent"]) == (0.9, 0.6)
+    assert replay["priority_eta"] == 0.9
+    params = jax.eval_shape(agent.init, jax.random.PRNGKey(0)).params
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+    assert 8.0e6 < count < 8.2e6  # 8.1 million with 18 actions
