@@ -33,6 +33,7 @@ CARTPOLE = EnvPool(
     id="CartPole-v1",
     observe=None,
     components=None,
+    scale=None,
     max_episode_steps=None,
     batch_size=None,
     threads=1,

@@ -258,7 +258,9 @@ def test_learner_replay_and_sampler_continue_bit_for_bit_from_the_same_blocks(tm
 
 def test_an_exact_run_stopped_twice_is_the_same_bits_as_an_unstopped_one(compiled, tmp_path):
     decay = ("exploration.decay_env_steps=1000", "exploration.final_scale=0.1")
-    exact = ("checkpoint.exact=true", "evaluation.every_env_steps=500", "seed=4", *decay)
+    # Rows out of step with checkpoints, so that these hold the sums of half an interval.
+    clocks = ("evaluation.every_env_steps=500", "logging.every_env_steps=150")
+    exact = ("checkpoint.exact=true", "seed=4", *clocks, *decay)
     expected = run(tmp_path / "unstopped", *exact)
     folder = tmp_path / "stopped"
     done = stopped(signal.SIGKILL, 900, *TINY, *exact, f"hydra.run.dir={folder}", env=compiled)
@@ -492,6 +494,21 @@ def test_epsilons_go_by_the_lane_of_the_run_not_of_the_actor(monkeypatch, tmp_pa
     run(tmp_path, "acting.instances=2", "acting.envs_per_actor=2", "total_env_steps=400")
     ladder = {lane: 0.4 ** (1 + 7 * lane / 3) for lane in range(LANES)}
     assert {e.lane: e.epsilon for e in episodes} == pytest.approx(ladder, rel=1e-5)
+
+
+def test_schedules_go_on_in_a_resumed_run(monkeypatch, tmp_path):
+    episodes: list[Any] = []
+    monkeypatch.setattr(Metrics, "episodes", lambda self, new: episodes.extend(new))
+    decay = ("exploration.decay_env_steps=1000", "exploration.final_scale=0.0")
+    run(tmp_path, *decay, "total_env_steps=400")
+    first = [e.epsilon for e in episodes if e.lane == 0]
+    run(None, *decay, f"resume={tmp_path}", "total_env_steps=800")
+    epsilons = [e.epsilon for e in episodes if e.lane == 0]
+    assert epsilons == sorted(epsilons, reverse=True)
+    assert first[0] == pytest.approx(0.4, abs=0.02)
+    assert first[-1] == pytest.approx(0.24, abs=0.02)
+    assert epsilons[len(first)] == pytest.approx(0.24, abs=0.02)
+    assert epsilons[-1] == pytest.approx(0.08, abs=0.02)
 
 
 # --- errors --------------------------------------------------------------------------------------

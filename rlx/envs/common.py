@@ -52,6 +52,7 @@ class Leaf:
 
     source: Source
     components: tuple[int, ...] | None
+    scale: tuple[float, ...] | None
 
     @property
     def spec(self) -> ArraySpec:
@@ -61,9 +62,13 @@ class Leaf:
 
 
 def select(
-    sources: Sequence[Source], observe: str | Sequence[str] | None, components: Sequence[int] | None
+    sources: Sequence[Source],
+    *,
+    observe: str | Sequence[str] | None,
+    components: Sequence[int] | None,
+    scale: Sequence[float] | None,
 ) -> tuple[Leaf, ...]:
-    """The leaves that the settings `observe` and `components` ask for, sorted by name."""
+    """The leaves that these settings ask for, sorted by name."""
     by_name = {source.name: source for source in sources}
     wanted = [observe] if isinstance(observe, str) else observe
     names = sorted(by_name if wanted is None else set(wanted))
@@ -79,7 +84,11 @@ def select(
     if components is not None:
         _check_components([by_name[name] for name in names], components)
     columns = None if components is None else tuple(components)
-    return tuple(Leaf(source=by_name[name], components=columns) for name in names)
+    factors = None if scale is None else tuple(scale)
+    leaves = [Leaf(source=by_name[n], components=columns, scale=factors) for n in names]
+    if factors is not None:
+        _check_scale(leaves, factors)
+    return tuple(leaves)
 
 
 def _all(names: Iterable[str]) -> str:
@@ -98,6 +107,17 @@ def _check_components(sources: Sequence[Source], components: Sequence[int]) -> N
         raise ValueError(f"{given} must name elements 0 .. {size - 1} of {sources[0].name!r}")
 
 
+def _check_scale(leaves: Sequence[Leaf], scale: Sequence[float]) -> None:
+    found = {leaf.source.name: leaf.spec for leaf in leaves}
+    fits = [spec.shape == (len(scale),) and spec.dtype == "float32" for spec in found.values()]
+    if fits != [True]:
+        told = {name: f"{spec.dtype}{list(spec.shape)}" for name, spec in found.items()}
+        raise ValueError(
+            f"env.scale={list(scale)} needs one selected float leaf of {len(scale)} elements, "
+            f"got {told}"
+        )
+
+
 class Reader:
     """Turns an environment's raw observations into flat dicts of the selected leaves."""
 
@@ -107,6 +127,7 @@ class Reader:
                 leaf.source.name,
                 leaf.source.path,
                 None if leaf.components is None else np.asarray(leaf.components),
+                None if leaf.scale is None else np.asarray(leaf.scale, np.float32),
                 NARROWED.get(leaf.source.dtype),
             )
             for leaf in leaves
@@ -115,13 +136,15 @@ class Reader:
     def __call__(self, raw: Any) -> dict[str, np.ndarray]:
         """{leaf: dtype[n, *]}: views where nothing has to change, so treat them as read-only."""
         read = {}
-        for name, path, components, dtype in self._parts:
+        for name, path, components, scale, dtype in self._parts:
             array = raw
             for key in path:
                 array = array[key]
             if components is not None:
                 array = array.take(components, axis=1)
-            read[name] = array if dtype is None else array.astype(dtype)
+            if dtype is not None:
+                array = array.astype(dtype)
+            read[name] = array if scale is None else array * scale
         return read
 
 

@@ -29,6 +29,7 @@ import envpool
 import numpy as np
 
 from rlx.envs.common import (
+    Leaf,
     OneThread,
     Reader,
     Source,
@@ -75,6 +76,7 @@ class EnvPool:
     id: str
     observe: str | list[str] | None
     components: list[int] | None
+    scale: list[float] | None
     max_episode_steps: Annotated[int, Range(ge=1)] | None
     batch_size: Annotated[int, Range(ge=1)] | None
     threads: Annotated[int, Range(ge=0)]
@@ -101,7 +103,7 @@ class EnvPool:
         """What one lane gives and takes. Raises ValueError (nearest ids) for an unknown id."""
         raw = self._raw_spec()
         config = raw.config._asdict()
-        leaves = select(_sources(raw), self.observe, self.components)
+        leaves = self._select(_sources(raw))
         return EnvSpec(
             id=self.id,
             observation={leaf.source.name: leaf.spec for leaf in leaves},
@@ -123,7 +125,7 @@ class EnvPool:
         return EnvPoolLanes(
             pool=self.open(lanes=lanes, seeds=seeds, render=render),
             spec=self.spec(),
-            reader=Reader(select(_sources(self._raw_spec()), self.observe, self.components)),
+            reader=Reader(self._select(_sources(self._raw_spec()))),
             render=render,
         )
 
@@ -138,6 +140,9 @@ class EnvPool:
             **self._env_options(self._raw_spec().config._asdict()),
             **({"render_mode": "rgb_array"} if render else {}),
         )
+
+    def _select(self, sources: list[Source]) -> tuple[Leaf, ...]:
+        return select(sources, observe=self.observe, components=self.components, scale=self.scale)
 
     def _raw_spec(self) -> Any:
         """EnvPool's own spec, with these settings."""

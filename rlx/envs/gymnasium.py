@@ -18,6 +18,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from rlx.envs.common import (
+    Leaf,
     OneThread,
     Reader,
     Source,
@@ -55,6 +56,7 @@ class Gymnasium:
     vector: Literal["sync", "async"]
     observe: str | list[str] | None
     components: list[int] | None
+    scale: list[float] | None
     max_episode_steps: Annotated[int, Range(ge=1)] | None
 
     def problems(self) -> list[str]:
@@ -99,6 +101,9 @@ class Gymnasium:
             render=render,
         )
 
+    def _select(self, sources: list[Source]) -> tuple[Leaf, ...]:
+        return select(sources, observe=self.observe, components=self.components, scale=self.scale)
+
     def _make_kwargs(self, render: bool) -> dict[str, Any]:
         kwargs = dict(self.kwargs)
         if self.max_episode_steps is not None:
@@ -114,7 +119,7 @@ class Gymnasium:
         env = _made(lambda: gymnasium.make(self.id, **self._make_kwargs(render=False)), self.id)
         try:
             action, start = _action_spec(self.id, env.action_space)
-            leaves = select(_sources(self.id, env.observation_space), self.observe, self.components)
+            leaves = self._select(_sources(self.id, env.observation_space))
         finally:
             env.close()
         observation = {leaf.source.name: leaf.spec for leaf in leaves}

@@ -35,6 +35,7 @@ def family(**changes: Any) -> EnvPool:
         "id": "CartPole-v1",
         "observe": None,
         "components": None,
+        "scale": None,
         "max_episode_steps": None,
         "batch_size": None,
         "threads": 1,

@@ -16,6 +16,7 @@ CONF = Path(__file__).parents[2] / "conf" / "env"
 SETTINGS = {
     "observe": None,
     "components": None,
+    "scale": None,
     "max_episode_steps": None,
     "batch_size": None,
     "threads": 2,
@@ -482,12 +483,20 @@ def test_specs_are_those_of_the_arrays(env_id, observe, leaves):
         assert given is None or (spec.shape, spec.dtype) == given
 
 
+def test_scale_multiplies_what_was_selected():
+    plain = family("CartPole-v1", components=[2, 0]).make(lanes=2, seeds=[1, 2])
+    scaled = family("CartPole-v1", components=[2, 0], scale=[10.0, 0.5]).make(lanes=2, seeds=[1, 2])
+    expected = plain.reset().observation["observation"] * np.float32([10.0, 0.5])
+    np.testing.assert_array_equal(scaled.reset().observation["observation"], expected)
+    assert expected.dtype == np.float32
+
+
 def test_components_select_from_the_last_axis():
     whole = family("CartPole-v1").make(lanes=2, seeds=[1, 2]).reset().observation["observation"]
     memory = from_yaml("cartpole_memory")
     assert memory.spec().observation["observation"].shape == (2,)
     part = memory.make(lanes=2, seeds=[1, 2]).reset().observation["observation"]
-    np.testing.assert_array_equal(part, whole[:, [0, 2]])
+    np.testing.assert_array_equal(part, whole[:, [0, 2]] * np.float32(memory.scale))
 
 
 @pytest.mark.parametrize(
@@ -500,6 +509,7 @@ def test_components_select_from_the_last_axis():
         ("CartPole-v1", {"observe": "image"}, "env.observe='image' is no leaf"),
         ("CartPole-v1", {"components": [4]}, "env.components=[4] must name elements 0 .. 3"),
         ("Catch-v0", {"components": [0]}, "needs one selected 1-D leaf"),
+        ("CartPole-v1", {"scale": [1.0]}, "needs one selected float leaf of 1 elements"),
         ("CartPole-v1", {"batch_size": 0}, "env.batch_size=0; accepted: 1 .."),
         ("Pong-v5", {"options": {"stack_num": 4}}, "frames are single here; set network.stack"),
         ("Ant-v5", {"options": {"frame_stack": 2}}, "frames are single here"),

@@ -18,6 +18,7 @@ SETTINGS = {
     "vector": "sync",
     "observe": None,
     "components": None,
+    "scale": None,
     "max_episode_steps": None,
 }
 
@@ -102,7 +103,14 @@ def play(env, steps, flip_ignored=False):
     return rows
 
 
-POOL = {"observe": None, "components": None, "batch_size": None, "threads": 1, "options": {}}
+POOL = {
+    "observe": None,
+    "components": None,
+    "scale": None,
+    "batch_size": None,
+    "threads": 1,
+    "options": {},
+}
 
 
 @pytest.mark.parametrize("limit", [None, 7])
