@@ -20,7 +20,7 @@ from rlx.interfaces import Agent, EnvFamily
 from rlx.learner import Learner
 from rlx.loop import Parts
 from rlx.problems import refuse
-from rlx.replay.blocks import available_bytes, budget
+from rlx.replay.memory import available_bytes, budget
 from rlx.replay.quota import Quota
 
 log = logging.getLogger(__name__)

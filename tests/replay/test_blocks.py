@@ -20,7 +20,8 @@ from replay_streams import (
 
 from rlx import trees
 from rlx.replay import blocks
-from rlx.replay.blocks import BlockRing, available_bytes, budget
+from rlx.replay.blocks import BlockRing
+from rlx.replay.memory import Budget, available_bytes, budget
 from rlx.types import Carry
 
 
@@ -354,7 +355,7 @@ def test_the_budget_is_the_bytes_of_the_ring():
         assert ring.budget.rows == slots * sequence.block_rows
 
 
-def atari_budget(capacity_rows: int, lanes: int = 64) -> blocks.Budget:
+def atari_budget(capacity_rows: int, lanes: int = 64) -> Budget:
     return budget(
         capacity_rows=capacity_rows,
         sequence=ATARI_SEQUENCE,
