@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
-from contextlib import nullcontext
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +25,8 @@ from rlx.types import Params, Weights
 if TYPE_CHECKING:
     from rlx.checkpoint import Restored
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
 __all__ = ["Loaded", "compose", "load", "make", "run"]
 
 
@@ -33,8 +37,8 @@ def run(
     check(cfg)
     settings = plain(cfg)
     folder = open_output(settings, output_dir)
-    provenance.save(folder)
-    return start(settings, folder)
+    with only_one(folder):
+        return start(settings, folder)
 
 
 def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
@@ -42,8 +46,36 @@ def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
     from rlx.assemble import assemble
     from rlx.loop import train
 
+    if settings["deterministic"]:
+        be_deterministic(settings)
     resume = settings["resume"] is not None and has_checkpoint(output_dir, settings["resume"])
-    return train(assemble(settings, output_dir, resume=resume))
+    parts = assemble(settings, output_dir, resume=resume)
+    provenance.save(output_dir)  # now that nothing is refused any more the folder counts as used
+    return train(parts)
+
+
+def be_deterministic(settings: Mapping[str, Any]) -> None:
+    """Asks XLA for the same bits on a GPU; it reads the flag when JAX's backend starts."""
+    from rlx.assemble import is_local
+
+    if not is_local(settings):
+        says = "only acting=local gives the same bits; choose it, or deterministic=false"
+        raise refuse("deterministic", says, given="true")
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if DETERMINISTIC not in flags:
+        os.environ["XLA_FLAGS"] = " ".join([*flags, DETERMINISTIC])
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the system frees however a process ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            says = "another process is at work in it; wait for its end, or give another folder"
+            raise refuse("output_dir", says, given=str(folder)) from error
+        yield
 
 
 def has_checkpoint(folder: Path, resume: str) -> bool:
@@ -62,7 +94,7 @@ def open_output(settings: Mapping[str, Any], output_dir: Path | str | None) -> P
     saved = folder / ".hydra" / "config.yaml"
     try:
         saved.parent.mkdir(parents=True, exist_ok=True)
-        if not saved.exists():
+        if not (folder / "env.json").exists():  # else it is that of the run that was here
             OmegaConf.save(OmegaConf.create(dict(settings)), saved)
     except OSError as error:
         raise refuse(

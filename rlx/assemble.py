@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from rlx.acting.blocks import row_spec
 from rlx.acting.local_pool import carry_spec
 from rlx.checkpoint import Checkpointer, CheckpointError, Restored
@@ -45,10 +47,8 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
     )
     _check_agreement(settings)
     family, agent = build_agent(settings)
-    try:
-        learner = build(settings["learner"], "learner", agent=agent, seed=seed)
-    except (ValueError, TypeError) as error:  # of tracing the network, for one
-        raise refuse("network", str(error).splitlines()[0]) from error
+    _check_network(agent)
+    learner = build(settings["learner"], "learner", agent=agent, seed=seed)
     resumed = _restore(output_dir, learner) if resume else None
     exploration = build(settings["exploration"], "exploration")
     replay = _build_replay(settings, agent, resumed)
@@ -92,7 +92,7 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
 
 def _check_agreement(settings: Mapping[str, Any]) -> None:
     """What two groups must agree on."""
-    local = settings["acting"]["_target_"].endswith("LocalPool")
+    local = is_local(settings)
     if local and settings["replay"]["ratio"] is None:
         says = "acting=local takes turns with the learner and needs a ratio; set replay.ratio=0.8"
         raise refuse("replay.ratio", says, given="null")
@@ -100,6 +100,23 @@ def _check_agreement(settings: Mapping[str, Any]) -> None:
     if checkpoint["exact"] and not (local and checkpoint["replay"]):
         says = "the same bits need acting=local and checkpoint.replay=true; set both"
         raise refuse("checkpoint.exact", says, given="true")
+    batch_size, lanes = settings["env"].get("batch_size"), settings["acting"]["envs_per_actor"]
+    if batch_size is not None and batch_size > lanes:
+        says = f"accepted: 1 .. {lanes} (acting.envs_per_actor), or null for all lanes at once"
+        raise refuse("env.batch_size", says, given=str(batch_size))
+
+
+def is_local(settings: Mapping[str, Any]) -> bool:
+    """Whether acting takes turns with learning, in this process."""
+    return settings["acting"]["_target_"].endswith("LocalPool")
+
+
+def _check_network(agent: Agent) -> None:
+    """Traces the network, which reads shapes that its constructor does not."""
+    try:
+        jax.eval_shape(lambda: agent.init(jax.random.PRNGKey(0)))
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise refuse("network", str(error).splitlines()[0]) from error
 
 
 def _build_replay(settings: Mapping[str, Any], agent: Agent, resumed: Restored | None) -> Any:

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from rlx import _paths
-from rlx.config import remember
+from rlx.config import ROLES, remember
 from rlx.problems import ConfigError, Problem, Sources, did_you_mean, nearest, refuse
 
 COMMAND_LINE = "command line"
@@ -32,7 +32,8 @@ SEARCHPATH = "hydra.searchpath="
 # Hydra 1.4 replaces version_base by a list of what `_target_`s may run.
 HYDRA_14 = "execution_whitelist" in inspect.signature(hydra.main).parameters
 VERSION: dict[str, Any] = {} if HYDRA_14 else {"version_base": "1.3"}
-COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
+# ValueError: of a group that is set to null.
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 
 _lock = threading.RLock()  # Hydra's state is one per process
 
@@ -219,6 +220,8 @@ def _options(loader: ConfigLoader, config_name: str, group: str, path: list[str]
 
 def _bad_choice(override: Override, options: list[str]) -> Problem | None:
     group, given = override.key_or_group, override.value()
+    if given is None and group in ROLES:
+        given = "null"
     if not isinstance(given, str) or given in options:
         return None
     near = nearest(given, options)

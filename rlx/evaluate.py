@@ -63,7 +63,14 @@ class Evaluation:
     envs: Annotated[int, Range(ge=1)]
 
     def returns(
-        self, *, agent: Agent, weights: Weights, family: EnvFamily, episodes: int, seed: int
+        self,
+        *,
+        agent: Agent,
+        weights: Weights,
+        family: EnvFamily,
+        episodes: int,
+        seed: int,
+        watch: Watch | None = None,
     ) -> list[float]:
         """Unclipped returns of that many episodes."""
         finished = run_episodes(
@@ -74,6 +81,7 @@ class Evaluation:
             lanes=min(self.envs, episodes),
             epsilon=self.epsilon,
             seed=seed,
+            watch=watch,
         )
         return [episode.ret for episode in finished]
 
@@ -90,7 +98,7 @@ def run_episodes(
     lanes: int,
     epsilon: float,
     seed: int,
-    watch: Callable[[Env, Timestep, Starts], None] | None = None,
+    watch: Watch | None = None,
     render: bool = False,
 ) -> list[Episode]:
     """The `episodes` episodes that started first, in the order in which they started.
@@ -134,6 +142,9 @@ def _open(family: EnvFamily, lanes: int, seed: int, render: bool) -> Env:
         return drawing.make(lanes=lanes, seeds=seeds, render=True)
     except (ValueError, TypeError) as error:
         raise _not_recorded(str(error)) from error
+
+
+Watch = Callable[[Env, Timestep, "Starts"], None]
 
 
 class Starts:

@@ -10,7 +10,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -61,17 +61,24 @@ class Counters:
     wall_s: float = 0.0  # before this process
 
 
+class Stopped(Exception):
+    """An evaluation was left because the run is to stop: where episodes have no end it has none."""
+
+
 def train(parts: Parts) -> dict[str, Any]:
     """Runs to `total_env_steps`, or until stopped; returns the summary."""
     with stop_on_signals() as stop:
-        loop = Loop(parts)
+        loop = Loop(parts, stop)
         try:
-            loop.begin()
-            while not loop.finished() and not stop.is_set():
-                loop.keep()  # before the others: what is due at the end is left to `end`
-                loop.act()
-                loop.learn()
-            return loop.end("finished" if loop.finished() else "interrupted")
+            with suppress(Stopped):
+                loop.begin()
+                while not loop.finished() and not stop.is_set():
+                    loop.keep()  # before the others: what is due at the end is left to `end`
+                    loop.act()
+                    loop.learn()
+                if loop.finished():
+                    return loop.end("finished")
+            return loop.end("interrupted")
         except BaseException as error:
             loop.fail(error)
             raise
@@ -82,8 +89,9 @@ def train(parts: Parts) -> dict[str, Any]:
 class Loop:
     """One run in progress."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, stop: threading.Event | None = None) -> None:
         self.parts = parts
+        self._stop = stop or threading.Event()
         self.count = Counters()
         self._evaluated: float | None = None  # the newest evaluation's mean return
         self._score: float | None = None  # the same, until a checkpoint has it
@@ -289,9 +297,14 @@ class Loop:
                 family=self.parts.family,
                 episodes=episodes,
                 seed=self.parts.seed,
+                watch=self._heed_stop,
             )
         self._evaluated = self._score = sum(returns) / len(returns)
         self._metrics.record("evaluation/return_mean", self._evaluated)
+
+    def _heed_stop(self, *_: object) -> None:
+        if self._stop.is_set():
+            raise Stopped
 
     def _write_row(self) -> None:
         with self._stages.measure("logging"):

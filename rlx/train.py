@@ -32,7 +32,11 @@ def main() -> None:
         sys.argv[1:] = prepare(sys.argv[1:])
     except ConfigError as error:
         _leave(error)
-    hydra.main(config_path=str(_paths.config_dir()), config_name="config", **VERSION)(job)()
+    try:
+        hydra.main(config_path=str(_paths.config_dir()), config_name="config", **VERSION)(job)()
+    except KeyboardInterrupt:
+        print("rlx: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def job(cfg: DictConfig) -> Any:
@@ -42,11 +46,14 @@ def job(cfg: DictConfig) -> Any:
     overrides = [*_searchpath(running), *running.overrides.task]
     sources = composing.find_sources(overrides, running.job.config_name, main_dir)
     try:
-        return api.run(remember(cfg, sources), running.runtime.output_dir)
+        summary = api.run(remember(cfg, sources), running.runtime.output_dir)
     except ConfigError as error:
         if running.mode == RunMode.MULTIRUN:
             raise  # the sweep's other jobs go on
         _leave(error)
+    if running.mode == RunMode.MULTIRUN and summary.get("state") == "interrupted":
+        raise KeyboardInterrupt  # which was meant for the sweep
+    return summary
 
 
 def prepare(argv: list[str]) -> list[str]:
@@ -73,17 +80,22 @@ def prepare(argv: list[str]) -> list[str]:
     )
     check(cfg)
     if cfg.resume is None:
-        _check_output(Path(cfg.hydra.run.dir))
+        api.refuse_used(Path(cfg.hydra.run.dir))
+    _make_output(Path(cfg.hydra.run.dir))
     return argv
 
 
-def _check_output(folder: Path) -> None:
-    """Refuses a folder that cannot be one, before Hydra writes into it."""
-    api.refuse_used(folder)
+def _make_output(folder: Path) -> None:
+    """Refuses a folder that cannot be made, before Hydra tries to."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         says = f"cannot be made: {existing} is not a folder that can be written; give another"
         raise refuse("hydra.run.dir", says, given=str(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # as under /proc, where root seems to be allowed
+        says = f"cannot be made ({error.strerror}); give another"
+        raise refuse("hydra.run.dir", says, given=str(folder)) from error
 
 
 # --- resume --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from rlx import api, config, targets
+from rlx import api, config, provenance, targets
 from rlx.problems import refuse
 from rlx.types import Range, Runtime
 
@@ -214,8 +214,10 @@ def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
         raise RuntimeError("unlucky")
     if settings["seed"] == 99:
         raise refuse("replay.capacity", "28 GB are too many", given="4000000")
+    provenance.save(output_dir)
     (output_dir / "result.json").write_text(json.dumps(dict(settings)))
-    return {"seed": settings["seed"]}
+    interrupted = {"state": "interrupted"} if settings["seed"] == 15 else {}
+    return {"seed": settings["seed"]} | interrupted
 
 
 def install() -> None:

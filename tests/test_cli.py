@@ -123,6 +123,9 @@ def test_used_and_impossible_folders_are_refused_before_hydra_writes(conf, monke
     said = prepared(monkeypatch, conf, "hydra.run.dir=file/run")
     assert said.startswith("hydra.run.dir=file/run: cannot be made: ")
     assert "file is not a folder that can be written; give another" in said
+    for more in ((), ("resume=auto",)):  # root may write anywhere, but not there
+        said = prepared(monkeypatch, conf, "hydra.run.dir=/proc/run", *more)
+        assert said.startswith("hydra.run.dir=/proc/run: cannot be made")
 
 
 def test_a_problem_found_while_running_is_a_line_and_a_bug_a_traceback(conf):
@@ -151,6 +154,14 @@ def test_in_a_sweep_one_bad_job_lets_the_others_run(conf):
     assert seeds(conf.parent / "multirun") == [1, 2]
     assert done.returncode == 1
     assert "seed=-1 (command line): accepted: an int >= 0" in done.stderr
+
+
+def test_an_interrupted_job_ends_the_sweep(conf):
+    done = command(conf, "-m", "seed=1,15,2")
+    assert seeds(conf.parent / "multirun") == [1, 15]
+    assert done.returncode == 130
+    assert done.stderr.endswith("rlx: interrupted\n")
+    assert "Traceback" not in done.stderr
 
 
 # --- resume --------------------------------------------------------------------------------------

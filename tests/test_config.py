@@ -153,6 +153,11 @@ REFUSED = {
 }
 
 
+def test_a_group_cannot_be_null():
+    (line,) = lines("agent=null")
+    assert line == "agent=null (command line): no such option; accepted: default, iqn, r2d2"
+
+
 @pytest.mark.parametrize("override", REFUSED)
 def test_one_bad_override_gives_one_exact_line(override):
     assert lines(override) == [REFUSED[override]]
@@ -441,6 +446,23 @@ def test_run_refuses_a_used_folder_and_one_that_cannot_be(tmp_path):
         rlx.run(rlx.compose(), tmp_path / "file" / "run")
     with pytest.raises(ConfigError, match="no run is there"):
         rlx.run(rlx.compose(["resume=nowhere"]))
+
+
+def test_a_refused_run_leaves_its_folder_free_and_its_configuration_behind(tmp_path):
+    with pytest.raises(ConfigError, match="28 GB are too many"):
+        rlx.run(rlx.compose(["seed=99"]), tmp_path / "run")
+    rlx.run(rlx.compose(["seed=3"]), tmp_path / "run")
+    assert rlx.load(tmp_path / "run").cfg.seed == 3
+
+
+def test_two_runs_are_never_in_one_folder_at_once(tmp_path, monkeypatch):
+    def start_again(settings, folder):
+        with pytest.raises(ConfigError, match="another process is at work in it"):
+            rlx.run(rlx.compose(["resume=auto"]), folder)
+        return {}
+
+    monkeypatch.setattr(api, "start", start_again)
+    rlx.run(rlx.compose(), tmp_path / "run")
 
 
 def test_run_checks_first(tmp_path):

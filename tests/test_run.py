@@ -391,6 +391,24 @@ def test_sigterm_ends_a_run_with_a_checkpoint(monkeypatch, tmp_path):
     assert int(Path(summary["checkpoint"]).name) == summary["env_steps"] < 600
 
 
+def test_sigterm_ends_an_evaluation_that_would_never_end(monkeypatch, tmp_path):
+    """Where episodes have no end, such as CliffWalking's under a poor policy."""
+    checked = []
+
+    def complete(starts: Any) -> bool:
+        checked.append(starts)
+        assert len(checked) < 100, "the signal is not heeded"
+        if len(checked) == 50:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    monkeypatch.setattr("rlx.evaluate.Starts.complete", property(complete))
+    summary = run(tmp_path, "total_env_steps=100")
+    assert (summary["state"], summary["evaluation_return"]) == ("interrupted", None)
+    monkeypatch.undo()
+    assert run(tmp_path, "total_env_steps=100", "resume=auto")["evaluation_return"] is not None
+
+
 def test_a_second_ctrl_c_interrupts_at_once_and_the_handlers_are_given_back(monkeypatch, tmp_path):
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     send(monkeypatch, signal.SIGINT, times=2)
@@ -491,7 +509,13 @@ def test_two_actors_give_the_data_of_one(loops, monkeypatch, tmp_path):
 def test_epsilons_go_by_the_lane_of_the_run_not_of_the_actor(monkeypatch, tmp_path):
     episodes: list[Any] = []
     monkeypatch.setattr(Metrics, "episodes", lambda self, new: episodes.extend(new))
-    run(tmp_path, "acting.instances=2", "acting.envs_per_actor=2", "total_env_steps=400")
+    run(
+        tmp_path,
+        "acting.instances=2",
+        "acting.envs_per_actor=2",
+        "exploration.exponent=7",
+        "total_env_steps=400",
+    )
     ladder = {lane: 0.4 ** (1 + 7 * lane / 3) for lane in range(LANES)}
     assert {e.lane: e.epsilon for e in episodes} == pytest.approx(ladder, rel=1e-5)
 
@@ -623,6 +647,38 @@ def test_more_devices_than_there_are_is_said_of_the_learner(tmp_path):
     with pytest.raises(ConfigError, match=r"learner\.devices=3") as caught:
         run(tmp_path, "learner.devices=3")
     assert caught.value.problems[0].path == "learner"
+
+
+@pytest.mark.parametrize(
+    ("override", "path"),
+    [
+        ("env.batch_size=9", "env.batch_size"),
+        ("network=grid_lstm", "network"),
+    ],
+)
+def test_what_cannot_work_is_said_of_its_setting_before_memory_is_taken(
+    override, path, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("rlx.assemble._build_replay", lambda *_: pytest.fail("memory was taken"))
+    fitting = [s for s in TINY if not (path == "network" and s.startswith("network.torso"))]
+    with pytest.raises(ConfigError) as caught:
+        rlx.run(rlx.compose([*fitting, override]), tmp_path / "run")
+    assert [problem.path for problem in caught.value.problems] == [path]
+
+
+def test_a_deterministic_run_asks_xla_for_it_and_for_the_local_pool(monkeypatch, tmp_path):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere")
+    seen = []
+    monkeypatch.setattr(
+        "rlx.assemble.assemble", lambda *_, **__: seen.append(os.environ["XLA_FLAGS"])
+    )
+    monkeypatch.setattr("rlx.loop.train", lambda parts: {})
+    run(tmp_path / "run", "deterministic=true")
+    assert seen == ["--xla_dump_to=/nowhere --xla_gpu_deterministic_ops=true"]
+    settings = plain(rlx.compose([*TINY, "deterministic=true"]))
+    settings["acting"] = settings["acting"] | {"_target_": "mypkg.RayPool"}
+    with pytest.raises(ConfigError, match=r"deterministic=true: .*acting=local"):
+        rlx.api.start(settings, tmp_path)
 
 
 def test_runs_in_a_thread_leave_nothing_behind(base, open_environments, tmp_path):

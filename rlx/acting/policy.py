@@ -51,7 +51,8 @@ class Policy:
 
     def finish(self, started: Any) -> tuple[np.ndarray, Any]:
         """(action i32[n], the agent's record of acting time [n]) of a `start`."""
-        return jax.device_get(started)
+        action, acting = started
+        return np.asarray(action), jax.tree.map(np.asarray, acting)
 
     def act(
         self, inputs: NetInput, lane: np.ndarray | None, epsilon: np.ndarray

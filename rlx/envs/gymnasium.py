@@ -235,7 +235,7 @@ def _id_problems(env_id: str) -> list[str]:
     try:
         if module:
             importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # the latter: an empty name
         return [f"env.id={env_id!r}: {error}; install the package that registers {name!r}"]
     if name in gymnasium.registry:
         return []
@@ -249,8 +249,8 @@ def _made(make: Callable[[], Any], env_id: str) -> Any:
     """What `make` gives; what it lacks, such as a package, as one line that names the id."""
     try:
         return make()
-    except (gymnasium.error.Error, ImportError, TypeError, AttributeError) as error:
-        line = str(error).strip().split("\n")[0]
+    except Exception as error:  # it is anybody's code
+        line = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"env.id={env_id!r} does not work here: {line}") from error
 
 

@@ -35,6 +35,7 @@ from rlx.types import ArraySpec, Batch, Carry, Rollout, Row, SequenceSpec
 
 LeafOf = Callable[[np.ndarray], np.ndarray]  # keys i64[M] of startable sequences -> f64[M] > 0
 
+NOT_VALID = -1.0  # the TD of a row that has none
 _OBSERVATION = "inputs/observation/"
 _MAX_REDRAWS = 1000
 
@@ -568,3 +569,20 @@ def _checked_buffers(tree: Any, batch_size: int) -> dict[str, np.ndarray]:
                 f"make it by buffers({batch_size})."
             )
     return leaves
+
+
+def check_td(keys: np.ndarray, td: np.ndarray) -> None:
+    """Raises where td is not f32[B, T], finite (FloatingPointError, naming the keys), absolute."""
+    td = np.asarray(td)
+    if td.ndim != 2 or len(td) != len(keys):
+        raise ValueError(
+            f"TD errors must be f32[{len(keys)}, T], one line per key, got {list(td.shape)}."
+        )
+    bad = ~np.isfinite(td).all(axis=1)
+    if bad.any():
+        raise FloatingPointError(
+            f"TD errors of the sequences with keys {np.asarray(keys)[bad].tolist()} are not "
+            f"finite; look at the learner's loss and the rewards."
+        )
+    if ((td < 0) & (td != NOT_VALID)).any():
+        raise ValueError(f"TD errors must be absolute (or -1 = not valid), got {float(td.min())}.")

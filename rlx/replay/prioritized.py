@@ -14,17 +14,15 @@ from typing import Annotated, Any, Literal, final
 import numpy as np
 
 from rlx.interfaces import FirstTD
-from rlx.replay.blocks import BlockRing
+from rlx.replay.blocks import NOT_VALID, BlockRing, check_td
 from rlx.seeding import spawn_rng
 from rlx.types import Batch, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
-
-_NOT_VALID = -1.0  # the TD of a row that has none
 
 
 def sequence_priority(td: np.ndarray, eta: float) -> np.ndarray:
     """f64[B]: eta * max + (1 - eta) * mean over the valid rows of td f32[B, T]; 0 without any."""
     td = np.asarray(td, np.float64)
-    valid = td != _NOT_VALID
+    valid = td != NOT_VALID
     td = np.where(valid, td, 0.0)
     mean = td.sum(axis=1) / np.maximum(1, valid.sum(axis=1))
     return eta * td.max(axis=1) + (1.0 - eta) * mean
@@ -147,7 +145,7 @@ class Prioritized:
 
     def _leaves(self, keys: np.ndarray, td: np.ndarray) -> np.ndarray:
         """f64[B] of td f32[B, T]."""
-        _check_td(keys, td)
+        check_td(keys, td)
         priority = sequence_priority(td, self._eta)
         self._largest_priority = max(self._largest_priority, float(priority.max(initial=0.0)))
         return self._to_leaves(priority)
@@ -155,19 +153,3 @@ class Prioritized:
     def _to_leaves(self, priority: np.ndarray) -> np.ndarray:
         # A leaf of 0 would take the sequence out of the replay.
         return np.maximum((priority + self._epsilon) ** self._exponent, np.finfo(np.float64).tiny)
-
-
-def _check_td(keys: np.ndarray, td: np.ndarray) -> None:
-    td = np.asarray(td)
-    if td.ndim != 2 or len(td) != len(keys):
-        raise ValueError(
-            f"TD errors must be f32[{len(keys)}, T], one line per key, got {list(td.shape)}."
-        )
-    bad = ~np.isfinite(td).all(axis=1)
-    if bad.any():
-        raise FloatingPointError(
-            f"TD errors of the sequences with keys {np.asarray(keys)[bad].tolist()} are not "
-            f"finite; look at the learner's loss and the rewards."
-        )
-    if ((td < 0) & (td != _NOT_VALID)).any():
-        raise ValueError(f"TD errors must be absolute (or -1 = not valid), got {float(td.min())}.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, final
 import numpy as np
 
 from rlx.interfaces import FirstTD
-from rlx.replay.blocks import BlockRing
+from rlx.replay.blocks import BlockRing, check_td
 from rlx.seeding import spawn_rng
 from rlx.types import Batch, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
 
@@ -79,12 +79,8 @@ class Uniform:
         )
 
     def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:
-        """Only checks that there is one line of td f32[B, T] per key: nothing depends on them."""
-        if np.ndim(td) != 2 or len(td) != len(keys):
-            raise ValueError(
-                f"TD errors must be f32[{len(keys)}, T], one line per key, got "
-                f"{list(np.shape(td))}."
-            )
+        """Only checks td f32[B, T], one line per key: nothing depends on it."""
+        check_td(keys, td)
 
     def stats(self) -> dict[str, float]:
         """Metrics of the ring."""

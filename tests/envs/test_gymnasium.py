@@ -295,3 +295,19 @@ def test_the_yaml_is_accepted():
     settings = yaml.safe_load((CONF / "gymnasium.yaml").read_text())
     assert settings.pop("_target_") == "rlx.envs.gymnasium.Gymnasium"
     assert Gymnasium(**settings).problems() == []
+
+
+@pytest.mark.parametrize(
+    ("env_id", "message"),
+    [
+        ("rlx/Unlucky-v0", "'rlx/Unlucky-v0' does not work here: no display$"),
+        (":CartPole-v1", "':CartPole-v1'"),
+    ],
+)
+def test_whatever_a_constructor_or_a_module_name_raises_is_one_line(env_id, message):
+    def unlucky():
+        raise RuntimeError("no display\nat all")
+
+    gymnasium.register("rlx/Unlucky-v0", unlucky)
+    with pytest.raises(ValueError, match=message):
+        Gymnasium(id=env_id, **SETTINGS).spec()

@@ -51,6 +51,13 @@ def test_importance_is_1_and_updates_change_nothing():
         replay.update_td(sample.keys, np.ones((3, 4), np.float32))
 
 
+def test_errors_that_are_not_finite_name_their_keys():
+    replay = make()
+    add(replay, 0, 20)
+    with pytest.raises(FloatingPointError, match=r"keys \[3\]"):
+        replay.update_td(np.array([2, 3]), np.array([[1.0], [np.nan]], np.float32))
+
+
 def test_another_seed_draws_otherwise():
     replays = [make(seed=seed) for seed in (0, 0, 1)]
     for replay in replays:
