@@ -9,7 +9,8 @@ import numpy as np
 from rlx import trees
 from rlx.types import ArraySpec, Carry, EnvSpec, NetInput, Row
 
-Place = tuple[Any, Any]  # (lanes, row) that index [N, K, ...]; slices where all lanes keep pace
+Index = slice | np.ndarray  # of lanes: a slice if it is all of them in order, else intp[n]
+Place = tuple[Any, Any]  # (lanes, row) that index [N, K, ...]; a slice where all lanes keep pace
 
 
 def input_spec(spec: EnvSpec) -> NetInput:
@@ -54,6 +55,7 @@ class BlockWriter:
     def __init__(self, *, lanes: int, block_rows: int, row: Row, carry: Carry) -> None:
         self._lanes, self._block_rows = lanes, block_rows
         self._row_spec, self._carry_spec = row, carry
+        self._all = np.arange(lanes)
         self._filled = np.zeros(lanes, np.int64)  # rows closed in each lane's open block
         self._is_open = np.zeros(lanes, bool)  # a row that no answer has closed
         self._number = np.zeros(lanes, np.int64)
@@ -61,10 +63,10 @@ class BlockWriter:
         self.nothing = empty(row, 0, block_rows), empty(carry, 0)  # no blocks, rightly structured
         self._renew()
 
-    def next_starts(self, lane: np.ndarray) -> np.ndarray:
+    def next_starts(self, index: Index) -> np.ndarray:
         """Which of these lanes open a block with their next row, before this one is closed."""
-        open_rows = self._filled[lane] + self._is_open[lane]
-        return lane[open_rows % self._block_rows == 0]
+        open_rows = self._filled[index] + self._is_open[index]
+        return self._all[index][open_rows % self._block_rows == 0]
 
     def begin(self, lane: np.ndarray, carry: Carry, version: int) -> None:
         """Notes the carry before the first row of these lanes' new blocks."""
@@ -72,23 +74,25 @@ class BlockWriter:
         for name, values in trees.flatten(carry).items():
             self._carry[name][lane] = values
 
-    def place(self, lane: np.ndarray) -> Place:
+    def place(self, index: Index) -> Place:
         """Where these lanes' next rows go: a slice if all lanes keep pace (much cheaper)."""
-        filled = self._filled
-        if len(lane) == self._lanes and (filled == filled[0]).all():
-            return slice(None), filled[0]
-        return lane, filled[lane]
+        filled = self._filled[index]
+        if isinstance(index, slice):
+            if (filled == filled[0]).all():
+                return index, filled[0]
+            index = self._all
+        return index, filled
 
-    def open(self, lane: np.ndarray, inputs: NetInput) -> Place:
+    def open(self, index: Index, inputs: NetInput) -> Place:
         """x_t; answers where `decide` puts the rest."""
-        place, rows = self.place(lane), self._rows.inputs
+        place, rows = self.place(index), self._rows.inputs
         for name, values in inputs.observation.items():
             rows.observation[name][place] = values
         rows.prev_action[place] = inputs.prev_action
         rows.prev_reward[place] = inputs.prev_reward
         rows.time[place] = inputs.time
         rows.first[place] = inputs.first
-        self._is_open[lane] = True
+        self._is_open[index] = True
         return place
 
     def decide(self, place: Place, action: np.ndarray, acting: Any) -> None:
@@ -98,16 +102,16 @@ class BlockWriter:
             self._acting[name][place] = values
 
     def close(
-        self, lane: np.ndarray, reward: np.ndarray, discount: np.ndarray, valid: np.ndarray
+        self, index: Index, reward: np.ndarray, discount: np.ndarray, valid: np.ndarray
     ) -> np.ndarray:
         """r_{t+1} of these lanes' open rows; answers the lanes whose block is now full."""
-        place = self.place(lane)
+        place = self.place(index)
         self._rows.reward[place] = reward
         self._rows.discount[place] = discount
         self._rows.valid[place] = valid
-        self._filled[lane] += 1
-        self._is_open[lane] = False
-        return lane[self._filled[lane] == self._block_rows]
+        self._filled[index] += 1
+        self._is_open[index] = False
+        return self._all[index][self._filled[index] == self._block_rows]
 
     def take(self, lane: np.ndarray) -> tuple[Row, Carry, np.ndarray, np.ndarray]:
         """(rows [n, K, ...], carry [n, ...], number, weights version) of these full blocks."""
