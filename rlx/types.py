@@ -127,15 +127,19 @@ class Timestep:
     lane: Array  # i32[n], 0 .. N-1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Episode:
-    """One finished episode: unclipped, beneath all wrappers, by true game ends."""
+    """One finished episode: unclipped, beneath all wrappers, by true game ends.
+
+    Not frozen: the environment makes it, the actor completes it, and a bad policy ends thousands
+    a second.
+    """
 
     ret: float  # sum of raw rewards
     env_steps: int
     frames: int
     lane: int  # the environment's own index; the actor makes it the global id
-    chain: int = 0  # the last three are filled in by the actor
+    chain: int = 0  # this and what follows is the actor's to fill in
     epsilon: float = 0.0
     weights_version: int = -1
 

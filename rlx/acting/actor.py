@@ -91,6 +91,9 @@ class Actor:
         self._epsilon = np.zeros(env.lanes, np.float32)
         self._timestep: Timestep | None = None
         self._finished: list[tuple] = []
+        rows, carry = self._writer.nothing
+        none, following = np.zeros(0, np.int64), trees.tree_map(lambda x: x[:, 0], rows.inputs)
+        self._nothing = (rows, carry, following, self._global[:0], none, none)
         self._env_steps = 0
 
     def collect(self, request: Request) -> Rollout:
@@ -193,22 +196,15 @@ class Actor:
         if len(self._finished) == 1:
             return self._finished[0]
         if not self._finished:
-            rows, carry = self._writer.nothing
-            following = trees.tree_map(lambda x: x[:, 0], rows.inputs)
-            number = np.zeros(0, np.int64)
-            return rows, carry, following, self._global[:0], number, number
+            return self._nothing
         return tuple(
             trees.tree_map(lambda *parts: np.concatenate(parts), *column)
             for column in zip(*self._finished, strict=True)
         )
 
     def _complete(self, episode: Episode) -> Episode:
-        return Episode(  # not dataclasses.replace: thousands a second with a bad policy
-            ret=episode.ret,
-            env_steps=episode.env_steps,
-            frames=episode.frames,
-            lane=int(self._global[episode.lane]),
-            chain=self._chain,
-            epsilon=float(self._epsilon[episode.lane]),
-            weights_version=self._policy.version,
-        )
+        episode.epsilon = float(self._epsilon[episode.lane])
+        episode.lane = int(self._global[episode.lane])
+        episode.chain = self._chain
+        episode.weights_version = self._policy.version
+        return episode

@@ -40,6 +40,11 @@ def row_spec(spec: EnvSpec, acting: Any) -> Row:
     )
 
 
+def children(acting: Any) -> dict[str, np.ndarray]:
+    """The arrays of the agent's record of acting time, by name."""
+    return trees.children(acting) or {}
+
+
 def empty(spec: Any, *leading: int) -> Any:
     """Uninitialised arrays [*leading, *] in the structure of `spec`."""
     return trees.tree_map(lambda s: np.empty((*leading, *s.shape), s.dtype), spec)
@@ -98,7 +103,7 @@ class BlockWriter:
     def decide(self, place: Place, action: np.ndarray, acting: Any) -> None:
         """a_t and what the agent keeps of acting time."""
         self._rows.action[place] = action
-        for name, values in trees.flatten(acting).items():
+        for name, values in children(acting).items():
             self._acting[name][place] = values
 
     def close(
@@ -130,5 +135,5 @@ class BlockWriter:
 
     def _renew(self) -> None:
         self._rows: Row = empty(self._row_spec, self._lanes, self._block_rows)
-        self._acting = trees.flatten(self._rows.acting)
+        self._acting = children(self._rows.acting)
         self._carry: dict[str, np.ndarray] = trees.flatten(empty(self._carry_spec, self._lanes))
