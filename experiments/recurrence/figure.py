@@ -51,7 +51,7 @@ def write_csv(found: dict[str, Any]) -> None:
 
 
 def draw(found: dict[str, Any]) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for variant, runs in found.items():
         grid = np.arange(10_000, min(steps[-1] for _, steps, _ in runs) + 1, 10_000)
         values = np.array([np.interp(grid, steps, returns) for _, steps, returns in runs])
@@ -67,7 +67,7 @@ def draw(found: dict[str, Any]) -> None:
         ylim=(0, 510),
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(HERE / "recurrence.png", dpi=120)
 
 
