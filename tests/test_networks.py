@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +73,17 @@ def test_no_previous_action_is_all_zeros():
     params["core"]["input"]["kernel"] = kernel
     np.testing.assert_array_equal(q(-1), without)
     assert np.abs(q(0) - without).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["prev_action", "prev_reward"])
+def test_the_core_reads_the_previous_action_and_reward_if_asked_to(name):
+    inputs = parts.inputs(parts.VECTOR, 1, 1, rng=np.random.default_rng(0))
+    changed = dataclasses.replace(inputs, **{name: getattr(inputs, name) + 1})
+    for asked in (True, False):
+        net = parts.network(**{name: asked})
+        params = net.init(jax.random.PRNGKey(0))
+        one, other = (net.apply(params, x, net.initial_carry(1))[0] for x in (inputs, changed))
+        assert np.array_equal(one, other) is not asked
 
 
 @pytest.mark.parametrize("depth", [2, 4])

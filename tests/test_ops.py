@@ -94,8 +94,9 @@ def test_n_step_return_equals_rlax_within_an_episode():
 
 
 def test_masked_mean_and_rewards():
-    x, mask = np.array([[1.0, 5.0], [3.0, 7.0]]), np.array([[True, False], [True, False]])
-    np.testing.assert_array_equal(ops.masked_mean(x, mask, np), [2.0, 0.0])
+    x = np.array([[1.0, 5.0, 9.0], [3.0, 7.0, 11.0]])
+    mask = np.array([[True, False, True], [True, False, False]])
+    np.testing.assert_array_equal(ops.masked_mean(x, mask, np), [2.0, 0.0, 9.0])
     reward = np.array([-3.0, 0.5])
     np.testing.assert_array_equal(ops.transform_reward(reward, "clip", np), [-1, 0.5])
     np.testing.assert_array_equal(ops.transform_reward(reward, "tanh", np), np.tanh(reward))
