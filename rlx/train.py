@@ -92,7 +92,10 @@ def _make_output(folder: Path) -> None:
         says = f"cannot be made: {existing} is not a folder that can be written; give another"
         raise refuse("hydra.run.dir", says, given=str(folder))
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        if is_new:  # Hydra makes its own: its name tells the microsecond, and that is a later one
+            folder.rmdir()
     except OSError as error:  # as under /proc, where root seems to be allowed
         says = f"cannot be made ({error.strerror}); give another"
         raise refuse("hydra.run.dir", says, given=str(folder)) from error
