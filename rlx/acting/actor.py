@@ -13,6 +13,10 @@ from rlx.interfaces import Env, Exploration
 from rlx.types import Carry, Episode, NetInput, Request, Rollout, SequenceSpec, Timestep, Weights
 
 
+NO_ACTION = -1
+ONE = np.int32(1)
+
+
 class ActingPolicy(Protocol):
     """What an actor needs of a policy (`rlx.acting.policy.Policy` runs it on a device)."""
 
@@ -29,7 +33,7 @@ class InputTracker:
 
     def __init__(self, lanes: int) -> None:
         self._all = np.arange(lanes, dtype=np.int32)
-        self._action = np.full(lanes, -1, np.int32)
+        self._action = np.full(lanes, NO_ACTION, np.int32)
         self._time = np.zeros(lanes, np.int32)
 
     def index(self, lane: np.ndarray) -> Index:
@@ -41,12 +45,14 @@ class InputTracker:
     def inputs(self, timestep: Timestep, index: Index) -> NetInput:
         """[n, ...] for the lanes of this answer."""
         first = timestep.first
-        time = np.where(first, 0, self._time[index] + 1)
+        time = self._time[index] + ONE
+        prev_action = self._action[index].copy()
+        time[first], prev_action[first] = 0, NO_ACTION
         self._time[index] = time
         return NetInput(
             observation=timestep.observation,
-            prev_action=np.where(first, np.int32(-1), self._action[index]),
-            prev_reward=np.where(first, np.float32(0), timestep.reward),
+            prev_action=prev_action,
+            prev_reward=timestep.reward,  # 0 where first
             time=time,
             first=first,
         )
@@ -154,12 +160,10 @@ class Actor:
         """The rows these lanes opened; a row answered by a reset had its action ignored."""
         if not self._all_started:
             timestep, index = self._started_lanes(timestep)
-        first = timestep.first
-        valid = ~first
+        valid = ~timestep.first
         discount = (valid & ~timestep.terminated).astype(np.float32)
         self._env_steps += int(np.count_nonzero(valid))
-        reward = np.where(first, np.float32(0), timestep.reward)
-        return self._writer.close(index, reward, discount, valid)
+        return self._writer.close(index, timestep.reward, discount, valid)
 
     def _started_lanes(self, timestep: Timestep) -> tuple[Timestep, np.ndarray]:
         """Without the lanes whose very first observation this is: it answers no row."""
@@ -171,8 +175,10 @@ class Actor:
 
     def _finish(self, full: np.ndarray, lane: np.ndarray, inputs: NetInput) -> None:
         rows, carry, number, version = self._writer.take(full)
-        at = np.flatnonzero(np.isin(lane, full))
-        following = trees.tree_map(lambda x: np.asarray(x)[at], inputs)
+        following = inputs
+        if len(full) < len(self._global):
+            at = np.flatnonzero(np.isin(lane, full))
+            following = trees.tree_map(lambda x: x[at], inputs)
         self._finished.append((rows, carry, following, self._global[full], number, version))
 
     def _rollout(self, timings: dict[str, float]) -> Rollout:

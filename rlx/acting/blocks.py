@@ -54,13 +54,15 @@ class BlockWriter:
     """The open blocks of N lanes: rows [N, K, ...] and the carry before each block's first row.
 
     A row is written in three parts: `open` with x_t, `decide` with a_t, `close` with r_{t+1} when
-    the environment has answered.
+    the environment has answered. As long as every call is for all lanes in order they keep pace,
+    and slices of whole rows are written, which is much cheaper than a place for each lane.
     """
 
     def __init__(self, *, lanes: int, block_rows: int, row: Row, carry: Carry) -> None:
         self._lanes, self._block_rows = lanes, block_rows
         self._row_spec, self._carry_spec = row, carry
-        self._all = np.arange(lanes)
+        self._all, self._none = np.arange(lanes), np.arange(0)
+        self._keep_pace = True  # and then the first lane's number holds for all
         self._filled = np.zeros(lanes, np.int64)  # rows closed in each lane's open block
         self._is_open = np.zeros(lanes, bool)  # a row that no answer has closed
         self._number = np.zeros(lanes, np.int64)
@@ -70,6 +72,10 @@ class BlockWriter:
 
     def next_starts(self, index: Index) -> np.ndarray:
         """Which of these lanes open a block with their next row, before this one is closed."""
+        self._keep_pace = self._keep_pace and isinstance(index, slice)
+        if self._keep_pace:
+            starts = (self._filled.item(0) + self._is_open.item(0)) % self._block_rows == 0
+            return self._all if starts else self._none
         open_rows = self._filled[index] + self._is_open[index]
         return self._all[index][open_rows % self._block_rows == 0]
 
@@ -80,13 +86,11 @@ class BlockWriter:
             self._carry[name][lane] = values
 
     def place(self, index: Index) -> Place:
-        """Where these lanes' next rows go: a slice if all lanes keep pace (much cheaper)."""
+        """Where these lanes' next rows go."""
+        if self._keep_pace:
+            return index, self._filled.item(0)
         filled = self._filled[index]
-        if isinstance(index, slice):
-            if (filled == filled[0]).all():
-                return index, filled[0]
-            index = self._all
-        return index, filled
+        return self._all if isinstance(index, slice) else index, filled
 
     def open(self, index: Index, inputs: NetInput) -> Place:
         """x_t; answers where `decide` puts the rest."""
@@ -116,6 +120,8 @@ class BlockWriter:
         self._rows.valid[place] = valid
         self._filled[index] += 1
         self._is_open[index] = False
+        if self._keep_pace:
+            return self._all if self._filled.item(0) == self._block_rows else self._none
         return self._all[index][self._filled[index] == self._block_rows]
 
     def take(self, lane: np.ndarray) -> tuple[Row, Carry, np.ndarray, np.ndarray]:

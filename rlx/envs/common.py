@@ -18,7 +18,11 @@ from rlx.types import ArraySpec, BoxSpec, DiscreteSpec, EnvSpec, Episode, Timest
 # float64 and int64 leaves become 32-bit: the replay and JAX's default hold no more, and doubling
 # every stored observation for digits that the network never sees would be waste.
 NARROWED = {"float64": "float32", "int64": "int32"}
-ARRAY_LEAF = "observation"  # the name of an observation that is one array
+
+
+def leaf_name(keys: Sequence[str]) -> str:
+    """'a/b' of these keys from an observation's root; an observation that is one array has none."""
+    return "/".join(keys) or "observation"
 
 
 def nearest(given: str, accepted: Iterable[str], count: int = 3) -> str:
@@ -37,13 +41,10 @@ def nearest(given: str, accepted: Iterable[str], count: int = 3) -> str:
 class Source:
     """One array of an environment's observation, as the environment gives it."""
 
-    path: tuple[str, ...]  # keys from the root; () when the observation is one array
+    name: str
+    path: tuple[str, ...]  # keys from the root of the raw answer; () when that is the array itself
     shape: tuple[int, ...]
     dtype: str
-
-    @property
-    def name(self) -> str:
-        return "/".join(self.path) or ARRAY_LEAF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,10 +270,12 @@ class Stream:
         self._actions = Actions(spec.action)
         self._all = np.arange(lanes, dtype=np.int32)
         self._answered: np.ndarray | None = None  # the very array of the last answer's lanes
+        self._index_answered: slice | np.ndarray = slice(None)  # the same as an index
         self._waiting = np.zeros(lanes, bool)
         self._n_waiting = 0
         self._done = np.ones(lanes, bool)  # so that the very first answers are `first`
         self._counter = EpisodeCounter(lanes=lanes, frames_per_env_step=spec.frames_per_env_step)
+        self._uncounted: dict[str, Any] | None = None  # of the last answer, for the counter
 
     @property
     def in_flight(self) -> int:
@@ -284,6 +287,7 @@ class Stream:
         self._waiting[:] = False
         self._n_waiting = 0
         self._done[:] = True
+        self.count()
         self._counter.restart()
 
     def claim(self, action: np.ndarray, lane: np.ndarray) -> None:
@@ -306,7 +310,7 @@ class Stream:
             )
         if lane is self._answered:  # the lanes of the last answer, all of them: nothing to check
             self._answered = None
-            self._waiting[self._index(lane)] = False
+            self._waiting[self._index_answered] = False
             self._n_waiting -= n
             return
         self._answered = None
@@ -358,14 +362,15 @@ class Stream:
         self._done[index] = done
         self._waiting[index] = True
         self._n_waiting += len(lane)
-        self._answered = lane
-        self._counter.add(
-            index=index,
-            lane=lane,
-            reward=reward,
-            first=first,
-            ended=done if ended is None else ended,
-        )
+        self._answered, self._index_answered = lane, index
+        self.count()
+        self._uncounted = {
+            "index": index,
+            "lane": lane,
+            "reward": reward,
+            "first": first,
+            "ended": done if ended is None else ended,
+        }
         return Timestep(
             observation=observation,
             reward=reward,
@@ -375,8 +380,15 @@ class Stream:
             lane=lane,
         )
 
+    def count(self) -> None:
+        """Counts the last answer's episodes, if not done yet: best while the lanes are busy."""
+        if self._uncounted is not None:
+            self._counter.add(**self._uncounted)
+            self._uncounted = None
+
     def episodes(self) -> list[Episode]:
         """The episodes that ended since the last call."""
+        self.count()
         return self._counter.take()
 
 

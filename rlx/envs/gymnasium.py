@@ -25,6 +25,7 @@ from rlx.envs.common import (
     Stream,
     check_lane,
     check_lanes_and_seeds,
+    leaf_name,
     nearest,
     select,
 )
@@ -182,6 +183,7 @@ class GymnasiumLanes:
             if self._sent is None:
                 raise RuntimeError("recv() without send(): the lanes wait for actions")
             (ordered, lane), self._sent = self._sent, None
+            self._stream.count()
             raw, reward, terminated, truncated, _ = self._vector.step(ordered)
             return self._answer(raw, reward, terminated, truncated, lane)
 
@@ -260,7 +262,8 @@ def _sources(env_id: str, space: Any, path: tuple[str, ...] = ()) -> list[Source
         return [s for key, part in space.items() for s in _sources(env_id, part, (*path, str(key)))]
     if space.shape is None or space.dtype is None or space.dtype.kind not in "biuf":
         raise ValueError(f"env.id={env_id!r} observes {space}; accepted: (dicts of) numeric arrays")
-    return [Source(path=path, shape=tuple(space.shape), dtype=space.dtype.name)]
+    shape, dtype = tuple(space.shape), space.dtype.name
+    return [Source(name=leaf_name(path), path=path, shape=shape, dtype=dtype)]
 
 
 def _action_spec(env_id: str, space: Any) -> tuple[DiscreteSpec | BoxSpec, int]:
