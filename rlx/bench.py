@@ -80,24 +80,37 @@ SETUPS = (
 )
 
 Work = Callable[[], float]  # does a little and answers how much, in the bench's unit
+Settle = Callable[[], object]  # waits for what work has left running
 
 
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def measure(variants: Mapping[str, Work], seconds: float) -> dict[str, list[float]]:
-    """Rates per second of each variant, one per round, within about `seconds` for all."""
-    for work in variants.values():
+def measure(
+    variants: Mapping[str, Work], seconds: float, settle: Mapping[str, Settle] | None = None
+) -> dict[str, list[float]]:
+    """Rates per second of each variant, one per round, within about `seconds` for all.
+
+    A variant that leaves work running is settled within its own slice: not at the next one's cost.
+    """
+    waits = {name: (settle or {}).get(name, _nothing) for name in variants}
+    for name, work in variants.items():
         work()  # compiles
+        waits[name]()
     rates: dict[str, list[float]] = {name: [] for name in variants}
     end = perf_counter() + seconds
     while perf_counter() < end or not all(rates.values()):
         for name, work in variants.items():
             done, began = 0.0, perf_counter()
-            while (spent := perf_counter() - began) < SLICE_S or not done:
+            while perf_counter() - began < SLICE_S or not done:
                 done += work()
-            rates[name].append(done / spent)
+            waits[name]()
+            rates[name].append(done / (perf_counter() - began))
     return rates
+
+
+def _nothing() -> None:
+    """Nothing was left running."""
 
 
 def rows(
@@ -263,7 +276,12 @@ def bench_learner(setup: Setup, seconds: float) -> list[dict[str, Any]]:
             published.append(learner.publish())
         return 1
 
-    rates = measure({"compiled update": alone, "learner path": path}, seconds)
+    def settle() -> None:
+        while waiting:
+            learner.td(waiting.pop())
+
+    variants: dict[str, Work] = {"compiled update": alone, "learner path": path}
+    rates = measure(variants, seconds, {"learner path": settle})
     prefix = f"learner/{setup.name}"
     found = rows(rates, prefix=prefix, unit="updates/s", roofline="compiled update")
     trained = size * agent.sequence.unroll

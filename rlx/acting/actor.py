@@ -12,7 +12,6 @@ from rlx.acting.blocks import BlockWriter, Index, row_spec
 from rlx.interfaces import Env, Exploration
 from rlx.types import Carry, Episode, NetInput, Request, Rollout, SequenceSpec, Timestep, Weights
 
-
 NO_ACTION = -1
 ONE = np.int32(1)
 

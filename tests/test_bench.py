@@ -1,0 +1,59 @@
+"""The bench: what it prints, what it refuses, and whose cost running work is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rlx import bench
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "rlx.bench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("acting", ["envpool", "envpool + policy", "local pool"]),
+        ("learner", ["compiled update", "learner path"] * 2),
+    ],
+)
+def test_the_last_line_is_the_table_as_json(what, names):
+    done = run(f"what={what}", "seconds=0.5", "setup=cartpole")
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.strip().splitlines()
+    found = json.loads(last)
+    assert set(found) == {"what", "machine", "rows"}
+    assert [row["name"] for row in found["rows"]] == [f"{what}/cartpole/{name}" for name in names]
+    assert all(set(row) == {"name", "value", "unit", "ratio"} for row in found["rows"])
+    assert all(row["value"] > 0 and row["ratio"] > 0 for row in found["rows"])
+    assert len(table) == 1 + len(names)
+    assert all(
+        f"{row['value']:,.1f}" in line for row, line in zip(found["rows"], table[1:], strict=True)
+    )
+
+
+@pytest.mark.parametrize("given", ["", "what=x", "what=acting seconds=0", "what=acting setup=x"])
+def test_anything_else_is_refused_in_one_line(given):
+    done = run(*given.split())
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "accepted: what=acting|learner" in done.stderr
+
+
+def test_work_that_is_left_running_is_settled_in_its_own_slice(monkeypatch):
+    monkeypatch.setattr(bench, "SLICE_S", 0.0)
+    calls: list[str] = []
+
+    def work(name: str) -> bench.Work:
+        return lambda: calls.append(name) or 1.0  # type: ignore[func-returns-value]
+
+    variants = {"a": work("a"), "b": work("b")}
+    rates = bench.measure(variants, 1e-9, {"a": lambda: calls.append("settled a")})
+    assert calls == ["a", "settled a", "b"] * 2  # once to compile, then one round
+    assert [len(each) for each in rates.values()] == [1, 1]
