@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from rlx.acting.blocks import row_spec
-from rlx.acting.local_pool import carry_spec
+from rlx.acting.plan import carry_spec
 from rlx.checkpoint import Checkpointer, CheckpointError, Restored
 from rlx.config import build
 from rlx.interfaces import Agent, EnvFamily

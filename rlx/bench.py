@@ -211,7 +211,7 @@ def bench_acting(setup: Setup, seconds: float) -> list[dict[str, Any]]:
         "envpool": raw_stepping(family, lanes, None),
         "envpool + policy": raw_stepping(family, lanes, policy),
         "local pool": lambda: sum(
-            rollout.env_steps for rollout in pool.collect(pool.env_steps_per_request, 60.0)
+            rollout.env_steps for rollout in pool.collect(pool.env_steps_per_request, 60.0, 0)
         ),
     }
     prefix = f"acting/{setup.name}"

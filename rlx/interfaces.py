@@ -147,7 +147,13 @@ class ActingPool(Protocol):
     def burst_env_steps(self) -> int:
         """Env steps of one full round of requests."""
 
-    def collect(self, want_env_steps: int, timeout_s: float) -> list[Rollout]: ...
+    def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
+        """Rollouts that are there, or come within `timeout_s`; [] if none does.
+
+        `want_env_steps`: of each further request. `updates`: made by the learner so far; with
+        `max_weight_age_updates` no request is sent whose weights would be older than that.
+        """
+
     def publish(self, weights: Weights, env_steps: int) -> None: ...
     def reopen(self) -> None:
         """Opens the environments anew, as the next chain."""

@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 from rlx import metrics
+from rlx.acting.faults import ActingFailed
 from rlx.checkpoint import Checkpoint, Checkpointer, Restored
 from rlx.evaluate import Evaluation
 from rlx.interfaces import ActingPool, Agent, EnvFamily, Replay
@@ -27,7 +28,7 @@ from rlx.types import Sample, UpdateOutput
 
 log = logging.getLogger(__name__)
 
-COLLECT_TIMEOUT_S = 600.0
+WAIT_S = 0.2  # for actors, before the loop looks at its clocks and signals again
 CLOSE_TIMEOUT_S = 30.0
 
 
@@ -135,8 +136,13 @@ class Loop:
         pool, replay, quota = self.parts.pool, self.parts.replay, self.parts.quota
         if not quota.may_act(replay.env_steps, replay.startable):
             return
+        nothing_else_to_do = not quota.may_learn(replay.env_steps, replay.startable)
         with self._stages.measure("acting"):
-            rollouts = pool.collect(pool.env_steps_per_request, COLLECT_TIMEOUT_S)
+            rollouts = pool.collect(
+                pool.env_steps_per_request,
+                WAIT_S if nothing_else_to_do else 0.0,
+                self.parts.learner.updates,
+            )
         with self._stages.measure("replay_add"):
             for rollout in rollouts:
                 replay.add(rollout)
@@ -202,7 +208,11 @@ class Loop:
         )
 
     def fail(self, error: BaseException) -> None:
-        """Writes what went wrong where `status.json` is read."""
+        """Writes what went wrong where `status.json` is read; keeps what was learnt."""
+        if isinstance(error, ActingFailed):  # the actors are gone, all else is well
+            log.error("%s; saving a checkpoint", error)
+            with suppress(Exception):
+                self.save()
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         state: metrics.State = "failed"
         if isinstance(error, KeyboardInterrupt):  # a second Ctrl-C: without a checkpoint

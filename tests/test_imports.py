@@ -30,14 +30,17 @@ ENTRY_POINTS = {"evaluate", "report", "bench", "train"}  # may import api inside
 
 HYDRA = {"config", "composing", "api", "train", "evaluate", "report", "bench"}
 HOMES = {
-    "ray": {"acting/ray_pool"},
+    "ray": {"acting/ray_cluster", "acting/ray_fleet", "acting/ray_pool"},
     "envpool": {"envs/envpool"},
     "hydra": HYDRA,
     "omegaconf": HYDRA,
 }
 DEVICE_CALLS = {"jit", "pmap", "device_put"}
 DEVICE_HOMES = {"bench", "learner", "acting/policy", "replay/device", "evaluate"}
-WITHOUT_JAX = {"types", "seeding", "interfaces", "acting/actor", "acting/blocks"}
+WITHOUT_JAX = {
+    *("types", "seeding", "interfaces"),
+    *("acting/actor", "acting/blocks", "acting/faults", "acting/remote", "acting/wire"),
+}
 
 
 def name_of(file: Path) -> str:

@@ -201,8 +201,8 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pool, name)
 
-    def collect(self, want_env_steps: int, timeout_s: float) -> Any:
-        self.given.append(self._pool.collect(want_env_steps, timeout_s))
+    def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> Any:
+        self.given.append(self._pool.collect(want_env_steps, timeout_s, updates))
         return self.given[-1]
 
 
@@ -213,7 +213,7 @@ class Player(Recorder):
         self.given = list(given)
         return self
 
-    def collect(self, want_env_steps: int, timeout_s: float) -> Any:
+    def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> Any:
         return self.given.pop(0)
 
 

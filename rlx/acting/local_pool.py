@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import jax
-
-from rlx import trees
 from rlx.acting.actor import Actor
-from rlx.acting.policy import Policy
+from rlx.acting.plan import Plan
 from rlx.interfaces import Agent, Device, EnvFamily, Exploration
-from rlx.seeding import spawn_int
-from rlx.types import ArraySpec, Carry, Range, Request, Rollout, Runtime, Weights
+from rlx.types import Range, Request, Rollout, Runtime, Weights
 
 
 class LocalPool:
@@ -32,12 +28,17 @@ class LocalPool:
         env_steps: Runtime[int],
     ) -> None:
         """`chain`: how many lives the lanes have had; `env_steps`: made by the run so far."""
-        self.lanes = instances * envs_per_actor
         self.env_steps_per_request = env_steps_per_request
         self.chain = chain
-        self._instances, self._envs_per_actor, self._device = instances, envs_per_actor, device
-        self._family, self._agent, self._exploration = family, agent, exploration
-        self._seed = seed
+        self._plan = Plan(
+            family=family,
+            agent=agent,
+            exploration=exploration,
+            seed=seed,
+            instances=instances,
+            envs_per_actor=envs_per_actor,
+            device=device,
+        )
         self._weights: Weights | None = None
         self._env_steps = env_steps
         self._turn = 0
@@ -47,10 +48,10 @@ class LocalPool:
     @property
     def burst_env_steps(self) -> int:
         """Env steps of one full round of requests."""
-        return self._instances * self.env_steps_per_request
+        return self._plan.instances * self.env_steps_per_request
 
-    def collect(self, want_env_steps: int, timeout_s: float) -> list[Rollout]:
-        """The next actor's answer; `timeout_s` is not needed: nobody else is waited for."""
+    def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
+        """The next actor's answer; it is made here and now, so there is nothing to wait for."""
         actor = self._actors[self._turn]
         self._turn = (self._turn + 1) % len(self._actors)
         request = Request(
@@ -94,33 +95,4 @@ class LocalPool:
             actor.close()
 
     def _open(self) -> list[Actor]:
-        return [self._actor(index) for index in range(self._instances)]
-
-    def _actor(self, index: int) -> Actor:
-        lanes, chain = self._envs_per_actor, self.chain
-        first_lane = index * lanes
-        seeds = [spawn_int(self._seed, "env", first_lane + i, chain) for i in range(lanes)]
-        policy = Policy(
-            agent=self._agent,
-            lanes=lanes,
-            seed=self._seed,
-            path=("policy", index, chain),
-            device=self._device,
-        )
-        return Actor(
-            env=self._family.make(lanes=lanes, seeds=seeds),
-            policy=policy,
-            exploration=self._exploration,
-            sequence=self._agent.sequence,
-            acting_spec=self._agent.acting_spec,
-            carry_spec=carry_spec(self._agent),
-            first_lane=first_lane,
-            total_lanes=self.lanes,
-            chain=chain,
-        )
-
-
-def carry_spec(agent: Agent) -> Carry:
-    """The ArraySpecs of one lane's carry."""
-    shapes = jax.eval_shape(lambda: agent.initial_carry(1))
-    return trees.tree_map(lambda x: ArraySpec(shape=x.shape[1:], dtype=str(x.dtype)), shapes)
+        return [self._plan.actor(index, self.chain) for index in range(self._plan.instances)]

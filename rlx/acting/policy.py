@@ -23,6 +23,7 @@ class Policy:
 
     def __init__(self, *, agent: Agent, lanes: int, seed: int, path: tuple, device: Device) -> None:
         self.version = -1
+        self._agent = agent
         self._device = jax.devices("cpu" if device == "cpu" else None)[0]
         self._params: Any = None
         with jax.default_device(self._device):
@@ -36,6 +37,14 @@ class Policy:
         """Acts with these from now on."""
         self._params = jax.device_put(weights.params, self._device)
         self.version = weights.version
+
+    def compile(self, inputs: NetInput) -> None:
+        """Acts once for all lanes, with parameters of zero; use another policy for acting."""
+        shapes = jax.eval_shape(lambda: self._agent.init(jax.random.PRNGKey(0)))
+        params = jax.eval_shape(self._agent.acting_params, shapes)
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
+        self.take(Weights(version=0, params=zeros))
+        self.act(inputs, None, np.zeros(len(inputs.first), np.float32))
 
     def start(self, inputs: NetInput, lane: np.ndarray | None, epsilon: np.ndarray) -> Any:
         """Sends inputs [n, ...] of these lanes (None: all N, in order) to the device.
@@ -82,3 +91,17 @@ def _compiled_act(agent: Any) -> Any:
         return action, acting, (carries, step + 1)
 
     return act
+
+
+def prepare_process(*, cache: str, on_cpu: bool) -> None:
+    """Sets JAX up for a process that only acts.
+
+    cache: the folder where one actor of a machine finds what another has compiled. on_cpu: refuse
+    any other device, as an actor without GPUs of its own would take one of the learner's.
+    """
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # nothing here would overlap
+    if on_cpu and jax.default_backend() != "cpu":
+        raise RuntimeError(f"an actor runs on {jax.default_backend()!r}; it should be on the CPU")

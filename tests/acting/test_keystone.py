@@ -18,7 +18,8 @@ import pytest
 from rlx import trees
 from rlx.acting.blocks import row_spec
 from rlx.acting.exploration import Constant
-from rlx.acting.local_pool import LocalPool, carry_spec
+from rlx.acting.local_pool import LocalPool
+from rlx.acting.plan import carry_spec
 from rlx.agents.r2d2 import R2D2
 from rlx.envs.envpool import EnvPool
 from rlx.replay.prioritized import Prioritized
@@ -118,7 +119,7 @@ def gather(
     replay = make_replay(agent, instances * lanes)
     pool.publish(Weights(version=0, params=params), 0)
     for turn in range(14):
-        for rollout in pool.collect(lanes * 10, 60.0):
+        for rollout in pool.collect(lanes * 10, 60.0, 0):
             replay.add(rollout)
         if reopen and turn in (5, 9):
             pool.reopen()
@@ -209,7 +210,7 @@ def test_every_row_arrives_in_order_once_and_with_its_inputs():
     params = jax.tree.map(np.asarray, agent.init(jax.random.PRNGKey(0)).params)
     pool = make_pool(envs, agent, lanes=5)
     pool.publish(Weights(version=0, params=params), 0)
-    rollouts = [r for _ in range(20) for r in pool.collect(40, 60.0)]
+    rollouts = [r for _ in range(20) for r in pool.collect(40, 60.0, 0)]
     pool.close(10.0)
     blocks: dict[int, list] = {}
     for rollout in rollouts:

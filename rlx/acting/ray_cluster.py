@@ -1,0 +1,106 @@
+"""Joining or starting the Ray cluster that a run acts on, and leaving it as it was found."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from rlx.problems import ConfigError, refuse
+
+log = logging.getLogger(__name__)
+
+CONNECT_S = 10.0
+LEAST_STORE_BYTES = 256 * 1024**2
+
+
+class Cluster:
+    """A connection to Ray. Starts a cluster of this machine's cores if there is no address.
+
+    address: None = this process's connection if it has one, else an own cluster on this machine;
+    "auto" = the cluster that runs on this machine; "host:port" = that one.
+    Raises ConfigError where there is none, or one of another version.
+    """
+
+    def __init__(self, *, address: str | None, store_bytes: int) -> None:
+        self.started_by_us = not ray.is_initialized()
+        self.is_own = self.started_by_us and address is None
+        if self.started_by_us:
+            if address is None:
+                _start(store_bytes)
+            else:
+                _join(address)
+
+    @property
+    def resources(self) -> Mapping[str, float]:
+        """What all nodes have together, used or not."""
+        return ray.cluster_resources()
+
+    def close(self) -> None:
+        """Leaves the cluster, and ends it if it is our own; not what others had started."""
+        if self.started_by_us and ray.is_initialized():
+            ray.shutdown()
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _quiet() -> dict[str, Any]:
+    """The actors' output stays in their own log files; a failed actor's last lines are shown."""
+    return {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+
+
+def _start(store_bytes: int) -> None:
+    with warnings.catch_warnings():  # JAX warns of the fork; its child becomes Ray at once
+        warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
+        ray.init(
+            num_cpus=cores(),
+            include_dashboard=False,
+            object_store_memory=max(LEAST_STORE_BYTES, store_bytes),
+            **_quiet(),
+        )
+
+
+def _join(address: str) -> None:
+    _check_reachable(address)
+    try:
+        ray.init(address=address, **_quiet())
+    except ConnectionError as error:
+        says = "no Ray cluster is there; start one with 'ray start --head', or give null for an own"
+        raise refuse("acting.address", f"{says} ({_one_line(error)})", given=address) from error
+    except (RuntimeError, ValueError) as error:
+        raise _refused(address, error) from error
+
+
+def _check_reachable(address: str) -> None:
+    """That something listens at host:port, before Ray tries for minutes."""
+    if address in ("auto", "local") or "://" in address:
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        raise refuse("acting.address", "accepted: null, auto, host:port", given=address)
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        says = f"cannot be reached ({error}); tried {host} port {port} for {CONNECT_S:.0f} s"
+        raise refuse("acting.address", says, given=address) from error
+
+
+def _refused(address: str, error: Exception) -> ConfigError:
+    """Such as another version of Ray or Python, or a token that is missing."""
+    line = _one_line(error)
+    says = f"the cluster there refused this program: {line}"
+    if "ersion" in line:
+        says += "; install the same versions of ray and python on all machines"
+    return refuse("acting.address", says, given=address)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,112 @@
+"""An actor in a process of its own, on this machine or another. Nothing here knows Ray.
+
+Its methods are what a pool calls over the wire; JAX is loaded only by `prepare`, after the
+environment variables of `thread_limits` have been set for the process.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from dataclasses import dataclass
+from time import time
+from typing import Any
+
+from rlx.acting.wire import Answer, Compression, pack, widened
+from rlx.types import Request, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whereabouts:
+    """Where an actor's process is."""
+
+    pid: int
+    host: str
+    log: str  # the file that its standard error goes to, on that host; '' if none
+    cores: tuple[int, ...]  # that it may run on
+
+
+def whereabouts() -> Whereabouts:
+    """Of this process."""
+    log = os.readlink("/proc/self/fd/2") if os.path.exists("/proc/self/fd/2") else ""
+    return Whereabouts(
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        log=log if log.startswith("/") and os.path.isfile(log) else "",
+        cores=tuple(sorted(os.sched_getaffinity(0))),
+    )
+
+
+def thread_limits(threads: int) -> dict[str, str]:
+    """Environment variables that keep XLA, BLAS and OpenMP to so many threads, on the CPU."""
+    count = str(threads)
+    multi = "true" if threads > 1 else "false"
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen={multi}",
+        "NPROC": count,  # the size of XLA's thread pools
+        "OMP_NUM_THREADS": count,
+        "OPENBLAS_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+    }
+
+
+class RemoteActor:
+    """One life of one actor.
+
+    plan: a pickled `rlx.acting.plan.Plan`, opened only in `prepare`. cache: the folder where
+    compiled policies are kept for the other actors of this machine.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: bytes,
+        index: int,
+        chain: int,
+        compression: Compression,
+        cache: str,
+    ) -> None:
+        self._plan, self._index, self._chain = plan, index, chain
+        self._compression: Compression = compression
+        self._cache = cache
+        self._actor: Any = None
+        self._taken_s = 0.0
+
+    def hello(self) -> Whereabouts:
+        """That the process lives, and where."""
+        return whereabouts()
+
+    def prepare(self, cores: tuple[int, ...] | None) -> None:
+        """Opens the environments and compiles the policy; then it can act.
+
+        cores: those that all threads of this process are to share; None: any.
+        """
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+        from rlx.acting.policy import prepare_process  # loads JAX
+
+        plan = pickle.loads(self._plan)
+        prepare_process(cache=self._cache, on_cpu=plan.device == "cpu")
+        plan.compile()
+        self._actor = plan.actor(self._index, self._chain)
+
+    def collect(self, weights: Weights, env_steps: int, want_env_steps: int) -> Answer:
+        """Acts; `weights` is an object of the store, read without a copy."""
+        is_new = weights.version != self._actor.weights_version
+        request = Request(
+            weights=widened(weights) if is_new else None,
+            env_steps=env_steps,
+            want_env_steps=want_env_steps,
+        )
+        if is_new:
+            self._taken_s = time()
+        rollout, raw_bytes, wire_bytes = pack(self._actor.collect(request), self._compression)
+        return Answer(
+            rollout=rollout,
+            raw_bytes=raw_bytes,
+            wire_bytes=wire_bytes,
+            weights_version=weights.version,
+            weights_taken_s=self._taken_s,
+        )

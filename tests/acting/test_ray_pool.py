@@ -1,0 +1,432 @@
+"""Actors on Ray: real processes, real kills. One small cluster for all tests of this file."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from rlx import trees
+from rlx.acting.exploration import Ladder
+from rlx.acting.faults import ActingFailed, Restarts
+from rlx.acting.ray_pool import RayPool
+from rlx.problems import ConfigError
+from rlx.types import Rollout, Weights
+from tests.acting.faulty_envs import FaultyFamily
+from tests.acting.test_keystone import (
+    CARTPOLE,
+    PONG,
+    difference,
+    family,
+    make_agent,
+    make_replay,
+)
+
+LANES = 3
+PATIENCE_S = 120.0
+RESTARTS = Restarts(
+    window_s=600.0, max_raised=3, max_fruitless=30, first_wait_s=0.1, longest_wait_s=1.0
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head with room for the actors of one pool; tests add nodes and take them away."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    made.connect()
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.fixture
+def pool(cluster) -> Iterator[Callable[..., RayPool]]:
+    """Makes pools and closes them."""
+    made: list[RayPool] = []
+
+    def make(envs: Any = None, **changes: Any) -> RayPool:
+        made.append(make_pool(family(**CARTPOLE) if envs is None else envs, **changes))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close(10.0)
+    wait_for(lambda: not actor_processes(), "the actors' processes to end")
+
+
+def make_pool(envs: Any, **changes: Any) -> RayPool:
+    settings: dict[str, Any] = {
+        "instances": 2,
+        "envs_per_actor": LANES,
+        "env_steps_per_request": LANES * 10,
+        "requests_per_actor": 2,
+        "min_instances": 1,
+        "cpus_per_actor": 1.0,
+        "gpus_per_actor": 0.0,
+        "memory_per_actor": None,
+        "resources": {},
+        "placement": "PACK",
+        "threads_per_actor": 1,
+        "address": None,
+        "compress": "lz4",
+        "weights_dtype": "float32",
+        "max_weight_age_updates": None,
+        "max_in_flight_bytes": 10_000_000,
+        "ingest_threads": 1,
+        "start_at_once": 4,
+        "start_timeout_s": 90.0,
+        "request_timeout_s": 60.0,
+        "resource_timeout_s": 60.0,
+        "grace_s": 60.0,
+        "restarts": RESTARTS,
+        "exploration": Ladder(
+            base=0.4, exponent=7.0, minimum=0.0, final_scale=1.0, decay_env_steps=None
+        ),
+        "seed": 5,
+        "chain": 0,
+        "env_steps": 0,
+    }
+    agent = changes.pop("agent", None) or make_agent(envs)
+    return RayPool(**settings | changes, family=envs, agent=agent)
+
+
+def weights_of(agent: Any, version: int = 0) -> Weights:
+    state = agent.init(jax.random.PRNGKey(0))
+    return Weights(version=version, params=jax.tree.map(np.asarray, state.params))
+
+
+def actor_processes() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any("ray::RemoteActor" in part for part in process.info["cmdline"] or ()):
+            found.append(process)
+    return found
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {timeout_s} s for {what}"
+        time.sleep(0.05)
+
+
+def collect(pool: RayPool, env_steps: int, updates: int = 0, lanes: int = 1) -> list[Rollout]:
+    """Rollouts until there are so many env steps, and blocks of so many lanes."""
+    rollouts: list[Rollout] = []
+    end = time.monotonic() + PATIENCE_S
+    while (
+        sum(r.env_steps for r in rollouts) < env_steps
+        or len({lane for lane, _ in streams(rollouts)}) < lanes
+    ):
+        assert time.monotonic() < end, f"{len(rollouts)} rollouts in {PATIENCE_S} s"
+        rollouts += pool.collect(LANES * 10, 0.5, updates)
+    return rollouts
+
+
+def streams(rollouts: list[Rollout]) -> dict[tuple[int, int], list[int]]:
+    """(lane, chain) -> the numbers of its blocks, as they arrived."""
+    found: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for rollout in rollouts:
+        for lane, chain, number in zip(rollout.lane, rollout.chain, rollout.number, strict=True):
+            found[int(lane), int(chain)].append(int(number))
+    return found
+
+
+def assert_in_order_and_once(rollouts: list[Rollout]) -> None:
+    newest: dict[int, int] = {}
+    for rollout in rollouts:
+        for lane, chain in zip(rollout.lane.tolist(), rollout.chain.tolist(), strict=True):
+            assert chain >= newest.get(lane, 0), "a block of an older chain came after a newer one"
+            newest[lane] = chain
+    for numbers in streams(rollouts).values():
+        assert numbers == list(range(len(numbers)))
+
+
+# --- what arrives --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "changes"),
+    [
+        (CARTPOLE, {}),
+        (PONG, {"compress": "none"}),
+        (PONG, {"env_steps_per_request": 4, "ingest_threads": 3}),
+        (CARTPOLE | {"batch_size": 2}, {"instances": 3}),
+    ],
+    ids=["vector", "pong-raw", "pong-lz4", "async"],
+)
+def test_replayed_q_equals_acting_q_and_blocks_come_in_order_and_once(pool, environment, changes):
+    envs = family(**environment)
+    agent = make_agent(envs)
+    actors = pool(envs, agent=agent, **changes)
+    weights = weights_of(agent)
+    actors.publish(weights, 0)
+    instances = changes.get("instances", 2)
+    replay = make_replay(agent, instances * LANES, capacity=360)
+    rollouts = collect(actors, 700, lanes=instances * LANES)
+    for rollout in rollouts:
+        replay.add(rollout)
+    assert replay.env_steps > replay.rows  # wrapped around
+    assert_in_order_and_once(rollouts)
+    assert {lane for lane, _ in streams(rollouts)} == set(range(instances * LANES))
+    batch = replay.sample(64).batch
+    assert batch.rows.inputs.first[:, 1:].any()
+    assert difference(agent, weights.params, batch) < 1e-4
+
+
+def test_a_lane_acts_as_it_does_in_the_process(pool):
+    from rlx.acting.local_pool import LocalPool
+
+    envs = family(**CARTPOLE)
+    agent = make_agent(envs)
+    shared: dict[str, Any] = {
+        "exploration": Ladder(
+            base=0.4, exponent=7.0, minimum=0.0, final_scale=1.0, decay_env_steps=None
+        ),
+        "seed": 5, "chain": 0, "env_steps": 0,
+    }  # fmt: skip
+    local = LocalPool(
+        instances=2, envs_per_actor=LANES, env_steps_per_request=LANES * 10, device="cpu",
+        family=envs, agent=agent, **shared,
+    )  # fmt: skip
+    weights = weights_of(agent)
+    local.publish(weights, 0)
+    actors = pool(envs, agent=agent, **shared)
+    actors.publish(weights, 0)
+    here = [r for _ in range(8) for r in local.collect(LANES * 10, 1.0, 0)]
+    there = collect(actors, 240, lanes=2 * LANES)
+
+    def first_block(rollouts: list[Rollout], lane: int) -> Any:
+        for rollout in rollouts:
+            at = np.flatnonzero((rollout.lane == lane) & (rollout.number == 0))
+            if len(at):
+                return trees.tree_map(lambda x, i=at[0]: x[i], rollout.rows)
+        raise AssertionError(f"no block of lane {lane}")
+
+    for lane in range(2 * LANES):
+        mine, theirs = first_block(here, lane), first_block(there, lane)
+        np.testing.assert_array_equal(mine.action, theirs.action)
+        np.testing.assert_array_equal(mine.inputs.observation["observation"],
+                                      theirs.inputs.observation["observation"])  # fmt: skip
+        np.testing.assert_allclose(mine.acting.q, theirs.acting.q, rtol=1e-5)
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def test_the_newest_weights_ride_on_the_next_request(pool):
+    actors = pool()
+    agent = make_agent(family(**CARTPOLE))
+    for version in (0, 7, 30):
+        actors.publish(weights_of(agent, version), 0)
+        versions: list[int] = []
+        while version not in versions:
+            for rollout in collect(actors, 30):
+                versions += rollout.weights_version.tolist()
+        assert versions == sorted(versions) or version == 0
+    assert actors.stats()["weights/publish_to_used_s"] > 0
+
+
+def test_actors_wait_rather_than_act_with_older_weights(pool):
+    actors = pool(max_weight_age_updates=5)
+    agent = make_agent(family(**CARTPOLE))
+    actors.publish(weights_of(agent, 0), 0)
+    collect(actors, 60, updates=5)
+    end = time.monotonic() + 3.0
+    late: list[Rollout] = []
+    while time.monotonic() < end:
+        late += actors.collect(LANES * 10, 0.2, updates=6)
+    assert len(late) <= 2  # what was under way
+    actors.publish(weights_of(agent, 6), 0)
+    fresh = collect(actors, 120, updates=6)
+    assert 6 in fresh[-1].weights_version
+
+
+def test_weights_may_travel_as_bfloat16(pool):
+    envs = family(**CARTPOLE)
+    agent = make_agent(envs)
+    actors = pool(envs, agent=agent, weights_dtype="bfloat16")
+    weights = weights_of(agent)
+    actors.publish(weights, 0)
+    rollouts = collect(actors, 300)
+    replay = make_replay(agent, 2 * LANES)
+    for rollout in rollouts:
+        replay.add(rollout)
+    batch = replay.sample(32).batch
+    assert difference(agent, weights.params, batch) > 1e-4
+    import ml_dtypes
+
+    rounded = jax.tree.map(
+        lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), weights.params
+    )
+    assert difference(agent, jax.tree.map(rounded, weights.params), batch) < 1e-4
+
+
+# --- back-pressure -------------------------------------------------------------------------------
+
+
+def test_no_more_is_under_way_than_was_allowed(pool):
+    actors = pool()
+    actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
+    collect(actors, 60, lanes=2 * LANES)
+    time.sleep(3.0)  # nobody collects: every actor ends what it has, and waits
+    waiting = actors.collect(LANES * 10, 0.0, 0)
+    assert len(waiting) == 2 * 2
+    assert actors.burst_env_steps == 2 * 2 * LANES * 10
+    tight = pool(max_in_flight_bytes=1)  # less than one rollout: one at a time
+    assert tight.burst_env_steps == LANES * 10
+
+
+# --- faults --------------------------------------------------------------------------------------
+
+
+def test_a_killed_actor_is_replaced_and_the_others_go_on(pool):
+    actors = pool(instances=3)
+    actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
+    rollouts = collect(actors, 200)
+    wait_for(lambda: actors.stats()["acting/actors_ready"] == 3, "all three actors", 60)
+    victim = actor_processes()[0]
+    victim.send_signal(signal.SIGKILL)
+    rollouts += collect(actors, 200)
+    wait_for(lambda: actors.stats()["acting/restarts_died"] == 1, "the death to be noticed")
+    wait_for(lambda: actors.stats()["acting/actors_ready"] == 3, "the replacement", 60)
+    rollouts += collect(actors, 600, lanes=3 * LANES)
+    assert_in_order_and_once(rollouts)
+    chains = {lane: {c for got, c in streams(rollouts) if got == lane} for lane in range(3 * LANES)}
+    renewed = [lane for lane, found in chains.items() if found == {0, 1}]
+    assert len(renewed) == LANES
+    assert renewed == list(range(renewed[0], renewed[0] + LANES))
+    assert all(found == {0} for lane, found in chains.items() if lane not in renewed)
+    assert actors.chain == 1
+    stats = actors.stats()
+    assert 0 < stats["acting/lost_env_steps_at_most"] <= 2 * LANES * 10
+
+
+def test_an_environment_that_hangs_costs_its_actor_only(pool, tmp_path):
+    inner = family(**CARTPOLE)
+    envs = FaultyFamily(inner=inner, fault="hangs", after=30, once=str(tmp_path / "hung"))
+    actors = pool(envs, agent=make_agent(inner), request_timeout_s=3.0)
+    actors.publish(weights_of(make_agent(inner)), 0)
+    rollouts = collect(actors, 300)
+    wait_for(lambda: actors.stats()["acting/restarts_hung"] == 1, "the hang to be noticed")
+    rollouts += collect(actors, 600)
+    assert_in_order_and_once(rollouts)
+    assert (tmp_path / "hung").exists()
+
+
+def test_one_exception_costs_one_life(pool, tmp_path):
+    inner = family(**CARTPOLE)
+    envs = FaultyFamily(inner=inner, fault="raises", after=30, once=str(tmp_path / "raised"))
+    actors = pool(envs, agent=make_agent(inner))
+    actors.publish(weights_of(make_agent(inner)), 0)
+    rollouts = collect(actors, 600)
+    assert actors.stats()["acting/restarts_raised"] == 1
+    assert_in_order_and_once(rollouts)
+
+
+@pytest.mark.parametrize("fault", ["raises", "raises_at_once"])
+def test_what_raises_always_ends_the_run_with_its_traceback(pool, fault):
+    inner = family(**CARTPOLE)
+    envs = FaultyFamily(inner=inner, fault=fault, after=3)
+    actors = pool(envs, agent=make_agent(inner))
+    actors.publish(weights_of(make_agent(inner)), 0)
+    with pytest.raises(ActingFailed) as failed:
+        collect(actors, 10_000)
+    text = str(failed.value)
+    assert "faulty_envs.py" in text  # the traceback of the actor
+    if fault == "raises":
+        assert "out of coal" in text
+        assert "about to: raises" in text  # the last line of its log
+    else:
+        assert "licence expired" in text
+
+
+def test_what_dies_before_it_ever_answers_is_not_started_for_ever(pool):
+    inner = family(**CARTPOLE)
+    envs = FaultyFamily(inner=inner, fault="dies", after=0)
+    few = Restarts(
+        window_s=600.0, max_raised=3, max_fruitless=2, first_wait_s=0.1, longest_wait_s=0.1
+    )
+    actors = pool(envs, agent=make_agent(inner), instances=1, restarts=few)
+    actors.publish(weights_of(make_agent(inner)), 0)
+    with pytest.raises(ActingFailed, match="ended 2 times within 600 s without any answer"):
+        collect(actors, 10_000)
+
+
+# --- room ----------------------------------------------------------------------------------------
+
+
+def test_a_cluster_that_stays_short_starts_with_what_fits(pool):
+    actors = pool(instances=3, cpus_per_actor=2.0)  # two of them fit
+    actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
+    rollouts = collect(actors, 200)
+    assert {lane for lane, _ in streams(rollouts)} <= set(range(3 * LANES))
+    time.sleep(1.0)
+    assert actors.stats()["acting/actors_ready"] <= 2
+
+
+def test_a_cluster_without_room_says_so_after_a_while(pool):
+    actors = pool(cpus_per_actor=8.0, resource_timeout_s=3.0)
+    actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
+    with pytest.raises(ActingFailed) as failed:
+        collect(actors, 100)
+    text = str(failed.value)
+    assert "acting.resource_timeout_s=3" in text
+    assert "0/2 actors ready" in text
+    assert "CPU 4" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"min_instances": 3}, "acting.min_instances=3: more than acting.instances=2"),
+        ({"gpus_per_actor": 1.0}, "acting.gpus_per_actor=1: the cluster has 0 GPUs"),
+        ({"resources": {"simulator": 1.0}}, "acting.resources.simulator=1: no node offers it"),
+    ],
+)
+def test_what_no_waiting_helps_is_refused(pool, changes, says):
+    with pytest.raises(ConfigError) as refused:
+        pool(**changes)
+    assert says in str(refused.value)
+
+
+def test_an_environment_that_cannot_be_pickled_is_refused(pool):
+    inner = family(**CARTPOLE)
+    lock: Any = threading.Lock()
+    envs = FaultyFamily(inner=inner, fault="hangs", after=1, once=lock)
+    with pytest.raises(ConfigError, match="cannot be pickled"):
+        pool(envs, agent=make_agent(inner))
+
+
+# --- nodes ---------------------------------------------------------------------------------------
+
+
+def test_a_spot_machine_goes_and_another_comes(cluster, pool):
+    first = cluster.add_node(num_cpus=2)
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    actors = pool(instances=7)
+    actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
+    rollouts = collect(actors, 200)
+    wait_for(lambda: actors.stats()["acting/actors_ready"] == 7, "all seven actors", 90)
+    cluster.remove_node(first, allow_graceful=False)
+    rollouts += collect(actors, 300)
+    wait_for(lambda: actors.stats()["acting/restarts_died"] == 2, "the loss to be noticed", 60)
+    wait_for(lambda: actors.stats()["acting/actors_ready"] == 5, "the rest", 60)
+    rollouts += collect(actors, 300)
+    cluster.add_node(num_cpus=2)
+    rollouts += collect(actors, 300)
+    wait_for(lambda: actors.stats()["acting/actors_ready"] == 7, "the new machine's actors", 90)
+    rollouts += collect(actors, 1000, lanes=7 * LANES)
+    assert_in_order_and_once(rollouts)
+    assert sum(chain == 1 for _, chain in streams(rollouts)) == 2 * LANES
