@@ -529,7 +529,7 @@ def test_schedules_go_on_in_a_resumed_run(monkeypatch, tmp_path):
     run(None, *decay, f"resume={tmp_path}", "total_env_steps=800")
     epsilons = [e.epsilon for e in episodes if e.lane == 0]
     assert epsilons == sorted(epsilons, reverse=True)
-    assert first[0] == pytest.approx(0.4, abs=0.02)
+    assert 0.4 * (1 - 2 * 32 / 1000) <= first[0] <= 0.4  # in the first requests
     assert first[-1] == pytest.approx(0.24, abs=0.02)
     assert epsilons[len(first)] == pytest.approx(0.24, abs=0.02)
     assert epsilons[-1] == pytest.approx(0.08, abs=0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -82,7 +83,8 @@ class Actor:
         chain: int,
     ) -> None:
         self._env, self._policy, self._exploration = env, policy, exploration
-        self._chain, self._total_lanes = chain, total_lanes
+        self._total_lanes = total_lanes
+        self._chain = np.full(env.lanes, chain, np.int32)
         self._global = np.arange(first_lane, first_lane + env.lanes, dtype=np.int32)
         self._tracker = InputTracker(env.lanes)
         self._writer = BlockWriter(
@@ -94,38 +96,68 @@ class Actor:
         self._started = np.zeros(env.lanes, bool)
         self._all_started = False
         self._epsilon = np.zeros(env.lanes, np.float32)
-        self._timestep: Timestep | None = None
+        self._steps = False  # the lanes are stepping
         self._finished: list[tuple] = []
         rows, carry = self._writer.nothing
         none, following = np.zeros(0, np.int64), trees.tree_map(lambda x: x[:, 0], rows.inputs)
-        self._nothing = (rows, carry, following, self._global[:0], none, none)
-        self._env_steps = 0
+        self._nothing = (rows, carry, following, self._global[:0], self._chain[:0], none, none)
+        self.env_steps = 0  # made since the last `begin`
+        self._began = self._env_s = self._policy_s = 0.0
 
     def collect(self, request: Request) -> Rollout:
         """Steps until that many env steps are made; answers the blocks finished by then."""
-        began = perf_counter()
+        self.begin(request)
+        while self.env_steps < request.want_env_steps:
+            self.advance()
+        return self.end()
+
+    def begin(self, request: Request) -> None:
+        """Takes a request's weights and counts from 0."""
+        self._began = perf_counter()
         if request.weights is not None:
             self._policy.take(request.weights)
         self._epsilon = self._exploration.epsilon(
             self._global, self._total_lanes, request.env_steps
         )
-        self._env_steps, env_s, policy_s = 0, 0.0, 0.0
-        timestep = self._env.reset() if self._timestep is None else self._timestep
-        while self._env_steps < request.want_env_steps:
-            acted = perf_counter()
-            self._act(timestep)
-            stepped = perf_counter()
-            timestep = self._env.recv()
-            policy_s += stepped - acted
-            env_s += perf_counter() - stepped
-        self._timestep = timestep
-        timings = {"policy_s": policy_s, "env_s": env_s, "total_s": perf_counter() - began}
+        self.env_steps, self._env_s, self._policy_s = 0, 0.0, 0.0
+
+    def advance(self) -> None:
+        """Waits for the lanes' answer and acts; the lanes step on when it returns."""
+        asked = perf_counter()
+        timestep = self._env.recv() if self._steps else self._env.reset()
+        self._steps = True
+        answered = perf_counter()
+        self._act(timestep)
+        self._env_s += answered - asked
+        self._policy_s += perf_counter() - answered
+
+    def end(self) -> Rollout:
+        """What was made since `begin`."""
+        total = perf_counter() - self._began
+        timings = {"policy_s": self._policy_s, "env_s": self._env_s, "total_s": total}
         return self._rollout(timings)
+
+    def restart(self, lane: np.ndarray) -> None:
+        """These lanes (intp[n]) have lost their environments: their next answer begins a chain."""
+        self._chain[lane] += 1
+        self._writer.restart(lane)
+        self._started[lane] = False
+        self._all_started = False
+
+    def new_chains(self) -> None:
+        """Blocks were dropped: what follows continues none of them, though the episodes go on."""
+        self._chain += 1
+        self._writer.renumber()
 
     @property
     def weights_version(self) -> int:
         """Of the weights it acts with now; -1 before the first."""
         return self._policy.version
+
+    @property
+    def chain(self) -> int:
+        """The newest of its lanes' chains."""
+        return int(self._chain.max())
 
     def close(self) -> None:
         self._env.close()
@@ -161,7 +193,7 @@ class Actor:
             timestep, index = self._started_lanes(timestep)
         valid = ~timestep.first
         discount = (valid & ~timestep.terminated).astype(np.float32)
-        self._env_steps += int(np.count_nonzero(valid))
+        self.env_steps += int(np.count_nonzero(valid))
         return self._writer.close(index, timestep.reward, discount, valid)
 
     def _started_lanes(self, timestep: Timestep) -> tuple[Timestep, np.ndarray]:
@@ -178,22 +210,23 @@ class Actor:
         if len(full) < len(self._global):
             at = np.flatnonzero(np.isin(lane, full))
             following = trees.tree_map(lambda x: x[at], inputs)
-        self._finished.append((rows, carry, following, self._global[full], number, version))
+        lanes, chain = self._global[full], self._chain[full]
+        self._finished.append((rows, carry, following, lanes, chain, number, version))
 
     def _rollout(self, timings: dict[str, float]) -> Rollout:
-        rows, carry, following, lane, number, version = self._stack_finished()
+        rows, carry, following, lane, chain, number, version = self._stack_finished()
         self._finished = []
         return Rollout(
             rows=rows,
             carry=carry,
             next=following,
             lane=lane,
-            chain=np.full(len(lane), self._chain, np.int32),
+            chain=chain,
             number=number,
             weights_version=version,
             episodes=tuple(self._complete(episode) for episode in self._env.episodes()),
-            env_steps=self._env_steps,
-            frames=self._env_steps * self._env.spec.frames_per_env_step,
+            env_steps=self.env_steps,
+            frames=self.env_steps * self._env.spec.frames_per_env_step,
             timings=timings,
         )
 
@@ -209,7 +242,20 @@ class Actor:
 
     def _complete(self, episode: Episode) -> Episode:
         episode.epsilon = float(self._epsilon[episode.lane])
+        episode.chain = int(self._chain[episode.lane])
         episode.lane = int(self._global[episode.lane])
-        episode.chain = self._chain
         episode.weights_version = self._policy.version
         return episode
+
+
+def collect_in_turn(actors: Sequence[Actor], request: Request) -> list[Rollout]:
+    """Several actors' rollouts, that many env steps of all together.
+
+    Each is acted for while the others' lanes step, so that device and environments overlap.
+    """
+    for actor in actors:
+        actor.begin(request)
+    while sum(actor.env_steps for actor in actors) < request.want_env_steps:
+        for actor in actors:
+            actor.advance()
+    return [actor.end() for actor in actors]

@@ -139,6 +139,17 @@ class BlockWriter:
             )
         return rows, carry, number, version
 
+    def restart(self, lane: np.ndarray) -> None:
+        """Drops these lanes' open blocks; their next block is number 0."""
+        self._keep_pace = False
+        self._filled[lane] = 0
+        self._is_open[lane] = False
+        self._number[lane] = 0
+
+    def renumber(self) -> None:
+        """The open blocks are number 0."""
+        self._number[:] = 0
+
     def _renew(self) -> None:
         self._rows: Row = empty(self._row_spec, self._lanes, self._block_rows)
         self._acting = children(self._rows.acting)

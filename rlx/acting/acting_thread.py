@@ -1,0 +1,165 @@
+"""A thread that acts: what the pools have in common whose policies run in this process."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from time import monotonic
+
+from rlx.acting.actor import Actor, collect_in_turn
+from rlx.acting.faults import ActingFailed
+from rlx.types import Request, Rollout, Weights
+
+
+class Orders:
+    """What the loop tells acting threads: the newest weights, how far the run is."""
+
+    def __init__(self, env_steps: int) -> None:
+        self._lock = threading.Lock()
+        self._weights: Weights | None = None
+        self._env_steps, self._updates = env_steps, 0
+
+    def publish(self, weights: Weights, env_steps: int) -> None:
+        with self._lock:
+            self._weights, self._env_steps = weights, max(env_steps, self._env_steps)
+
+    def note(self, *, updates: int | None = None, env_steps: int = 0) -> None:
+        """The learner's updates so far, and env steps that were added."""
+        with self._lock:
+            self._updates = self._updates if updates is None else updates
+            self._env_steps += env_steps
+
+    def read(self) -> tuple[Weights | None, int, int]:
+        """(weights, env steps, updates)."""
+        with self._lock:
+            return self._weights, self._env_steps, self._updates
+
+
+class ActingThread:
+    """Acts in turn for a few actors and puts their rollouts where the loop collects them.
+
+    It makes `ahead` requests before it waits for `collected`. `realtime`: its environments go on
+    without waiting; where `ahead` requests have not been collected the next one's blocks are
+    dropped, and counted. `max_age`: it waits rather than begin a request with older weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        make_actors: Callable[[], Sequence[Actor]],
+        orders: Orders,
+        arrived: queue.SimpleQueue[tuple[ActingThread, list[Rollout]]],
+        want_env_steps: int,
+        ahead: int,
+        realtime: bool = False,
+        max_age: int | None = None,
+    ) -> None:
+        self.name = name
+        self.failed: BaseException | None = None
+        self.dropped_env_steps = 0
+        self.busy_since_s: float | None = None  # of the request being made
+        self.chain = -1
+        self._make_actors, self._orders, self._arrived = make_actors, orders, arrived
+        self._want, self._realtime, self._max_age = want_env_steps, realtime, max_age
+        self._free = threading.Semaphore(ahead)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def collected(self) -> None:
+        """The loop has taken one request's rollouts: another may be made."""
+        self._free.release()
+
+    def check(self, limit_s: float) -> None:
+        """Raises what ended the thread, or ActingFailed if a request takes longer than that."""
+        if self.failed is not None:
+            raise self.failed
+        since = self.busy_since_s
+        if since is not None and monotonic() - since > limit_s:
+            raise ActingFailed(
+                f"{self.name}: an environment has not answered for {limit_s:.0f} s "
+                "(acting.request_timeout_s)"
+            )
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        actors: Sequence[Actor] = ()
+        try:
+            actors = self._make_actors()
+            self.chain = max(actor.chain for actor in actors)
+            while not self._stop.is_set():
+                self._work(actors)
+                self.chain = max(actor.chain for actor in actors)
+        except BaseException as error:
+            self.failed = error
+        finally:
+            self.busy_since_s = None
+            for actor in actors:
+                actor.close()
+
+    def _work(self, actors: Sequence[Actor]) -> None:
+        weights, env_steps, updates = self._orders.read()
+        if weights is None or self._too_old(weights, updates):
+            self._stop.wait(0.005)
+            return
+        may_keep = self._free.acquire(timeout=0 if self._realtime else 0.1)
+        if not may_keep and not self._realtime:
+            return
+        is_new = any(actor.weights_version != weights.version for actor in actors)
+        request = Request(
+            weights=weights if is_new else None, env_steps=env_steps, want_env_steps=self._want
+        )
+        self.busy_since_s = monotonic()
+        rollouts = collect_in_turn(actors, request)
+        self.busy_since_s = None
+        if may_keep:
+            self._arrived.put((self, rollouts))
+            return
+        self.dropped_env_steps += sum(rollout.env_steps for rollout in rollouts)
+        for actor in actors:
+            actor.new_chains()
+
+    def _too_old(self, weights: Weights, updates: int) -> bool:
+        return self._max_age is not None and updates - weights.version > self._max_age
+
+
+class Threads:
+    """Some acting threads as one source of rollouts."""
+
+    def __init__(self, threads: Sequence[ActingThread], orders: Orders, limit_s: float) -> None:
+        """`limit_s`: the longest that a request may take."""
+        self.threads, self._orders, self._limit_s = threads, orders, limit_s
+
+    def collect(
+        self,
+        arrived: queue.SimpleQueue[tuple[ActingThread, list[Rollout]]],
+        timeout_s: float,
+        updates: int,
+    ) -> list[Rollout]:
+        """What has arrived, or the first thing that does within `timeout_s`."""
+        self._orders.note(updates=updates)
+        rollouts: list[Rollout] = []
+        while True:
+            for thread in self.threads:
+                thread.check(self._limit_s)
+            try:
+                thread, made = arrived.get(timeout=max(0.0 if rollouts else timeout_s, 1e-6))
+            except queue.Empty:
+                return rollouts
+            thread.collected()
+            self._orders.note(env_steps=sum(rollout.env_steps for rollout in made))
+            rollouts += made
+
+    def close(self, timeout_s: float) -> None:
+        for thread in self.threads:
+            thread.stop()
+        end = monotonic() + timeout_s
+        for thread in self.threads:
+            thread.join(max(0.0, end - monotonic()))
