@@ -30,7 +30,7 @@ ENTRY_POINTS = {"evaluate", "report", "bench", "train"}  # may import api inside
 
 HYDRA = {"config", "composing", "api", "train", "evaluate", "report", "bench"}
 HOMES = {
-    "ray": {"acting/ray_cluster", "acting/ray_fleet", "acting/ray_pool"},
+    "ray": {f"acting/ray_{name}" for name in ("actors", "cluster", "fleet", "pool")},
     "envpool": {"envs/envpool"},
     "hydra": HYDRA,
     "omegaconf": HYDRA,
@@ -39,7 +39,8 @@ DEVICE_CALLS = {"jit", "pmap", "device_put"}
 DEVICE_HOMES = {"bench", "learner", "acting/policy", "replay/device", "evaluate"}
 WITHOUT_JAX = {
     *("types", "seeding", "interfaces"),
-    *("acting/actor", "acting/blocks", "acting/faults", "acting/remote", "acting/wire"),
+    *("acting/actor", "acting/blocks", "acting/faults", "acting/remote", "acting/remote_env"),
+    *("acting/whereabouts", "acting/wire"),
 }
 
 

@@ -33,12 +33,15 @@ class Plan:
         """Of all actors together."""
         return self.instances * self.envs_per_actor
 
-    def env(self, index: int, chain: int) -> Env:
-        """The lanes of one actor's life, each with a seed of its own."""
+    def seeds(self, index: int, chain: int) -> list[int]:
+        """Of one actor's life: each lane has its own."""
         first = index * self.envs_per_actor
         lanes = range(first, first + self.envs_per_actor)
-        seeds = [spawn_int(self.seed, "env", lane, chain) for lane in lanes]
-        return self.family.make(lanes=self.envs_per_actor, seeds=seeds)
+        return [spawn_int(self.seed, "env", lane, chain) for lane in lanes]
+
+    def env(self, index: int, chain: int) -> Env:
+        """The lanes of one actor's life."""
+        return self.family.make(lanes=self.envs_per_actor, seeds=self.seeds(index, chain))
 
     def policy(self, index: int, chain: int) -> Policy:
         return Policy(

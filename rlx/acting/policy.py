@@ -21,8 +21,19 @@ trees.register()
 class Policy:
     """Chooses actions for any n of its N lanes; the same function for one lane or all of them."""
 
-    def __init__(self, *, agent: Agent, lanes: int, seed: int, path: tuple, device: Device) -> None:
+    def __init__(
+        self,
+        *,
+        agent: Agent,
+        lanes: int,
+        seed: int,
+        path: tuple,
+        device: Device,
+        pad: bool = False,
+    ) -> None:
+        """`pad`: compile for 1, 2, 4, ... lanes only, for callers that bring any number of them."""
         self.version = -1
+        self._lanes, self._pad = lanes, pad
         self._agent = agent
         self._device = jax.devices("cpu" if device == "cpu" else None)[0]
         self._params: Any = None
@@ -53,15 +64,18 @@ class Policy:
         """
         if self._params is None:
             raise RuntimeError("Policy.start before Policy.take: the first request brings weights.")
+        n = len(epsilon)
+        if self._pad and lane is not None:
+            inputs, lane, epsilon = _padded((inputs, lane, epsilon), n, self._lanes)
         action, acting, self._table = self._act(
             self._params, self._table, inputs, lane, self._key, epsilon
         )
-        return action, acting
+        return action, acting, n
 
     def finish(self, started: Any) -> tuple[np.ndarray, Any]:
         """(action i32[n], the agent's record of acting time [n]) of a `start`."""
-        action, acting = started
-        return np.asarray(action), jax.tree.map(np.asarray, acting)
+        action, acting, n = started
+        return np.asarray(action)[:n], jax.tree.map(lambda x: np.asarray(x)[:n], acting)
 
     def act(
         self, inputs: NetInput, lane: np.ndarray | None, epsilon: np.ndarray
@@ -72,6 +86,23 @@ class Policy:
     def carry(self, lane: np.ndarray) -> Carry:
         """A copy of these lanes' carries [n, ...], before the next `start`."""
         return trees.tree_map(lambda x: np.asarray(x)[lane], self._table[0])
+
+
+def _padded(parts: tuple[NetInput, np.ndarray, np.ndarray], n: int, lanes: int) -> Any:
+    """The same with [m, ...] leaves, m the next power of 2; the lanes added lie outside the table.
+
+    There JAX reads the last row and drops what is written.
+    """
+    size = 1 << (n - 1).bit_length()
+
+    def pad(x: np.ndarray) -> np.ndarray:
+        padded = np.zeros((size, *x.shape[1:]), x.dtype)
+        padded[:n] = x
+        return padded
+
+    inputs, lane, epsilon = trees.tree_map(pad, parts)
+    lane[n:] = lanes
+    return inputs, lane, epsilon
 
 
 @functools.lru_cache(maxsize=8)

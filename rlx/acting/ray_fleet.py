@@ -25,7 +25,7 @@ import ray
 from ray import exceptions as ray_errors
 
 from rlx.acting.faults import ActingFailed, Cause, History, Restarts, same_error
-from rlx.acting.remote import Whereabouts
+from rlx.acting.whereabouts import Whereabouts
 
 log = logging.getLogger(__name__)
 

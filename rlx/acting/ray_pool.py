@@ -1,24 +1,14 @@
 """Actors on Ray: `acting=ray_pool acting.instances=128`.
 
-One thread sends requests, watches the actors (`rlx.acting.ray_fleet`) and fetches answers; a few
-more unpack them; `collect` hands them to the training loop in the order of each actor's blocks.
-
-A request that has been collected is what allows the next one: at any time there are at most
-`requests_per_actor` of them under way per actor, in the actor, the object store or here, so a slow
-learner makes the actors wait and nothing piles up.
+Checks the settings, joins the cluster, and leaves the rest to one of two ways of acting: in the
+actors (`rlx.acting.ray_actors`) or for them (`rlx.acting.ray_server`).
 """
 
 from __future__ import annotations
 
 import os
-import queue
-import threading
-from collections import Counter, deque
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from time import monotonic, time
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -27,19 +17,20 @@ from ray import cloudpickle
 
 from rlx import trees
 from rlx.acting.blocks import row_spec
-from rlx.acting.faults import ActingFailed, Restarts
+from rlx.acting.faults import Restarts
 from rlx.acting.plan import Plan, carry_spec
+from rlx.acting.ray_actors import RayActors
 from rlx.acting.ray_cluster import Cluster, cores
-from rlx.acting.ray_fleet import Answered, Deadlines, Fleet, Lost, Ready
-from rlx.acting.remote import RemoteActor, thread_limits
-from rlx.acting.wire import Answer, Compression, narrowed, unpack
+from rlx.acting.ray_fleet import Deadlines, Fleet
+from rlx.acting.ray_server import RayServer
+from rlx.acting.remote import RemoteActor
+from rlx.acting.remote_env import RemoteEnv
+from rlx.acting.whereabouts import thread_limits
+from rlx.acting.wire import Compression
 from rlx.interfaces import Agent, EnvFamily, Exploration
 from rlx.problems import ConfigError, Problem, refuse
 from rlx.types import Range, Rollout, Runtime, Weights
 
-POLL_S = 0.02
-SILENT_S = 900.0  # without any rollout although actors are ready: something is wrong
-ACTOR_BYTES = 350_000_000  # of memory, measured on the default run: Python, JAX, EnvPool
 LARGEST_PLAN = 1_000_000  # bytes, pickled
 
 
@@ -54,6 +45,9 @@ class RayPool:
         env_steps_per_request: Annotated[int, Range(ge=1)],
         requests_per_actor: Annotated[int, Range(ge=1)],
         min_instances: Annotated[int, Range(ge=1)],
+        inference: Literal["actor", "server"],
+        max_batch: Annotated[int, Range(ge=1)],
+        max_wait_ms: Annotated[float, Range(ge=0)],
         cpus_per_actor: Annotated[float, Range(ge=0)],
         gpus_per_actor: Annotated[float, Range(ge=0)],
         memory_per_actor: Annotated[int, Range(ge=1)] | None,
@@ -82,12 +76,7 @@ class RayPool:
         """Settings: conf/acting/ray_pool.yaml. `chain`, `env_steps`: as in LocalPool."""
         self.env_steps_per_request = env_steps_per_request
         self._instances = instances
-        self._first_chain = chain
-        self._compression: Compression = compress
-        self._weights_dtype = weights_dtype
-        self._max_age = max_weight_age_updates
-        # With a limit on the weights' age no request waits behind another while they grow older.
-        self._per_actor = 1 if max_weight_age_updates else requests_per_actor
+        served = inference == "server"
         plan = Plan(
             family=family,
             agent=agent,
@@ -95,25 +84,17 @@ class RayPool:
             seed=seed,
             instances=instances,
             envs_per_actor=envs_per_actor,
-            device="learner" if gpus_per_actor else "cpu",
+            device="learner" if served or gpus_per_actor else "cpu",
         )
-        request_bytes = env_steps_per_request * row_bytes(agent)
-        self._most_requests = max(1, max_in_flight_bytes // request_bytes)
         wants = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor, "memory": memory_per_actor}
         _check_settings(instances, min_instances, address, wants)
-        packed = _pickled(plan)
+        arguments = _env_arguments(plan) if served else _actor_arguments(plan, compress)
         self._cluster = Cluster(address=address, store_bytes=2 * max_in_flight_bytes)
         try:
             _check_cluster(self._cluster, instances, min_instances, wants, resources)
             self._fleet = Fleet(
-                cls=RemoteActor,
-                arguments=lambda index, life: {
-                    "plan": packed,
-                    "index": index,
-                    "chain": life,
-                    "compression": compress,
-                    "cache": str(_cache_folder()),
-                },
+                cls=RemoteEnv if served else RemoteActor,
+                arguments=arguments,
                 count=instances,
                 least=min_instances,
                 first_chain=chain,
@@ -122,7 +103,7 @@ class RayPool:
                     "resources": dict(resources),
                     **_placement(placement),
                 },
-                environment=thread_limits(threads_per_actor) if not gpus_per_actor else {},
+                environment={} if gpus_per_actor else thread_limits(threads_per_actor),
                 threads=None if gpus_per_actor else threads_per_actor,
                 at_once=start_at_once,
                 restarts=restarts,
@@ -136,172 +117,90 @@ class RayPool:
         except BaseException:
             self._cluster.close()
             raise
-        self._unpackers = ThreadPoolExecutor(ingest_threads, thread_name_prefix="unpack")
-        self._arrived: queue.SimpleQueue[tuple[int, int, Future[Answer]]] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # of what follows, which the loop and the thread share
-        self._weights: Weights | None = None
-        self._published_s: dict[int, float] = {}  # version -> when, until it was first used
-        self._env_steps, self._updates = env_steps, 0
-        self._collected: deque[int] = deque()  # actors whose request the loop has taken
-        self._failed: BaseException | None = None
-        self._counts: Counter[str] = Counter()
-        self._latency_s = 0.0
-        # The thread's own:
-        self._reference: tuple[int, Any] | None = None  # version, in the object store
-        self._lives: list[int] = [-1] * instances  # the chain of each ready actor's life
-        self._open = [0] * instances  # requests under way, those not collected yet too
-        self._idle: deque[int] = deque()  # actors that may be sent a request, longest idle first
-        self._stop = threading.Event()
-        self._last_arrival_s = monotonic()
-        self._thread = threading.Thread(target=self._run, name="ray pool", daemon=True)
-        self._thread.start()
-
-    # --- the loop's side -------------------------------------------------------------------------
+        # With a limit on the weights' age no request waits behind another while they grow older.
+        ahead = 1 if max_weight_age_updates else requests_per_actor
+        self._source: RayActors | RayServer
+        if served:
+            self._source = RayServer(
+                fleet=self._fleet,
+                plan=plan,
+                want_env_steps=env_steps_per_request,
+                ahead=ahead,
+                max_batch=max_batch,
+                max_wait_s=max_wait_ms / 1000,
+                max_age=max_weight_age_updates,
+                chain=chain,
+                env_steps=env_steps,
+            )
+        else:
+            self._source = RayActors(
+                fleet=self._fleet,
+                want_env_steps=env_steps_per_request,
+                per_actor=ahead,
+                most=max(1, max_in_flight_bytes // (env_steps_per_request * row_bytes(agent))),
+                weights_dtype=weights_dtype,
+                max_age=max_weight_age_updates,
+                ingest_threads=ingest_threads,
+                env_steps=env_steps,
+            )
 
     @property
     def burst_env_steps(self) -> int:
         """Env steps of one full round of requests."""
-        most = min(self._instances * self._per_actor, self._most_requests)
-        return most * self.env_steps_per_request
+        return self._source.burst_env_steps
 
     @property
     def chain(self) -> int:
-        """The newest life of any actor."""
-        return max(slot.chain for slot in self._fleet.slots)
+        """The newest of any lane."""
+        return self._source.chain
 
     def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
         """What has arrived, or the first thing that does within `timeout_s`."""
-        with self._lock:
-            self._updates = updates
-        rollouts = []
-        wait = timeout_s
-        while True:
-            self._raise_failure()
-            try:
-                index, life, unpacked = self._arrived.get(timeout=max(wait, 1e-6))
-            except queue.Empty:
-                break
-            rollouts.append(self._received(index, life, unpacked.result(), updates))
-            wait = 0.0
-        return rollouts
+        return self._source.collect(timeout_s, updates)
 
     def publish(self, weights: Weights, env_steps: int) -> None:
         """The next requests bring these."""
-        with self._lock:
-            self._weights, self._env_steps = weights, max(env_steps, self._env_steps)
-            self._published_s[weights.version] = time()
+        self._source.publish(weights, env_steps)
 
     def reopen(self) -> None:
         raise RuntimeError("checkpoint.exact needs acting=local")
 
     def stats(self) -> dict[str, float]:
-        """Actors, failures by cause, bytes on the wire, weights' latency; since the start."""
+        """Actors, restarts by cause, and what the way of acting says of itself."""
         failures = self._fleet.failures()
-        with self._lock:
-            counts = Counter(self._counts)
-        env_steps = max(1, counts["env_steps"])
-        total_s = max(1e-9, counts["total_s"])
         return {
             "acting/actors_ready": float(self._fleet.ready),
             "acting/actors_wanted": float(self._instances),
             "acting/restarts": float(sum(failures.values())),
             **{f"acting/restarts_{cause}": float(n) for cause, n in failures.items()},
-            "acting/lost_env_steps_at_most": float(counts["lost_env_steps"]),
-            "acting/wire_bytes_per_env_step": counts["wire_bytes"] / env_steps,
-            "acting/wire_ratio": counts["raw_bytes"] / max(1, counts["wire_bytes"]),
-            "weights/publish_to_used_s": self._latency_s,
-            "time/acting_env": counts["env_s"] / total_s,
-            "time/acting_policy": counts["policy_s"] / total_s,
+            **self._source.stats(),
         }
 
     def close(self, timeout_s: float) -> None:
         """Ends the actors, and Ray if this pool had started it."""
-        self._stop.set()
-        self._thread.join(timeout_s)
-        self._unpackers.shutdown(wait=False, cancel_futures=True)
-        with suppress(Exception):
-            self._fleet.close()
+        self._source.close(timeout_s)
         self._cluster.close()
 
-    def _received(self, index: int, life: int, answer: Answer, updates: int) -> Rollout:
-        rollout: Rollout = answer.rollout
-        with self._lock:
-            self._collected.append(index)
-            self._env_steps += rollout.env_steps
-            self._counts["env_steps"] += rollout.env_steps
-            self._counts["raw_bytes"] += answer.raw_bytes
-            self._counts["wire_bytes"] += answer.wire_bytes
-            for name, seconds in rollout.timings.items():
-                self._counts[name] += seconds  # type: ignore[assignment]
-            published = self._published_s.pop(answer.weights_version, None)
-            if published is not None:
-                self._latency_s = max(0.0, answer.weights_taken_s - published)
-            for version in [v for v in self._published_s if v < answer.weights_version]:
-                del self._published_s[version]
-        return rollout
 
-    def _raise_failure(self) -> None:
-        if self._failed is not None:
-            raise self._failed
-        if self._fleet.ready and monotonic() - self._last_arrival_s > SILENT_S:
-            raise ActingFailed(f"no rollout for {SILENT_S:.0f} s although actors are ready")
+Arguments = Callable[[int, int], Mapping[str, Any]]
 
-    # --- the thread's side -----------------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            while not self._stop.is_set():
-                self._take_back()
-                self._send_requests()
-                for event in self._fleet.poll(POLL_S):
-                    self._heed(event)
-                if not any(slot.requests for slot in self._fleet.slots):
-                    self._stop.wait(POLL_S)
-        except BaseException as error:
-            self._failed = error
+def _actor_arguments(plan: Plan, compression: Compression) -> Arguments:
+    """(index, chain) -> the keywords of `RemoteActor`."""
+    packed, cache = pickled(plan), str(_cache_folder())
+    return lambda index, chain: {
+        "plan": packed,
+        "index": index,
+        "chain": chain,
+        "compression": compression,
+        "cache": cache,
+    }
 
-    def _heed(self, event: Ready | Answered | Lost) -> None:
-        if isinstance(event, Ready):
-            self._lives[event.index] = event.chain
-            self._open[event.index] = 0
-            self._idle.extend([event.index] * self._per_actor)
-        elif isinstance(event, Answered):
-            self._last_arrival_s = monotonic()
-            unpacked = self._unpackers.submit(_unpack, event.value)
-            self._arrived.put((event.index, self._lives[event.index], unpacked))
-        else:
-            with self._lock:
-                self._counts["lost_env_steps"] += event.requests * self.env_steps_per_request
-            self._lives[event.index] = -1
-            self._idle = deque(i for i in self._idle if i != event.index)
 
-    def _take_back(self) -> None:
-        """Actors whose answers the loop has taken may be asked again."""
-        with self._lock:
-            collected, self._collected = self._collected, deque()
-        for index in collected:
-            if self._lives[index] >= 0 and self._open[index] > 0:
-                self._open[index] -= 1
-                self._idle.append(index)
-
-    def _send_requests(self) -> None:
-        with self._lock:
-            weights, env_steps, updates = self._weights, self._env_steps, self._updates
-        if weights is None or not self._idle:
-            return
-        if self._max_age is not None and updates - weights.version > self._max_age:
-            return  # until newer ones are published
-        reference = self._stored(weights)
-        while self._idle and sum(self._open) < self._most_requests:
-            index = self._idle.popleft()
-            self._open[index] += 1
-            self._fleet.request(index, "collect", reference, env_steps, self.env_steps_per_request)
-
-    def _stored(self, weights: Weights) -> Any:
-        """The one copy of this version in the object store."""
-        if self._reference is None or self._reference[0] != weights.version:
-            self._reference = weights.version, ray.put(narrowed(weights, self._weights_dtype))
-        return self._reference[1]
+def _env_arguments(plan: Plan) -> Arguments:
+    """(index, chain) -> the keywords of `RemoteEnv`."""
+    packed = pickled(plan.family)
+    return lambda index, chain: {"family": packed, "seeds": plan.seeds(index, chain)}
 
 
 def row_bytes(agent: Agent) -> int:
@@ -313,19 +212,10 @@ def row_bytes(agent: Agent) -> int:
     return sum(sizes) + sum(carries) // agent.sequence.block_rows + 1
 
 
-def _unpack(answer: Answer) -> Answer:
-    return Answer(
-        rollout=unpack(answer.rollout),
-        raw_bytes=answer.raw_bytes,
-        wire_bytes=answer.wire_bytes,
-        weights_version=answer.weights_version,
-        weights_taken_s=answer.weights_taken_s,
-    )
-
-
-def _pickled(plan: Plan) -> bytes:
+def pickled(made_of: Any) -> bytes:
+    """What actors are made of, to travel; ConfigError if it can't."""
     try:
-        packed = cloudpickle.dumps(plan)
+        packed = cloudpickle.dumps(made_of)
     except Exception as error:  # it is anybody's code
         line = " ".join(str(error).split())[:200]
         says = f"cannot be pickled for actors in other processes ({line}); use acting=local, or "

@@ -71,6 +71,9 @@ def make_pool(envs: Any, **changes: Any) -> RayPool:
         "env_steps_per_request": LANES * 10,
         "requests_per_actor": 2,
         "min_instances": 1,
+        "inference": "actor",
+        "max_batch": 64,
+        "max_wait_ms": 2.0,
         "cpus_per_actor": 1.0,
         "gpus_per_actor": 0.0,
         "memory_per_actor": None,
@@ -108,7 +111,7 @@ def weights_of(agent: Any, version: int = 0) -> Weights:
 def actor_processes() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        if any("ray::RemoteActor" in part for part in process.info["cmdline"] or ()):
+        if any("ray::Remote" in part for part in process.info["cmdline"] or ()):
             found.append(process)
     return found
 
@@ -162,8 +165,11 @@ def assert_in_order_and_once(rollouts: list[Rollout]) -> None:
         (PONG, {"compress": "none"}),
         (PONG, {"env_steps_per_request": 4, "ingest_threads": 3}),
         (CARTPOLE | {"batch_size": 2}, {"instances": 3}),
+        (CARTPOLE, {"inference": "server", "instances": 3}),
+        (CARTPOLE | {"batch_size": 2}, {"inference": "server", "max_batch": 3}),
+        (PONG, {"inference": "server"}),
     ],
-    ids=["vector", "pong-raw", "pong-lz4", "async"],
+    ids=["vector", "pong-raw", "pong-lz4", "async", "server", "server-async", "server-pong"],
 )
 def test_replayed_q_equals_acting_q_and_blocks_come_in_order_and_once(pool, environment, changes):
     envs = family(**environment)

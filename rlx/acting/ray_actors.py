@@ -1,0 +1,215 @@
+"""Ray actors that act for themselves: each has its own copy of the policy and ships blocks.
+
+One thread sends requests, watches the fleet and fetches answers; a few more unpack them; `collect`
+hands them to the training loop in the order of each actor's blocks.
+
+A request that has been collected is what allows the next one: at any time there are at most
+`requests_per_actor` of them under way per actor, in the actor, the object store or here, so a slow
+learner makes the actors wait and nothing piles up.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from time import monotonic, time
+from typing import Any, Literal
+
+import ray
+
+from rlx.acting.acting_thread import Orders
+from rlx.acting.faults import ActingFailed
+from rlx.acting.ray_fleet import Answered, Fleet, Lost, Ready
+from rlx.acting.wire import Answer, narrowed, unpack
+from rlx.types import Rollout, Weights
+
+POLL_S = 0.02
+SILENT_S = 900.0  # without any rollout although actors are ready: something is wrong
+
+
+class RayActors:
+    """Rollouts of a fleet of `rlx.acting.remote.RemoteActor`.
+
+    per_actor: requests under way for each; most: for all together.
+    """
+
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        want_env_steps: int,
+        per_actor: int,
+        most: int,
+        weights_dtype: Literal["float32", "bfloat16"],
+        max_age: int | None,
+        ingest_threads: int,
+        env_steps: int,
+    ) -> None:
+        self._fleet, self._want = fleet, want_env_steps
+        self._per_actor, self._most = per_actor, most
+        self._weights_dtype, self._max_age = weights_dtype, max_age
+        self._orders = Orders(env_steps)
+        self._unpackers = ThreadPoolExecutor(ingest_threads, thread_name_prefix="unpack")
+        self._arrived: queue.SimpleQueue[tuple[int, int, Future[Answer]]] = queue.SimpleQueue()
+        self._failed: BaseException | None = None
+        self._lock = threading.Lock()  # of what follows, which the loop and the thread share
+        self._published_s: dict[int, float] = {}  # version -> when, until it was first used
+        self._collected: deque[tuple[int, int]] = deque()  # (actor, life) of requests taken
+        self._counts: Counter[str] = Counter()
+        self._latency_s = 0.0
+        # The thread's own:
+        self._reference: tuple[int, Any] | None = None  # version, in the object store
+        self._life = [-1] * len(fleet.slots)  # the chain of each ready actor's life
+        self._under_way = [0] * len(fleet.slots)  # requests, those not collected yet too
+        self._idle: deque[int] = deque()  # actors that may be sent a request, longest idle first
+        self._last_arrival_s = monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ray actors", daemon=True)
+        self._thread.start()
+
+    # --- the loop's side -------------------------------------------------------------------------
+
+    @property
+    def burst_env_steps(self) -> int:
+        """Env steps of one full round of requests."""
+        return min(len(self._fleet.slots) * self._per_actor, self._most) * self._want
+
+    @property
+    def chain(self) -> int:
+        """The newest life of any actor."""
+        return max(slot.chain for slot in self._fleet.slots)
+
+    def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
+        """What has arrived, or the first thing that does within `timeout_s`."""
+        self._orders.note(updates=updates)
+        rollouts: list[Rollout] = []
+        while True:
+            self._raise_failure()
+            try:
+                arrived = self._arrived.get(timeout=max(0.0 if rollouts else timeout_s, 1e-6))
+            except queue.Empty:
+                return rollouts
+            rollouts.append(self._received(*arrived))
+
+    def publish(self, weights: Weights, env_steps: int) -> None:
+        """The next requests bring these."""
+        self._orders.publish(weights, env_steps)
+        with self._lock:
+            self._published_s[weights.version] = time()
+
+    def stats(self) -> dict[str, float]:
+        """What was lost, bytes on the wire, the weights' latency; since the start."""
+        with self._lock:
+            counts = Counter(self._counts)
+        env_steps, total_s = max(1, counts["env_steps"]), max(1e-9, counts["total_s"])
+        return {
+            "acting/lost_env_steps_at_most": float(counts["lost_env_steps"]),
+            "acting/wire_bytes_per_env_step": counts["wire_bytes"] / env_steps,
+            "acting/wire_ratio": counts["raw_bytes"] / max(1, counts["wire_bytes"]),
+            "weights/publish_to_used_s": self._latency_s,
+            "time/acting_env": counts["env_s"] / total_s,
+            "time/acting_policy": counts["policy_s"] / total_s,
+        }
+
+    def close(self, timeout_s: float) -> None:
+        """Stops asking and ends the actors."""
+        self._stop.set()
+        self._thread.join(timeout_s)
+        self._unpackers.shutdown(wait=False, cancel_futures=True)
+        with suppress(Exception):  # the cluster may be gone
+            self._fleet.close()
+
+    def _received(self, index: int, life: int, unpacked: Future[Answer]) -> Rollout:
+        answer = unpacked.result()
+        rollout: Rollout = answer.rollout
+        self._orders.note(env_steps=rollout.env_steps)
+        with self._lock:
+            self._collected.append((index, life))
+            self._counts["env_steps"] += rollout.env_steps
+            self._counts["raw_bytes"] += answer.raw_bytes
+            self._counts["wire_bytes"] += answer.wire_bytes
+            for name, seconds in rollout.timings.items():
+                self._counts[name] += seconds  # type: ignore[assignment]
+            published_s = self._published_s.get(answer.weights_version)
+            if published_s is not None:
+                self._latency_s = max(0.0, answer.weights_taken_s - published_s)
+            newer = {v: s for v, s in self._published_s.items() if v > answer.weights_version}
+            self._published_s = newer
+        return rollout
+
+    def _raise_failure(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+        if self._fleet.ready and monotonic() - self._last_arrival_s > SILENT_S:
+            raise ActingFailed(f"no rollout for {SILENT_S:.0f} s although actors are ready")
+
+    # --- the thread's side -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._take_back()
+                self._send_requests()
+                for event in self._fleet.poll(POLL_S):
+                    self._heed(event)
+                if not any(slot.requests for slot in self._fleet.slots):
+                    self._stop.wait(POLL_S)  # there was nothing that `poll` could wait for
+        except BaseException as error:
+            self._failed = error
+
+    def _heed(self, event: Ready | Answered | Lost) -> None:
+        index = event.index
+        if isinstance(event, Ready):
+            self._life[index] = event.chain
+            self._under_way[index] = 0
+            self._idle.extend([index] * self._per_actor)
+        elif isinstance(event, Answered):
+            self._last_arrival_s = monotonic()
+            unpacked = self._unpackers.submit(_unpack, event.value)
+            self._arrived.put((index, self._life[index], unpacked))
+        else:
+            with self._lock:
+                self._counts["lost_env_steps"] += event.requests * self._want
+            self._life[index] = -1
+            self._under_way[index] = 0
+            self._idle = deque(i for i in self._idle if i != index)
+
+    def _take_back(self) -> None:
+        """Actors whose answers the loop has taken may be asked again, if that life goes on."""
+        with self._lock:
+            collected, self._collected = self._collected, deque()
+        for index, life in collected:
+            if self._life[index] == life:
+                self._under_way[index] -= 1
+                self._idle.append(index)
+
+    def _send_requests(self) -> None:
+        weights, env_steps, updates = self._orders.read()
+        if weights is None or not self._idle:
+            return
+        if self._max_age is not None and updates - weights.version > self._max_age:
+            return  # until newer ones are published
+        reference = self._stored(weights)
+        while self._idle and sum(self._under_way) < self._most:
+            index = self._idle.popleft()
+            self._under_way[index] += 1
+            self._fleet.request(index, "collect", reference, env_steps, self._want)
+
+    def _stored(self, weights: Weights) -> Any:
+        """The one copy of this version in the object store."""
+        if self._reference is None or self._reference[0] != weights.version:
+            self._reference = weights.version, ray.put(narrowed(weights, self._weights_dtype))
+        return self._reference[1]
+
+
+def _unpack(answer: Answer) -> Answer:
+    return Answer(
+        rollout=unpack(answer.rollout),
+        raw_bytes=answer.raw_bytes,
+        wire_bytes=answer.wire_bytes,
+        weights_version=answer.weights_version,
+        weights_taken_s=answer.weights_taken_s,
+    )

@@ -1,0 +1,64 @@
+"""The environments of a few lanes in a process of their own, without a policy and without JAX.
+
+This is all that an actor is with `acting.inference=server`: it steps what it is told to.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlx.acting.whereabouts import Whereabouts, whereabouts
+from rlx.interfaces import Env
+from rlx.types import Episode, Timestep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The answer of some lanes; lane numbers are the actor's own, 0 .. N-1."""
+
+    timestep: Timestep
+    episodes: list[Episode]
+
+
+class RemoteEnv:
+    """One life of one actor's environments.
+
+    family: a pickled EnvFamily; seeds: one per lane.
+    """
+
+    def __init__(self, *, family: bytes, seeds: list[int]) -> None:
+        self._family, self._seeds = family, seeds
+        self._env: Env | None = None
+
+    def hello(self) -> Whereabouts:
+        """That the process lives, and where."""
+        return whereabouts()
+
+    def prepare(self, cores: tuple[int, ...] | None) -> None:
+        """Opens the environments. cores: those that all threads of this process are to share."""
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+        # EnvPool loads JAX where there is one, for a way of stepping that is not used here.
+        sys.modules.setdefault("jax", None)  # type: ignore[arg-type]
+        family = pickle.loads(self._family)
+        self._env = family.make(lanes=len(self._seeds), seeds=self._seeds)
+
+    def reset(self) -> Step:
+        """Starts every lane."""
+        assert self._env is not None
+        return self._answer(self._env.reset())
+
+    def step(self, action: np.ndarray, lane: np.ndarray) -> Step:
+        """Acts in these lanes: i32[n] or f32[n, *], and i32[n]."""
+        assert self._env is not None
+        # The object store's arrays are read-only, which EnvPool refuses.
+        return self._answer(self._env.step(action, np.array(lane)))
+
+    def _answer(self, timestep: Timestep) -> Step:
+        assert self._env is not None
+        return Step(timestep=timestep, episodes=self._env.episodes())
