@@ -239,6 +239,8 @@ def _unknown_key(override: Override, tree: Any) -> list[Problem]:
             hint = ".".join([*parts[:i], near, *parts[i + 1 :]])
             says = f"did you mean {hint}?" if near else did_you_mean(part, names)
             path, given = override.key_or_group, override.get_value_element_as_str()
+            if i and not names:  # an empty mapping takes any key, if it is added with a +
+                says = f"write +{override.key_or_group}={override.get_value_element_as_str()}"
             says = f"no such {'setting' if i else 'key or group'}; {says}"
             return [Problem(path=path, given=given, source=COMMAND_LINE, says=says)]
         tree = tree[part] if isinstance(tree, dict) else None

@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from rlx import _paths, api, composing
+from rlx.acting.faults import ActingFailed
 from rlx.config import ROLES, check, remember
 from rlx.problems import ConfigError, Problem, refuse
 
@@ -47,10 +48,13 @@ def job(cfg: DictConfig) -> Any:
     sources = composing.find_sources(overrides, running.job.config_name, main_dir)
     try:
         summary = api.run(remember(cfg, sources), running.runtime.output_dir)
-    except ConfigError as error:
-        if running.mode == RunMode.MULTIRUN:
+    except (ConfigError, ActingFailed) as error:
+        if running.mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise  # the sweep's other jobs go on
-        _leave(error)
+        if isinstance(error, ConfigError):
+            _leave(error)
+        print(f"rlx: {error}", file=sys.stderr)
+        sys.exit(1)
     if running.mode == RunMode.MULTIRUN and summary.get("state") == "interrupted":
         raise KeyboardInterrupt  # which was meant for the sweep
     return summary

@@ -1,6 +1,6 @@
-"""Draws recurrence.png and writes returns.csv from the runs that README.md's commands made.
+"""Draws NAME.png and writes NAME.csv from the runs that README.md's commands made.
 
-python experiments/recurrence/figure.py FOLDER, with FOLDER/<variant>/<seed>/metrics.jsonl
+python experiments/recurrence/figure.py FOLDER NAME, with FOLDER/<variant>/<seed>/metrics.jsonl
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ VARIANTS = {
     "no-core": "no core (network=mlp)",
 }
 METRIC = "evaluation/return_mean"
+TITLES = {
+    "recurrence": "CartPole without velocities, sequences of 20 trained rows",
+    "short_sequences": "CartPole without velocities, sequences of 2 trained rows",
+}
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, np.ndarray, np.ndarray]]]:
@@ -40,8 +44,8 @@ def curves(folder: Path) -> dict[str, list[tuple[int, np.ndarray, np.ndarray]]]:
     return found
 
 
-def write_csv(found: dict[str, Any]) -> None:
-    with (HERE / "returns.csv").open("w", newline="") as file:
+def write_csv(found: dict[str, Any], name: str) -> None:
+    with (HERE / f"{name}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["variant", "seed", "env_steps", "evaluation_return_mean"])
         for variant, runs in found.items():
@@ -50,7 +54,7 @@ def write_csv(found: dict[str, Any]) -> None:
                     writer.writerow([variant, seed, int(step), round(float(value), 2)])
 
 
-def draw(found: dict[str, Any]) -> None:
+def draw(found: dict[str, Any], name: str) -> None:
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for variant, runs in found.items():
         grid = np.arange(10_000, min(steps[-1] for _, steps, _ in runs) + 1, 10_000)
@@ -62,13 +66,13 @@ def draw(found: dict[str, Any]) -> None:
     axes.set(
         xlabel="env steps",
         ylabel="greedy return, mean of 20 episodes",
-        title="CartPole without velocities: mean and range over "
+        title=f"{TITLES[name]}: mean and range over "
         f"{min(len(runs) for runs in found.values())} seeds",
         ylim=(0, 510),
     )
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(HERE / "recurrence.png", dpi=120)
+    figure.savefig(HERE / f"{name}.png", dpi=120)
 
 
 def table(found: dict[str, Any]) -> None:
@@ -83,7 +87,7 @@ def table(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    all_curves = curves(Path(sys.argv[1]))
-    write_csv(all_curves)
-    draw(all_curves)
+    all_curves, chosen = curves(Path(sys.argv[1])), sys.argv[2]
+    write_csv(all_curves, chosen)
+    draw(all_curves, chosen)
     table(all_curves)

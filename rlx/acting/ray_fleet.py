@@ -85,6 +85,7 @@ class Slot:
     handle: Any = None
     where: Whereabouts | None = None
     cores: tuple[int, ...] | None = None
+    ready_s: float = 0.0  # when this or the last life became ready
     due_s: float = 0.0  # resting: when the next life begins; else: when the head must be answered
     requests: deque[Any] = field(default_factory=deque)  # references, the oldest first
 
@@ -201,7 +202,7 @@ class Fleet:
         if slot.state == "pending":
             self._prepare(slot, value)
         elif slot.state == "preparing":
-            slot.state = "ready"
+            slot.state, slot.ready_s = "ready", monotonic()
             self._events.append(Ready(index=slot.index, chain=slot.chain))
         else:
             slot.due_s = monotonic() + self._deadlines.request_s
@@ -308,7 +309,7 @@ class Fleet:
         return text
 
 
-ASKED = ("num_cpus", "num_gpus", "memory", "resources")
+ASKED = ("num_cpus", "num_gpus", "memory", "resources", "label_selector")
 
 
 def _amounts(resources: Mapping[str, float]) -> Iterator[tuple[str, float]]:

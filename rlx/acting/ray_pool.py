@@ -6,6 +6,7 @@ actors (`rlx.acting.ray_actors`) or for them (`rlx.acting.ray_server`).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -246,7 +247,7 @@ def _check_settings(
         says = f"more than acting.instances={instances}; accepted: 1 .. {instances}"
         raise refuse("acting.min_instances", says, given=str(min_instances))
     if address is None and not ray.is_initialized():
-        _check_room(instances, {"CPU": float(cores())}, wants, own=True)
+        _check_room(instances, {"CPU": float(cores())}, wants)
 
 
 def _check_cluster(
@@ -274,25 +275,25 @@ def _check_cluster(
     if problems:
         raise ConfigError(problems)
     if cluster.is_own:
-        _check_room(instances, have, wants, own=True)
-    else:
-        _check_room(min_instances, have, wants, own=False)
+        _check_room(instances, have, wants)
 
 
 RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
 
 
 def _check_room(
-    instances: int, have: Mapping[str, float], wants: Mapping[str, float | None], *, own: bool
+    instances: int, have: Mapping[str, float], wants: Mapping[str, float | None]
 ) -> None:
-    """Raises a ConfigError with the two nearest settings that fit, if so many actors don't."""
-    cpus, total = wants["num_cpus"] or 0.0, have.get("CPU", 0.0)
-    where = "this machine" if own else "the cluster"
-    if own and cpus * instances > total:
-        share = np.floor(total / instances * 100) / 100
-        most = max(1, int(total // cpus)) if cpus <= total else 0
-        fewer = f"acting.instances={most} with more acting.envs_per_actor" if most else ""
-        smaller = f"acting.cpus_per_actor={max(share, 0.001):g}"
-        says = f"{instances} actors ask for {cpus * instances:g} CPUs, {where} has {total:g}; "
-        says += f"set {smaller}" + (f", or {fewer}" if fewer else "")
+    """Refuses more than this machine has, with the two nearest settings that fit."""
+    asked = (("num_cpus", "CPU", "cpus_per_actor"), ("memory", "memory", "memory_per_actor"))
+    for want, resource, setting in asked:
+        each, total = wants[want] or 0.0, have.get(resource, math.inf)
+        if each * instances <= total:
+            continue
+        share = total / instances  # rounded down to something that reads well
+        fits = f"{math.floor(share * 1000) / 1000:g}" if want == "num_cpus" else f"{int(share)}"
+        says = f"{instances} actors ask for {each * instances:g} {resource}, this machine has "
+        says += f"{total:g}; set acting.{setting}={fits}"
+        if most := int(total // each):
+            says += f", or acting.instances={most} with more acting.envs_per_actor"
         raise refuse("acting.instances", says, given=str(instances))

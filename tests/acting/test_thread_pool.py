@@ -1,0 +1,126 @@
+"""Actors in threads: the keystone, waiting, real time, and an environment that hangs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from rlx.acting.exploration import Constant
+from rlx.acting.faults import ActingFailed
+from rlx.acting.thread_pool import ThreadPool
+from rlx.problems import ConfigError
+from rlx.types import Rollout
+from tests.acting.faulty_envs import FaultyFamily
+from tests.acting.test_keystone import CARTPOLE, PONG, difference, family, make_agent, make_replay
+from tests.acting.test_ray_pool import assert_in_order_and_once, streams, weights_of
+
+
+@pytest.fixture
+def pool() -> Iterator[Callable[..., ThreadPool]]:
+    made: list[ThreadPool] = []
+
+    def make(envs: Any = None, **changes: Any) -> ThreadPool:
+        envs = family(**CARTPOLE) if envs is None else envs
+        settings: dict[str, Any] = {
+            "instances": 2,
+            "envs_per_actor": 4,
+            "env_steps_per_request": 40,
+            "requests_per_actor": 2,
+            "device": "learner",
+            "realtime": False,
+            "max_pending": 3,
+            "max_weight_age_updates": None,
+            "request_timeout_s": 60.0,
+            "exploration": Constant(value=0.3),
+            "seed": 5,
+            "chain": 0,
+            "env_steps": 0,
+        }
+        agent = changes.pop("agent", None) or make_agent(envs)
+        made.append(ThreadPool(**settings | changes, family=envs, agent=agent))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close(2.0)
+
+
+def collect(pool: ThreadPool, env_steps: int) -> list[Rollout]:
+    rollouts: list[Rollout] = []
+    end = time.monotonic() + 60
+    while sum(r.env_steps for r in rollouts) < env_steps:
+        assert time.monotonic() < end
+        rollouts += pool.collect(40, 0.5, 0)
+    return rollouts
+
+
+@pytest.mark.parametrize(
+    "environment", [CARTPOLE, PONG, CARTPOLE | {"batch_size": 1}], ids=["vector", "pong", "async"]
+)
+def test_replayed_q_equals_acting_q_and_blocks_come_in_order_and_once(pool, environment):
+    envs = family(**environment)
+    agent = make_agent(envs)
+    actors = pool(envs, agent=agent)
+    weights = weights_of(agent)
+    actors.publish(weights, 0)
+    replay = make_replay(agent, 8, capacity=320)
+    rollouts = collect(actors, 800)
+    for rollout in rollouts:
+        replay.add(rollout)
+    assert_in_order_and_once(rollouts)
+    assert {lane for lane, _ in streams(rollouts)} == set(range(8))
+    assert difference(agent, weights.params, replay.sample(64).batch) < 1e-4
+
+
+def test_threads_wait_for_the_loop(pool):
+    actors = pool()
+    actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
+    collect(actors, 80)
+    time.sleep(2.0)
+    waiting = actors.collect(40, 0.0, 0)
+    assert len(waiting) == 2 * 2 * 2  # threads, requests, groups of lanes
+    assert actors.burst_env_steps == 2 * 2 * 40
+
+
+def test_in_real_time_what_finds_no_room_is_dropped_and_counted_and_nothing_is_spliced(pool):
+    actors = pool(realtime=True, instances=1)
+    actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
+    rollouts = collect(actors, 80)
+    end = time.monotonic() + 30
+    while not actors.stats()["acting/dropped_env_steps"]:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    time.sleep(0.5)
+    assert len(rollouts + actors.collect(40, 0.0, 0)) >= 3
+    rollouts += collect(actors, 400)
+    assert_in_order_and_once(rollouts[:2])
+    chains = {chain for _, chain in streams(rollouts)}
+    assert len(chains) > 1
+    for numbers in streams(rollouts).values():
+        assert numbers == list(range(len(numbers)))
+
+
+def test_an_environment_that_hangs_ends_the_run_with_its_name(pool):
+    inner = family(**CARTPOLE)
+    envs = FaultyFamily(inner=inner, fault="hangs", after=5)
+    actors = pool(envs, agent=make_agent(inner), request_timeout_s=1.0)
+    actors.publish(weights_of(make_agent(inner)), 0)
+    with pytest.raises(ActingFailed, match=r"acting thread \d: an environment has not answered"):
+        collect(actors, 10_000)
+
+
+def test_what_an_environment_raises_ends_the_run(pool):
+    inner = family(**CARTPOLE)
+    envs = FaultyFamily(inner=inner, fault="raises", after=5)
+    actors = pool(envs, agent=make_agent(inner))
+    actors.publish(weights_of(make_agent(inner)), 0)
+    with pytest.raises(ValueError, match="out of coal"):
+        collect(actors, 10_000)
+
+
+def test_an_odd_number_of_lanes_makes_no_two_groups(pool):
+    with pytest.raises(ConfigError, match=r"acting\.envs_per_actor=5: .* even"):
+        pool(envs_per_actor=5)

@@ -1,0 +1,270 @@
+"""Whole runs on Ray: bad settings, kills, signals, resume; nothing is left running."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rlx.acting.ray_fleet import Fleet, Slot
+from rlx.loop import Loop
+from rlx.metrics import read_rows
+from rlx.types import Rollout
+from tests.acting.test_ray_pool import assert_in_order_and_once, streams, wait_for
+from tests.test_run import TINY, run
+
+RAY = [
+    *(key for key in TINY if not key.startswith("acting.")),
+    "acting=ray_pool",
+    "acting.instances=2",
+    "acting.envs_per_actor=4",
+    "acting.env_steps_per_request=40",
+    "acting.cpus_per_actor=0.5",
+]
+
+
+def rays() -> list[psutil.Process]:
+    """Processes of any Ray cluster."""
+    names = ("raylet", "gcs_server", "ray::")
+    return [
+        process
+        for process in psutil.process_iter(["name", "cmdline", "status"])
+        if process.info["status"] != psutil.STATUS_ZOMBIE
+        and any(
+            name in " ".join([process.info["name"], *process.info["cmdline"][:2]]) for name in names
+        )
+    ]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    yield
+    wait_for(lambda: not rays(), f"Ray to end: {rays()}", 90)
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "rlx.train", *arguments, f"hydra.run.dir={folder}"]
+
+
+def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(folder, *arguments), capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            ["acting.instances=128", "replay.capacity=400000"],
+            "acting.instances=128: 128 actors ask for 128 CPU, this machine has ",
+        ),
+        (["acting.min_instances=3"], "acting.min_instances=3: more than acting.instances=2"),
+        (
+            ["acting.address=127.0.0.1:1"],
+            "acting.address=127.0.0.1:1: cannot be reached ([Errno 111] Connection refused); "
+            "tried 127.0.0.1 port 1 for 10 s",
+        ),
+        (["acting.address=auto"], "acting.address=auto: no Ray cluster is there; start one with"),
+        (
+            ["acting.resources.simulator=1"],
+            "no such setting; write +acting.resources.simulator=1",
+        ),
+        (
+            ["+acting.resources.simulator=1", "acting.cpus_per_actor=0.1"],
+            "acting.resources.simulator=1: no node offers it",
+        ),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_status_2(tmp_path, settings, says):
+    done = train(tmp_path / "run", "acting=ray_pool", *settings)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("rlx: ")]
+    assert says in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "env.json").exists()
+
+
+def test_what_raises_always_ends_with_a_checkpoint_and_status_1(tmp_path, monkeypatch):
+    """The environment works when it is checked, and in no actor."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    code = (
+        "import rlx, tests.test_ray_run as t\n"
+        "from tests.acting.faulty_envs import FaultyFamily\n"
+        "from rlx import assemble\n"
+        "build = assemble.build\n"
+        "def faulty(node, role, **given):\n"
+        "    made = build(node, role, **given)\n"
+        "    return FaultyFamily(inner=made, fault='raises', after=20) if role == 'env' else made\n"
+        "assemble.build = faulty\n"
+        f"rlx.run(rlx.compose([*t.RAY, 'total_env_steps=100000']), {str(tmp_path / 'run')!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 1
+    assert "out of coal" in done.stderr
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "actor" in status["error"]
+    assert list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+class Kept:
+    """What reached the loop, and the longest time it was away from learning and acting."""
+
+    def __init__(self) -> None:
+        self.rollouts: list[Rollout] = []
+        self.updated_s: list[float] = []
+        self.replaced_s: list[float] = []  # from each actor's last kill until it acted again
+
+    def note(self, killed_s: dict[int, float], slot: Slot) -> None:
+        began = killed_s.get(slot.index, math.inf)
+        if slot.state == "ready" and slot.ready_s > began:
+            self.replaced_s.append(slot.ready_s - killed_s.pop(slot.index))
+
+
+class Killer(threading.Thread):
+    """Once all four actors act, sends SIGKILL to a random one's process every second."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(daemon=True)
+        self.seconds, self.kills = seconds, 0
+        self.killed_s: dict[int, float] = {}  # actor -> when last
+        self.fleet: Fleet | None = None
+        self.start()
+
+    def run(self) -> None:
+        while self.fleet is None or self.fleet.ready < 4:
+            time.sleep(0.1)
+        rng, end = random.Random(0), time.monotonic() + self.seconds
+        while time.monotonic() < end:
+            time.sleep(1.0)
+            slot = self.fleet.slots[rng.randrange(4)]
+            if (where := slot.where) is not None:  # else it is only just being started
+                with suppress(ProcessLookupError):
+                    os.kill(where.pid, signal.SIGKILL)
+                    self.killed_s[slot.index] = time.monotonic()
+                    self.kills += 1
+
+
+def keep(monkeypatch: pytest.MonkeyPatch, killer: Killer) -> Kept:
+    """Watches every rollout, update and replacement of a run in this process."""
+    kept, learn, act = Kept(), Loop.learn, Loop.act
+
+    def learning(self: Loop) -> None:
+        before = self.parts.learner.updates
+        learn(self)
+        if self.parts.learner.updates > before:
+            kept.updated_s.append(time.monotonic())
+
+    def acting(self: Loop) -> None:
+        replay: Any = self.parts.replay
+        add = type(replay).add
+        if not hasattr(replay, "watched"):
+            replay.watched = True
+            replay.add = lambda rollout: (kept.rollouts.append(rollout), add(replay, rollout))
+        pool: Any = self.parts.pool
+        killer.fleet = pool._fleet
+        for slot in pool._fleet.slots:
+            kept.note(killer.killed_s, slot)
+        act(self)
+
+    monkeypatch.setattr(Loop, "learn", learning)
+    monkeypatch.setattr(Loop, "act", acting)
+    return kept
+
+
+@pytest.mark.parametrize("inference", ["actor", "server"])
+def test_a_run_whose_actors_are_killed_every_second_for_a_minute_finishes(
+    tmp_path, monkeypatch, inference
+):
+    killer = Killer(60.0)
+    kept = keep(monkeypatch, killer)
+    summary = run(
+        tmp_path,
+        *RAY,
+        "acting.instances=4",
+        "acting.cpus_per_actor=0.25",
+        f"acting.inference={inference}",
+        "replay.ratio=null",  # so that learning waits for nobody
+        "total_env_steps=10_000_000",
+        "stop_after_s=90",
+        "logging.every_env_steps=2000",
+        "checkpoint.every_env_steps=1_000_000",
+    )
+    assert summary["state"] == "finished"
+    print(f"{killer.kills} kills, replaced in at most {max(kept.replaced_s):.1f} s")
+    assert killer.kills > 20
+    assert_in_order_and_once(kept.rollouts)
+    assert {lane for lane, _ in streams(kept.rollouts)} == set(range(16))
+    gaps = [b - a for a, b in zip(kept.updated_s, kept.updated_s[1:], strict=False)]
+    assert max(gaps) < 5.0
+    assert read_rows(tmp_path / "metrics.jsonl")[-1]["acting/restarts_died"] > 15
+    assert len(kept.replaced_s) > 5
+    assert max(kept.replaced_s) < 15.0
+    assert not killer.killed_s  # the last ones are back, too
+
+
+def test_a_killed_run_leaves_nothing_running_and_resumes(tmp_path):
+    running = subprocess.Popen(command(tmp_path, *RAY, "total_env_steps=1_000_000"))
+    try:
+        checkpoints = tmp_path / "checkpoints"
+        wait_for(lambda: len(list(checkpoints.glob("[0-9]*"))) > 1, "two checkpoints", 90)
+    finally:
+        running.kill()
+        running.wait(10)
+    # Ray's own agents need a minute more, which they spend trying to report the loss.
+    agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    wait_for(
+        lambda: all(process.info["cmdline"][:1] in [[a] for a in agents] for process in rays()),
+        "Ray to end with its driver",
+    )
+    saved = max(int(path.name) for path in checkpoints.glob("[0-9]*"))
+    done = train(tmp_path, f"resume={tmp_path}", f"total_env_steps={saved + 400}")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["state"] == "finished"
+    assert saved + 400 <= summary["env_steps"] < saved + 2000
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_ends_the_run_with_a_checkpoint(tmp_path, number):
+    running = subprocess.Popen(
+        command(tmp_path, *RAY, "total_env_steps=1_000_000"), start_new_session=True
+    )
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists(), "the first row", 90)
+    os.killpg(running.pid, number)  # as a terminal's Ctrl-C does
+    assert running.wait(60) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["state"] == "interrupted"
+    assert Path(summary["checkpoint"]).is_dir()
+
+
+def test_two_jobs_of_a_multirun_each_have_their_cluster(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "rlx.train", "-m", *RAY, "total_env_steps=400", "seed=0,1"),
+            f"hydra.sweep.dir={tmp_path}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    states = [json.loads((tmp_path / n / "summary.json").read_text())["state"] for n in "01"]
+    assert states == ["finished", "finished"]
