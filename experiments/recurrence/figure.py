@@ -66,7 +66,7 @@ def draw(found: dict[str, Any], name: str) -> None:
     axes.set(
         xlabel="env steps",
         ylabel="greedy return, mean of 20 episodes",
-        title=f"{TITLES[name]}: mean and range over "
+        title=f"{TITLES[name]}:\nmean and range over "
         f"{min(len(runs) for runs in found.values())} seeds",
         ylim=(0, 510),
     )
