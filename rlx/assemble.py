@@ -18,7 +18,8 @@ from rlx.acting.blocks import row_spec
 from rlx.acting.plan import carry_spec
 from rlx.checkpoint import Checkpointer, CheckpointError, Restored
 from rlx.config import build
-from rlx.interfaces import Agent, EnvFamily
+from rlx.evaluate import Evaluation
+from rlx.interfaces import Agent, EnvFamily, Evaluator
 from rlx.learner import Learner
 from rlx.loop import Parts
 from rlx.problems import refuse
@@ -26,6 +27,8 @@ from rlx.replay.memory import available_bytes, budget
 from rlx.replay.quota import Quota
 
 log = logging.getLogger(__name__)
+
+CLOSE_S = 10.0
 
 
 def build_agent(settings: Mapping[str, Any]) -> tuple[EnvFamily, Agent]:
@@ -70,7 +73,13 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
     )
     if resumed and resumed.replay_state is not None:  # else it fills anew, and so does its account
         quota.restore(resumed.meta["quota"])
+    try:
+        evaluator = _build_evaluator(settings, evaluation, family, agent)
+    except BaseException:
+        pool.close(CLOSE_S)
+        raise
     return Parts(
+        evaluator=evaluator,
         output_dir=output_dir,
         seed=seed,
         total_env_steps=settings["total_env_steps"],
@@ -87,6 +96,23 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
         logging=logging_,
         # Without the arrays: held for the whole run they would keep a deleted replay on the disk.
         resumed=resumed and dataclasses.replace(resumed, state=None, replay_state=None),
+    )
+
+
+def _build_evaluator(
+    settings: Mapping[str, Any], evaluation: Evaluation, family: EnvFamily, agent: Agent
+) -> Evaluator | None:
+    """What evaluates beside the training; it joins the cluster of the actors if they have one."""
+    if evaluation.where == "inline" or evaluation.every_env_steps is None:
+        return None
+    from rlx.ray_evaluator import RayEvaluator
+
+    return RayEvaluator(
+        evaluation=evaluation,
+        family=family,
+        agent=agent,
+        seed=settings["seed"],
+        address=settings["acting"].get("address"),
     )
 
 

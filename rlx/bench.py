@@ -143,9 +143,9 @@ def machine() -> dict[str, Any]:
 
 def report(what: str, found: list[dict[str, Any]]) -> None:
     """A table, then the same as one line of JSON."""
-    print(f"{'name':<44} {'value':>14} {'unit':<14} {'ratio':>6}")
+    print(f"{'name':<60} {'value':>14} {'unit':<14} {'ratio':>6}")
     for row in found:
-        print(f"{row['name']:<44} {row['value']:>14,.1f} {row['unit']:<14} {row['ratio']:>6.2f}")
+        print(f"{row['name']:<60} {row['value']:>14,.1f} {row['unit']:<14} {row['ratio']:>6.2f}")
     print(json.dumps({"what": what, "machine": machine(), "rows": found}))
 
 
@@ -296,22 +296,32 @@ BENCHES: Mapping[str, Callable[[Setup, float], list[dict[str, Any]]]] = {
 }
 
 
+POOLS = ("local", "ray_pool")
+
+
 def main() -> None:
-    """`what=acting|learner seconds=10 setup=cartpole|pong|all`: seconds for each setup."""
+    """`what=acting|learner seconds=10 setup=cartpole|pong|all acting=local|ray_pool`.
+
+    `seconds`: for each setup; `acting`: of what=acting.
+    """
     names = [setup.name for setup in SETUPS]
     given = dict(text.partition("=")[::2] for text in sys.argv[1:])
-    options = {"what": "", "seconds": "10", "setup": "all"} | given
+    options = {"what": "", "seconds": "10", "setup": "all", "acting": "local"} | given
     what, chosen, seconds = options["what"], options["setup"], options["seconds"]
-    known = what in BENCHES and chosen in (*names, "all") and len(options) == 3
-    if not known or not _positive(seconds):
+    known = what in BENCHES and chosen in (*names, "all") and len(options) == 4
+    if not known or not _positive(seconds) or options["acting"] not in POOLS:
         print(
             f"rlx.bench: got {' '.join(sys.argv[1:]) or 'nothing'}; accepted: "
-            f"what={'|'.join(BENCHES)} seconds=10 setup={'|'.join(names)}|all",
+            f"what={'|'.join(BENCHES)} seconds=10 setup={'|'.join(names)}|all "
+            f"acting={'|'.join(POOLS)}",
             file=sys.stderr,
         )
         sys.exit(2)
+    run = BENCHES[what]
+    if (what, options["acting"]) == ("acting", "ray_pool"):
+        from rlx.ray_bench import bench_ray as run
     setups = [setup for setup in SETUPS if chosen in (setup.name, "all")]
-    report(what, [row for setup in setups for row in BENCHES[what](setup, float(seconds))])
+    report(what, [row for setup in setups for row in run(setup, float(seconds))])
 
 
 def _positive(text: str) -> bool:

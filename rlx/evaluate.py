@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -61,6 +61,7 @@ class Evaluation:
     final_episodes: Annotated[int, Range(ge=0)]
     epsilon: Annotated[float, Range(ge=0, le=1)]
     envs: Annotated[int, Range(ge=1)]
+    where: Literal["inline", "actor"]  # actor: in a Ray actor, beside the training
 
     def returns(
         self,

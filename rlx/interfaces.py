@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from rlx.types import (
     Carry,
     EnvSpec,
     Episode,
+    Evaluated,
     NetInput,
     Params,
     Rollout,
@@ -158,8 +159,21 @@ class ActingPool(Protocol):
     def reopen(self) -> None:
         """Opens the environments anew, as the next chain."""
 
-    def stats(self) -> dict[str, float]: ...
+    def stats(self) -> Mapping[str, float | None]: ...
     def close(self, timeout_s: float) -> None: ...
+
+
+class Evaluator(Protocol):
+    """Evaluates beside the training."""
+
+    def submit(self, weights: Weights, env_steps: int) -> None:
+        """Asks for an evaluation; dropped and counted while another is being made."""
+
+    def poll(self) -> list[Evaluated]:
+        """What has been found since the last call; never waits."""
+
+    def stats(self) -> dict[str, float]: ...
+    def close(self) -> None: ...
 
 
 FirstTD = Callable[[Row], np.ndarray]

@@ -20,7 +20,7 @@ from rlx import metrics
 from rlx.acting.faults import ActingFailed
 from rlx.checkpoint import Checkpoint, Checkpointer, Restored
 from rlx.evaluate import Evaluation
-from rlx.interfaces import ActingPool, Agent, EnvFamily, Replay
+from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Replay
 from rlx.learner import Learner, Published
 from rlx.progress import Progress
 from rlx.replay.quota import Quota
@@ -48,6 +48,7 @@ class Parts:
     quota: Quota
     learner: Learner
     evaluation: Evaluation
+    evaluator: Evaluator | None  # beside the training; None: evaluations interrupt it
     checkpoint: Checkpoint
     logging: metrics.Logging
     resumed: Restored | None  # applied to learner, replay, quota and pool already
@@ -178,7 +179,11 @@ class Loop:
         """Evaluates, writes a row of metrics and saves, each on its own clock of env steps."""
         parts = self.parts
         if self._rings(parts.evaluation.every_env_steps):
-            self._evaluate(parts.evaluation.episodes)
+            if parts.evaluator is None:
+                self._evaluate(parts.evaluation.episodes)
+            else:
+                parts.evaluator.submit(parts.learner.publish().weights(), self.count.env_steps)
+        self._heed_evaluator()
         if self._rings(parts.logging.every_env_steps):
             self._write_row()
         if self._rings(parts.checkpoint.every_env_steps):
@@ -222,6 +227,8 @@ class Loop:
     def close(self) -> None:
         with ExitStack() as ends:  # all of them, the last one first, whatever one may raise
             ends.callback(self.parts.pool.close, CLOSE_TIMEOUT_S)
+            if self.parts.evaluator is not None:  # before the pool, whose cluster it may be in
+                ends.callback(self.parts.evaluator.close)
             ends.callback(self._metrics.close)
             ends.callback(self._progress.close)
 
@@ -311,6 +318,18 @@ class Loop:
             )
         self._evaluated = self._score = sum(returns) / len(returns)
         self._metrics.record("evaluation/return_mean", self._evaluated)
+        self._metrics.record("evaluation/weights_version", params.version)
+
+    def _heed_evaluator(self) -> None:
+        """Books what an evaluator beside the training has found."""
+        evaluator = self.parts.evaluator
+        if evaluator is None:
+            return
+        for result in evaluator.poll():
+            self._evaluated = sum(result.returns) / len(result.returns)
+            self._metrics.record("evaluation/return_mean", self._evaluated)
+            self._metrics.record("evaluation/weights_version", result.weights_version)
+            self._metrics.record("evaluation/of_env_steps", result.env_steps)
 
     def _heed_stop(self, *_: object) -> None:
         if self._stop.is_set():
@@ -326,16 +345,18 @@ class Loop:
             self._row = row
             metrics.write_status(self.parts.output_dir, "running", row)
 
-    def _gauges(self) -> dict[str, float]:
+    def _gauges(self) -> dict[str, float | None]:
         replay, quota = self.parts.replay, self.parts.quota
         return {
             **replay.stats(),
             **self.parts.pool.stats(),
+            **(self.parts.evaluator.stats() if self.parts.evaluator else {}),
             "replay/ratio": quota.ratio_so_far(replay.env_steps),
         }
 
     def _live(self) -> dict[str, Any]:
         return self._row | {
+            **self.parts.pool.stats(),
             "env_steps": self.count.env_steps,
             "updates": self.parts.learner.updates,
             "wall_s": self.wall_s,

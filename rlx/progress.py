@@ -170,7 +170,9 @@ def _told(row: Mapping[str, Any], *formats: tuple[str, str]) -> list[str]:
 
 
 def _acting(row: Mapping[str, Any]) -> list[str]:
-    return _told(
+    ready, wanted = row.get("acting/actors_ready"), row.get("acting/actors_wanted")
+    actors = [] if wanted is None else [f"{ready:.0f}/{wanted:.0f} actors ready"]
+    return actors + _told(
         row,
         ("acting/env_steps_per_s", "{:,.0f} env steps/s"),
         ("train/return_mean", "return {:.4g}"),

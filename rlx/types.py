@@ -217,6 +217,15 @@ class Request:
     want_env_steps: int  # over all lanes of the actor
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What an evaluation found."""
+
+    returns: tuple[float, ...]  # unclipped, one per episode
+    weights_version: int  # it was played with
+    env_steps: int  # of the run when those weights were taken
+
+
 # --- learning ------------------------------------------------------------------------------------
 
 

@@ -21,10 +21,12 @@ LAYERS = [
     {"networks", "replay", "envs", "checkpoint", "progress"},
     {"agents", "acting", "learner"},
     {"evaluate"},
+    {"ray_evaluator"},
     {"loop"},
     {"assemble", "composing"},
     {"api"},
     {"train", "report", "bench"},
+    {"ray_bench"},
 ]
 ENTRY_POINTS = {"evaluate", "report", "bench", "train"}  # may import api inside a function
 

@@ -18,6 +18,7 @@ from contextlib import suppress
 from time import monotonic, time
 from typing import Any, Literal
 
+import numpy as np
 import ray
 
 from rlx.acting.acting_thread import Orders
@@ -27,6 +28,8 @@ from rlx.acting.wire import Answer, narrowed, unpack
 from rlx.types import Rollout, Weights
 
 POLL_S = 0.02
+KEPT_VERSIONS = 100  # of which it is known when they were published
+RECENT = 100  # latencies that the metric is the median of
 SILENT_S = 900.0  # without any rollout although actors are ready: something is wrong
 
 
@@ -56,10 +59,11 @@ class RayActors:
         self._arrived: queue.SimpleQueue[tuple[int, int, Future[Answer]]] = queue.SimpleQueue()
         self._failed: BaseException | None = None
         self._lock = threading.Lock()  # of what follows, which the loop and the thread share
-        self._published_s: dict[int, float] = {}  # version -> when, until it was first used
+        self._published_s: dict[int, float] = {}  # version -> when; the newest few
+        self._used: list[int] = [-1] * len(fleet.slots)  # the version each actor acts with
+        self.latencies_s: deque[float] = deque(maxlen=1000)  # from publishing to an actor's use
         self._collected: deque[tuple[int, int]] = deque()  # (actor, life) of requests taken
         self._counts: Counter[str] = Counter()
-        self._latency_s = 0.0
         # The thread's own:
         self._reference: tuple[int, Any] | None = None  # version, in the object store
         self._life = [-1] * len(fleet.slots)  # the chain of each ready actor's life
@@ -99,17 +103,19 @@ class RayActors:
         self._orders.publish(weights, env_steps)
         with self._lock:
             self._published_s[weights.version] = time()
+            while len(self._published_s) > KEPT_VERSIONS:
+                del self._published_s[next(iter(self._published_s))]
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, float | None]:
         """What was lost, bytes on the wire, the weights' latency; since the start."""
         with self._lock:
-            counts = Counter(self._counts)
+            counts, latencies_s = Counter(self._counts), list(self.latencies_s)[-RECENT:]
         env_steps, total_s = max(1, counts["env_steps"]), max(1e-9, counts["total_s"])
         return {
             "acting/lost_env_steps_at_most": float(counts["lost_env_steps"]),
             "acting/wire_bytes_per_env_step": counts["wire_bytes"] / env_steps,
             "acting/wire_ratio": counts["raw_bytes"] / max(1, counts["wire_bytes"]),
-            "weights/publish_to_used_s": self._latency_s,
+            "weights/publish_to_used_s": float(np.median(latencies_s)) if latencies_s else None,
             "time/acting_env": counts["env_s"] / total_s,
             "time/acting_policy": counts["policy_s"] / total_s,
         }
@@ -133,12 +139,16 @@ class RayActors:
             self._counts["wire_bytes"] += answer.wire_bytes
             for name, seconds in rollout.timings.items():
                 self._counts[name] += seconds  # type: ignore[assignment]
-            published_s = self._published_s.get(answer.weights_version)
-            if published_s is not None:
-                self._latency_s = max(0.0, answer.weights_taken_s - published_s)
-            newer = {v: s for v, s in self._published_s.items() if v > answer.weights_version}
-            self._published_s = newer
+            self._note_version(index, answer)
         return rollout
+
+    def _note_version(self, index: int, answer: Answer) -> None:
+        """How long ago the weights were published that this actor has used for the first time."""
+        version = answer.weights_version
+        if version != self._used[index] and version in self._published_s:
+            self._used[index] = version
+            latency_s = answer.weights_taken_s - self._published_s[version]
+            self.latencies_s.append(max(0.0, latency_s))  # clocks of two hosts may differ
 
     def _raise_failure(self) -> None:
         if self._failed is not None:

@@ -120,9 +120,9 @@ class RayPool:
             raise
         # With a limit on the weights' age no request waits behind another while they grow older.
         ahead = 1 if max_weight_age_updates else requests_per_actor
-        self._source: RayActors | RayServer
+        self.source: RayActors | RayServer
         if served:
-            self._source = RayServer(
+            self.source = RayServer(
                 fleet=self._fleet,
                 plan=plan,
                 want_env_steps=env_steps_per_request,
@@ -134,7 +134,7 @@ class RayPool:
                 env_steps=env_steps,
             )
         else:
-            self._source = RayActors(
+            self.source = RayActors(
                 fleet=self._fleet,
                 want_env_steps=env_steps_per_request,
                 per_actor=ahead,
@@ -148,25 +148,25 @@ class RayPool:
     @property
     def burst_env_steps(self) -> int:
         """Env steps of one full round of requests."""
-        return self._source.burst_env_steps
+        return self.source.burst_env_steps
 
     @property
     def chain(self) -> int:
         """The newest of any lane."""
-        return self._source.chain
+        return self.source.chain
 
     def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
         """What has arrived, or the first thing that does within `timeout_s`."""
-        return self._source.collect(timeout_s, updates)
+        return self.source.collect(timeout_s, updates)
 
     def publish(self, weights: Weights, env_steps: int) -> None:
         """The next requests bring these."""
-        self._source.publish(weights, env_steps)
+        self.source.publish(weights, env_steps)
 
     def reopen(self) -> None:
         raise RuntimeError("checkpoint.exact needs acting=local")
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, float | None]:
         """Actors, restarts by cause, and what the way of acting says of itself."""
         failures = self._fleet.failures()
         return {
@@ -174,12 +174,12 @@ class RayPool:
             "acting/actors_wanted": float(self._instances),
             "acting/restarts": float(sum(failures.values())),
             **{f"acting/restarts_{cause}": float(n) for cause, n in failures.items()},
-            **self._source.stats(),
+            **self.source.stats(),
         }
 
     def close(self, timeout_s: float) -> None:
         """Ends the actors, and Ray if this pool had started it."""
-        self._source.close(timeout_s)
+        self.source.close(timeout_s)
         self._cluster.close()
 
 
@@ -188,7 +188,7 @@ Arguments = Callable[[int, int], Mapping[str, Any]]
 
 def _actor_arguments(plan: Plan, compression: Compression) -> Arguments:
     """(index, chain) -> the keywords of `RemoteActor`."""
-    packed, cache = pickled(plan), str(_cache_folder())
+    packed, cache = pickled(plan), str(cache_folder())
     return lambda index, chain: {
         "plan": packed,
         "index": index,
@@ -227,7 +227,7 @@ def pickled(made_of: Any) -> bytes:
     return packed
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """Where the actors of a machine keep compiled policies, from run to run."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "rlx" / "xla"

@@ -240,7 +240,7 @@ def test_the_newest_weights_ride_on_the_next_request(pool):
             for rollout in collect(actors, 30):
                 versions += rollout.weights_version.tolist()
         assert versions == sorted(versions) or version == 0
-    assert actors.stats()["weights/publish_to_used_s"] > 0
+    assert 0 < actors.stats()["weights/publish_to_used_s"] < 60
 
 
 def test_actors_wait_rather_than_act_with_older_weights(pool):
