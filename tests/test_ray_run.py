@@ -219,6 +219,28 @@ def test_a_run_whose_actors_are_killed_every_second_for_a_minute_finishes(
     assert not killer.killed_s  # the last ones are back, too
 
 
+def test_evaluation_in_an_actor_of_its_own_lets_training_go_on(tmp_path):
+    run(
+        tmp_path,
+        *RAY,
+        "replay.ratio=null",
+        "total_env_steps=10_000_000",
+        "stop_after_s=25",
+        "logging.every_env_steps=200",
+        "checkpoint.every_env_steps=1_000_000",
+        "evaluation.where=actor",
+        "evaluation.every_env_steps=1000",
+        "evaluation.final_episodes=0",
+    )
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    found = [row for row in rows if row["evaluation/return_mean"] is not None]
+    assert len(found) >= 2
+    assert all(row["evaluation/of_env_steps"] < row["env_steps"] for row in found)
+    assert all(row["evaluation/weights_version"] < row["updates"] for row in found)
+    assert all(row["time/evaluation"] == 0 for row in rows if "time/evaluation" in row)
+    assert rows[-1]["evaluation/skipped"] >= 0
+
+
 def test_a_killed_run_leaves_nothing_running_and_resumes(tmp_path):
     running = subprocess.Popen(command(tmp_path, *RAY, "total_env_steps=1_000_000"))
     try:

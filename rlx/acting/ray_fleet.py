@@ -30,7 +30,7 @@ from rlx.acting.whereabouts import Whereabouts
 log = logging.getLogger(__name__)
 
 LOG_LINES = 20  # of a failed actor, in the error that it ends in
-SILENCE_S = 5.0  # between two lines that say who is still awaited
+SILENCE_S = 15.0  # between two lines that say who is still awaited
 CLOSE_S = 10.0
 
 State = Literal["pending", "preparing", "ready", "resting"]

@@ -48,6 +48,9 @@ class ThreadPool:
         if envs_per_actor % GROUPS:
             says = f"each thread acts for {GROUPS} groups of lanes in turn; give an even number"
             raise refuse("acting.envs_per_actor", says, given=str(envs_per_actor))
+        find = getattr(family, "problems", None)  # no part of every family
+        if problems := find(lanes=envs_per_actor // GROUPS) if find else []:
+            raise refuse("env", f"{problems[0]}; each group has half of acting.envs_per_actor")
         self.env_steps_per_request = env_steps_per_request
         self._ahead = max_pending if realtime else requests_per_actor
         self._first_chain = chain

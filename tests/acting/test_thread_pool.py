@@ -124,3 +124,9 @@ def test_what_an_environment_raises_ends_the_run(pool):
 def test_an_odd_number_of_lanes_makes_no_two_groups(pool):
     with pytest.raises(ConfigError, match=r"acting\.envs_per_actor=5: .* even"):
         pool(envs_per_actor=5)
+
+
+def test_a_batch_size_that_suits_all_lanes_but_not_a_group_is_refused(pool):
+    envs = family(**CARTPOLE | {"batch_size": 3})
+    with pytest.raises(ConfigError, match=r"env\.batch_size=3; accepted: 1 \.\. 2 .*each group"):
+        pool(envs)
