@@ -35,3 +35,18 @@ def test_hidden_velocities_are_remembered(tmp_path):
 def test_the_default_run_solves_its_task(tmp_path, seed):
     """About 70 s each; at least four of the five seeds must pass 450 (see README.md)."""
     assert run(tmp_path, f"seed={seed}")["evaluation_return"] >= 450
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["acting=threads"],
+        ["acting=ray_pool", "acting.instances=2"],
+        ["acting=ray_pool", "acting.instances=2", "acting.inference=server"],
+    ],
+    ids=["threads", "ray_pool", "server"],
+)
+def test_other_pools_solve_it_too(tmp_path, overrides):
+    """Two to four minutes each."""
+    assert run(tmp_path, "seed=0", *overrides)["evaluation_return"] >= 450

@@ -188,7 +188,7 @@ def keep(monkeypatch: pytest.MonkeyPatch, killer: Killer) -> Kept:
     return kept
 
 
-@pytest.mark.parametrize("inference", ["actor", "server"])
+@pytest.mark.parametrize("inference", ["actor", pytest.param("server", marks=pytest.mark.slow)])
 def test_a_run_whose_actors_are_killed_every_second_for_a_minute_finishes(
     tmp_path, monkeypatch, inference
 ):

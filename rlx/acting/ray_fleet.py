@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 LOG_LINES = 20  # of a failed actor, in the error that it ends in
 SILENCE_S = 15.0  # between two lines that say who is still awaited
-CLOSE_S = 10.0
+FIRST_ALONE_S = 20.0  # the others wait so long for what the first actor compiles
 
 State = Literal["pending", "preparing", "ready", "resting"]
 
@@ -171,13 +171,10 @@ class Fleet:
     # --- lives -----------------------------------------------------------------------------------
 
     def _begin_lives(self) -> None:
-        """Starts what is due: the first alone, as the others find what it compiled; then waves."""
+        """Starts what is due: at first one alone, as the others find what it compiled."""
         starting = sum(slot.state in ("pending", "preparing") for slot in self.slots)
-        most = (
-            self._at_once
-            if any(s.history.answered or s.state == "ready" for s in self.slots)
-            else 1
-        )
+        alone = not self._was_enough and monotonic() - self._began_s < FIRST_ALONE_S
+        most = 1 if alone and not self.ready else self._at_once
         for slot in self.slots:
             if starting >= most:
                 return
@@ -196,7 +193,10 @@ class Fleet:
         try:
             value = ray.get(reference, timeout=self._deadlines.request_s)
         except ray_errors.RayError as error:
-            self._fail(slot, *_reason(error))
+            cause = _cause(error)
+            # Without pid and address, which differ between actors that raise the same.
+            raised = repr(error.cause) if isinstance(error, ray_errors.RayTaskError) else ""
+            self._fail(slot, cause, str(error), raised)
             return
         slot.requests.popleft()
         if slot.state == "pending":
@@ -244,14 +244,14 @@ class Fleet:
                 )
                 self._fail(slot, "hung", f"no answer to its {doing} within {limit:.0f} s")
 
-    def _fail(self, slot: Slot, cause: Cause, error: str) -> None:
+    def _fail(self, slot: Slot, cause: Cause, error: str, raised: str = "") -> None:
         """Ends a life; the next one begins after a while, unless that has gone too far."""
         in_use = slot.state == "ready"
         last_lines = _last_lines(slot.where)
         if in_use:
             self._events.append(Lost(index=slot.index, requests=len(slot.requests), cause=cause))
         self._kill(slot)
-        wait = slot.history.note_failure(monotonic(), cause, error if cause == "raised" else "")
+        wait = slot.history.note_failure(monotonic(), cause, raised)
         slot.state, slot.due_s = "resting", monotonic() + wait
         slot.chain += 1
         log.warning("actor %d: %s; replaced in %.1f s", slot.index, _first_line(error), wait)
@@ -324,15 +324,16 @@ def _some(numbers: list[int], most: int = 8) -> str:
     return told if len(numbers) <= most else f"{told} and {len(numbers) - most} more"
 
 
-def _reason(error: Exception) -> tuple[Cause, str]:
+def _cause(error: Exception) -> Cause:
     """Why a request brought no answer."""
     if isinstance(error, ray_errors.RayTaskError):
-        return "raised", str(error)
-    if isinstance(error, ray_errors.ObjectLostError | ray_errors.ObjectStoreFullError):
-        return "lost_object", str(error)
-    if isinstance(error, ray_errors.GetTimeoutError):
-        return "lost_object", f"its answer could not be fetched: {error}"
-    return "died", str(error)
+        return "raised"
+    lost = (
+        ray_errors.ObjectLostError,
+        ray_errors.ObjectStoreFullError,
+        ray_errors.GetTimeoutError,  # it is there, but cannot be fetched
+    )
+    return "lost_object" if isinstance(error, lost) else "died"
 
 
 def _first_line(text: str) -> str:

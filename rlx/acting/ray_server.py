@@ -56,6 +56,7 @@ class RayLanes:
         self._given: list[tuple[int, int, int]] = []  # (actor, life, lanes) of the last `recv`
         self._episodes: list[Episode] = []
         self.closing = Flag()
+        self.lost_env_steps = 0  # sent to actors that were lost before they answered
 
     def reset(self) -> Timestep:
         """The first answers; the actors' lanes start as the actors become ready."""
@@ -111,6 +112,7 @@ class RayLanes:
         self._waiting = [(i, step) for i, step in self._waiting if i != index]
         if isinstance(event, Lost):
             self._life[index] = -1
+            self.lost_env_steps += event.requests * self._envs_per_actor
             return
         if self._lived[index]:
             first = index * self._envs_per_actor
@@ -211,6 +213,7 @@ class RayServer:
     def stats(self) -> dict[str, float]:
         total_s = max(1e-9, self._counts["total_s"])
         return {
+            "acting/lost_env_steps_at_most": float(self._lanes.lost_env_steps),
             "time/acting_env": self._counts["env_s"] / total_s,
             "time/acting_policy": self._counts["policy_s"] / total_s,
         }

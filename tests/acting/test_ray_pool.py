@@ -349,6 +349,7 @@ def test_what_raises_always_ends_the_run_with_its_traceback(pool, fault):
     with pytest.raises(ActingFailed) as failed:
         collect(actors, 10_000)
     text = str(failed.value)
+    assert "raised what every other actor raised: " in text
     assert "faulty_envs.py" in text  # the traceback of the actor
     if fault == "raises":
         assert "out of coal" in text
