@@ -57,6 +57,7 @@ class Setup:
     network: str
     agent: str
     batch_size: int
+    request_env_steps: int  # of a Ray actor's request: some tenths of a second of acting
     spec: EnvSpec
 
 
@@ -67,6 +68,7 @@ SETUPS = (
         network="mlp_lstm",
         agent="r2d2_small",
         batch_size=32,
+        request_env_steps=8192,
         spec=CARTPOLE,
     ),
     Setup(
@@ -75,6 +77,7 @@ SETUPS = (
         network="nature_lstm",
         agent="r2d2",
         batch_size=64,
+        request_env_steps=256,
         spec=PONG,
     ),
 )

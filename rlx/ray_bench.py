@@ -109,7 +109,9 @@ class Rooflines:
 def make_pool(setup: bench.Setup, agent: Any, family: Any, **changes: Any) -> RayPool:
     """The pool of conf/acting/ray_pool.yaml with these settings changed, all actors ready."""
     pool: RayPool = build(
-        bench.settings("acting", "ray_pool") | {"cpus_per_actor": 0.0} | changes,
+        bench.settings("acting", "ray_pool")
+        | {"cpus_per_actor": 0.0, "env_steps_per_request": setup.request_env_steps}
+        | changes,
         "acting",
         family=family,
         agent=agent,
@@ -199,10 +201,12 @@ def _latency(setup: bench.Setup, agent: Any, family: Any, prefix: str) -> list[d
     changes = {"env_steps_per_request": lanes, "requests_per_actor": 1, "instances": ACTORS}
     pool = make_pool(setup, agent, family, **changes)
     megabytes = sum(x.nbytes for x in jax.tree.leaves(zero_weights(agent).params)) / 1e6
+    assert isinstance(pool.source, RayActors)
+    _receive(pool, WARM_S)
+    pool.source.latencies_s.clear()  # the first one is the actors' start
     for version in range(1, VERSIONS + 1):
         pool.publish(zero_weights(agent, version), 0)
         _receive(pool, 0.4)
-    assert isinstance(pool.source, RayActors)
     latencies_ms = 1000 * np.array(pool.source.latencies_s)
     pool.close(10.0)
     name = f"{prefix}/{megabytes:.1f} MB of weights to {ACTORS} actors"

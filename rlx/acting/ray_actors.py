@@ -27,7 +27,8 @@ from rlx.acting.ray_fleet import Answered, Fleet, Lost, Ready
 from rlx.acting.wire import Answer, narrowed, unpack
 from rlx.types import Rollout, Weights
 
-POLL_S = 0.02
+POLL_S = 0.005  # between two looks at what the loop has taken
+IDLE_S = 0.05
 KEPT_VERSIONS = 100  # of which it is known when they were published
 RECENT = 100  # latencies that the metric is the median of
 SILENT_S = 900.0  # without any rollout although actors are ready: something is wrong
@@ -70,7 +71,7 @@ class RayActors:
         self._under_way = [0] * len(fleet.slots)  # requests, those not collected yet too
         self._idle: deque[int] = deque()  # actors that may be sent a request, longest idle first
         self._last_arrival_s = monotonic()
-        self._stop = threading.Event()
+        self._stop, self._wake = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="ray actors", daemon=True)
         self._thread.start()
 
@@ -97,10 +98,12 @@ class RayActors:
             except queue.Empty:
                 return rollouts
             rollouts.append(self._received(*arrived))
+            self._wake.set()
 
     def publish(self, weights: Weights, env_steps: int) -> None:
         """The next requests bring these."""
         self._orders.publish(weights, env_steps)
+        self._wake.set()
         with self._lock:
             self._published_s[weights.version] = time()
             while len(self._published_s) > KEPT_VERSIONS:
@@ -166,7 +169,8 @@ class RayActors:
                 for event in self._fleet.poll(POLL_S):
                     self._heed(event)
                 if not any(slot.requests for slot in self._fleet.slots):
-                    self._stop.wait(POLL_S)  # there was nothing that `poll` could wait for
+                    self._wake.wait(IDLE_S)  # there was nothing that `poll` could wait for
+                    self._wake.clear()
         except BaseException as error:
             self._failed = error
 
