@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import jax
@@ -122,7 +122,7 @@ def make_pool(setup: bench.Setup, agent: Any, family: Any, **changes: Any) -> Ra
     )
     pool.publish(zero_weights(agent), 0)
     while pool.stats()["acting/actors_ready"] != pool.stats()["acting/actors_wanted"]:
-        pool.collect(0, 0.2, 0)
+        sleep(0.2)  # those that are ready fill what may be under way and leave the cores to others
     return pool
 
 

@@ -193,7 +193,7 @@ class Fleet:
         try:
             value = ray.get(reference, timeout=self._deadlines.request_s)
         except ray_errors.RayError as error:
-            cause = _cause(error)
+            cause = cause_of(error)
             # Without pid and address, which differ between actors that raise the same.
             raised = repr(error.cause) if isinstance(error, ray_errors.RayTaskError) else ""
             self._fail(slot, cause, str(error), raised)
@@ -324,7 +324,7 @@ def _some(numbers: list[int], most: int = 8) -> str:
     return told if len(numbers) <= most else f"{told} and {len(numbers) - most} more"
 
 
-def _cause(error: Exception) -> Cause:
+def cause_of(error: Exception) -> Cause:
     """Why a request brought no answer."""
     if isinstance(error, ray_errors.RayTaskError):
         return "raised"

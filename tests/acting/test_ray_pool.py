@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster
 from rlx import trees
 from rlx.acting.exploration import Ladder
 from rlx.acting.faults import ActingFailed, Restarts
+from rlx.acting.ray_fleet import cause_of
 from rlx.acting.ray_pool import RayPool
 from rlx.problems import ConfigError
 from rlx.types import Rollout, Weights
@@ -278,6 +279,23 @@ def test_weights_may_travel_as_bfloat16(pool):
     assert difference(agent, jax.tree.map(rounded, weights.params), batch) < 1e-4
 
 
+# --- processes -----------------------------------------------------------------------------------
+
+
+def test_each_actor_has_a_core_of_its_own_and_finds_what_the_first_one_compiled(
+    pool, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    actors = pool()
+    actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
+    collect(actors, 60, lanes=2 * LANES)
+    cores = [process.cpu_affinity() for process in actor_processes()]
+    assert sorted(len(each) for each in cores) == [1, 1]
+    assert cores[0] != cores[1]
+    compiled = list((tmp_path / "rlx" / "xla").glob("jit_act-*-cache"))
+    assert len(compiled) == 1
+
+
 # --- back-pressure -------------------------------------------------------------------------------
 
 
@@ -368,6 +386,23 @@ def test_what_dies_before_it_ever_answers_is_not_started_for_ever(pool):
     actors.publish(weights_of(make_agent(inner)), 0)
     with pytest.raises(ActingFailed, match="ended 2 times within 600 s without any answer"):
         collect(actors, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (ray.exceptions.ObjectLostError("0" * 56, "", ""), "lost_object"),
+        (ray.exceptions.OwnerDiedError("0" * 56, "", ""), "lost_object"),
+        (ray.exceptions.GetTimeoutError(), "lost_object"),
+        (ray.exceptions.OutOfMemoryError("killed"), "died"),
+        (ray.exceptions.NodeDiedError("gone"), "died"),
+        (ray.exceptions.ActorUnavailableError("gone", None), "died"),
+        (ray.exceptions.RayTaskError("f", "traceback", ValueError("x")), "raised"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
+)
+def test_what_ray_may_say_instead_of_an_answer_has_a_cause(error, cause):
+    assert cause_of(error) == cause
 
 
 # --- room ----------------------------------------------------------------------------------------
