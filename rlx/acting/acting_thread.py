@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from time import monotonic
 
 from rlx.acting.actor import Actor, collect_in_turn
 from rlx.acting.faults import ActingFailed
 from rlx.types import Request, Rollout, Weights
+
+Arrived = queue.SimpleQueue[tuple["ActingThread", list[Rollout]]]
 
 
 class Orders:
@@ -50,7 +53,7 @@ class ActingThread:
         name: str,
         make_actors: Callable[[], Sequence[Actor]],
         orders: Orders,
-        arrived: queue.SimpleQueue[tuple[ActingThread, list[Rollout]]],
+        arrived: Arrived,
         want_env_steps: int,
         ahead: int,
         realtime: bool = False,
@@ -131,18 +134,17 @@ class ActingThread:
 
 
 class Threads:
-    """Some acting threads as one source of rollouts."""
+    """Some acting threads, which share orders and queue, as one source of rollouts."""
 
-    def __init__(self, threads: Sequence[ActingThread], orders: Orders, limit_s: float) -> None:
+    def __init__(
+        self, threads: Sequence[ActingThread], *, orders: Orders, arrived: Arrived, limit_s: float
+    ) -> None:
         """`limit_s`: the longest that a request may take."""
-        self.threads, self._orders, self._limit_s = threads, orders, limit_s
+        self.threads = threads
+        self._orders, self._arrived, self._limit_s = orders, arrived, limit_s
+        self._seconds: Counter[str] = Counter()
 
-    def collect(
-        self,
-        arrived: queue.SimpleQueue[tuple[ActingThread, list[Rollout]]],
-        timeout_s: float,
-        updates: int,
-    ) -> list[Rollout]:
+    def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
         """What has arrived, or the first thing that does within `timeout_s`."""
         self._orders.note(updates=updates)
         rollouts: list[Rollout] = []
@@ -150,12 +152,23 @@ class Threads:
             for thread in self.threads:
                 thread.check(self._limit_s)
             try:
-                thread, made = arrived.get(timeout=max(0.0 if rollouts else timeout_s, 1e-6))
+                thread, made = self._arrived.get(timeout=max(0.0 if rollouts else timeout_s, 1e-6))
             except queue.Empty:
                 return rollouts
             thread.collected()
             self._orders.note(env_steps=sum(rollout.env_steps for rollout in made))
             rollouts += made
+            for rollout in made:
+                for name, seconds in rollout.timings.items():
+                    self._seconds[name] += seconds  # type: ignore[assignment]
+
+    def stats(self) -> dict[str, float]:
+        """Shares of the time spent acting, since the run began."""
+        total_s = max(1e-9, self._seconds["total_s"])
+        return {
+            "time/acting_env": self._seconds["env_s"] / total_s,
+            "time/acting_policy": self._seconds["policy_s"] / total_s,
+        }
 
     def close(self, timeout_s: float) -> None:
         for thread in self.threads:

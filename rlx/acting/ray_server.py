@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import queue
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Event as Flag
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rlx import trees
-from rlx.acting.acting_thread import ActingThread, Orders, Threads
+from rlx.acting.acting_thread import ActingThread, Arrived, Orders, Threads
 from rlx.acting.actor import Actor
 from rlx.acting.plan import Plan, carry_spec
 from rlx.acting.policy import Policy
@@ -177,20 +176,21 @@ class RayServer:
             max_batch=max_batch,
             max_wait_s=max_wait_s,
         )
-        self._counts: Counter[str] = Counter()
         self._orders = Orders(env_steps)
-        self._arrived: queue.SimpleQueue[tuple[ActingThread, list[Rollout]]] = queue.SimpleQueue()
+        arrived: Arrived = queue.SimpleQueue()
         self._thread = ActingThread(
             name="inference server",
             make_actors=lambda: [self._actor(plan, max_batch)],
             orders=self._orders,
-            arrived=self._arrived,
+            arrived=arrived,
             want_env_steps=want_env_steps,
             ahead=ahead,
             max_age=max_age,
         )
         no_limit = math.inf  # the fleet has its deadlines
-        self._threads = Threads([self._thread], self._orders, no_limit)
+        self._threads = Threads(
+            [self._thread], orders=self._orders, arrived=arrived, limit_s=no_limit
+        )
 
     @property
     def burst_env_steps(self) -> int:
@@ -201,22 +201,14 @@ class RayServer:
         return max(self._first_chain, self._thread.chain)
 
     def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
-        rollouts = self._threads.collect(self._arrived, timeout_s, updates)
-        for rollout in rollouts:
-            for name, seconds in rollout.timings.items():
-                self._counts[name] += seconds  # type: ignore[assignment]
-        return rollouts
+        return self._threads.collect(timeout_s, updates)
 
     def publish(self, weights: Weights, env_steps: int) -> None:
         self._orders.publish(weights, env_steps)
 
     def stats(self) -> dict[str, float]:
-        total_s = max(1e-9, self._counts["total_s"])
-        return {
-            "acting/lost_env_steps_at_most": float(self._lanes.lost_env_steps),
-            "time/acting_env": self._counts["env_s"] / total_s,
-            "time/acting_policy": self._counts["policy_s"] / total_s,
-        }
+        lost = float(self._lanes.lost_env_steps)
+        return {**self._threads.stats(), "acting/lost_env_steps_at_most": lost}
 
     def close(self, timeout_s: float) -> None:
         self._lanes.closing.set()

@@ -8,11 +8,10 @@ environments step while the device acts for the other.
 from __future__ import annotations
 
 import queue
-from collections import Counter
 from functools import partial
 from typing import Annotated
 
-from rlx.acting.acting_thread import ActingThread, Orders, Threads
+from rlx.acting.acting_thread import ActingThread, Arrived, Orders, Threads
 from rlx.acting.actor import Actor
 from rlx.acting.plan import Plan
 from rlx.interfaces import Agent, Device, EnvFamily, Exploration
@@ -54,7 +53,6 @@ class ThreadPool:
         self.env_steps_per_request = env_steps_per_request
         self._ahead = max_pending if realtime else requests_per_actor
         self._first_chain = chain
-        self._counts: Counter[str] = Counter()
         plan = Plan(
             family=family,
             agent=agent,
@@ -65,7 +63,7 @@ class ThreadPool:
             device=device,
         )
         orders = Orders(env_steps)
-        self._arrived: queue.SimpleQueue[tuple[ActingThread, list[Rollout]]] = queue.SimpleQueue()
+        arrived: Arrived = queue.SimpleQueue()
         self._orders = orders
         self._threads = Threads(
             [
@@ -73,7 +71,7 @@ class ThreadPool:
                     name=f"acting thread {index}",
                     make_actors=partial(_actors, plan, index, chain),
                     orders=orders,
-                    arrived=self._arrived,
+                    arrived=arrived,
                     want_env_steps=env_steps_per_request,
                     ahead=self._ahead,
                     realtime=realtime,
@@ -81,8 +79,9 @@ class ThreadPool:
                 )
                 for index in range(instances)
             ],
-            orders,
-            request_timeout_s,
+            orders=orders,
+            arrived=arrived,
+            limit_s=request_timeout_s,
         )
 
     @property
@@ -97,11 +96,7 @@ class ThreadPool:
 
     def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
         """What has arrived, or the first thing that does within `timeout_s`."""
-        rollouts = self._threads.collect(self._arrived, timeout_s, updates)
-        for rollout in rollouts:
-            for name, seconds in rollout.timings.items():
-                self._counts[name] += seconds  # type: ignore[assignment]
-        return rollouts
+        return self._threads.collect(timeout_s, updates)
 
     def publish(self, weights: Weights, env_steps: int) -> None:
         """The next requests bring these."""
@@ -112,13 +107,8 @@ class ThreadPool:
 
     def stats(self) -> dict[str, float]:
         """Shares of the time spent acting, and what was dropped, since the run began."""
-        total = max(self._counts["total_s"], 1e-9)
         dropped = sum(thread.dropped_env_steps for thread in self._threads.threads)
-        return {
-            "time/acting_env": self._counts["env_s"] / total,
-            "time/acting_policy": self._counts["policy_s"] / total,
-            "acting/dropped_env_steps": float(dropped),
-        }
+        return {**self._threads.stats(), "acting/dropped_env_steps": float(dropped)}
 
     def close(self, timeout_s: float) -> None:
         self._threads.close(timeout_s)
