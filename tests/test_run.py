@@ -169,8 +169,9 @@ def test_evaluating_changes_no_bit_of_training(base, tmp_path):
     without = run(tmp_path, "evaluation.final_episodes=0")
     assert without["params_sha256"] == summary["params_sha256"]
     assert without["evaluation_return"] is None
-    for row, other in zip(rows(tmp_path), rows(folder), strict=True):
-        assert row | {"evaluation/return_mean": 0} == other | {"evaluation/return_mean": 0}
+    for pair in zip(rows(tmp_path), rows(folder), strict=True):
+        row, other = ({k: v for k, v in r.items() if "evaluation/" not in k} for r in pair)
+        assert row == other
 
 
 def test_there_is_one_row_per_interval_and_every_name_has_a_value(base):

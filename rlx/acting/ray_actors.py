@@ -113,11 +113,14 @@ class RayActors:
         """What was lost, bytes on the wire, the weights' latency; since the start."""
         with self._lock:
             counts, latencies_s = Counter(self._counts), list(self.latencies_s)[-RECENT:]
+            used = [version for version in self._used if version >= 0]
+        updates = self._orders.read()[2]
         env_steps, total_s = max(1, counts["env_steps"]), max(1e-9, counts["total_s"])
         return {
             "acting/lost_env_steps_at_most": float(counts["lost_env_steps"]),
             "acting/wire_bytes_per_env_step": counts["wire_bytes"] / env_steps,
             "acting/wire_ratio": counts["raw_bytes"] / max(1, counts["wire_bytes"]),
+            "weights/used_age_updates": updates - float(np.mean(used)) if used else None,
             "weights/publish_to_used_s": float(np.median(latencies_s)) if latencies_s else None,
             "time/acting_env": counts["env_s"] / total_s,
             "time/acting_policy": counts["policy_s"] / total_s,

@@ -242,7 +242,10 @@ def test_the_newest_weights_ride_on_the_next_request(pool):
             for rollout in collect(actors, 30):
                 versions += rollout.weights_version.tolist()
         assert versions == sorted(versions) or version == 0
-    assert 0 < actors.stats()["weights/publish_to_used_s"] < 60
+    actors.collect(0, 0.0, updates=35)
+    stats = actors.stats()
+    assert 0 < stats["weights/publish_to_used_s"] < 60
+    assert 5 <= stats["weights/used_age_updates"] <= 35
 
 
 def test_actors_wait_rather_than_act_with_older_weights(pool):
