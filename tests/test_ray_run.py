@@ -36,13 +36,17 @@ RAY = [
 ]
 
 
+BEGAN_S = time.time()
+
+
 def rays() -> list[psutil.Process]:
-    """Processes of any Ray cluster."""
+    """Processes of any Ray cluster that was started since this file was loaded."""
     names = ("raylet", "gcs_server", "ray::")
     return [
         process
-        for process in psutil.process_iter(["name", "cmdline", "status"])
-        if process.info["status"] != psutil.STATUS_ZOMBIE
+        for process in psutil.process_iter(["name", "cmdline", "status", "create_time"])
+        if process.info["create_time"] > BEGAN_S
+        and process.info["status"] != psutil.STATUS_ZOMBIE
         and any(
             name in " ".join([process.info["name"], *process.info["cmdline"][:2]]) for name in names
         )

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -111,10 +112,12 @@ def weights_of(agent: Any, version: int = 0) -> Weights:
 
 
 def actor_processes() -> list[psutil.Process]:
+    """Below this process; other programs may have Ray actors, too."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any("ray::Remote" in part for part in process.info["cmdline"] or ()):
-            found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if any("ray::Remote" in part for part in process.cmdline()):
+                found.append(process)
     return found
 
 
