@@ -117,6 +117,7 @@ class Fleet:
             **options,
             "max_restarts": 0,
             "max_task_retries": 0,
+            "enable_task_events": False,  # Ray would keep a record of each request
             "runtime_env": {"env_vars": dict(environment)},
         }
         self._arguments, self._least, self._threads = arguments, least, threads
