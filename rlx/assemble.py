@@ -126,6 +126,14 @@ def _check_agreement(settings: Mapping[str, Any]) -> None:
     if checkpoint["exact"] and not (local and checkpoint["replay"]):
         says = "the same bits need acting=local and checkpoint.replay=true; set both"
         raise refuse("checkpoint.exact", says, given="true")
+    oldest, every = (
+        settings["acting"].get("max_weight_age_updates"),
+        settings["learner"]["publish_every_updates"],
+    )
+    if oldest is not None and oldest < every:
+        says = f"weights are published every {every} updates (learner.publish_every_updates): "
+        says += f"actors would wait for ever; accepted: null or an int >= {every}"
+        raise refuse("acting.max_weight_age_updates", says, given=str(oldest))
     batch_size, lanes = settings["env"].get("batch_size"), settings["acting"]["envs_per_actor"]
     if batch_size is not None and batch_size > lanes:
         says = f"accepted: 1 .. {lanes} (acting.envs_per_actor), or null for all lanes at once"

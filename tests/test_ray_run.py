@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -18,6 +19,10 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
+from ray._common.usage.usage_constants import CLUSTER_METADATA_KEY
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
 
 from rlx.acting.ray_fleet import Fleet, Slot
 from rlx.loop import Loop
@@ -100,6 +105,26 @@ def test_what_cannot_work_is_one_line_and_status_2(tmp_path, settings, says):
     assert says in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "env.json").exists()
+
+
+def test_a_cluster_of_another_ray_version_is_refused(tmp_path):
+    """A real cluster, whose own note of its version is altered."""
+    there = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        store = GcsClient(address=there.address)
+        where = {"namespace": ray._private.ray_constants.KV_NAMESPACE_CLUSTER}
+        note = json.loads(store.internal_kv_get(CLUSTER_METADATA_KEY, **where))
+        note = json.dumps(note | {"ray_version": "2.9.3"}).encode()
+        store.internal_kv_put(CLUSTER_METADATA_KEY, note, overwrite=True, **where)
+        done = train(tmp_path / "run", "acting=ray_pool", f"acting.address={there.address}")
+    finally:
+        there.shutdown()
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("rlx: ")]
+    assert f"acting.address={there.address}: the cluster there refused this program: " in line
+    assert "2.9.3" in line
+    assert line.endswith("install the same versions of ray and python on all machines")
+    assert "Traceback" not in done.stderr
 
 
 def test_what_raises_always_ends_with_a_checkpoint_and_status_1(tmp_path, monkeypatch):
@@ -278,6 +303,14 @@ def test_a_signal_to_the_whole_group_ends_the_run_with_a_checkpoint(tmp_path, nu
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["state"] == "interrupted"
     assert Path(summary["checkpoint"]).is_dir()
+
+
+def test_a_run_inside_a_running_event_loop_as_a_notebook_has_one(tmp_path):
+    async def cell() -> dict[str, Any]:
+        return run(tmp_path, *RAY, "total_env_steps=400")
+
+    assert asyncio.run(cell())["state"] == "finished"
+    assert not ray.is_initialized()
 
 
 def test_two_jobs_of_a_multirun_each_have_their_cluster(tmp_path):

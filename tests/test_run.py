@@ -654,6 +654,10 @@ def test_more_devices_than_there_are_is_said_of_the_learner(tmp_path):
     ("override", "path"),
     [
         ("env.batch_size=9", "env.batch_size"),
+        (
+            "acting=threads learner.publish_every_updates=9 acting.max_weight_age_updates=8",
+            "acting.max_weight_age_updates",
+        ),
         ("network=grid_lstm", "network"),
     ],
 )
@@ -663,7 +667,7 @@ def test_what_cannot_work_is_said_of_its_setting_before_memory_is_taken(
     monkeypatch.setattr("rlx.assemble._build_replay", lambda *_: pytest.fail("memory was taken"))
     fitting = [s for s in TINY if not (path == "network" and s.startswith("network.torso"))]
     with pytest.raises(ConfigError) as caught:
-        rlx.run(rlx.compose([*fitting, override]), tmp_path / "run")
+        rlx.run(rlx.compose([*fitting, *override.split()]), tmp_path / "run")
     assert [problem.path for problem in caught.value.problems] == [path]
 
 

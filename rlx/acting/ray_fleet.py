@@ -1,6 +1,6 @@
 """A number of Ray actors that are kept alive: started in waves, watched, replaced.
 
-The only module that calls Ray. A fleet knows nothing of environments or weights: its owner sends
+A fleet knows nothing of environments or weights: its owner sends
 requests and gets events. All of it is called by one thread.
 
 Ray restarts nothing by itself (`max_restarts=0`, `max_task_retries=0`): a new process is a new life
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,11 +23,11 @@ import ray
 from ray import exceptions as ray_errors
 
 from rlx.acting.faults import ActingFailed, Cause, History, Restarts, same_error
+from rlx.acting.ray_logs import LastLines, last_lines_of
 from rlx.acting.whereabouts import Whereabouts
 
 log = logging.getLogger(__name__)
 
-LOG_LINES = 20  # of a failed actor, in the error that it ends in
 SILENCE_S = 15.0  # between two lines that say who is still awaited
 FIRST_ALONE_S = 20.0  # the others wait so long for what the first actor compiles
 
@@ -132,6 +130,7 @@ class Fleet:
         self._was_enough = False
         self._said_s = monotonic()
         self._events: deque[Event] = deque()
+        self._last_lines = LastLines()
 
     # --- what the owner calls --------------------------------------------------------------------
 
@@ -168,6 +167,7 @@ class Fleet:
         """Kills every actor; does not wait for them."""
         for slot in self.slots:
             self._kill(slot)
+        self._last_lines.close()
 
     # --- lives -----------------------------------------------------------------------------------
 
@@ -247,23 +247,24 @@ class Fleet:
 
     def _fail(self, slot: Slot, cause: Cause, error: str, raised: str = "") -> None:
         """Ends a life; the next one begins after a while, unless that has gone too far."""
-        in_use = slot.state == "ready"
-        last_lines = _last_lines(slot.where)
-        if in_use:
+        where = slot.where
+        if slot.state == "ready":
             self._events.append(Lost(index=slot.index, requests=len(slot.requests), cause=cause))
         self._kill(slot)
         wait = slot.history.note_failure(monotonic(), cause, raised)
         slot.state, slot.due_s = "resting", monotonic() + wait
         slot.chain += 1
         log.warning("actor %d: %s; replaced in %.1f s", slot.index, _first_line(error), wait)
-        self._give_up_if_hopeless(slot, error, last_lines)
+        self._give_up_if_hopeless(slot, error, where)
+        self._last_lines.tell(slot.index, where)
 
-    def _give_up_if_hopeless(self, slot: Slot, error: str, last_lines: str) -> None:
+    def _give_up_if_hopeless(self, slot: Slot, error: str, where: Whereabouts | None) -> None:
         why = slot.history.too_much()
         if not why and same_error([s.history for s in self.slots]):
             why = "raised what every other actor raised"
         if why:
-            told = f"; the last lines of its log:\n{last_lines}" if last_lines else ""
+            lines = last_lines_of(where)
+            told = f"; the last lines of its log:\n{lines}" if lines else ""
             raise ActingFailed(f"actor {slot.index} {why}: {error}{told}")
 
     def _kill(self, slot: Slot) -> None:
@@ -343,17 +344,3 @@ def _first_line(text: str) -> str:
     if not lines:
         return "unknown"
     return lines[-1] if "Traceback" in text or "ray::" in lines[0] else lines[0]
-
-
-def _last_lines(where: Whereabouts | None) -> str:
-    """Of an actor's log, if its machine is this one."""
-    if where is None or not where.log or where.host != socket.gethostname():
-        return ""
-    try:
-        with open(where.log, "rb") as file:
-            file.seek(max(0, os.path.getsize(where.log) - 16_384))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return ""
-    own = [line for line in lines if not line.startswith(":actor_name:")]
-    return "\n".join(own[-LOG_LINES:])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
+import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,10 +22,13 @@ import ray
 from ray.cluster_utils import Cluster
 
 from rlx import trees
+from rlx.acting import ray_logs
 from rlx.acting.exploration import Ladder
 from rlx.acting.faults import ActingFailed, Restarts
-from rlx.acting.ray_fleet import cause_of
+from rlx.acting.ray_fleet import Answered, Deadlines, Fleet, Lost, Ready, cause_of
+from rlx.acting.ray_logs import last_lines_of
 from rlx.acting.ray_pool import RayPool
+from rlx.acting.whereabouts import whereabouts
 from rlx.problems import ConfigError
 from rlx.types import Rollout, Weights
 from tests.acting.faulty_envs import FaultyFamily
@@ -408,6 +414,81 @@ def test_what_dies_before_it_ever_answers_is_not_started_for_ever(pool):
 )
 def test_what_ray_may_say_instead_of_an_answer_has_a_cause(error, cause):
     assert cause_of(error) == cause
+
+
+class Big:
+    """An actor whose answer is too large to travel with the reply: it stays on its node."""
+
+    def hello(self) -> Any:
+        return whereabouts()
+
+    def prepare(self, cores: tuple[int, ...] | None) -> None:
+        pass
+
+    def answer(self, done: str) -> np.ndarray:
+        Path(done).touch()
+        return np.ones(1_000_000)
+
+    def log(self) -> None:
+        print("its last words", flush=True, file=sys.stderr)
+
+
+@pytest.fixture
+def fleet(cluster) -> Iterator[Fleet]:
+    """One actor of `Big`, on a node of its own."""
+    cluster.add_node(num_cpus=1, resources={"far": 1})
+    cluster.wait_for_nodes()
+    made = Fleet(
+        cls=Big,
+        arguments=lambda index, chain: {},
+        count=1,
+        least=1,
+        first_chain=0,
+        options={"resources": {"far": 1}},
+        environment={},
+        threads=None,
+        at_once=1,
+        restarts=RESTARTS,
+        deadlines=Deadlines(prepare_s=60.0, request_s=20.0, resource_s=60.0, grace_s=60.0),
+    )
+    yield made
+    made.close()
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node)
+
+
+def events_until(fleet: Fleet, kind: type) -> Any:
+    """The next event of this kind; every other one on the way is an error."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        for event in fleet.poll(0.1):
+            assert isinstance(event, kind), event
+            return event
+    raise AssertionError(f"no {kind.__name__} in {PATIENCE_S} s")
+
+
+def test_an_answer_that_is_lost_with_its_node_costs_one_life(cluster, fleet, tmp_path):
+    events_until(fleet, Ready)
+    fleet.request(0, "answer", str(tmp_path / "done"))
+    wait_for((tmp_path / "done").exists, "the answer to be made")
+    time.sleep(1.0)  # for it to reach its node's store, while nobody fetches it
+    (node,) = cluster.worker_nodes
+    cluster.remove_node(node, allow_graceful=False)
+    assert events_until(fleet, Lost) == Lost(index=0, requests=1, cause="lost_object")
+    cluster.add_node(num_cpus=1, resources={"far": 1})
+    assert events_until(fleet, Ready) == Ready(index=0, chain=1)
+
+
+def test_an_actors_last_lines_are_read_where_it_was(fleet, monkeypatch):
+    events_until(fleet, Ready)
+    fleet.request(0, "log")
+    events_until(fleet, Answered)
+    where = fleet.slots[0].where
+    assert where is not None
+    assert last_lines_of(where).endswith("its last words")
+    monkeypatch.setattr(ray_logs.socket, "gethostname", lambda: "another")
+    assert last_lines_of(where).endswith("its last words")  # read by a task on that node
+    assert last_lines_of(dataclasses.replace(where, host="gone")) == ""
 
 
 # --- room ----------------------------------------------------------------------------------------
