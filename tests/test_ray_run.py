@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -41,17 +42,18 @@ RAY = [
 ]
 
 
-BEGAN_S = time.time()
+OURS = "RLX_TEST_SESSION", uuid.uuid4().hex  # in the environment of all that these tests start
+os.environ.update([OURS])
 
 
 def rays() -> list[psutil.Process]:
-    """Processes of any Ray cluster that was started since this file was loaded."""
+    """Processes of any Ray cluster that these tests have started."""
     names = ("raylet", "gcs_server", "ray::")
     return [
         process
-        for process in psutil.process_iter(["name", "cmdline", "status", "create_time"])
-        if process.info["create_time"] > BEGAN_S
-        and process.info["status"] != psutil.STATUS_ZOMBIE
+        for process in psutil.process_iter(["name", "cmdline", "status", "environ"])
+        if process.info["status"] != psutil.STATUS_ZOMBIE
+        and OURS in (process.info["environ"] or {}).items()
         and any(
             name in " ".join([process.info["name"], *process.info["cmdline"][:2]]) for name in names
         )
@@ -110,18 +112,19 @@ def test_what_cannot_work_is_one_line_and_status_2(tmp_path, settings, says):
 def test_a_cluster_of_another_ray_version_is_refused(tmp_path):
     """A real cluster, whose own note of its version is altered."""
     there = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    address = there.address
     try:
-        store = GcsClient(address=there.address)
+        store = GcsClient(address=address)
         where = {"namespace": ray._private.ray_constants.KV_NAMESPACE_CLUSTER}
         note = json.loads(store.internal_kv_get(CLUSTER_METADATA_KEY, **where))
         note = json.dumps(note | {"ray_version": "2.9.3"}).encode()
         store.internal_kv_put(CLUSTER_METADATA_KEY, note, overwrite=True, **where)
-        done = train(tmp_path / "run", "acting=ray_pool", f"acting.address={there.address}")
+        done = train(tmp_path / "run", "acting=ray_pool", f"acting.address={address}")
     finally:
         there.shutdown()
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("rlx: ")]
-    assert f"acting.address={there.address}: the cluster there refused this program: " in line
+    assert f"acting.address={address}: the cluster there refused this program: " in line
     assert "2.9.3" in line
     assert line.endswith("install the same versions of ray and python on all machines")
     assert "Traceback" not in done.stderr
