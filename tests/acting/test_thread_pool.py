@@ -15,7 +15,7 @@ from rlx.problems import ConfigError
 from rlx.types import Rollout
 from tests.acting.faulty_envs import FaultyFamily
 from tests.acting.test_keystone import CARTPOLE, PONG, difference, family, make_agent, make_replay
-from tests.acting.test_ray_pool import assert_in_order_and_once, streams, weights_of
+from tests.acting.test_ray_pool import assert_in_order_and_once, streams, wait_for, weights_of
 
 
 @pytest.fixture
@@ -48,10 +48,14 @@ def pool() -> Iterator[Callable[..., ThreadPool]]:
         each.close(2.0)
 
 
-def collect(pool: ThreadPool, env_steps: int) -> list[Rollout]:
+def collect(pool: ThreadPool, env_steps: int, lanes: int = 1) -> list[Rollout]:
+    """Rollouts until there are so many env steps, and blocks of so many lanes."""
     rollouts: list[Rollout] = []
     end = time.monotonic() + 60
-    while sum(r.env_steps for r in rollouts) < env_steps:
+    while (
+        sum(r.env_steps for r in rollouts) < env_steps
+        or len({lane for lane, _ in streams(rollouts)}) < lanes
+    ):
         assert time.monotonic() < end
         rollouts += pool.collect(40, 0.5, 0)
     return rollouts
@@ -67,7 +71,7 @@ def test_replayed_q_equals_acting_q_and_blocks_come_in_order_and_once(pool, envi
     weights = weights_of(agent)
     actors.publish(weights, 0)
     replay = make_replay(agent, 8, capacity=320)
-    rollouts = collect(actors, 800)
+    rollouts = collect(actors, 800, lanes=8)
     for rollout in rollouts:
         replay.add(rollout)
     assert_in_order_and_once(rollouts)
@@ -78,8 +82,10 @@ def test_replayed_q_equals_acting_q_and_blocks_come_in_order_and_once(pool, envi
 def test_threads_wait_for_the_loop(pool):
     actors = pool()
     actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
-    collect(actors, 80)
-    time.sleep(2.0)
+    collect(actors, 80, lanes=8)
+    arrived = actors._threads._arrived
+    wait_for(lambda: arrived.qsize() == 2 * 2, "two requests of two threads")
+    time.sleep(0.5)
     waiting = actors.collect(40, 0.0, 0)
     assert len(waiting) == 2 * 2 * 2  # threads, requests, groups of lanes
     assert actors.burst_env_steps == 2 * 2 * 40
