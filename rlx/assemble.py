@@ -23,7 +23,6 @@ from rlx.interfaces import Agent, EnvFamily, Evaluator
 from rlx.learner import Learner
 from rlx.loop import Parts
 from rlx.problems import refuse
-from rlx.replay.memory import available_bytes, budget
 from rlx.replay.quota import Quota
 
 log = logging.getLogger(__name__)
@@ -94,8 +93,7 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
         evaluation=evaluation,
         checkpoint=checkpoint,
         logging=logging_,
-        # Without the arrays: held for the whole run they would keep a deleted replay on the disk.
-        resumed=resumed and dataclasses.replace(resumed, state=None, replay_state=None),
+        resumed=resumed and dataclasses.replace(resumed, state=None),  # which may be large
     )
 
 
@@ -154,31 +152,20 @@ def _check_network(agent: Agent) -> None:
 
 
 def _build_replay(settings: Mapping[str, Any], agent: Agent, resumed: Restored | None) -> Any:
-    """Prints the bytes it will take, and refuses what does not fit, before allocating."""
-    acting, spec = settings["acting"], agent.spec
-    shapes = {
-        "sequence": agent.sequence,
-        "row_spec": row_spec(spec, agent.acting_spec),
-        "carry_spec": carry_spec(agent),
-        "lanes": acting["instances"] * acting["envs_per_actor"],
-    }
-    try:
-        planned = budget(capacity_rows=settings["replay"]["capacity"], **shapes)
-        log.info(
-            "replay: %s rows of %.0f bytes, %.2f GB in all; %.2f GB are available",
-            f"{planned.rows:,}",
-            planned.bytes_per_row,
-            planned.total_bytes / 1e9,
-            available_bytes() / 1e9,
-        )
-        planned.check(available_bytes())
-    except ValueError as error:
-        raise refuse("replay.capacity", str(error)) from error
-    seed = settings["seed"]
-    replay = build(settings["replay"], "replay", first_td=agent.first_td, seed=seed, **shapes)
+    acting = settings["acting"]
+    replay = build(
+        settings["replay"],
+        "replay",
+        sequence=agent.sequence,
+        row_spec=row_spec(agent.spec, agent.acting_spec),
+        carry_spec=carry_spec(agent),
+        lanes=acting["instances"] * acting["envs_per_actor"],
+        first_td=agent.first_td,
+        seed=settings["seed"],
+    )
     if resumed is not None and resumed.replay_state is not None:
         try:
-            replay.restore(resumed.replay_state)
+            replay.restore(resumed.replay_state, resumed.replay_blocks())
         except ValueError as error:
             raise refuse("resume", str(error)) from error
     return replay

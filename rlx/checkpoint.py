@@ -4,8 +4,9 @@
         state/          the training state, written by orbax as host arrays
         leaves.json     path -> dtype, shape and key kind of every leaf of the state
         meta.json       the run's counters, generators and metrics, as given
-        replay.json     the replay's state; its arrays lie in replay/*.npy
-        manifest.json   size and sha256 of every file above; written last
+        replay.json     the replay's tables; their arrays lie in replay/*.npy
+        manifest.json   size and sha256 of every file above, and the segments; written last
+    <run>/checkpoints/segments/         the replay's blocks, which checkpoints share
     <run>/checkpoints/best.json         names the checkpoint with the best score
     <run>/checkpoints/discarded/        checkpoints that the run went back behind
 
@@ -22,7 +23,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,9 @@ import numpy as np
 
 from rlx import trees
 from rlx.metrics import write_json
-from rlx.types import Range
+from rlx.replay.segments import SegmentError, check_segment
+from rlx.replay.snapshots import read_blocks
+from rlx.types import Blocks, Range
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,8 @@ JSON = dict[str, Any]
 FOLDER = "checkpoints"
 DISCARDED = "discarded"
 BEST_FILE = "best.json"
-FORMAT = 1
+SEGMENTS = "segments"
+FORMAT = 2
 MAP_BYTES = 1 << 20  # arrays from this size on are mapped, not read, when restored
 SHOWN = 5  # differing leaves named in an error
 
@@ -73,8 +77,13 @@ class Restored:
     state: Any  # the tree of `like_state`: NumPy arrays; typed PRNG keys are JAX key arrays
     meta: JSON
     replay_state: JSON | None  # None: the checkpoint has none, or it was not asked for
+    segments: list[JSON]  # of the replay's blocks (rlx.replay.snapshots)
     path: Path
     env_steps: int
+
+    def replay_blocks(self) -> Iterator[Blocks]:
+        """The replay's blocks, a few at a time."""
+        return read_blocks(_segments_folder(self.path), self.segments)
 
 
 class Checkpointer:
@@ -98,12 +107,14 @@ class Checkpointer:
         state: Any,
         meta: Mapping[str, Any],
         replay_state: Mapping[str, Any] | None = None,
+        segments: Sequence[Mapping[str, Any]] = (),
         score: float | None = None,
     ) -> Path:
         """Writes one checkpoint, deletes those that are no longer kept, returns its folder.
 
         state: a tree of host or device arrays, PRNG keys among them. replay_state: nested dicts
-        of arrays and JSON values (tuples come back as lists). score: the higher, the better.
+        of arrays and JSON values (tuples come back as lists). segments: the files that hold the
+        replay's blocks, of a Snapshots in `segments_folder`. score: the higher, the better.
         """
         settings = self._settings
         if settings is None:
@@ -113,7 +124,7 @@ class Checkpointer:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
-            _write_all(temporary, env_steps, state, meta, replay_state, score)
+            _write_all(temporary, env_steps, state, meta, replay_state, segments, score)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -142,6 +153,21 @@ class Checkpointer:
                 continue
             return _read_all(path, manifest, like_state, with_replay)
         raise AssertionError("unreachable: candidates are never empty")
+
+    @property
+    def segments_folder(self) -> Path:
+        """Where the blocks of saved replays lie."""
+        return self.folder / SEGMENTS
+
+    def segments_kept(self) -> set[str]:
+        """The segments that any checkpoint needs, discarded ones too."""
+        aside = self.folder / DISCARDED
+        paths = [*self.paths(), *(aside.iterdir() if aside.is_dir() else ())]
+        kept: set[str] = set()
+        for path in paths:
+            with contextlib.suppress(_Damaged):
+                kept.update(segment["file"] for segment in _read_manifest(path)["segments"])
+        return kept
 
     def paths(self) -> list[Path]:
         """The folders of all checkpoints, oldest first."""
@@ -233,6 +259,12 @@ def _name(env_steps: int) -> str:
     return f"{env_steps:012d}"
 
 
+def _segments_folder(checkpoint: Path) -> Path:
+    """Where the blocks of this checkpoint's replay lie."""
+    above = checkpoint.parent
+    return (above.parent if above.name == DISCARDED else above) / SEGMENTS
+
+
 def _score(path: Path) -> float | None:
     try:
         return _read_manifest(path)["score"]
@@ -272,6 +304,7 @@ def _write_all(
     state: Any,
     meta: Mapping[str, Any],
     replay_state: Mapping[str, Any] | None,
+    segments: Sequence[Mapping[str, Any]],
     score: float | None,
 ) -> None:
     files: dict[str, JSON] = {}
@@ -288,7 +321,13 @@ def _write_all(
         if name not in files:
             files[name] = _fingerprint(path)
     score = None if score is None or not np.isfinite(score) else float(score)
-    body = {"format": FORMAT, "env_steps": int(env_steps), "score": score, "files": files}
+    body = {
+        "format": FORMAT,
+        "env_steps": int(env_steps),
+        "score": score,
+        "files": files,
+        "segments": [dict(segment) for segment in segments],
+    }
     manifest = {"sha256": _body_sha256(body), "body": body}
     _write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
     for path in [*folder.rglob("*"), folder]:
@@ -457,6 +496,11 @@ def _verify(folder: Path, with_replay: bool) -> JSON:
             )
         if _fingerprint(path) != expected:
             raise _Damaged(f"{path}: damaged: its sha256 is not that of what was written.")
+    for segment in manifest["segments"] if with_replay else ():
+        try:
+            check_segment(_segments_folder(folder) / segment["file"], segment["nbytes"])
+        except SegmentError as error:
+            raise _Damaged(str(error)) from error
     return manifest
 
 
@@ -469,6 +513,7 @@ def _read_all(folder: Path, manifest: JSON, like_state: Any, with_replay: bool) 
         state=state,
         meta=json.loads((folder / "meta.json").read_bytes()),
         replay_state=replay_state,
+        segments=manifest["segments"],
         path=folder,
         env_steps=manifest["env_steps"],
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from rlx.types import (
     Array,
     Batch,
+    Blocks,
     Carry,
     EnvSpec,
     Episode,
@@ -127,10 +128,23 @@ class Replay(Protocol):
     def sample(self, batch_size: int) -> Sample: ...
     def update_td(self, keys: np.ndarray, td: np.ndarray) -> None: ...
     def stats(self) -> dict[str, float]: ...
-    def state(self, *, copy: bool = True) -> dict[str, Any]:
-        """Arrays and JSON values; copy=False: views, to be written out before the next add."""
+    def state(self) -> dict[str, Any]:
+        """Arrays and JSON values: everything but the blocks."""
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    @property
+    def block_nbytes(self) -> float: ...
+    @property
+    def oldest_key(self) -> int:
+        """Of the blocks that are there."""
+
+    @property
+    def next_key(self) -> int:
+        """Of the next block to come."""
+
+    def blocks_after(self, key: int, most: int) -> tuple[Blocks, int]:
+        """Copies of the blocks with later keys, and the key to go on after; for any thread."""
+
+    def restore(self, state: Mapping[str, Any], blocks: Iterable[Blocks]) -> None: ...
 
 
 class Exploration(Protocol):

@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+import numpy as np
 
 from rlx import metrics
 from rlx.acting.faults import ActingFailed
@@ -24,7 +27,7 @@ from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Replay
 from rlx.learner import Learner, Published
 from rlx.progress import Progress
 from rlx.replay.quota import Quota
-from rlx.types import Sample, UpdateOutput
+from rlx.replay.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +102,8 @@ class Loop:
         self._score: float | None = None  # the same, until a checkpoint has it
         self._before = 0  # env steps at the last `keep`
         self._began = perf_counter()
-        self._waiting: tuple[Sample, UpdateOutput] | None = None  # whose TD errors are to come
+        # The keys of the last update and what waits for its TD errors, until those are applied.
+        self._waiting: tuple[np.ndarray, Callable[[], np.ndarray]] | None = None
         self._published: Published | None = None
         self._acting_version = 0
         self._stages = metrics.Stages()
@@ -109,6 +113,10 @@ class Loop:
         if parts.resumed:
             self._resume(parts.resumed)
         self._checkpoints = Checkpointer(parts.output_dir, parts.checkpoint)
+        self._snapshots = Snapshots(
+            self._checkpoints.segments_folder, parts.resumed.segments if parts.resumed else ()
+        )
+        self._save_due = False
         self._progress = Progress(parts.total_env_steps, parts.logging)
 
     # --- the three stages ------------------------------------------------------------------------
@@ -166,7 +174,7 @@ class Loop:
             output = learner.update(batch)
         quota.trained(learner.batch_size * self.parts.agent.sequence.unroll)
         self._settle()
-        self._waiting = (sample, output)
+        self._waiting = (sample.keys, partial(learner.td, output))
         if learner.updates % learner.publish_every_updates == 0:
             with self._stages.measure("publish"):
                 self._published = learner.publish()
@@ -187,6 +195,10 @@ class Loop:
         if self._rings(parts.logging.every_env_steps):
             self._write_row()
         if self._rings(parts.checkpoint.every_env_steps):
+            self._save_due = True
+            if parts.checkpoint.replay and not parts.checkpoint.exact:
+                self._snapshots.write_ahead(parts.replay)
+        if self._save_due and not self._snapshots.is_writing:
             self.save()
             if parts.checkpoint.exact:
                 self._publish(parts.learner.publish())
@@ -233,24 +245,38 @@ class Loop:
             ends.callback(self._progress.close)
 
     def save(self, *, finished: bool = False) -> Path:
-        """A checkpoint of everything; first ends the update in flight.
+        """A checkpoint of everything.
 
-        An exact run then opens its environments anew, as one that resumes from here will.
+        It changes no bit of the training, whenever it is made: TD errors that the replay has not
+        got yet are saved beside it. An exact run ends the update in flight and opens its
+        environments anew, as one that resumes from here will.
         """
-        self._settle()
-        replay, score = self.parts.replay, self._score
+        if self.parts.checkpoint.exact:
+            self._settle()
+        replay, score, keeps = self.parts.replay, self._score, self.parts.checkpoint.replay
         self._score = None  # an evaluation is the score of one checkpoint, the next one
+        self._save_due = False
         with self._stages.measure("checkpoint"):
+            segments = self._snapshots.complete(replay) if keeps else []
             saved = self._checkpoints.save(
                 self.count.env_steps,
                 state=self.parts.learner.state(),
                 meta=self._meta() | {"finished": finished},
-                replay_state=replay.state(copy=False) if self.parts.checkpoint.replay else None,
+                replay_state=replay.state() | self._pending() if keeps else None,
+                segments=segments,
                 score=score,
             )
+            self._snapshots.forget(self._checkpoints.segments_kept())
             if self.parts.checkpoint.exact and not finished:
                 self.parts.pool.reopen()
         return saved
+
+    def _pending(self) -> dict[str, np.ndarray]:
+        """The TD errors that are to be applied next."""
+        if self._waiting is None:
+            return {}
+        keys, wait_for_td = self._waiting
+        return {"pending_keys": keys, "pending_td": wait_for_td()}
 
     @property
     def wall_s(self) -> float:
@@ -289,12 +315,12 @@ class Loop:
         """Ends the update in flight: its TD errors reach the replay, its weights the actors."""
         if self._waiting is None:
             return
-        sample, output = self._waiting
+        keys, wait_for_td = self._waiting
         self._waiting = None
         with self._stages.measure("wait_learner"):
-            td = self.parts.learner.td(output)
+            td = wait_for_td()
         with self._stages.measure("sample"):
-            self.parts.replay.update_td(sample.keys, td)
+            self.parts.replay.update_td(keys, td)
         if self._published is not None:
             self._publish(self._published)
             self._published = None
@@ -382,6 +408,9 @@ class Loop:
         )
         self._evaluated = meta["evaluation_return"]
         self._metrics.restore(meta["metrics"])
+        saved = resumed.replay_state or {}
+        if (td := saved.get("pending_td")) is not None:
+            self._waiting = (saved["pending_keys"], lambda: td)
 
 
 @contextmanager

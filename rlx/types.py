@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 Array = Any  # numpy.ndarray or jax.Array
 Observation = Mapping[str, Array]
 Params = Any  # nested dict of arrays
+Leaves = dict[str, Any]  # arrays by their path in a tree
 
 RECORDS: dict[type, tuple[str, ...]] = {}  # every record with array fields -> their names
 
@@ -236,6 +237,15 @@ class Batch:
     rows: Row  # [B, L, ...]
     carry: Carry  # [B, ...]: before each sequence's first row
     importance: Array  # f32[B]: correction factors of non-uniform sampling, at most 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Copies of some of a replay's blocks, in the order of their keys."""
+
+    keys: Array  # i64[M]: their numbers among all blocks ever added
+    rows: Leaves  # [M, K, ...]
+    carry: Leaves  # [M, ...]
 
 
 @record

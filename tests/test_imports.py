@@ -18,7 +18,8 @@ LAYERS = [
     {"types", "problems", "_paths", "provenance", "seeding"},
     {"trees", "interfaces", "ops", "hints", "targets"},
     {"config", "optimizers", "metrics", "statistics"},
-    {"networks", "replay", "envs", "checkpoint", "progress"},
+    {"networks", "replay", "envs", "progress"},
+    {"checkpoint"},
     {"agents", "acting", "learner"},
     {"evaluate"},
     {"ray_evaluator"},
@@ -32,7 +33,7 @@ ENTRY_POINTS = {"evaluate", "report", "bench", "train"}  # may import api inside
 
 HYDRA = {"config", "composing", "api", "train", "evaluate", "report", "bench"}
 HOMES = {
-    "ray": {f"acting/ray_{name}" for name in ("actors", "cluster", "fleet", "pool")},
+    "ray": {f"acting/ray_{name}" for name in ("actors", "cluster", "fleet", "logs", "pool")},
     "envpool": {"envs/envpool"},
     "hydra": HYDRA,
     "omegaconf": HYDRA,

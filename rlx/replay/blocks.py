@@ -21,22 +21,23 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
 import numpy as np
 
 from rlx import trees
-from rlx.replay.memory import available_bytes, budget
+from rlx.replay.available import available_bytes
+from rlx.replay.checks import checked_buffers, checked_leaves
+from rlx.replay.memory import budget
+from rlx.replay.storage import Storing, make_storage
 from rlx.replay.sum_tree import SumTree
 from rlx.replay.tables import LaneTable, SlotTable
-from rlx.types import ArraySpec, Batch, Carry, Rollout, Row, SequenceSpec
+from rlx.types import ArraySpec, Batch, Blocks, Carry, Leaves, Rollout, Row, SequenceSpec
 
 LeafOf = Callable[[np.ndarray], np.ndarray]  # keys i64[M] of startable sequences -> f64[M] > 0
 
-NOT_VALID = -1.0  # the TD of a row that has none
-_OBSERVATION = "inputs/observation/"
 _MAX_REDRAWS = 1000
 
 
@@ -53,8 +54,8 @@ class _Part:
     chain: np.ndarray  # i32[M]
     number: np.ndarray  # i64[M]
     weights_version: np.ndarray  # i64[M]
-    rows: Mapping[str, np.ndarray]  # leaves [M, K, ...]
-    carry: Mapping[str, np.ndarray]  # leaves [M, ...]
+    rows: Leaves  # [M, K, ...]
+    carry: Leaves  # [M, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +90,17 @@ class BlockRing:
         row_spec: Row,
         carry_spec: Carry,
         lanes: int,
+        storing: Storing | None = None,
     ) -> None:
-        """The specs have ArraySpec leaves. Raises ValueError if the ring does not fit in memory."""
+        """The specs have ArraySpec leaves. Raises ValueError if the ring does not fit."""
+        storing = storing or Storing()
         self.budget = budget(
             capacity_rows=capacity_rows,
             sequence=sequence,
             row_spec=row_spec,
             carry_spec=carry_spec,
             lanes=lanes,
+            storing=storing,
         )
         self.budget.check(available_bytes())
         self.sequence = sequence
@@ -107,8 +111,15 @@ class BlockRing:
         self.redraws = 0  # sequences overwritten while they were copied
         self._row_spec, self._carry_spec = row_spec, carry_spec
         self._scalar_spec = replace(row_spec, inputs=replace(row_spec.inputs, observation={}))
-        self._rows = _zeros(row_spec, (self.slots, sequence.block_rows))
-        self._carry = _zeros(carry_spec, (self.slots,))
+        self._row_leaves: dict[str, ArraySpec] = trees.flatten(row_spec)
+        self._carry_leaves: dict[str, ArraySpec] = trees.flatten(carry_spec)
+        self._storage = make_storage(
+            storing,
+            row_spec=row_spec,
+            carry_spec=carry_spec,
+            slots=self.slots,
+            block_rows=sequence.block_rows,
+        )
         self._slot = SlotTable.empty(self.slots)
         self._lane = LaneTable.empty(lanes)
         self._tree = SumTree(self.slots)
@@ -129,10 +140,19 @@ class BlockRing:
         return self._live * self.sequence.block_rows
 
     @property
+    def oldest_key(self) -> int:
+        """Of the blocks that are there, or the next one's if none is."""
+        return max(0, self._next_key - self.slots)
+
+    @property
+    def next_key(self) -> int:
+        """Of the next block to come."""
+        return self._next_key
+
+    @property
     def nbytes(self) -> int:
         tables = [*vars(self._slot).values(), *vars(self._lane).values()]
-        arrays = [*self._rows.values(), *self._carry.values(), *tables]
-        return sum(array.nbytes for array in arrays) + self._tree.nbytes
+        return self._storage.nbytes + sum(t.nbytes for t in tables) + self._tree.nbytes
 
     @property
     def bytes_per_row(self) -> float:
@@ -194,19 +214,15 @@ class BlockRing:
 
     def scalars(self, keys: np.ndarray) -> Row:
         """Row [M, L] of these sequences without observations; for the writer's thread only."""
-        index = self._row_index(self._window(keys))
-        flat = {
-            path: _take_rows(data, index)
-            for path, data in self._rows.items()
-            if not path.startswith(_OBSERVATION)
-        }
+        flat = self._storage.scalars(self._window(keys) % self.slots, self.sequence.length)
         scalars: Row = trees.unflatten(self._scalar_spec, flat)
         return scalars
 
     def _parts(self, rollout: Rollout) -> Iterator[_Part]:
         """The blocks to write, a few at a time so that readers never find the ring empty."""
-        rows = _checked_leaves("rows", rollout.rows, self._rows, len(rollout.lane))
-        carry = _checked_leaves("carry", rollout.carry, self._carry, len(rollout.lane))
+        leading = (len(rollout.lane), self.sequence.block_rows)
+        rows = checked_leaves("rows", rollout.rows, self._row_leaves, leading)
+        carry = checked_leaves("carry", rollout.carry, self._carry_leaves, leading[:1])
         kept, previous = self._admit(rollout.lane, rollout.chain, rollout.number)
         self.blocks_dropped += len(rollout.lane) - len(kept)
         first_key, most = self._next_key, max(1, self.slots // 8)
@@ -262,15 +278,7 @@ class BlockRing:
         self._slot.key[slots] = -1
 
     def _write(self, part: _Part) -> None:
-        """Copies the data in two runs of slots: up to the ring's end, and from its beginning."""
-        begin = int(part.keys[0]) % self.slots
-        first = min(len(part.keys), self.slots - begin)
-        rest = len(part.keys) - first
-        pairs = [(self._rows[path], leaf) for path, leaf in part.rows.items()]
-        pairs += [(self._carry[path], leaf) for path, leaf in part.carry.items()]
-        for data, leaf in pairs:
-            data[begin : begin + first] = leaf[:first]
-            data[:rest] = leaf[first:]
+        self._storage.write(int(part.keys[0]) % self.slots, part.rows, part.carry)
 
     def _publish(self, part: _Part, slots: np.ndarray) -> None:
         table = self._slot
@@ -317,12 +325,12 @@ class BlockRing:
         """A batch of uninitialised arrays to draw into, again and again."""
         length = self.sequence.length
         rows = {
-            path: np.empty((batch_size, length, *data.shape[2:]), data.dtype)
-            for path, data in self._rows.items()
+            path: np.empty((batch_size, length, *leaf.shape), leaf.dtype)
+            for path, leaf in self._row_leaves.items()
         }
         carry = {
-            path: np.empty((batch_size, *data.shape[1:]), data.dtype)
-            for path, data in self._carry.items()
+            path: np.empty((batch_size, *leaf.shape), leaf.dtype)
+            for path, leaf in self._carry_leaves.items()
         }
         return Batch(
             rows=trees.unflatten(self._row_spec, rows),
@@ -344,8 +352,8 @@ class BlockRing:
         if nothing is startable.
         """
         batch = buffers or self.buffers(batch_size)
-        out_rows = _checked_buffers(batch.rows, batch_size)
-        out_carry = _checked_buffers(batch.carry, batch_size)
+        out_rows = checked_buffers(batch.rows, batch_size)
+        out_carry = checked_buffers(batch.carry, batch_size)
         choice = self._choose(np.arange(batch_size), batch_size, rng, stratified)
         self._copy_out(choice.window, out_rows, out_carry)
         for _ in range(_MAX_REDRAWS):
@@ -398,30 +406,15 @@ class BlockRing:
             window[:, block] = self._slot.next_key[window[:, block - 1] % self.slots]
         return window
 
-    def _row_index(self, window: np.ndarray) -> np.ndarray:
-        """i64[n, L]: where the rows lie in the leaves seen as [slots * K, ...]."""
-        block_rows = self.sequence.block_rows
-        index = (window % self.slots)[:, :, None] * block_rows + np.arange(block_rows)
-        return index.reshape(len(window), -1)[:, : self.sequence.length]
-
-    def _copy_out(
-        self,
-        window: np.ndarray,
-        out_rows: Mapping[str, np.ndarray],
-        out_carry: Mapping[str, np.ndarray],
-    ) -> None:
-        index = self._row_index(window)
-        for path, out in out_rows.items():
-            _take_rows(self._rows[path], index, out)
-        for path, out in out_carry.items():
-            np.take(self._carry[path], window[:, 0] % self.slots, axis=0, out=out, mode="clip")
+    def _copy_out(self, window: np.ndarray, out_rows: Leaves, out_carry: Leaves) -> None:
+        self._storage.gather(window % self.slots, out_rows, out_carry)
 
     def _copy_again(
         self,
         which: np.ndarray,
         window: np.ndarray,
-        out_rows: Mapping[str, np.ndarray],
-        out_carry: Mapping[str, np.ndarray],
+        out_rows: Leaves,
+        out_carry: Leaves,
     ) -> None:
         """Copies to these positions of the batch only."""
         fresh = self.buffers(len(which))
@@ -441,23 +434,42 @@ class BlockRing:
 
     # --- saving ---
 
-    def state(self, *, copy: bool = True) -> dict[str, Any]:
-        """Flat names to arrays and JSON scalars: all that `restore` needs to go on exactly.
-
-        Only slots ever filled are saved. copy=False gives views, for a caller that adds nothing
-        until it has written them: a copy of a full ring doubles its memory.
-        """
+    def state(self) -> dict[str, Any]:
+        """Flat names to arrays and JSON scalars: all that `restore` needs beside the blocks."""
         with self._writing, self._lock:
-            used = min(self._next_key, self.slots)
+            used = min(self._next_key, self.slots)  # slots ever filled
             counters = {name: int(getattr(self, name)) for name in _COUNTERS}
-            saved: dict[str, Any] = {"layout": self._layout(), **counters}
-            for path, array in self._saved_arrays().items():
-                part = array if path.startswith("lane/") else array[:used]
-                saved[path] = part.copy() if copy else part
-            return saved
+            tables = {
+                path: (array if path.startswith("lane/") else array[:used]).copy()
+                for path, array in self._tables().items()
+            }
+            return {"layout": self._layout(), **counters, **tables}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes over a saved state; raises ValueError if it is of a ring made otherwise."""
+    def blocks_after(self, key: int, most: int) -> tuple[Blocks, int]:
+        """Copies of up to `most` blocks with later keys, the oldest first; for any thread.
+
+        Answers the key to go on after, too: the one given if nothing later came. Blocks that are
+        overwritten meanwhile are left out.
+        """
+        with self._lock:
+            first = max(key + 1, self._next_key - self.slots)
+            keys = np.arange(first, min(first + most, self._next_key))
+            last = int(keys[-1]) if keys.size else key
+            keys = keys[self._live_keys(keys)]
+        rows, carry = self._storage.blocks(keys % self.slots)
+        with self._lock:
+            same = self._live_keys(keys)
+        return Blocks(
+            keys=keys[same],
+            rows={path: leaf[same] for path, leaf in rows.items()},
+            carry={path: leaf[same] for path, leaf in carry.items()},
+        ), last
+
+    def restore(self, state: Mapping[str, Any], blocks: Iterable[Blocks]) -> None:
+        """Takes over a saved state, given all blocks of it (and perhaps older ones).
+
+        Raises ValueError if it is of a ring made otherwise, or a block is missing.
+        """
         if state["layout"] != self._layout():
             raise ValueError(
                 f"The saved replay has another layout: saved {state['layout']}, "
@@ -465,7 +477,7 @@ class BlockRing:
             )
         with self._writing, self._lock:
             self._slot.key[:] = -1
-            for path, array in self._saved_arrays().items():
+            for path, array in self._tables().items():
                 if path != "leaves":
                     array[: len(state[path])] = state[path]
             self._tree.load(state["leaves"])
@@ -473,6 +485,23 @@ class BlockRing:
                 setattr(self, name, int(state[name]))
             self._live = int((self._slot.key >= 0).sum())
             self._startable = int((self._tree.values > 0).sum())
+            found = sum(self._restore_blocks(some) for some in blocks)
+        if found != self._live:
+            raise ValueError(
+                f"The saved replay has {self._live} blocks, {found} were found: it is damaged; "
+                "resume with checkpoint.replay=false to fill a new one."
+            )
+
+    def _restore_blocks(self, blocks: Blocks) -> int:
+        """Writes those that the tables name; answers how many."""
+        live = np.flatnonzero(self._live_keys(blocks.keys))
+        for run in np.split(live, np.flatnonzero(np.diff(blocks.keys[live]) != 1) + 1):
+            if run.size:
+                index = _as_slice(run)
+                rows = {path: leaf[index] for path, leaf in blocks.rows.items()}
+                carry = {path: leaf[index] for path, leaf in blocks.carry.items()}
+                self._storage.write(int(blocks.keys[run[0]]) % self.slots, rows, carry)
+        return len(live)
 
     def check_valid(self) -> tuple[bool, str]:
         """Whether tables, links, tree and counters agree (slow: for tests)."""
@@ -496,13 +525,11 @@ class BlockRing:
                     return False, f"a link goes to another {name}"
             return True, ""
 
-    def _saved_arrays(self) -> dict[str, np.ndarray]:
+    def _tables(self) -> dict[str, np.ndarray]:
         """Per slot, or per lane where the name begins with `lane/`."""
-        arrays = {f"slot/{name}": array for name, array in vars(self._slot).items()}
-        arrays |= {f"lane/{name}": array for name, array in vars(self._lane).items()}
-        arrays |= {f"rows/{path}": array for path, array in self._rows.items()}
-        arrays |= {f"carry/{path}": array for path, array in self._carry.items()}
-        return arrays | {"leaves": self._tree.values}
+        tables = {f"slot/{name}": array for name, array in vars(self._slot).items()}
+        tables |= {f"lane/{name}": array for name, array in vars(self._lane).items()}
+        return tables | {"leaves": self._tree.values}
 
     def _layout(self) -> str:
         """JSON of all that a saved state depends on."""
@@ -521,68 +548,8 @@ class BlockRing:
 _COUNTERS = ("_next_key", "env_steps", "blocks_dropped", "redraws")
 
 
-def _zeros(spec: Row | Carry, leading: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Arrays by leaf path; np.zeros touches no memory before it is written."""
-    leaves: dict[str, ArraySpec] = trees.flatten(spec)
-    return {path: np.zeros((*leading, *leaf.shape), leaf.dtype) for path, leaf in leaves.items()}
-
-
-def _take_rows(data: np.ndarray, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """[n, L, ...] of data [slots, K, ...] by row index; mode "clip" copies without a buffer."""
-    flat = data.reshape(-1, *data.shape[2:])
-    return np.take(flat, index, axis=0, out=out, mode="clip")
-
-
 def _as_slice(indices: np.ndarray) -> Any:
     """The same indices as a slice where they have no gap: a view instead of a copy."""
     if indices[-1] - indices[0] + 1 == len(indices):
         return slice(int(indices[0]), int(indices[-1]) + 1)
     return indices
-
-
-def _checked_leaves(
-    what: str, tree: Any, stored: Mapping[str, np.ndarray], blocks: int
-) -> dict[str, np.ndarray]:
-    """The leaves of a rollout's tree [M, ...], if they are as the ring stores them."""
-    leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(tree).items()}
-    if leaves.keys() != stored.keys():
-        raise ValueError(
-            f"A rollout's {what} have the leaves {sorted(leaves)}, the replay stores "
-            f"{sorted(stored)}; both must come from one spec."
-        )
-    for path, leaf in leaves.items():
-        want = stored[path]
-        if leaf.shape != (blocks, *want.shape[1:]) or leaf.dtype != want.dtype:
-            raise ValueError(
-                f"A rollout's {what} leaf {path} is {leaf.dtype}{list(leaf.shape)}, the replay "
-                f"stores {want.dtype}{[blocks, *want.shape[1:]]}; convert it where it is made."
-            )
-    return leaves
-
-
-def _checked_buffers(tree: Any, batch_size: int) -> dict[str, np.ndarray]:
-    leaves: dict[str, np.ndarray] = trees.flatten(tree)
-    for path, leaf in leaves.items():
-        if len(leaf) != batch_size:
-            raise ValueError(
-                f"Buffer {path} holds {len(leaf)} sequences, {batch_size} are asked for; "
-                f"make it by buffers({batch_size})."
-            )
-    return leaves
-
-
-def check_td(keys: np.ndarray, td: np.ndarray) -> None:
-    """Raises where td is not f32[B, T], finite (FloatingPointError, naming the keys), absolute."""
-    td = np.asarray(td)
-    if td.ndim != 2 or len(td) != len(keys):
-        raise ValueError(
-            f"TD errors must be f32[{len(keys)}, T], one line per key, got {list(td.shape)}."
-        )
-    bad = ~np.isfinite(td).all(axis=1)
-    if bad.any():
-        raise FloatingPointError(
-            f"TD errors of the sequences with keys {np.asarray(keys)[bad].tolist()} are not "
-            f"finite; look at the learner's loss and the rewards."
-        )
-    if ((td < 0) & (td != NOT_VALID)).any():
-        raise ValueError(f"TD errors must be absolute (or -1 = not valid), got {float(td.min())}.")

@@ -1,15 +1,11 @@
-"""The memory that a ring of blocks takes, and what there is: asked before allocating."""
+"""The memory that a ring of blocks takes, known before anything is allocated."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
 
 from rlx import trees
+from rlx.replay.storage import Storing, frames, leaf_nbytes
 from rlx.replay.sum_tree import sum_tree_nbytes
 from rlx.replay.tables import LaneTable, SlotTable
 from rlx.types import ArraySpec, Carry, Row, SequenceSpec
@@ -24,16 +20,26 @@ class Budget:
     sequences: int  # startable at least, once the ring is full and lanes run evenly
     bytes_per_row: float  # carries, keys, links and the sum tree included
     total_bytes: int
+    memory_bytes: int  # of them; without what lies on the disk, or frames before compression
+
+    def __str__(self) -> str:
+        total = (
+            f"{self.rows:,} rows of {self.bytes_per_row:.0f} bytes, {self.total_bytes / 1e9:.2f} GB"
+        )
+        if self.memory_bytes == self.total_bytes:
+            return total
+        return f"{total}, of which {self.memory_bytes / 1e9:.2f} GB are sure to be in memory"
 
     def check(self, available_bytes: int) -> None:
         """Raises ValueError if the ring does not fit."""
-        if self.total_bytes <= available_bytes:
+        if self.memory_bytes <= available_bytes:
             return
-        fits = max(0, int(available_bytes / self.bytes_per_row))
+        per_row = self.memory_bytes / self.rows
+        fits = max(0, int(available_bytes / per_row))
         raise ValueError(
-            f"A replay of {self.rows} rows takes {self.total_bytes / 1e9:.2f} GB "
-            f"({self.bytes_per_row:.0f} bytes per row), {available_bytes / 1e9:.2f} GB are "
-            f"available: at most about {fits} rows fit; lower replay.capacity."
+            f"A replay of {self.rows} rows takes {self.memory_bytes / 1e9:.2f} GB of memory "
+            f"({per_row:.0f} bytes per row), {available_bytes / 1e9:.2f} GB are available: at most "
+            f"about {fits} rows fit; lower replay.capacity, or see replay.storage and .compress."
         )
 
     def check_min_sequences(self, min_sequences: int) -> None:
@@ -46,7 +52,13 @@ class Budget:
 
 
 def budget(
-    *, capacity_rows: int, sequence: SequenceSpec, row_spec: Row, carry_spec: Carry, lanes: int
+    *,
+    capacity_rows: int,
+    sequence: SequenceSpec,
+    row_spec: Row,
+    carry_spec: Carry,
+    lanes: int,
+    storing: Storing | None = None,
 ) -> Budget:
     """The budget of a ring; raises ValueError for settings that could never give a sample."""
     _check_sequence(sequence)
@@ -60,6 +72,7 @@ def budget(
         )
     per_block = sequence.block_rows * _spec_nbytes(row_spec) + _spec_nbytes(carry_spec)
     per_block += SlotTable.nbytes_per_slot()
+    elsewhere = _bytes_elsewhere(storing or Storing(), sequence.block_rows, row_spec, carry_spec)
     total = blocks * per_block + sum_tree_nbytes(blocks) + lanes * LaneTable.nbytes_per_lane()
     rows = blocks * sequence.block_rows
     starts_per_lane = (blocks // lanes - sequence.blocks + 1) // sequence.blocks_per_stride
@@ -69,59 +82,24 @@ def budget(
         sequences=lanes * starts_per_lane,
         bytes_per_row=total / rows,
         total_bytes=total,
+        memory_bytes=total - blocks * elsewhere,
     )
 
 
-def available_bytes(root: Path = Path("/")) -> int:
-    """Bytes this process may still take: MemAvailable or what its cgroups (v1, v2) leave.
-
-    The smallest of those that can be read under `root`; sys.maxsize if none can.
-    """
-    meminfo = _named_numbers(root / "proc/meminfo").get("MemAvailable:")
-    found = [] if meminfo is None else [meminfo * 1024]
-    return min(found + list(_cgroup_headrooms(root)), default=sys.maxsize)
-
-
-def _cgroup_headrooms(root: Path) -> Iterator[int]:
-    """Bytes left in each cgroup above this process that has a limit."""
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, names = "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        parts = [part for part in path.split("/") if part]
-        for depth in range(len(parts) + 1):
-            yield from _headroom((root / base).joinpath(*parts[:depth]), *names)
-
-
-def _headroom(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> Iterator[int]:
-    limit, usage = _lines(folder / limit_name), _lines(folder / usage_name)
-    if limit and usage and limit[0].isdigit():
-        cache = _named_numbers(folder / "memory.stat").get(cache_name, 0)  # given back on demand
-        yield max(0, int(limit[0]) - int(usage[0]) + cache)
-
-
-def _named_numbers(path: Path) -> dict[str, int]:
-    """Lines of `name number ...`."""
-    words = [line.split() for line in _lines(path)]
-    return {word[0]: int(word[1]) for word in words if len(word) > 1 and word[1].isdigit()}
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
+def _bytes_elsewhere(storing: Storing, block_rows: int, row_spec: Row, carry_spec: Carry) -> int:
+    """Bytes of a block that are no claim on memory; what LZ4 makes of frames is not known yet."""
+    if storing.storage == "mmap":
+        return block_rows * _spec_nbytes(row_spec) + _spec_nbytes(carry_spec)
+    if storing.compress == "lz4":
+        leaves: dict[str, ArraySpec] = trees.flatten(row_spec)
+        return sum(leaf_nbytes(leaves[p]) * block_rows for p in frames(leaves, block_rows))
+    return 0
 
 
 def _spec_nbytes(spec: Row | Carry) -> int:
     """Bytes of one row or carry."""
     leaves: list[ArraySpec] = list(trees.flatten(spec).values())
-    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+    return sum(map(leaf_nbytes, leaves))
 
 
 def _check_sequence(sequence: SequenceSpec) -> None:

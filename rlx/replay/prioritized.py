@@ -8,15 +8,17 @@ The importance is divided by its maximum over the whole batch.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
 import numpy as np
 
 from rlx.interfaces import FirstTD
-from rlx.replay.blocks import NOT_VALID, BlockRing, check_td
-from rlx.seeding import spawn_rng
-from rlx.types import Batch, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
+from rlx.replay.checks import NOT_VALID, check_td
+from rlx.replay.ring_replay import RingReplay
+from rlx.replay.storage import Storing
+from rlx.types import Batch, Blocks, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
 
 
 def sequence_priority(td: np.ndarray, eta: float) -> np.ndarray:
@@ -35,7 +37,7 @@ def importance_of(scaled_probability: np.ndarray, exponent: float) -> np.ndarray
 
 
 @final
-class Prioritized:
+class Prioritized(RingReplay):
     """Draws sequences in proportion to (priority + epsilon)^priority_exponent."""
 
     def __init__(
@@ -50,6 +52,10 @@ class Prioritized:
         importance_exponent: Annotated[float, Range(ge=0)],
         initial_priority: Literal["acting", "max"],
         stratified: bool,
+        storage: Literal["memory", "mmap"],
+        folder: str | None,
+        compress: Literal["none", "lz4"],
+        gather_threads: Annotated[int, Range(ge=1)],
         sequence: Runtime[SequenceSpec],
         row_spec: Runtime[Row],
         carry_spec: Runtime[Carry],
@@ -58,48 +64,33 @@ class Prioritized:
         seed: Runtime[int],
     ) -> None:
         """Settings: conf/replay/prioritized.yaml. Raises ValueError for what cannot work."""
-        self.ratio = ratio
-        self.min_sequences = min_sequences
+        super().__init__(
+            capacity=capacity,
+            ratio=ratio,
+            min_sequences=min_sequences,
+            storing=Storing(
+                storage=storage,
+                folder=None if folder is None else Path(folder),
+                compress=compress,
+                gather_threads=gather_threads,
+            ),
+            sequence=sequence,
+            row_spec=row_spec,
+            carry_spec=carry_spec,
+            lanes=lanes,
+            seed=seed,
+        )
         self._exponent, self._eta, self._epsilon = priority_exponent, priority_eta, priority_epsilon
         self._importance_exponent = importance_exponent
         self._initial_priority = initial_priority
         self._stratified = stratified
         self._first_td = first_td
-        self._rng = spawn_rng(seed, "replay", "sample")
         self._largest_priority = 1.0  # ever written; read by initial_priority=max only
         self._stale_updates = 0
-        self._ring = BlockRing(
-            capacity_rows=capacity,
-            sequence=sequence,
-            row_spec=row_spec,
-            carry_spec=carry_spec,
-            lanes=lanes,
-        )
-        self._ring.budget.check_min_sequences(min_sequences)
-
-    @property
-    def startable(self) -> int:
-        return self._ring.startable
-
-    @property
-    def rows(self) -> int:
-        return self._ring.rows
-
-    @property
-    def env_steps(self) -> int:
-        return self._ring.env_steps
-
-    @property
-    def nbytes(self) -> int:
-        return self._ring.nbytes
 
     def add(self, rollout: Rollout) -> None:
         """Stores a rollout's blocks and gives the sequences they complete a first priority."""
         self._ring.add(rollout, self._first_leaves)
-
-    def buffers(self, batch_size: int) -> Batch:
-        """Arrays that `sample` can fill again and again."""
-        return self._ring.buffers(batch_size)
 
     def sample(self, batch_size: int, *, buffers: Batch | None = None) -> Sample:
         """Draws with replacement; the batch lies in the buffers, or in fresh arrays without."""
@@ -121,20 +112,19 @@ class Prioritized:
 
     def stats(self) -> dict[str, float]:
         """Metrics: the ring's, and the updates that came too late."""
-        return {**self._ring.stats(), "replay/stale_updates": float(self._stale_updates)}
+        return {**super().stats(), "replay/stale_updates": float(self._stale_updates)}
 
-    def state(self, *, copy: bool = True) -> dict[str, Any]:
-        """Arrays and JSON scalars; copy=False: views, to be written out before the next add."""
+    def state(self) -> dict[str, Any]:
+        """Arrays and JSON scalars: all but the blocks."""
         return {
-            **self._ring.state(copy=copy),
-            "rng": json.dumps(self._rng.bit_generator.state),
+            **super().state(),
             "largest_priority": self._largest_priority,
             "stale_updates": self._stale_updates,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self._ring.restore(state)
-        self._rng.bit_generator.state = json.loads(state["rng"])
+    def restore(self, state: Mapping[str, Any], blocks: Iterable[Blocks]) -> None:
+        """Goes on from a saved state and its blocks; raises ValueError if they do not fit."""
+        super().restore(state, blocks)
         self._largest_priority = float(state["largest_priority"])
         self._stale_updates = int(state["stale_updates"])
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rlx import trees
-from rlx.types import ArraySpec, Carry, NetInput, QActing, Rollout, Row, SequenceSpec
+from rlx.types import ArraySpec, Blocks, Carry, NetInput, QActing, Rollout, Row, SequenceSpec
 
 
 def row_spec(shape: tuple[int, ...] = (3,)) -> Row:
@@ -56,6 +56,20 @@ def sequence_spec(
 def fill(spec: Any, leading: tuple[int, ...]) -> Any:
     """Zeros of a spec with these leading axes."""
     return trees.tree_map(lambda leaf: np.zeros((*leading, *leaf.shape), leaf.dtype), spec)
+
+
+IN_MEMORY = {"storage": "memory", "folder": None, "compress": "none", "gather_threads": 1}
+
+
+def all_blocks(replay: Any, most: int = 3) -> list[Blocks]:
+    """As a snapshot reads them, a few at a time."""
+    found, key = [], -1
+    while True:
+        blocks, last = replay.blocks_after(key, most)
+        if last == key:
+            return found
+        found.append(blocks)
+        key = last
 
 
 def rollout(

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replay_streams import carry_spec, rollout, row_spec, sequence_spec
+from replay_streams import IN_MEMORY, all_blocks, carry_spec, rollout, row_spec, sequence_spec
 from scipy import stats
 
 from rlx import trees
@@ -42,6 +42,7 @@ def make(**settings) -> Prioritized:
         "carry_spec": carry_spec(),
         "lanes": 2,
         "first_td": first_td,
+        **IN_MEMORY,
         "seed": 0,
     }
     return Prioritized(**(defaults | settings))
@@ -277,9 +278,9 @@ def test_stop_and_resume_is_never_stopped(blocks, initial_priority):
     replay = make(initial_priority=initial_priority)
     add(replay, 0, blocks)
     work(replay, blocks)
-    state = replay.state()
+    state, blocks_then = replay.state(), all_blocks(replay)
     other = make(initial_priority=initial_priority, seed=7)
-    other.restore(through_json(state))
+    other.restore(through_json(state), blocks_then)
     assert other.stats() == replay.stats()
     assert (other.env_steps, other.rows, other.startable) == (
         replay.env_steps,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replay_streams import carry_spec, rollout, row_spec, sequence_spec
+from replay_streams import IN_MEMORY, carry_spec, rollout, row_spec, sequence_spec
 
 from rlx.replay.quota import Quota
 from rlx.replay.uniform import Uniform
@@ -99,7 +99,7 @@ def test_no_deadlock_with_a_replay(
         row_spec=row_spec(),
         carry_spec=carry_spec(),
         lanes=lanes,
-        first_td=None,
+        **IN_MEMORY,
         seed=0,
     )
     quota = Quota(

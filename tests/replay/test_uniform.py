@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from replay_streams import carry_spec, rollout, row_spec, sequence_spec
+from replay_streams import IN_MEMORY, all_blocks, carry_spec, rollout, row_spec, sequence_spec
 from scipy import stats
 
 from rlx import trees
@@ -18,7 +18,7 @@ def make(**settings) -> Uniform:
         "row_spec": row_spec(),
         "carry_spec": carry_spec(),
         "lanes": 2,
-        "first_td": None,
+        **IN_MEMORY,
         "seed": 0,
     }
     return Uniform(**(defaults | settings))
@@ -70,7 +70,7 @@ def test_stop_and_resume_is_never_stopped():
     replay, other = make(), make(seed=3)
     add(replay, 0, 33)
     replay.sample(5)
-    other.restore(replay.state())
+    other.restore(replay.state(), all_blocks(replay))
     for begin in (33, 40):
         add(replay, begin, begin + 7)
         add(other, begin, begin + 7)

@@ -1,0 +1,53 @@
+"""The memory that there is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Bytes this process may still take: MemAvailable or what its cgroups (v1, v2) leave.
+
+    The smallest of those that can be read under `root`; sys.maxsize if none can.
+    """
+    meminfo = _named_numbers(root / "proc/meminfo").get("MemAvailable:")
+    found = [] if meminfo is None else [meminfo * 1024]
+    return min(found + list(_cgroup_headrooms(root)), default=sys.maxsize)
+
+
+def _cgroup_headrooms(root: Path) -> Iterator[int]:
+    """Bytes left in each cgroup above this process that has a limit."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):
+            yield from _headroom((root / base).joinpath(*parts[:depth]), *names)
+
+
+def _headroom(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> Iterator[int]:
+    limit, usage = _lines(folder / limit_name), _lines(folder / usage_name)
+    if limit and usage and limit[0].isdigit():
+        cache = _named_numbers(folder / "memory.stat").get(cache_name, 0)  # given back on demand
+        yield max(0, int(limit[0]) - int(usage[0]) + cache)
+
+
+def _named_numbers(path: Path) -> dict[str, int]:
+    """Lines of `name number ...`."""
+    words = [line.split() for line in _lines(path)]
+    return {word[0]: int(word[1]) for word in words if len(word) > 1 and word[1].isdigit()}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

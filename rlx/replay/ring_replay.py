@@ -1,0 +1,106 @@
+"""What replays have in common whose sequences lie in a ring."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rlx.replay.available import available_bytes
+from rlx.replay.blocks import BlockRing
+from rlx.replay.memory import budget
+from rlx.replay.storage import Storing
+from rlx.seeding import spawn_rng
+from rlx.types import Batch, Blocks, Carry, Row, SequenceSpec
+
+log = logging.getLogger(__name__)
+
+
+class RingReplay:
+    """A ring of blocks and the generator it is drawn from; how to draw is for the class above."""
+
+    def __init__(
+        self,
+        *,
+        capacity: int,
+        ratio: float | None,
+        min_sequences: int,
+        storing: Storing,
+        sequence: SequenceSpec,
+        row_spec: Row,
+        carry_spec: Carry,
+        lanes: int,
+        seed: int,
+    ) -> None:
+        """Says the bytes it will take; raises ValueError for what cannot work."""
+        self.ratio = ratio
+        self.min_sequences = min_sequences
+        self._rng = spawn_rng(seed, "replay", "sample")
+        shapes: Any = {
+            "capacity_rows": capacity,
+            "sequence": sequence,
+            "row_spec": row_spec,
+            "carry_spec": carry_spec,
+            "lanes": lanes,
+            "storing": storing,
+        }
+        planned = budget(**shapes)
+        log.info("replay: %s; %.2f GB are available", planned, available_bytes() / 1e9)
+        planned.check_min_sequences(min_sequences)
+        self._ring = BlockRing(**shapes)
+
+    @property
+    def startable(self) -> int:
+        """Sequences that can be sampled now."""
+        return self._ring.startable
+
+    @property
+    def rows(self) -> int:
+        """Rows stored now."""
+        return self._ring.rows
+
+    @property
+    def env_steps(self) -> int:
+        """Valid rows ever added."""
+        return self._ring.env_steps
+
+    @property
+    def nbytes(self) -> int:
+        return self._ring.nbytes
+
+    @property
+    def block_nbytes(self) -> float:
+        """Of one block, before compression."""
+        return self._ring.budget.total_bytes / self._ring.slots
+
+    @property
+    def oldest_key(self) -> int:
+        """Of the blocks that are there, or the next one's if none is."""
+        return self._ring.oldest_key
+
+    @property
+    def next_key(self) -> int:
+        """Of the next block to come."""
+        return self._ring.next_key
+
+    def buffers(self, batch_size: int) -> Batch:
+        """Arrays that `sample` can fill again and again."""
+        return self._ring.buffers(batch_size)
+
+    def stats(self) -> dict[str, float]:
+        """Metrics of the ring."""
+        return self._ring.stats()
+
+    def state(self) -> dict[str, Any]:
+        """Arrays and JSON scalars: all but the blocks."""
+        return {**self._ring.state(), "rng": json.dumps(self._rng.bit_generator.state)}
+
+    def blocks_after(self, key: int, most: int) -> tuple[Blocks, int]:
+        """See BlockRing.blocks_after."""
+        return self._ring.blocks_after(key, most)
+
+    def restore(self, state: Mapping[str, Any], blocks: Iterable[Blocks]) -> None:
+        """Goes on from a saved state and its blocks; raises ValueError if they do not fit."""
+        self._ring.restore(state, blocks)
+        self._rng.bit_generator.state = json.loads(state["rng"])

@@ -1,0 +1,296 @@
+"""Where a ring keeps the leaves of its blocks: in memory, in a mapped file, or compressed.
+
+A leaf of the rows is [slots, K, ...] for blocks of K rows, one of the carry [slots, ...]. Nothing
+here knows of keys, lanes or priorities; the ring sees to it that no slot is read while it is
+written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import lz4.block
+import numpy as np
+
+from rlx import trees
+from rlx.problems import refuse
+from rlx.replay.available import available_bytes
+from rlx.types import ArraySpec, Carry, Leaves, Row
+
+OBSERVATION = "inputs/observation/"
+WORTH_THREADS = 4 << 20  # bytes of a batch; below that handing over costs more than it saves
+WORTH_COMPRESSING = 4096  # bytes of a block's leaf
+PROBE_BLOCKS = 32  # or a hundredth of all: after those it is known how well frames compress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storing:
+    """How a replay keeps its rows (settings of conf/replay)."""
+
+    storage: Literal["memory", "mmap"] = "memory"
+    compress: Literal["none", "lz4"] = "none"
+    gather_threads: int = 1
+    folder: Path | None = None  # of the mapped file; None: the system's for temporary files
+
+
+class Storage(Protocol):
+    """The leaves of `slots` blocks."""
+
+    @property
+    def nbytes(self) -> int:
+        """Taken now, in memory or on the disk."""
+
+    def write(self, begin: int, rows: Leaves, carry: Leaves) -> None:
+        """Blocks [M, ...] into the slots from `begin` on, and on from 0 at the ring's end."""
+
+    def gather(self, slots: np.ndarray, rows: Leaves, carry: Leaves) -> None:
+        """Copies windows out: slots i64[n, blocks] -> rows [n, L, ...], carry [n, ...]."""
+
+    def scalars(self, slots: np.ndarray, length: int) -> Leaves:
+        """The rows [n, length, ...] of windows i64[n, blocks] without observations."""
+
+    def blocks(self, slots: np.ndarray) -> tuple[Leaves, Leaves]:
+        """Copies of whole blocks i64[n]: rows [n, K, ...], carry [n, ...]."""
+
+
+def make_storage(
+    storing: Storing, *, row_spec: Row, carry_spec: Carry, slots: int, block_rows: int
+) -> Storage:
+    """The storage of these settings; raises ValueError where they cannot be had."""
+    rows: dict[str, ArraySpec] = trees.flatten(row_spec)
+    carry: dict[str, ArraySpec] = trees.flatten(carry_spec)
+    spread = Spread(storing.gather_threads)
+    if storing.compress == "lz4":
+        if storing.storage != "memory":
+            raise ValueError("replay.compress=lz4 needs replay.storage=memory.")
+        images = frames(rows, block_rows)
+        if not images:
+            raise ValueError(
+                "replay.compress=lz4 is for images (uint8 observations of "
+                f"{WORTH_COMPRESSING} bytes a block or more); there are none: set none."
+            )
+        others = {p: leaf for p, leaf in rows.items() if p not in images}
+        plain = Arrays(others, carry, slots, block_rows, np.zeros, Spread(1))
+        return Compressed(plain, {p: rows[p] for p in images}, slots, block_rows, spread)
+    allocate = np.zeros if storing.storage == "memory" else MappedFile(storing.folder).zeros
+    return Arrays(rows, carry, slots, block_rows, allocate, spread)
+
+
+def frames(rows: Mapping[str, ArraySpec], block_rows: int) -> set[str]:
+    """The leaves that are worth compressing: images."""
+    return {
+        path
+        for path, leaf in rows.items()
+        if leaf.dtype == "uint8" and block_rows * leaf_nbytes(leaf) >= WORTH_COMPRESSING
+    }
+
+
+def leaf_nbytes(leaf: ArraySpec) -> int:
+    """Of one row or carry."""
+    return int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+
+class MappedFile:
+    """Arrays in a file without a name, which is gone with the process, however it ends.
+
+    All space is reserved at once: a full disk is an error here and not a crash hours later.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Like np.zeros. Raises ValueError if the disk has no room."""
+        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._folder, prefix="rlx-replay-") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(1, nbytes))
+            except OSError as error:
+                where = self._folder or tempfile.gettempdir()
+                raise ValueError(
+                    f"replay.storage=mmap needs {nbytes / 1e9:.2f} GB in {where} "
+                    f"({error.strerror}); lower replay.capacity or give another replay.folder."
+                ) from error
+            return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+
+
+class Spread:
+    """Does one piece of work for parts of a batch in a few threads (NumPy's copies take no GIL)."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads - 1, "gather") if threads > 1 else None
+
+    def over(self, n: int, nbytes: int, work: Callable[[slice], None]) -> None:
+        """Calls `work` for slices that make up 0 .. n; one of them in this thread."""
+        if self._pool is None or nbytes < WORTH_THREADS or n < self._threads:
+            work(slice(0, n))
+            return
+        edges = [n * i // self._threads for i in range(self._threads + 1)]
+        parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
+        rest = [self._pool.submit(work, part) for part in parts[1:]]
+        work(parts[0])
+        for future in rest:
+            future.result()
+
+
+class Arrays:
+    """One array per leaf."""
+
+    def __init__(
+        self,
+        rows: Mapping[str, ArraySpec],
+        carry: Mapping[str, ArraySpec],
+        slots: int,
+        block_rows: int,
+        allocate: Callable[[tuple[int, ...], Any], np.ndarray],
+        spread: Spread,
+    ) -> None:
+        self.rows = {p: allocate((slots, block_rows, *s.shape), s.dtype) for p, s in rows.items()}
+        self.carry = {p: allocate((slots, *s.shape), s.dtype) for p, s in carry.items()}
+        self._slots, self._block_rows, self._spread = slots, block_rows, spread
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (*self.rows.values(), *self.carry.values()))
+
+    def write(self, begin: int, rows: Leaves, carry: Leaves) -> None:
+        pairs = [(self.rows[path], leaf) for path, leaf in rows.items()]
+        pairs += [(self.carry[path], leaf) for path, leaf in carry.items()]
+        for data, leaf in pairs:
+            first = min(len(leaf), self._slots - begin)
+            data[begin : begin + first] = leaf[:first]
+            data[: len(leaf) - first] = leaf[first:]
+
+    def gather(self, slots: np.ndarray, rows: Leaves, carry: Leaves) -> None:
+        length = next(iter(rows.values())).shape[1]
+        index = self._row_index(slots, length)
+
+        def work(part: slice) -> None:
+            for path, out in rows.items():
+                _take(self.rows[path], index[part], out[part])
+            for path, out in carry.items():
+                np.take(self.carry[path], slots[part, 0], axis=0, out=out[part], mode="clip")
+
+        self._spread.over(len(slots), sum(out.nbytes for out in rows.values()), work)
+
+    def scalars(self, slots: np.ndarray, length: int) -> Leaves:
+        index = self._row_index(slots, length)
+        return {
+            path: _take(data, index)
+            for path, data in self.rows.items()
+            if not path.startswith(OBSERVATION)
+        }
+
+    def blocks(self, slots: np.ndarray) -> tuple[Leaves, Leaves]:
+        rows = {path: data[slots] for path, data in self.rows.items()}
+        return rows, {path: data[slots] for path, data in self.carry.items()}
+
+    def _row_index(self, slots: np.ndarray, length: int) -> np.ndarray:
+        """i64[n, length]: where the rows lie in the leaves seen as [slots * K, ...]."""
+        index = slots[:, :, None] * self._block_rows + np.arange(self._block_rows)
+        return index.reshape(len(slots), -1)[:, :length]
+
+
+def _take(data: np.ndarray, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """[n, L, ...] of data [slots, K, ...] by row index; mode "clip" copies without a buffer."""
+    flat = data.reshape(-1, *data.shape[2:])
+    return np.take(flat, index, axis=0, out=out, mode="clip")
+
+
+class Compressed:
+    """Frames compressed block by block (LZ4), everything else as it is."""
+
+    def __init__(
+        self,
+        plain: Arrays,
+        images: Mapping[str, ArraySpec],
+        slots: int,
+        block_rows: int,
+        spread: Spread,
+    ) -> None:
+        self.plain = plain
+        self._slots, self._spread = slots, spread
+        self._shapes = {p: (block_rows, *leaf.shape) for p, leaf in images.items()}
+        self._frames: dict[str, list[bytes]] = {p: [b""] * slots for p in images}
+        self._frame_bytes = 0
+        self._written = 0  # blocks
+        self._probe = max(PROBE_BLOCKS, slots // 100)
+
+    @property
+    def nbytes(self) -> int:
+        return self.plain.nbytes + self._frame_bytes
+
+    def write(self, begin: int, rows: Leaves, carry: Leaves) -> None:
+        self.plain.write(begin, {p: x for p, x in rows.items() if p not in self._frames}, carry)
+        for path, kept in self._frames.items():
+            leaf = np.ascontiguousarray(rows[path])
+            packed: list[bytes] = [b""] * len(leaf)
+
+            def pack(part: slice, leaf: np.ndarray = leaf, packed: list[bytes] = packed) -> None:
+                for i in range(part.start, part.stop):
+                    packed[i] = lz4.block.compress(leaf[i], store_size=True)
+
+            self._spread.over(len(leaf), leaf.nbytes, pack)
+            for i, data in enumerate(packed):
+                slot = (begin + i) % self._slots
+                self._frame_bytes += len(data) - len(kept[slot])
+                kept[slot] = data
+        if self._written < self._probe <= self._written + len(leaf):
+            self._check_fits(self._written + len(leaf))
+        self._written += len(leaf)
+
+    def _check_fits(self, written: int) -> None:
+        """What the whole ring will take, as far as the first blocks tell; raises ConfigError."""
+        whole = int(self._frame_bytes * self._slots / min(written, self._slots))
+        free = available_bytes() + self._frame_bytes
+        if whole > free:
+            raise refuse(
+                "replay.capacity",
+                f"its frames will take about {whole / 1e9:.2f} GB compressed, {free / 1e9:.2f} GB "
+                "are available; lower it, or set replay.storage=mmap",
+            )
+
+    def gather(self, slots: np.ndarray, rows: Leaves, carry: Leaves) -> None:
+        others = {p: x for p, x in rows.items() if p not in self._frames}
+        self.plain.gather(slots, others, carry)
+        for path in self._frames:
+            out = rows[path]
+
+            def work(part: slice, path: str = path, out: np.ndarray = out) -> None:
+                for i in range(part.start, part.stop):
+                    self._unpack(path, slots[i], out[i])
+
+            self._spread.over(len(slots), out.nbytes, work)
+
+    def scalars(self, slots: np.ndarray, length: int) -> Leaves:
+        return self.plain.scalars(slots, length)
+
+    def blocks(self, slots: np.ndarray) -> tuple[Leaves, Leaves]:
+        rows, carry = self.plain.blocks(slots)
+        for path, shape in self._shapes.items():
+            out = np.empty((len(slots), *shape), np.uint8)
+            for i, slot in enumerate(slots):
+                self._unpack(path, slot[None], out[i])
+            rows[path] = out
+        return rows, carry
+
+    def _unpack(self, path: str, slots: np.ndarray, out: np.ndarray) -> None:
+        """The rows [L, ...] of one window of slots i64[blocks]."""
+        at, shape, kept = 0, self._shapes[path], self._frames[path]
+        for slot in slots.tolist():
+            rows = min(shape[0], len(out) - at)
+            if rows <= 0:
+                return
+            block = np.frombuffer(lz4.block.decompress(kept[slot]), np.uint8).reshape(shape)
+            out[at : at + rows] = block[:rows]
+            at += rows

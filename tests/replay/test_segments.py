@@ -1,0 +1,85 @@
+"""Blocks in files: what is read is what was written, or the file is refused by name."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from rlx.replay.segments import SegmentError, check_segment, read_segment, write_segment
+
+ARRAYS = {
+    "rows/inputs/observation/image": np.arange(240, dtype=np.uint8).reshape(2, 4, 30),
+    "carry/core/h": np.ones((2, 3), ml_dtypes.bfloat16),
+    "key": np.array([5, 6]),
+}
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    path = tmp_path / "some.npz"
+    nbytes = write_segment(path, ARRAYS, {"kind": "snapshot", "lanes": 2})
+    assert path.stat().st_size == nbytes
+    assert [p.name for p in tmp_path.iterdir()] == ["some.npz"]
+    check_segment(path, nbytes)
+    arrays, about = read_segment(path)
+    assert about["kind"] == "snapshot"
+    assert about["lanes"] == 2
+    assert arrays.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        assert arrays[name].dtype == array.dtype
+        assert np.array_equal(arrays[name], array)
+    assert np.array_equal(np.load(path)["key"], [5, 6])  # no rlx needed
+
+
+@pytest.mark.parametrize("at", [0, 0.1, 0.5, 0.9])
+def test_a_changed_byte_is_found(tmp_path, at):
+    path = tmp_path / "some.npz"
+    nbytes = write_segment(path, {"x": np.zeros(5000, np.uint8)}, {})
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(SegmentError, match=r"some\.npz: .*damaged"):
+        check_segment(path, nbytes)
+    with pytest.raises(SegmentError, match=r"some\.npz: "):
+        read_segment(path)
+
+
+def test_a_file_cut_short_foreign_or_missing_is_refused_by_name(tmp_path):
+    path = tmp_path / "some.npz"
+    nbytes = write_segment(path, ARRAYS, {})
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(SegmentError, match=rf"damaged: {nbytes - 50} bytes, {nbytes} were written"):
+        check_segment(path, nbytes)
+    foreign = tmp_path / "foreign.npz"
+    np.savez(foreign, x=np.zeros(3))
+    with pytest.raises(SegmentError, match=r"foreign\.npz: no segment of rlx"):
+        read_segment(foreign)
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(SegmentError, match=r"text\.npz: no segment of rlx"):
+        read_segment(tmp_path / "text.npz")
+    for read in (read_segment, lambda p: check_segment(p, 3)):
+        with pytest.raises(SegmentError, match=r"absent\.npz: missing"):
+            read(tmp_path / "absent.npz")
+
+
+def test_another_format_is_refused(tmp_path):
+    path = tmp_path / "later.npz"
+    np.savez(path, about=np.array(json.dumps({"format": 99})))
+    with pytest.raises(SegmentError, match="format 99, this rlx reads 1"):
+        read_segment(path)
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    path = tmp_path / "evil.npz"
+    write_segment(path, {"x": np.zeros(1)}, {})
+    np.save(tmp_path / "x.npy", np.array([{}], object), allow_pickle=True)
+    with zipfile.ZipFile(path, "a") as file:
+        file.write(tmp_path / "x.npy", "y.npy")
+    with pytest.raises(SegmentError, match=r"evil\.npz: no segment of rlx"):
+        read_segment(path)
+    with pytest.raises(ValueError, match="Object arrays"):
+        write_segment(tmp_path / "out.npz", {"x": np.array([{}], object)}, {})
+    assert not (tmp_path / "out.npz").exists()
