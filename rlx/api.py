@@ -50,8 +50,9 @@ def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
         be_deterministic(settings)
     resume = settings["resume"] is not None and has_checkpoint(output_dir, settings["resume"])
     parts = assemble(settings, output_dir, resume=resume)
-    provenance.save(output_dir)  # now that nothing is refused any more the folder counts as used
-    return train(parts)
+    with parts:
+        provenance.save(output_dir)  # nothing is refused any more: the folder counts as used
+        return train(parts)
 
 
 def be_deterministic(settings: Mapping[str, Any]) -> None:

@@ -51,7 +51,7 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
     family, agent = build_agent(settings)
     _check_network(agent)
     learner = build(settings["learner"], "learner", agent=agent, seed=seed)
-    resumed = _restore(output_dir, learner) if resume else None
+    resumed = _restore(output_dir, learner, with_replay=checkpoint.replay) if resume else None
     exploration = build(settings["exploration"], "exploration")
     replay = _build_replay(settings, agent, resumed)
     pool = build(
@@ -64,15 +64,15 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
         chain=resumed.meta["chain"] + 1 if resumed else 0,
         env_steps=resumed.env_steps if resumed else 0,
     )
-    quota = Quota(
-        ratio=replay.ratio,
-        rows_per_update=learner.batch_size * agent.sequence.unroll,
-        burst_env_steps=pool.burst_env_steps,
-        min_sequences=replay.min_sequences,
-    )
-    if resumed and resumed.replay_state is not None:  # else it fills anew, and so does its account
-        quota.restore(resumed.meta["quota"])
     try:
+        quota = Quota(
+            ratio=replay.ratio,
+            rows_per_update=learner.batch_size * agent.sequence.unroll,
+            burst_env_steps=pool.burst_env_steps,
+            min_sequences=replay.min_sequences,
+        )
+        if resumed and resumed.replay_state is not None:  # else its account opens anew, too
+            quota.restore(resumed.meta["quota"])
         evaluator = _build_evaluator(settings, evaluation, family, agent)
     except BaseException:
         pool.close(CLOSE_S)
@@ -171,9 +171,10 @@ def _build_replay(settings: Mapping[str, Any], agent: Agent, resumed: Restored |
     return replay
 
 
-def _restore(output_dir: Path, learner: Learner) -> Restored:
+def _restore(output_dir: Path, learner: Learner, *, with_replay: bool) -> Restored:
     try:
-        restored = Checkpointer(output_dir, None).restore(learner.state())
+        checkpoints = Checkpointer(output_dir, None)
+        restored = checkpoints.restore(learner.state(), with_replay=with_replay)
     except CheckpointError as error:
         raise refuse("resume", str(error)) from error
     learner.restore(restored.state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import math
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -35,7 +36,10 @@ def is_class(hint: Any) -> bool:
 
 
 def matches(value: Any, kind: Any, limits: list[Range]) -> bool:
-    """Whether a scalar is of this type and within the limits; an int is a float, a bool no int."""
+    """Whether a scalar is of this type and within the limits; an int is a float, a bool no int.
+
+    Neither NaN nor infinity is a setting.
+    """
     if kind is Any:
         return True
     if get_origin(kind) is Literal:
@@ -43,8 +47,10 @@ def matches(value: Any, kind: Any, limits: list[Range]) -> bool:
     if kind not in SCALARS:
         return False
     right_type = type(value) is kind or (kind is float and type(value) is int)
-    if not right_type or not limits or value is None:
-        return right_type and value == value  # NaN is no setting
+    if not right_type or (kind is float and not math.isfinite(value)):
+        return False
+    if not limits or value is None:
+        return True
     return all(_within(value, limit) for limit in limits)
 
 

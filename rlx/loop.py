@@ -56,6 +56,19 @@ class Parts:
     logging: metrics.Logging
     resumed: Restored | None  # applied to learner, replay, quota and pool already
 
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends actors, and the evaluator, which may be in the pool's cluster, before them."""
+        with ExitStack() as ends:  # both of them, the last one first, whatever one may raise
+            ends.callback(self.pool.close, CLOSE_TIMEOUT_S)
+            if self.evaluator is not None:
+                ends.callback(self.evaluator.close)
+
 
 @dataclass(kw_only=True)
 class Counters:
@@ -203,13 +216,15 @@ class Loop:
             if parts.checkpoint.exact:
                 self._publish(parts.learner.publish())
         self._before = self.count.env_steps
-        self._progress.update(self._live())
+        if self._progress.is_due:
+            self._progress.update(self._live())
 
     # --- ends ------------------------------------------------------------------------------------
 
     def end(self, state: metrics.State) -> dict[str, Any]:
         """The last evaluation (not of an interrupted run), row, checkpoint and summary."""
         saved = self._finished_before() or self._end(state)
+        self._progress.update(self._live())
         metrics.write_status(self.parts.output_dir, state, self._row)
         return metrics.write_summary(
             self.parts.output_dir,
@@ -237,12 +252,11 @@ class Loop:
         metrics.write_status(self.parts.output_dir, state, self._row, error=line)
 
     def close(self) -> None:
-        with ExitStack() as ends:  # all of them, the last one first, whatever one may raise
-            ends.callback(self.parts.pool.close, CLOSE_TIMEOUT_S)
-            if self.parts.evaluator is not None:  # before the pool, whose cluster it may be in
-                ends.callback(self.parts.evaluator.close)
-            ends.callback(self._metrics.close)
-            ends.callback(self._progress.close)
+        """Closes its files; actors are the parts' own."""
+        try:
+            self._progress.close()
+        finally:
+            self._metrics.close()
 
     def save(self, *, finished: bool = False) -> Path:
         """A checkpoint of everything.
@@ -352,7 +366,7 @@ class Loop:
         if evaluator is None:
             return
         for result in evaluator.poll():
-            self._evaluated = sum(result.returns) / len(result.returns)
+            self._evaluated = self._score = sum(result.returns) / len(result.returns)
             self._metrics.record("evaluation/return_mean", self._evaluated)
             self._metrics.record("evaluation/weights_version", result.weights_version)
             self._metrics.record("evaluation/of_env_steps", result.env_steps)

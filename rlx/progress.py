@@ -39,13 +39,20 @@ class Progress:
         self._waiting: Mapping[str, Any] | None = None  # the last row, where it was not shown
         self._rate: float | None = None  # env steps per second, smoothed
 
+    @property
+    def is_due(self) -> bool:
+        """Whether `update` would show a row now."""
+        if self.mode == "off" or self._shown_at is None:
+            return self.mode != "off"
+        every_s = REDRAW_S if self.mode == "rich" else self._every_s
+        return monotonic() - self._shown_at >= every_s
+
     def update(self, row: Mapping[str, Any]) -> None:
         """Shows a row of metrics: the first at once, later ones not too often."""
         if self.mode == "off":
             return
         self._smooth(row.get("acting/env_steps_per_s"))
-        every_s = REDRAW_S if self.mode == "rich" else self._every_s
-        if self._shown_at is not None and monotonic() - self._shown_at < every_s:
+        if not self.is_due:
             self._waiting = row
             return
         self._show(row)

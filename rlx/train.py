@@ -129,7 +129,7 @@ def _resume_argv(folder: Path, args: Any) -> list[str]:
     groups = {key: value for key, _, value in names if key.lstrip("+~") in (*ROLES, "experiment")}
     if groups:
         says = "a resumed run keeps its groups, its checkpoint was made with them; change single "
-        says += "values (acting.instances=4), or start a new run"
+        says += "values (total_env_steps=2_000_000), or start a new run"
         source = composing.COMMAND_LINE
         raise ConfigError(
             [Problem(path=k, given=v, source=source, says=says) for k, v in groups.items()]

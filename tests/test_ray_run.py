@@ -98,6 +98,14 @@ def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
             ["+acting.resources.simulator=1", "acting.cpus_per_actor=0.1"],
             "acting.resources.simulator=1: no node offers it",
         ),
+        (["acting.cpus_per_actor=0.00001"], "acting: Ray cannot give actors what is asked for: "),
+        (["acting.gpus_per_actor=1.5"], "acting.gpus_per_actor=1.5: accepted: a share of one GPU"),
+        (["acting.request_timeout_s=inf"], "acting.request_timeout_s=inf"),
+        (
+            ["acting.max_in_flight_bytes=1000000000000000"],
+            "acting.max_in_flight_bytes=1000000000000000: Ray's object store takes twice as much",
+        ),
+        (["acting.address=ray://127.0.0.1:1"], "acting.address=ray://127.0.0.1:1: "),
     ],
 )
 def test_what_cannot_work_is_one_line_and_status_2(tmp_path, settings, says):
@@ -107,6 +115,12 @@ def test_what_cannot_work_is_one_line_and_status_2(tmp_path, settings, says):
     assert says in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "env.json").exists()
+
+
+def test_an_own_cluster_is_started_beside_any_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    done = train(tmp_path / "run", *RAY, "total_env_steps=400")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_cluster_of_another_ray_version_is_refused(tmp_path):
@@ -295,13 +309,22 @@ def test_a_killed_run_leaves_nothing_running_and_resumes(tmp_path):
     assert saved + 400 <= summary["env_steps"] < saved + 2000
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_group_ends_the_run_with_a_checkpoint(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [(signal.SIGINT, "group"), (signal.SIGTERM, "group"), (signal.SIGTERM, "all")],
+)
+def test_a_signal_to_everybody_ends_the_run_with_a_checkpoint(tmp_path, number, to):
+    """As a terminal's Ctrl-C goes to a group, a batch system's SIGTERM to all processes."""
     running = subprocess.Popen(
         command(tmp_path, *RAY, "total_env_steps=1_000_000"), start_new_session=True
     )
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists(), "the first row", 90)
-    os.killpg(running.pid, number)  # as a terminal's Ctrl-C does
+    if to == "group":
+        os.killpg(running.pid, number)
+    else:
+        driver = psutil.Process(running.pid)
+        for process in [driver, *driver.children(recursive=True)]:
+            process.send_signal(number)
     assert running.wait(60) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["state"] == "interrupted"

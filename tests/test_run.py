@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -241,12 +242,14 @@ def test_learner_replay_and_sampler_continue_bit_for_bit_from_the_same_blocks(tm
     recorder.given.clear()
     advance(loop, 40)
     loop.close()
+    parts.close()
 
     parts = assemble(settings, tmp_path, resume=True)
     resumed = Loop(dataclasses.replace(parts, pool=Player(parts.pool).play(recorder.given)))
     resumed.begin()
     advance(resumed, 40)
     resumed.close()
+    parts.close()
     assert resumed.parts.learner.updates == loop.parts.learner.updates > 20
     assert_same_tree(resumed.parts.learner.state(), loop.parts.learner.state())
     state, expected = resumed.parts.replay.state(), loop.parts.replay.state()
@@ -675,7 +678,8 @@ def test_a_deterministic_run_asks_xla_for_it_and_for_the_local_pool(monkeypatch,
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere")
     seen = []
     monkeypatch.setattr(
-        "rlx.assemble.assemble", lambda *_, **__: seen.append(os.environ["XLA_FLAGS"])
+        "rlx.assemble.assemble",
+        lambda *_, **__: nullcontext(seen.append(os.environ["XLA_FLAGS"])),
     )
     monkeypatch.setattr("rlx.loop.train", lambda parts: {})
     run(tmp_path / "run", "deterministic=true")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from time import monotonic
@@ -62,7 +63,7 @@ class ActingThread:
         self.name = name
         self.failed: BaseException | None = None
         self.dropped_env_steps = 0
-        self.busy_since_s: float | None = None  # of the request being made
+        self.busy_since_s: float | None = None  # with opening or stepping the environments
         self.chain = -1
         self._make_actors, self._orders, self._arrived = make_actors, orders, arrived
         self._want, self._realtime, self._max_age = want_env_steps, realtime, max_age
@@ -76,13 +77,13 @@ class ActingThread:
         self._free.release()
 
     def check(self, limit_s: float) -> None:
-        """Raises what ended the thread, or ActingFailed if a request takes longer than that."""
+        """Raises ActingFailed if the thread has ended, or one step takes longer than that."""
         if self.failed is not None:
             raise self.failed
         since = self.busy_since_s
         if since is not None and monotonic() - since > limit_s:
             raise ActingFailed(
-                f"{self.name}: an environment has not answered for {limit_s:.0f} s "
+                f"{self.name}: its environments have not answered for {limit_s:.0f} s "
                 "(acting.request_timeout_s)"
             )
 
@@ -95,13 +96,18 @@ class ActingThread:
     def _run(self) -> None:
         actors: Sequence[Actor] = ()
         try:
+            self.busy_since_s = monotonic()
             actors = self._make_actors()
+            self.busy_since_s = None
             self.chain = max(actor.chain for actor in actors)
             while not self._stop.is_set():
                 self._work(actors)
-                self.chain = max(actor.chain for actor in actors)
-        except BaseException as error:
+        except ActingFailed as error:
             self.failed = error
+        except BaseException as error:
+            lines = "".join(traceback.format_exception(error))
+            self.failed = ActingFailed(f"{self.name} ended by {type(error).__name__}: {lines}")
+            self.failed.__cause__ = error
         finally:
             self.busy_since_s = None
             for actor in actors:
@@ -119,15 +125,20 @@ class ActingThread:
         request = Request(
             weights=weights if is_new else None, env_steps=env_steps, want_env_steps=self._want
         )
-        self.busy_since_s = monotonic()
-        rollouts = collect_in_turn(actors, request)
+        rollouts = collect_in_turn(actors, request, self._goes_on)
         self.busy_since_s = None
+        self.chain = max(actor.chain for actor in actors)
         if may_keep:
             self._arrived.put((self, rollouts))
             return
         self.dropped_env_steps += sum(rollout.env_steps for rollout in rollouts)
         for actor in actors:
             actor.new_chains()
+
+    def _goes_on(self) -> bool:
+        """Asked before each step of the environments."""
+        self.busy_since_s = monotonic()
+        return not self._stop.is_set()
 
     def _too_old(self, weights: Weights, updates: int) -> bool:
         return self._max_age is not None and updates - weights.version > self._max_age

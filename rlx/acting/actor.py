@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -248,14 +248,16 @@ class Actor:
         return episode
 
 
-def collect_in_turn(actors: Sequence[Actor], request: Request) -> list[Rollout]:
-    """Several actors' rollouts, that many env steps of all together.
+def collect_in_turn(
+    actors: Sequence[Actor], request: Request, goes_on: Callable[[], bool]
+) -> list[Rollout]:
+    """Several actors' rollouts, that many env steps of all together, or as far as it `goes_on`.
 
     Each is acted for while the others' lanes step, so that device and environments overlap.
     """
     for actor in actors:
         actor.begin(request)
-    while sum(actor.env_steps for actor in actors) < request.want_env_steps:
+    while sum(actor.env_steps for actor in actors) < request.want_env_steps and goes_on():
         for actor in actors:
             actor.advance()
     return [actor.end() for actor in actors]

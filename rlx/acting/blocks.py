@@ -125,11 +125,14 @@ class BlockWriter:
         return self._all[index][self._filled[index] == self._block_rows]
 
     def take(self, lane: np.ndarray) -> tuple[Row, Carry, np.ndarray, np.ndarray]:
-        """(rows [n, K, ...], carry [n, ...], number, weights version) of these full blocks."""
+        """(rows [n, K, ...], carry [n, ...], number, weights version) of these full blocks.
+
+        In the order of `lane`, which may be any.
+        """
         number, version = self._number[lane], self._version[lane]
         self._number[lane] += 1
         self._filled[lane] = 0
-        if len(lane) == self._lanes:  # hand the arrays over rather than copy them
+        if len(lane) == self._lanes and (lane == self._all).all():  # no need to copy them
             rows, carry = self._rows, trees.unflatten(self._carry_spec, self._carry)
             self._renew()
         else:

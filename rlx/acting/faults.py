@@ -25,7 +25,8 @@ class Restarts:
     """How actors are replaced."""
 
     window_s: Annotated[float, Range(gt=0)]  # failures older than this are forgotten
-    max_raised: Annotated[int, Range(ge=1)]  # exceptions of one actor within the window
+    max_raised: Annotated[int, Range(ge=1)]  # exceptions of one actor within the window, or
+    # hangs in a row before any answer
     max_fruitless: Annotated[int, Range(ge=1)]  # deaths of one actor before it ever answered
     first_wait_s: Annotated[float, Range(ge=0)]  # before the first replacement, then doubled
     longest_wait_s: Annotated[float, Range(gt=0)]
@@ -40,9 +41,10 @@ class History:
     counts: Counter[Cause] = field(default_factory=Counter)  # of all time
     last_error: str = ""  # the last exception raised; '' once it has answered since
     answered: bool = False  # in this life
+    hung_in_a_row: int = 0  # lives without any answer
 
     def note_answer(self) -> None:
-        self.answered, self.last_error = True, ""
+        self.answered, self.last_error, self.hung_in_a_row = True, "", 0
 
     def note_failure(self, now_s: float, cause: Cause, error: str = "") -> float:
         """Books the end of a life; answers how many seconds to wait before the next."""
@@ -50,6 +52,7 @@ class History:
         self.failures.append((now_s, cause, self.answered))
         self.counts[cause] += 1
         self.last_error = error
+        self.hung_in_a_row += cause == "hung" and not self.answered
         in_a_row = next(
             (i for i, (_, _, answered) in enumerate(reversed(self.failures)) if answered),
             len(self.failures),
@@ -64,6 +67,8 @@ class History:
         raised = sum(cause == "raised" for _, cause, _ in self.failures)
         if limits.max_raised <= raised:
             return f"raised {raised} times within {limits.window_s:.0f} s"
+        if limits.max_raised <= self.hung_in_a_row:
+            return f"hung {self.hung_in_a_row} times in a row without any answer"
         fruitless = sum(not answered for _, _, answered in self.failures)
         if limits.max_fruitless <= fruitless:
             return f"ended {fruitless} times within {limits.window_s:.0f} s without any answer"

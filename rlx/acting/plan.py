@@ -70,6 +70,8 @@ class Plan:
         """Compiles the policy for this many lanes, or finds it in JAX's compilation cache."""
         policy = self.policy(0, 0)
         policy.compile(zero_inputs(self.agent, self.envs_per_actor))
+        if some := getattr(self.family, "batch_size", None):  # lanes that answer at a time
+            policy.compile(zero_inputs(self.agent, some), np.arange(some, dtype=np.int32))
 
 
 def carry_spec(agent: Agent) -> Carry:

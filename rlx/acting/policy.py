@@ -49,13 +49,13 @@ class Policy:
         self._params = jax.device_put(weights.params, self._device)
         self.version = weights.version
 
-    def compile(self, inputs: NetInput) -> None:
-        """Acts once for all lanes, with parameters of zero; use another policy for acting."""
+    def compile(self, inputs: NetInput, lane: np.ndarray | None = None) -> None:
+        """Acts once for these lanes, with parameters of zero; use another policy for acting."""
         shapes = jax.eval_shape(lambda: self._agent.init(jax.random.PRNGKey(0)))
         params = jax.eval_shape(self._agent.acting_params, shapes)
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
         self.take(Weights(version=0, params=zeros))
-        self.act(inputs, None, np.zeros(len(inputs.first), np.float32))
+        self.act(inputs, lane, np.zeros(len(inputs.first), np.float32))
 
     def start(self, inputs: NetInput, lane: np.ndarray | None, epsilon: np.ndarray) -> Any:
         """Sends inputs [n, ...] of these lanes (None: all N, in order) to the device.

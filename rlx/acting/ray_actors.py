@@ -37,7 +37,7 @@ SILENT_S = 900.0  # without any rollout although actors are ready: something is 
 class RayActors:
     """Rollouts of a fleet of `rlx.acting.remote.RemoteActor`.
 
-    per_actor: requests under way for each; most: for all together.
+    lanes: of each actor; per_actor: requests under way for each; most: for all together.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class RayActors:
         *,
         fleet: Fleet,
         want_env_steps: int,
+        lanes: int,
         per_actor: int,
         most: int,
         weights_dtype: Literal["float32", "bfloat16"],
@@ -53,6 +54,7 @@ class RayActors:
         env_steps: int,
     ) -> None:
         self._fleet, self._want = fleet, want_env_steps
+        self._most_env_steps = want_env_steps + lanes - 1  # of a request, which ends with a step
         self._per_actor, self._most = per_actor, most
         self._weights_dtype, self._max_age = weights_dtype, max_age
         self._orders = Orders(env_steps)
@@ -70,7 +72,7 @@ class RayActors:
         self._life = [-1] * len(fleet.slots)  # the chain of each ready actor's life
         self._under_way = [0] * len(fleet.slots)  # requests, those not collected yet too
         self._idle: deque[int] = deque()  # actors that may be sent a request, longest idle first
-        self._last_arrival_s = monotonic()
+        self._last_sign_s = monotonic()  # an answer arrived, or a request was sent
         self._stop, self._wake = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="ray actors", daemon=True)
         self._thread.start()
@@ -80,7 +82,7 @@ class RayActors:
     @property
     def burst_env_steps(self) -> int:
         """Env steps of one full round of requests."""
-        return min(len(self._fleet.slots) * self._per_actor, self._most) * self._want
+        return min(len(self._fleet.slots) * self._per_actor, self._most) * self._most_env_steps
 
     @property
     def chain(self) -> int:
@@ -92,10 +94,12 @@ class RayActors:
         self._orders.note(updates=updates)
         rollouts: list[Rollout] = []
         while True:
-            self._raise_failure()
+            if self._failed is not None:
+                raise self._failed
             try:
                 arrived = self._arrived.get(timeout=max(0.0 if rollouts else timeout_s, 1e-6))
             except queue.Empty:
+                self._check_silence()
                 return rollouts
             rollouts.append(self._received(*arrived))
             self._wake.set()
@@ -156,10 +160,8 @@ class RayActors:
             latency_s = answer.weights_taken_s - self._published_s[version]
             self.latencies_s.append(max(0.0, latency_s))  # clocks of two hosts may differ
 
-    def _raise_failure(self) -> None:
-        if self._failed is not None:
-            raise self._failed
-        if self._fleet.ready and monotonic() - self._last_arrival_s > SILENT_S:
+    def _check_silence(self) -> None:
+        if self._fleet.ready and monotonic() - self._last_sign_s > SILENT_S:
             raise ActingFailed(f"no rollout for {SILENT_S:.0f} s although actors are ready")
 
     # --- the thread's side -----------------------------------------------------------------------
@@ -174,8 +176,11 @@ class RayActors:
                 if not any(slot.requests for slot in self._fleet.slots):
                     self._wake.wait(IDLE_S)  # there was nothing that `poll` could wait for
                     self._wake.clear()
-        except BaseException as error:
+        except ActingFailed as error:
             self._failed = error
+        except BaseException as error:
+            self._failed = ActingFailed(f"acting on Ray ended by {type(error).__name__}: {error}")
+            self._failed.__cause__ = error
 
     def _heed(self, event: Ready | Answered | Lost) -> None:
         index = event.index
@@ -184,12 +189,13 @@ class RayActors:
             self._under_way[index] = 0
             self._idle.extend([index] * self._per_actor)
         elif isinstance(event, Answered):
-            self._last_arrival_s = monotonic()
+            self._last_sign_s = monotonic()
             unpacked = self._unpackers.submit(_unpack, event.value)
             self._arrived.put((index, self._life[index], unpacked))
         else:
             with self._lock:
-                self._counts["lost_env_steps"] += event.requests * self._want
+                self._counts["lost_env_steps"] += event.requests * self._most_env_steps
+                self._used[index] = -1
             self._life[index] = -1
             self._under_way[index] = 0
             self._idle = deque(i for i in self._idle if i != index)
@@ -213,6 +219,7 @@ class RayActors:
         while self._idle and sum(self._under_way) < self._most:
             index = self._idle.popleft()
             self._under_way[index] += 1
+            self._last_sign_s = monotonic()
             self._fleet.request(index, "collect", reference, env_steps, self._want)
 
     def _stored(self, weights: Weights) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -58,14 +60,32 @@ def _quiet() -> dict[str, Any]:
 
 
 def _start(store_bytes: int) -> None:
-    with warnings.catch_warnings():  # JAX warns of the fork; its child becomes Ray at once
+    with (
+        _sigterm_not_inherited(),
+        warnings.catch_warnings(),
+    ):  # JAX warns of the fork; its child becomes Ray at once
         warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
         ray.init(
+            address="local",  # whatever RAY_ADDRESS or another program's cluster says
             num_cpus=cores(),
             include_dashboard=False,
             object_store_memory=max(LEAST_STORE_BYTES, store_bytes),
             **_quiet(),
         )
+
+
+@contextmanager
+def _sigterm_not_inherited() -> Iterator[None]:
+    """Processes that are started meanwhile do not heed SIGTERM.
+
+    Batch systems send it to every process of a job. A driver whose Ray is gone is ended at once,
+    before it can write a checkpoint; so it is the driver that ends Ray.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _join(address: str) -> None:
@@ -81,14 +101,14 @@ def _join(address: str) -> None:
 
 def _check_reachable(address: str) -> None:
     """That something listens at host:port, before Ray tries for minutes."""
-    if address in ("auto", "local") or "://" in address:
+    if address == "auto":
         return
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         raise refuse("acting.address", "accepted: null, auto, host:port", given=address)
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         says = f"cannot be reached ({error}); tried {host} port {port} for {CONNECT_S:.0f} s"
         raise refuse("acting.address", says, given=address) from error
 

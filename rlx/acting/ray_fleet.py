@@ -25,11 +25,14 @@ from ray import exceptions as ray_errors
 from rlx.acting.faults import ActingFailed, Cause, History, Restarts, same_error
 from rlx.acting.ray_logs import LastLines, last_lines_of
 from rlx.acting.whereabouts import Whereabouts
+from rlx.problems import refuse
 
 log = logging.getLogger(__name__)
 
 SILENCE_S = 15.0  # between two lines that say who is still awaited
 FIRST_ALONE_S = 20.0  # the others wait so long for what the first actor compiles
+FETCH_S = 30.0  # for an answer that is there
+AWAY_S = 1.0  # between two polls; more of it is not held against the actors
 
 State = Literal["pending", "preparing", "ready", "resting"]
 
@@ -86,6 +89,7 @@ class Slot:
     ready_s: float = 0.0  # when this or the last life became ready
     due_s: float = 0.0  # resting: when the next life begins; else: when the head must be answered
     requests: deque[Any] = field(default_factory=deque)  # references, the oldest first
+    answers: int = 0  # in this life
 
 
 class Fleet:
@@ -93,6 +97,8 @@ class Fleet:
 
     `arguments(index, chain)`: keywords of the class for a life, small and without references.
     `threads`: cores that each actor's process is bound to; None: to none in particular.
+    `free_answers`: so many of a life prove nothing yet, as of environments that were only reset.
+    Raises ConfigError for options that Ray cannot take.
     """
 
     def __init__(
@@ -106,11 +112,13 @@ class Fleet:
         options: Mapping[str, Any],
         environment: Mapping[str, str],
         threads: int | None,
+        free_answers: int = 0,
         at_once: int,
         restarts: Restarts,
         deadlines: Deadlines,
     ) -> None:
         self._remote = ray.remote(cls)
+        self._free_answers = free_answers
         self._options = {
             **options,
             "max_restarts": 0,
@@ -118,6 +126,7 @@ class Fleet:
             "enable_task_events": False,  # Ray would keep a record of each request
             "runtime_env": {"env_vars": dict(environment)},
         }
+        _check_options(self._remote, self._options)
         self._arguments, self._least, self._threads = arguments, least, threads
         self._at_once, self._deadlines = at_once, deadlines
         self.slots = [
@@ -127,6 +136,7 @@ class Fleet:
         self._load: dict[tuple[str, int], int] = {}  # (host, core) -> actors bound to it
         self._began_s = monotonic()
         self._enough_s = monotonic()  # when there were last enough actors
+        self._polled_s = monotonic()
         self._was_enough = False
         self._said_s = monotonic()
         self._events: deque[Event] = deque()
@@ -155,11 +165,15 @@ class Fleet:
 
         Raises ActingFailed when it can't go on.
         """
+        self._forgive(monotonic() - self._polled_s)
         self._begin_lives()
         for slot, reference in self._answered(timeout_s):
+            began_s = monotonic()
             self._take(slot, reference)
+            self._forgive(monotonic() - began_s)
         self._end_overdue()
         self._check_enough()
+        self._polled_s = monotonic()
         events, self._events = list(self._events), deque()
         return events
 
@@ -168,6 +182,13 @@ class Fleet:
         for slot in self.slots:
             self._kill(slot)
         self._last_lines.close()
+
+    def _forgive(self, seconds: float) -> None:
+        """Moves all deadlines by a time in which nobody looked at what was answered."""
+        if seconds > AWAY_S:
+            self._enough_s += seconds
+            for slot in self.slots:
+                slot.due_s += seconds
 
     # --- lives -----------------------------------------------------------------------------------
 
@@ -188,11 +209,12 @@ class Fleet:
         slot.handle = self._remote.options(**self._options).remote(**arguments)
         slot.requests.append(slot.handle.hello.remote())
         slot.state, slot.due_s = "pending", math.inf  # until there is room for it
+        slot.answers = 0
 
     def _take(self, slot: Slot, reference: Any) -> None:
         """An answer, or the error in its place."""
         try:
-            value = ray.get(reference, timeout=self._deadlines.request_s)
+            value = ray.get(reference, timeout=FETCH_S)
         except ray_errors.RayError as error:
             cause = cause_of(error)
             # Without pid and address, which differ between actors that raise the same.
@@ -207,7 +229,9 @@ class Fleet:
             self._events.append(Ready(index=slot.index, chain=slot.chain))
         else:
             slot.due_s = monotonic() + self._deadlines.request_s
-            slot.history.note_answer()
+            slot.answers += 1
+            if slot.answers > self._free_answers:
+                slot.history.note_answer()
             self._events.append(Answered(index=slot.index, value=value))
 
     def _prepare(self, slot: Slot, where: Whereabouts) -> None:
@@ -287,8 +311,8 @@ class Fleet:
             self._said_s = now
             log.warning("%s", self._report())
         limit = self._deadlines.grace_s if self._was_enough else self._deadlines.resource_s
-        preparing = any(slot.state == "preparing" for slot in self.slots)  # has its own deadline
-        if now - self._enough_s > limit and not (preparing and not self._was_enough):
+        preparing = sum(slot.state == "preparing" for slot in self.slots)  # has its own deadline
+        if now - self._enough_s > limit and ready + preparing < self._least:
             key = "grace_s" if self._was_enough else "resource_timeout_s"
             raise ActingFailed(
                 f"fewer than acting.min_instances={self._least} actors for acting.{key}="
@@ -309,6 +333,15 @@ class Fleet:
         if resting:
             text += f"; to be started: {_some(resting)}"
         return text
+
+
+def _check_options(remote: Any, options: Mapping[str, Any]) -> None:
+    """Ray says what it cannot take only when an actor is made, or here."""
+    try:
+        remote.options(**options)
+    except (ValueError, TypeError, OverflowError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise refuse("acting", f"Ray cannot give actors what is asked for: {line}") from error
 
 
 ASKED = ("num_cpus", "num_gpus", "memory", "resources", "label_selector")

@@ -30,8 +30,10 @@ from rlx.acting.whereabouts import thread_limits
 from rlx.acting.wire import Compression
 from rlx.interfaces import Agent, EnvFamily, Exploration
 from rlx.problems import ConfigError, Problem, refuse
+from rlx.replay.available import available_bytes
 from rlx.types import Range, Rollout, Runtime, Weights
 
+SHARE_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 LARGEST_PLAN = 1_000_000  # bytes, pickled
 
 
@@ -89,6 +91,7 @@ class RayPool:
         )
         wants = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor, "memory": memory_per_actor}
         _check_settings(instances, min_instances, address, wants)
+        _check_store(max_in_flight_bytes, address)
         arguments = _env_arguments(plan) if served else _actor_arguments(plan, compress)
         self._cluster = Cluster(address=address, store_bytes=2 * max_in_flight_bytes)
         try:
@@ -104,8 +107,9 @@ class RayPool:
                     "resources": dict(resources),
                     **_placement(placement),
                 },
-                environment={} if gpus_per_actor else thread_limits(threads_per_actor),
+                environment=SHARE_GPU if gpus_per_actor else thread_limits(threads_per_actor),
                 threads=None if gpus_per_actor else threads_per_actor,
+                free_answers=1 if served else 0,  # of `reset`
                 at_once=start_at_once,
                 restarts=restarts,
                 deadlines=Deadlines(
@@ -137,8 +141,9 @@ class RayPool:
             self.source = RayActors(
                 fleet=self._fleet,
                 want_env_steps=env_steps_per_request,
+                lanes=envs_per_actor,
                 per_actor=ahead,
-                most=max(1, max_in_flight_bytes // (env_steps_per_request * row_bytes(agent))),
+                most=max(1, max_in_flight_bytes // _rollout_bytes(plan, env_steps_per_request)),
                 weights_dtype=weights_dtype,
                 max_age=max_weight_age_updates,
                 ingest_threads=ingest_threads,
@@ -200,8 +205,18 @@ def _actor_arguments(plan: Plan, compression: Compression) -> Arguments:
 
 def _env_arguments(plan: Plan) -> Arguments:
     """(index, chain) -> the keywords of `RemoteEnv`."""
-    packed = pickled(plan.family)
-    return lambda index, chain: {"family": packed, "seeds": plan.seeds(index, chain)}
+    packed, needs_jax = pickled(plan.family), getattr(plan.family, "needs_jax", True)
+    return lambda index, chain: {
+        "family": packed,
+        "seeds": plan.seeds(index, chain),
+        "without_jax": not needs_jax,
+    }
+
+
+def _rollout_bytes(plan: Plan, want_env_steps: int) -> int:
+    """At most: a request may finish a block of every lane, which began before it."""
+    rows = max(want_env_steps, plan.envs_per_actor * plan.agent.sequence.block_rows)
+    return rows * row_bytes(plan.agent)
 
 
 def row_bytes(agent: Agent) -> int:
@@ -246,8 +261,20 @@ def _check_settings(
     if min_instances > instances:
         says = f"more than acting.instances={instances}; accepted: 1 .. {instances}"
         raise refuse("acting.min_instances", says, given=str(min_instances))
+    gpus = wants["num_gpus"] or 0.0
+    if gpus > 1 and gpus != int(gpus):
+        says = "accepted: a share of one GPU (0 .. 1), or whole ones"
+        raise refuse("acting.gpus_per_actor", says, given=f"{gpus:g}")
     if address is None and not ray.is_initialized():
         _check_room(instances, {"CPU": float(cores())}, wants)
+
+
+def _check_store(max_in_flight_bytes: int, address: str | None) -> None:
+    """That an own cluster's object store, of twice these bytes, fits in memory."""
+    most = available_bytes() // 2
+    if address is None and not ray.is_initialized() and max_in_flight_bytes > most:
+        says = f"Ray's object store takes twice as much; at most {most} bytes fit here"
+        raise refuse("acting.max_in_flight_bytes", says, given=str(max_in_flight_bytes))
 
 
 def _check_cluster(

@@ -101,7 +101,7 @@ class RayLanes:
             self._fleet.close()
 
     def _any_stepping(self) -> bool:
-        return any(slot.requests for slot in self._fleet.slots)
+        return any(slot.requests and slot.state == "ready" for slot in self._fleet.slots)
 
     def _heed(self, event: Ready | Answered | Lost) -> None:
         index = event.index

@@ -28,11 +28,11 @@ class Step:
 class RemoteEnv:
     """One life of one actor's environments.
 
-    family: a pickled EnvFamily; seeds: one per lane.
+    family: a pickled EnvFamily; seeds: one per lane; without_jax: hides JAX from it.
     """
 
-    def __init__(self, *, family: bytes, seeds: list[int]) -> None:
-        self._family, self._seeds = family, seeds
+    def __init__(self, *, family: bytes, seeds: list[int], without_jax: bool) -> None:
+        self._family, self._seeds, self._without_jax = family, seeds, without_jax
         self._env: Env | None = None
 
     def hello(self) -> Whereabouts:
@@ -43,8 +43,9 @@ class RemoteEnv:
         """Opens the environments. cores: those that all threads of this process are to share."""
         if cores is not None:
             os.sched_setaffinity(0, cores)
-        # EnvPool loads JAX where there is one, for a way of stepping that is not used here.
-        sys.modules.setdefault("jax", None)  # type: ignore[arg-type]
+        if self._without_jax:
+            # EnvPool loads JAX where there is one, for a way of stepping that is not used here.
+            sys.modules.setdefault("jax", None)  # type: ignore[arg-type]
         family = pickle.loads(self._family)
         self._env = family.make(lanes=len(self._seeds), seeds=self._seeds)
 

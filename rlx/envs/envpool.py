@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import envpool
 import numpy as np
@@ -81,6 +81,7 @@ class EnvPool:
     batch_size: Annotated[int, Range(ge=1)] | None
     threads: Annotated[int, Range(ge=0)]
     options: dict[str, Any]
+    needs_jax: ClassVar[bool] = False
 
     def problems(self, *, lanes: int | None = None) -> list[str]:
         """What is wrong with the settings, a line each; allocates no environment."""

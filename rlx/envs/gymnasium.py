@@ -60,7 +60,7 @@ class Gymnasium:
     scale: list[float] | None
     max_episode_steps: Annotated[int, Range(ge=1)] | None
 
-    def problems(self) -> list[str]:
+    def problems(self, *, lanes: int | None = None) -> list[str]:
         """What is wrong with the settings, a line each; allocates no environment."""
         found = _id_problems(self.id)
         if self.vector not in VECTOR:

@@ -471,9 +471,10 @@ class BlockRing:
         Raises ValueError if it is of a ring made otherwise, or a block is missing.
         """
         if state["layout"] != self._layout():
+            differences = _differences(state["layout"], self._layout())
             raise ValueError(
-                f"The saved replay has another layout: saved {state['layout']}, "
-                f"this run {self._layout()}; resume with the settings it was saved with."
+                f"the saved replay has another layout ({differences}); resume with the settings "
+                "it was saved with, or with checkpoint.replay=false to fill a new one"
             )
         with self._writing, self._lock:
             self._slot.key[:] = -1
@@ -488,8 +489,8 @@ class BlockRing:
             found = sum(self._restore_blocks(some) for some in blocks)
         if found != self._live:
             raise ValueError(
-                f"The saved replay has {self._live} blocks, {found} were found: it is damaged; "
-                "resume with checkpoint.replay=false to fill a new one."
+                f"the saved replay has {self._live} blocks, {found} were found: it is damaged; "
+                "resume with checkpoint.replay=false to fill a new one"
             )
 
     def _restore_blocks(self, blocks: Blocks) -> int:
@@ -543,6 +544,12 @@ class BlockRing:
             },
             sort_keys=True,
         )
+
+
+def _differences(saved: str, now: str) -> str:
+    """'lanes 64, now 128': where two layouts differ."""
+    a, b = json.loads(saved), json.loads(now)
+    return "; ".join(f"{name} {a[name]}, now {b[name]}" for name in a if a[name] != b[name])
 
 
 _COUNTERS = ("_next_key", "env_steps", "blocks_dropped", "redraws")

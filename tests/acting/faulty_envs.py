@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rlx.envs.envpool import EnvPool, EnvPoolLanes
 from rlx.types import EnvSpec
 
-Fault = Literal["hangs", "raises", "dies", "raises_at_once"]
+Fault = Literal["hangs", "raises", "dies", "raises_at_once", "hangs_at_once"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class FaultyFamily:
     def make(self, *, lanes: int, seeds: Sequence[int]) -> Any:
         if self.fault == "raises_at_once":
             raise RuntimeError("no such simulator: licence expired")
+        if self.fault == "hangs_at_once":
+            time.sleep(3600)
         return Faulty(self.inner.make(lanes=lanes, seeds=seeds), self)
 
 

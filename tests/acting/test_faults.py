@@ -51,8 +51,26 @@ def test_deaths_before_any_answer_are_counted_and_forgotten_after_the_window():
     actor.note_failure(102.5, "died")  # the first three are out of the window of 100 s
     assert actor.too_much() == ""
     for t in (103, 104, 105):
-        actor.note_failure(t, "hung")
+        actor.note_failure(t, "died")
     assert actor.too_much() == "ended 4 times within 100 s without any answer"
+
+
+def test_hangs_in_a_row_are_counted_however_long_they_take():
+    """Each lasts until the deadline: the window would never see enough of them."""
+    actor = history()
+    for t in (0, 500):
+        actor.note_failure(t, "hung")
+    assert actor.too_much() == ""
+    actor.note_answer()
+    for t in (1000, 1500):
+        actor.note_failure(t, "hung")
+    actor.note_answer()
+    actor.note_failure(2000, "hung")  # it had answered
+    for t in (2500, 3000):
+        actor.note_failure(t, "hung")
+    assert actor.too_much() == ""
+    actor.note_failure(3500, "hung")
+    assert actor.too_much() == "hung 3 times in a row without any answer"
 
 
 def test_the_same_exception_from_every_actor_is_no_accident():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from rlx.acting.plan import carry_spec
 from rlx.agents.r2d2 import R2D2
 from rlx.envs.envpool import EnvPool
 from rlx.replay.prioritized import Prioritized
-from rlx.types import Batch, Weights
+from rlx.types import Batch, EnvSpec, Timestep, Weights
 from tests import parts
 
 CARTPOLE: dict[str, Any] = {"id": "CartPole-v1", "components": [0, 2], "max_episode_steps": 30}
@@ -43,6 +43,39 @@ def family(**changes: Any) -> EnvPool:
         "options": {},
     }
     return EnvPool(**settings | changes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shuffled:
+    """`inner`, all of whose lanes answer at once, in another order each time."""
+
+    inner: EnvPool
+
+    def spec(self) -> EnvSpec:
+        return self.inner.spec()
+
+    def make(self, *, lanes: int, seeds: Sequence[int]) -> Any:
+        return ShuffledLanes(self.inner.make(lanes=lanes, seeds=seeds))
+
+
+class ShuffledLanes:
+    """Passes everything on but the order."""
+
+    def __init__(self, env: Any) -> None:
+        self._env, self._rng = env, np.random.default_rng(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+    def reset(self) -> Timestep:
+        return self._shuffled(self._env.reset())
+
+    def recv(self) -> Timestep:
+        return self._shuffled(self._env.recv())
+
+    def _shuffled(self, timestep: Timestep) -> Timestep:
+        order = self._rng.permutation(len(timestep.lane))
+        return trees.tree_map(lambda x: x[order], timestep)
 
 
 def make_agent(envs: EnvPool, core: str = "lstm") -> R2D2:
@@ -154,6 +187,11 @@ def test_replayed_q_equals_acting_q(environment, core, options):
     rows = batch.rows
     assert rows.inputs.first[:, 1:].any()  # over ends
     assert not rows.valid.all()
+    assert difference(agent, params, batch) < 1e-4
+
+
+def test_lanes_that_all_answer_at_once_but_in_any_order_are_not_mixed_up():
+    agent, params, batch = gather(Shuffled(inner=family(**CARTPOLE)))
     assert difference(agent, params, batch) < 1e-4
 
 

@@ -23,7 +23,7 @@ from ray.cluster_utils import Cluster
 
 from rlx import trees
 from rlx.acting import ray_logs
-from rlx.acting.exploration import Ladder
+from rlx.acting.exploration import Constant, Ladder
 from rlx.acting.faults import ActingFailed, Restarts
 from rlx.acting.ray_fleet import Answered, Deadlines, Fleet, Lost, Ready, cause_of
 from rlx.acting.ray_logs import last_lines_of
@@ -43,6 +43,7 @@ from tests.acting.test_keystone import (
 
 LANES = 3
 PATIENCE_S = 120.0
+LADDER = Ladder(base=0.4, exponent=7.0, minimum=0.0, final_scale=1.0, decay_env_steps=None)
 RESTARTS = Restarts(
     window_s=600.0, max_raised=3, max_fruitless=30, first_wait_s=0.1, longest_wait_s=1.0
 )
@@ -101,9 +102,7 @@ def make_pool(envs: Any, **changes: Any) -> RayPool:
         "resource_timeout_s": 60.0,
         "grace_s": 60.0,
         "restarts": RESTARTS,
-        "exploration": Ladder(
-            base=0.4, exponent=7.0, minimum=0.0, final_scale=1.0, decay_env_steps=None
-        ),
+        "exploration": LADDER,
         "seed": 5,
         "chain": 0,
         "env_steps": 0,
@@ -201,15 +200,15 @@ def test_replayed_q_equals_acting_q_and_blocks_come_in_order_and_once(pool, envi
     assert difference(agent, weights.params, batch) < 1e-4
 
 
-def test_a_lane_acts_as_it_does_in_the_process(pool):
+@pytest.mark.parametrize("inference", ["actor", "server"])
+def test_a_lane_acts_as_it_does_in_the_process(pool, inference):
     from rlx.acting.local_pool import LocalPool
 
     envs = family(**CARTPOLE)
     agent = make_agent(envs)
     shared: dict[str, Any] = {
-        "exploration": Ladder(
-            base=0.4, exponent=7.0, minimum=0.0, final_scale=1.0, decay_env_steps=None
-        ),
+        # A server's random numbers are others than its actors' would be.
+        "exploration": Constant(value=0.0) if inference == "server" else LADDER,
         "seed": 5, "chain": 0, "env_steps": 0,
     }  # fmt: skip
     local = LocalPool(
@@ -218,7 +217,7 @@ def test_a_lane_acts_as_it_does_in_the_process(pool):
     )  # fmt: skip
     weights = weights_of(agent)
     local.publish(weights, 0)
-    actors = pool(envs, agent=agent, **shared)
+    actors = pool(envs, agent=agent, inference=inference, **shared)
     actors.publish(weights, 0)
     here = [r for _ in range(8) for r in local.collect(LANES * 10, 1.0, 0)]
     there = collect(actors, 240, lanes=2 * LANES)
@@ -317,16 +316,17 @@ def test_no_more_is_under_way_than_was_allowed(pool):
     time.sleep(3.0)  # nobody collects: every actor ends what it has, and waits
     waiting = actors.collect(LANES * 10, 0.0, 0)
     assert len(waiting) == 2 * 2
-    assert actors.burst_env_steps == 2 * 2 * LANES * 10
+    assert actors.burst_env_steps == 2 * 2 * (LANES * 10 + LANES - 1)
     tight = pool(max_in_flight_bytes=1)  # less than one rollout: one at a time
-    assert tight.burst_env_steps == LANES * 10
+    assert tight.burst_env_steps == LANES * 10 + LANES - 1
 
 
 # --- faults --------------------------------------------------------------------------------------
 
 
-def test_a_killed_actor_is_replaced_and_the_others_go_on(pool):
-    actors = pool(instances=3)
+@pytest.mark.parametrize("inference", ["actor", "server"])
+def test_a_killed_actor_is_replaced_and_the_others_go_on(pool, inference):
+    actors = pool(instances=3, inference=inference)
     actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
     rollouts = collect(actors, 200)
     wait_for(lambda: actors.stats()["acting/actors_ready"] == 3, "all three actors", 60)
@@ -343,8 +343,28 @@ def test_a_killed_actor_is_replaced_and_the_others_go_on(pool):
     assert renewed == list(range(renewed[0], renewed[0] + LANES))
     assert all(found == {0} for lane, found in chains.items() if lane not in renewed)
     assert actors.chain == 1
-    stats = actors.stats()
-    assert 0 < stats["acting/lost_env_steps_at_most"] <= 2 * LANES * 10
+    for episode in (episode for rollout in rollouts for episode in rollout.episodes):
+        assert episode.epsilon == pytest.approx(ladder_epsilon(episode.lane, 3 * LANES))
+        assert episode.chain in chains[episode.lane]
+    assert {episode.lane for r in rollouts for episode in r.episodes} == set(range(3 * LANES))
+    most = 2 * (LANES * 10 + LANES - 1) if inference == "actor" else LANES
+    assert 0 < actors.stats()["acting/lost_env_steps_at_most"] <= most
+
+
+def ladder_epsilon(lane: int, lanes: int) -> float:
+    return float(LADDER.epsilon(np.array([lane]), lanes, 0)[0])
+
+
+@pytest.mark.parametrize("inference", ["actor", "server"])
+def test_what_dies_at_its_first_step_is_not_started_for_ever(pool, inference):
+    """A server's actors have been reset by then, which proves nothing."""
+    inner = family(**CARTPOLE)
+    envs = FaultyFamily(inner=inner, fault="dies", after=0)
+    few = dataclasses.replace(RESTARTS, max_fruitless=2, longest_wait_s=0.1)
+    actors = pool(envs, agent=make_agent(inner), instances=1, restarts=few, inference=inference)
+    actors.publish(weights_of(make_agent(inner)), 0)
+    with pytest.raises(ActingFailed, match="ended 2 times within 600 s without any answer"):
+        collect(actors, 10_000)
 
 
 def test_an_environment_that_hangs_costs_its_actor_only(pool, tmp_path):
@@ -385,18 +405,6 @@ def test_what_raises_always_ends_the_run_with_its_traceback(pool, fault):
         assert "about to: raises" in text  # the last line of its log
     else:
         assert "licence expired" in text
-
-
-def test_what_dies_before_it_ever_answers_is_not_started_for_ever(pool):
-    inner = family(**CARTPOLE)
-    envs = FaultyFamily(inner=inner, fault="dies", after=0)
-    few = Restarts(
-        window_s=600.0, max_raised=3, max_fruitless=2, first_wait_s=0.1, longest_wait_s=0.1
-    )
-    actors = pool(envs, agent=make_agent(inner), instances=1, restarts=few)
-    actors.publish(weights_of(make_agent(inner)), 0)
-    with pytest.raises(ActingFailed, match="ended 2 times within 600 s without any answer"):
-        collect(actors, 10_000)
 
 
 @pytest.mark.parametrize(

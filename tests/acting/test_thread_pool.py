@@ -11,6 +11,7 @@ import pytest
 from rlx.acting.exploration import Constant
 from rlx.acting.faults import ActingFailed
 from rlx.acting.thread_pool import ThreadPool
+from rlx.envs.gymnasium import Gymnasium
 from rlx.problems import ConfigError
 from rlx.types import Rollout
 from tests.acting.faulty_envs import FaultyFamily
@@ -114,7 +115,7 @@ def test_an_environment_that_hangs_ends_the_run_with_its_name(pool):
     envs = FaultyFamily(inner=inner, fault="hangs", after=5)
     actors = pool(envs, agent=make_agent(inner), request_timeout_s=1.0)
     actors.publish(weights_of(make_agent(inner)), 0)
-    with pytest.raises(ActingFailed, match=r"acting thread \d: an environment has not answered"):
+    with pytest.raises(ActingFailed, match=r"acting thread \d: its environments have not answered"):
         collect(actors, 10_000)
 
 
@@ -123,8 +124,39 @@ def test_what_an_environment_raises_ends_the_run(pool):
     envs = FaultyFamily(inner=inner, fault="raises", after=5)
     actors = pool(envs, agent=make_agent(inner))
     actors.publish(weights_of(make_agent(inner)), 0)
-    with pytest.raises(ValueError, match="out of coal"):
+    with pytest.raises(ActingFailed, match=r"acting thread \d ended by ValueError") as failed:
         collect(actors, 10_000)
+    assert "out of coal" in str(failed.value)
+    assert "faulty_envs.py" in str(failed.value)  # the traceback
+
+
+def test_environments_that_never_open_end_the_run_too(pool):
+    inner = family(**CARTPOLE)
+    envs = FaultyFamily(inner=inner, fault="hangs_at_once", after=0)
+    actors = pool(envs, agent=make_agent(inner), request_timeout_s=1.0)
+    with pytest.raises(ActingFailed, match="its environments have not answered for 1 s"):
+        collect(actors, 10_000)
+
+
+def test_a_long_request_is_no_hang_and_ends_when_the_pool_does(pool):
+    envs = family(**CARTPOLE)
+    actors = pool(envs, env_steps_per_request=10**9, request_timeout_s=1.0)
+    actors.publish(weights_of(make_agent(envs)), 0)
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        assert actors.collect(40, 0.2, 0) == []
+    actors.close(20.0)
+    assert not any(thread._thread.is_alive() for thread in actors._threads.threads)
+
+
+def test_other_environments_than_envpools_act_in_threads_too(pool):
+    envs: Any = Gymnasium(
+        id="CartPole-v1", vector="sync", max_episode_steps=None, kwargs={},
+        observe=None, components=None, scale=None,
+    )  # fmt: skip
+    actors = pool(envs)
+    actors.publish(weights_of(make_agent(envs)), 0)
+    assert_in_order_and_once(collect(actors, 400, lanes=8))
 
 
 def test_an_odd_number_of_lanes_makes_no_two_groups(pool):
