@@ -59,7 +59,9 @@ class ActingThread:
         ahead: int,
         realtime: bool = False,
         max_age: int | None = None,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
+        """`while_waiting` is called a few times a second while nothing is acted."""
         self.name = name
         self.failed: BaseException | None = None
         self.dropped_env_steps = 0
@@ -67,6 +69,7 @@ class ActingThread:
         self.chain = -1
         self._make_actors, self._orders, self._arrived = make_actors, orders, arrived
         self._want, self._realtime, self._max_age = want_env_steps, realtime, max_age
+        self._while_waiting = while_waiting
         self._free = threading.Semaphore(ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -117,9 +120,11 @@ class ActingThread:
         weights, env_steps, updates = self._orders.read()
         if weights is None or self._too_old(weights, updates):
             self._stop.wait(0.005)
+            self._while_waiting()
             return
         may_keep = self._free.acquire(timeout=0 if self._realtime else 0.1)
         if not may_keep and not self._realtime:
+            self._while_waiting()
             return
         is_new = any(actor.weights_version != weights.version for actor in actors)
         request = Request(

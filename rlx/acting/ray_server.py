@@ -91,6 +91,11 @@ class RayLanes:
             for event in self._fleet.poll(max(0.0, left)):
                 self._heed(event)
 
+    def attend(self) -> None:
+        """Takes note of what happened to the actors while nobody steps them."""
+        for event in self._fleet.poll(0.0):
+            self._heed(event)
+
     def episodes(self) -> list[Episode]:
         """The episodes that ended since the last call."""
         ended, self._episodes = self._episodes, []
@@ -186,6 +191,7 @@ class RayServer:
             want_env_steps=want_env_steps,
             ahead=ahead,
             max_age=max_age,
+            while_waiting=self._lanes.attend,
         )
         no_limit = math.inf  # the fleet has its deadlines
         self._threads = Threads(

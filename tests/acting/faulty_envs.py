@@ -45,6 +45,10 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._env, name)
 
+    def step(self, action: Any, lane: Any) -> Any:
+        self._env.send(action, lane)
+        return self.recv()
+
     def recv(self) -> Any:
         self._steps += 1
         if self._steps > self._family.after and self._is_time():
