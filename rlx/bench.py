@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -148,7 +149,9 @@ def report(what: str, found: list[dict[str, Any]]) -> None:
     """A table, then the same as one line of JSON."""
     print(f"{'name':<60} {'value':>14} {'unit':<14} {'ratio':>6}")
     for row in found:
-        print(f"{row['name']:<60} {row['value']:>14,.1f} {row['unit']:<14} {row['ratio']:>6.2f}")
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        value = f"{row['value']:,.3f}" if row["value"] < 1 else f"{row['value']:,.1f}"
+        print(f"{row['name']:<60} {value:>14} {row['unit']:<14} {ratio:>6}")
     print(json.dumps({"what": what, "machine": machine(), "rows": found}))
 
 
@@ -293,38 +296,56 @@ def bench_learner(setup: Setup, seconds: float) -> list[dict[str, Any]]:
     ]
 
 
-BENCHES: Mapping[str, Callable[[Setup, float], list[dict[str, Any]]]] = {
-    "acting": bench_acting,
-    "learner": bench_learner,
+Bench = Callable[[Setup, float], list[dict[str, Any]]]
+
+BENCHES = ("acting", "learner", "replay")
+POOLS = ("local", "ray_pool")
+DEFAULTS = {
+    "what": "",
+    "seconds": "10",
+    "setup": "all",
+    "acting": "local",
+    "rows": "100000,1000000",
 }
 
 
-POOLS = ("local", "ray_pool")
-
-
 def main() -> None:
-    """`what=acting|learner seconds=10 setup=cartpole|pong|all acting=local|ray_pool`.
+    """`what=acting|learner|replay seconds=10 setup=cartpole|pong|all`, and one more of each.
 
-    `seconds`: for each setup; `acting`: of what=acting.
+    `seconds`: for each setup (replay: for each storage); `acting=local|ray_pool`: of what=acting;
+    `rows=100000,1000000`: sizes of what=replay.
     """
     names = [setup.name for setup in SETUPS]
     given = dict(text.partition("=")[::2] for text in sys.argv[1:])
-    options = {"what": "", "seconds": "10", "setup": "all", "acting": "local"} | given
+    options = DEFAULTS | given
     what, chosen, seconds = options["what"], options["setup"], options["seconds"]
-    known = what in BENCHES and chosen in (*names, "all") and len(options) == 4
-    if not known or not _positive(seconds) or options["acting"] not in POOLS:
+    sizes = options["rows"].split(",")
+    known = what in BENCHES and chosen in (*names, "all") and options.keys() == DEFAULTS.keys()
+    numbers = [_positive(seconds), *(size.isdigit() and int(size) > 0 for size in sizes)]
+    if not known or not all(numbers) or options["acting"] not in POOLS:
         print(
             f"rlx.bench: got {' '.join(sys.argv[1:]) or 'nothing'}; accepted: "
             f"what={'|'.join(BENCHES)} seconds=10 setup={'|'.join(names)}|all "
-            f"acting={'|'.join(POOLS)}",
+            f"acting={'|'.join(POOLS)} rows={DEFAULTS['rows']}",
             file=sys.stderr,
         )
         sys.exit(2)
-    run = BENCHES[what]
-    if (what, options["acting"]) == ("acting", "ray_pool"):
-        from rlx.ray_bench import bench_ray as run
+    runs = _benches(what, options["acting"], [int(size) for size in sizes])
     setups = [setup for setup in SETUPS if chosen in (setup.name, "all")]
-    report(what, [row for setup in setups for row in run(setup, float(seconds))])
+    report(what, [row for setup in setups for run in runs for row in run(setup, float(seconds))])
+
+
+def _benches(what: str, acting: str, sizes: Sequence[int]) -> Sequence[Bench]:
+    """What to run; parts that not every machine has are imported only if they are asked for."""
+    if what == "replay":
+        from rlx.replay_bench import bench_replay
+
+        return [partial(bench_replay, rows=size) for size in sizes]
+    if (what, acting) == ("acting", "ray_pool"):
+        from rlx.ray_bench import bench_ray
+
+        return [bench_ray]
+    return [{"acting": bench_acting, "learner": bench_learner}[what]]
 
 
 def _positive(text: str) -> bool:

@@ -70,6 +70,11 @@ class RingReplay:
         return self._ring.nbytes
 
     @property
+    def capacity(self) -> int:
+        """Rows that it can hold."""
+        return self._ring.budget.rows
+
+    @property
     def block_nbytes(self) -> float:
         """Of one block, before compression."""
         return self._ring.budget.total_bytes / self._ring.slots
