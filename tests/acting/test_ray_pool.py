@@ -237,6 +237,25 @@ def test_a_lane_acts_as_it_does_in_the_process(pool, inference):
         np.testing.assert_allclose(mine.acting.q, theirs.acting.q, rtol=1e-5)
 
 
+@pytest.mark.parametrize("inference", ["actor", "server"])
+def test_the_action_in_a_row_is_what_its_environment_did(pool, inference):
+    """In Catch the paddle shows it: it moves by -1, 0 or 1 cells."""
+    envs = family(id="Catch-v0")
+    agent = make_agent(envs)
+    actors = pool(envs, agent=agent, inference=inference, exploration=Constant(value=0.8))
+    actors.publish(weights_of(agent), 0)
+    moves = 0
+    for rollout in collect(actors, 600, lanes=2 * LANES):
+        rows = rollout.rows
+        floor = rows.inputs.observation["observation"][:, :, -1]  # [M, K, 5]
+        paddle = floor.argmax(-1)
+        expected = np.clip(paddle[:, :-1] + rows.action[:, :-1] - 1, 0, 4)
+        known = rows.valid[:, :-1] & (floor.sum(-1)[:, 1:] == 1)  # else the ball is down there, too
+        np.testing.assert_array_equal(paddle[:, 1:][known], expected[known])
+        moves += int((paddle[:, 1:] != paddle[:, :-1])[known].sum())
+    assert moves > 50
+
+
 # --- weights -------------------------------------------------------------------------------------
 
 
