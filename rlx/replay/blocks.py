@@ -67,6 +67,7 @@ class Drawn:
     keys: np.ndarray  # i64[B]
     weights_version: np.ndarray  # i64[B]
     scaled_probability: np.ndarray  # f64[B]: probability of each draw * startable sequences
+    least_scaled_probability: float  # of any startable sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,16 +346,18 @@ class BlockRing:
         *,
         stratified: bool = False,
         buffers: Batch | None = None,
+        find_least: bool = False,
     ) -> Drawn:
         """Draws with replacement, in proportion to the leaves, and copies into the buffers.
 
-        stratified: one draw from each of batch_size equal parts of the total. Raises ValueError
-        if nothing is startable.
+        stratified: one draw from each of batch_size equal parts of the total. find_least: the least
+        probability of all, too (else 0). Raises ValueError if nothing is startable.
         """
         batch = buffers or self.buffers(batch_size)
         out_rows = checked_buffers(batch.rows, batch_size)
         out_carry = checked_buffers(batch.carry, batch_size)
         choice = self._choose(np.arange(batch_size), batch_size, rng, stratified)
+        least = self._least_scaled_probability() if find_least else 0.0
         self._copy_out(choice.window, out_rows, out_carry)
         for _ in range(_MAX_REDRAWS):
             changed = self._changed(choice.window)
@@ -375,7 +378,13 @@ class BlockRing:
             keys=choice.window[:, 0].copy(),
             weights_version=choice.weights_version,
             scaled_probability=choice.scaled_probability,
+            least_scaled_probability=least,
         )
+
+    def _least_scaled_probability(self) -> float:
+        with self._lock:
+            leaves = self._tree.values
+            return float(self._startable * leaves[leaves > 0].min() / self._tree.total)
 
     def _choose(
         self, which: np.ndarray, batch_size: int, rng: np.random.Generator, stratified: bool

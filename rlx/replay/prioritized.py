@@ -3,7 +3,7 @@
 From the paper: priority eta * max + (1 - eta) * mean of the absolute n-step TD errors of a sequence
 (section 2.3); drawing in proportion to priority^0.9, importance exponent 0.6 (appendix); first
 priorities from acting-time Q-values, the online network as its own target (as in Ape-X).
-The importance is divided by its maximum over the whole batch.
+The importance is divided by its maximum, over the whole batch or over the whole replay.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ def sequence_priority(td: np.ndarray, eta: float) -> np.ndarray:
     return eta * td.max(axis=1) + (1.0 - eta) * mean
 
 
-def importance_of(scaled_probability: np.ndarray, exponent: float) -> np.ndarray:
-    """f32[B]: (N * P)^-exponent by the batch's largest; N sequences, each drawn with chance P."""
-    importance = scaled_probability**-exponent
-    return (importance / importance.max()).astype(np.float32)
+def importance_of(scaled_probability: np.ndarray, exponent: float, least: float) -> np.ndarray:
+    """f32[B]: (N * P)^-exponent by the largest; N sequences, each drawn with chance P.
+
+    The largest is that of the batch, or of a sequence with N * P = `least`.
+    """
+    return ((scaled_probability / least) ** -exponent).astype(np.float32)
 
 
 @final
@@ -50,6 +52,9 @@ class Prioritized(RingReplay):
         priority_eta: Annotated[float, Range(ge=0, le=1)],
         priority_epsilon: Annotated[float, Range(gt=0)],
         importance_exponent: Annotated[float, Range(ge=0)],
+        importance_exponent_final: Annotated[float, Range(ge=0)] | None,
+        anneal_env_steps: Annotated[int, Range(ge=1)] | None,
+        importance_scale: Literal["batch", "replay"],
         initial_priority: Literal["acting", "max"],
         stratified: bool,
         storage: Literal["memory", "mmap"],
@@ -81,7 +86,11 @@ class Prioritized(RingReplay):
             seed=seed,
         )
         self._exponent, self._eta, self._epsilon = priority_exponent, priority_eta, priority_epsilon
+        if (importance_exponent_final is None) != (anneal_env_steps is None):
+            raise ValueError("set importance_exponent_final and anneal_env_steps both, or neither.")
         self._importance_exponent = importance_exponent
+        self._final = importance_exponent_final, anneal_env_steps
+        self._importance_scale = importance_scale
         self._initial_priority = initial_priority
         self._stratified = stratified
         self._first_td = first_td
@@ -94,13 +103,31 @@ class Prioritized(RingReplay):
 
     def sample(self, batch_size: int, *, buffers: Batch | None = None) -> Sample:
         """Draws with replacement; the batch lies in the buffers, or in fresh arrays without."""
-        drawn = self._ring.draw(batch_size, self._rng, stratified=self._stratified, buffers=buffers)
-        importance = importance_of(drawn.scaled_probability, self._importance_exponent)
+        over_all = self._importance_scale == "replay"
+        drawn = self._ring.draw(
+            batch_size,
+            self._rng,
+            stratified=self._stratified,
+            buffers=buffers,
+            find_least=over_all,
+        )
+        scaled = drawn.scaled_probability
+        least = drawn.least_scaled_probability if over_all else float(scaled.min())
+        importance = importance_of(scaled, self.importance_exponent, least)
         return Sample(
             batch=Batch(rows=drawn.rows, carry=drawn.carry, importance=importance),
             keys=drawn.keys,
             weights_version=drawn.weights_version,
         )
+
+    @property
+    def importance_exponent(self) -> float:
+        """Now; goes linearly from the first to the final one, by env steps added."""
+        final, env_steps = self._final
+        if final is None or env_steps is None:
+            return self._importance_exponent
+        done = min(1.0, self.env_steps / env_steps)
+        return (1.0 - done) * self._importance_exponent + done * final
 
     def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:
         """New absolute TD errors f32[B, T] (-1 = not valid) of the sequences with keys i64[B].
@@ -112,7 +139,11 @@ class Prioritized(RingReplay):
 
     def stats(self) -> dict[str, float]:
         """Metrics: the ring's, and the updates that came too late."""
-        return {**super().stats(), "replay/stale_updates": float(self._stale_updates)}
+        return {
+            **super().stats(),
+            "replay/stale_updates": float(self._stale_updates),
+            "replay/importance_exponent": self.importance_exponent,
+        }
 
     def state(self) -> dict[str, Any]:
         """Arrays and JSON scalars: all but the blocks."""

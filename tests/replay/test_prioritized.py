@@ -35,6 +35,9 @@ def make(**settings) -> Prioritized:
         "priority_eta": 0.9,
         "priority_epsilon": 0.001,
         "importance_exponent": 0.6,
+        "importance_exponent_final": None,
+        "anneal_env_steps": None,
+        "importance_scale": "batch",
         "initial_priority": "acting",
         "stratified": False,
         "sequence": SEQUENCE,
@@ -149,6 +152,7 @@ def test_stats_are_metrics():
         "replay/blocks_dropped": 1.0,
         "replay/redraws": 0.0,
         "replay/stale_updates": 0.0,
+        "replay/importance_exponent": 0.6,
     }
 
 
@@ -216,8 +220,37 @@ def test_importance_is_recomputed_from_the_raw_tree(exponent):
         replay.update_td(sample.keys, np.random.default_rng(1).random((16, 3), np.float32))
 
 
+def test_importance_by_the_rarest_sequence_of_the_whole_replay():
+    replay = make(importance_scale="replay")
+    add(replay, 0, 60)
+    for _ in range(20):
+        sample = replay.sample(4)
+        raw = np.array(replay._ring._tree.values)
+        expected = (raw[sample.keys % 40] / raw[raw > 0].min()) ** -0.6
+        assert sample.batch.importance == pytest.approx(expected, rel=1e-6)
+        assert sample.batch.importance.max() <= 1
+        replay.update_td(sample.keys, np.random.default_rng(1).random((4, 3), np.float32))
+
+
+def test_the_importance_exponent_goes_to_its_final_value_by_env_steps():
+    replay = make(importance_exponent_final=1.0, anneal_env_steps=100)
+    seen = []
+    for begin in range(0, 70, 10):
+        seen.append(replay.importance_exponent)
+        add(replay, begin, begin + 10)  # 20 rows
+    assert seen == pytest.approx([0.6, 0.68, 0.76, 0.84, 0.92, 1.0, 1.0])
+    assert replay.stats()["replay/importance_exponent"] == 1.0
+    raw = np.array(replay._ring._tree.values)
+    sample = replay.sample(8)
+    probability = raw[sample.keys % 40]
+    expected = probability.min() / probability
+    assert sample.batch.importance == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="both, or neither"):
+        make(importance_exponent_final=1.0)
+
+
 def test_importance_is_at_most_1_and_largest_for_the_rarest():
-    importance = importance_of(np.array([2.0, 0.5, 1.0]), 0.6)
+    importance = importance_of(np.array([2.0, 0.5, 1.0]), 0.6, 0.5)
     assert importance == pytest.approx([0.25**0.6, 1.0, 0.5**0.6])
 
 
