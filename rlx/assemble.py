@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from rlx.acting.blocks import row_spec
+from rlx import trees
+from rlx.acting.blocks import empty, row_spec
 from rlx.acting.plan import carry_spec
+from rlx.acting.recorded import Recorded
 from rlx.checkpoint import Checkpointer, CheckpointError, Restored
 from rlx.config import build
 from rlx.evaluate import Evaluation
-from rlx.interfaces import Agent, EnvFamily, Evaluator
+from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator
 from rlx.learner import Learner
 from rlx.loop import Parts
 from rlx.problems import refuse
 from rlx.replay.quota import Quota
+from rlx.types import Rollout
 
 log = logging.getLogger(__name__)
 
@@ -54,16 +58,20 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
     resumed = _restore(output_dir, learner, with_replay=checkpoint.replay) if resume else None
     exploration = build(settings["exploration"], "exploration")
     replay = _build_replay(settings, agent, resumed)
-    pool = build(
-        settings["acting"],
-        "acting",
-        family=family,
-        agent=agent,
-        exploration=exploration,
-        seed=seed,
-        chain=resumed.meta["chain"] + 1 if resumed else 0,
-        env_steps=resumed.env_steps if resumed else 0,
-    )
+    chain = resumed.meta["chain"] + 1 if resumed else 0
+    if getattr(replay, "is_recorded", False):
+        pool: ActingPool = _nobody_acts(settings, agent, chain)
+    else:
+        pool = build(
+            settings["acting"],
+            "acting",
+            family=family,
+            agent=agent,
+            exploration=exploration,
+            seed=seed,
+            chain=chain,
+            env_steps=resumed.env_steps if resumed else 0,
+        )
     try:
         quota = Quota(
             ratio=replay.ratio,
@@ -95,6 +103,28 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
         logging=logging_,
         resumed=resumed and dataclasses.replace(resumed, state=None),  # which may be large
     )
+
+
+def _nobody_acts(settings: Mapping[str, Any], agent: Agent, chain: int) -> Recorded:
+    """The pool of a run that trains from recorded experience."""
+    log.info("replay=dataset: no actor runs; what acting and exploration set is not used")
+    want = settings["acting"]["env_steps_per_request"]
+    rows = empty(row_spec(agent.spec, agent.acting_spec), 0, agent.sequence.block_rows)
+    none = np.zeros(0, np.int64)
+    nothing = Rollout(
+        rows=rows,
+        carry=empty(carry_spec(agent), 0),
+        next=trees.tree_map(lambda x: x[:, 0], rows.inputs),
+        lane=none.astype(np.int32),
+        chain=none.astype(np.int32),
+        number=none,
+        weights_version=none,
+        episodes=(),
+        env_steps=want,
+        frames=want * agent.spec.frames_per_env_step,
+        timings={},
+    )
+    return Recorded(env_steps_per_request=want, chain=chain, nothing=nothing)
 
 
 def _build_evaluator(

@@ -63,8 +63,9 @@ class Parts:
         self.close()
 
     def close(self) -> None:
-        """Ends actors, and the evaluator, which may be in the pool's cluster, before them."""
-        with ExitStack() as ends:  # both of them, the last one first, whatever one may raise
+        """Ends the evaluator, the actors, whose cluster it may be in, and the replay."""
+        with ExitStack() as ends:  # all of them, the last one first, whatever one may raise
+            ends.callback(self.replay.close)
             ends.callback(self.pool.close, CLOSE_TIMEOUT_S)
             if self.evaluator is not None:
                 ends.callback(self.evaluator.close)

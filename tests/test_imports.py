@@ -27,7 +27,7 @@ LAYERS = [
     {"assemble", "composing"},
     {"api"},
     {"train", "report", "bench"},
-    {"ray_bench"},
+    {"ray_bench", "replay_bench"},
 ]
 ENTRY_POINTS = {"evaluate", "report", "bench", "train"}  # may import api inside a function
 
@@ -39,7 +39,7 @@ HOMES = {
     "omegaconf": HYDRA,
 }
 DEVICE_CALLS = {"jit", "pmap", "device_put"}
-DEVICE_HOMES = {"bench", "learner", "acting/policy", "replay/device", "evaluate"}
+DEVICE_HOMES = {"bench", "replay_bench", "learner", "acting/policy", "replay/device", "evaluate"}
 WITHOUT_JAX = {
     *("types", "seeding", "interfaces"),
     *("acting/actor", "acting/blocks", "acting/faults", "acting/remote", "acting/remote_env"),

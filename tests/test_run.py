@@ -647,6 +647,25 @@ def test_two_devices_give_nearly_the_metrics_of_one(base, compiled, tmp_path):
         assert row["learner/q_mean"] == pytest.approx(other["learner/q_mean"], rel=0.3)
 
 
+def test_recorded_experience_trains_without_actors(tmp_path):
+    record = f"replay.record={tmp_path / 'experience'}"
+    made = run(tmp_path / "acting", record)
+    offline = ("replay=dataset", f"replay.path={tmp_path / 'experience'}")
+    fitting = [s for s in TINY if not s.startswith("replay.capacity")]
+    learnt = rlx.run(rlx.compose([*fitting, *offline]), tmp_path / "learning")
+    assert learnt["state"] == "finished"
+    assert made["updates"] - 10 < learnt["updates"] <= made["updates"] + 60
+    found = rows(tmp_path / "learning")
+    assert found[-1]["env_steps"] >= 1200
+    assert any(row["evaluation/return_mean"] is not None for row in found)
+    went_on = rlx.run(
+        rlx.compose([*fitting, *offline, f"resume={tmp_path / 'learning'}", "total_env_steps=1500"])
+    )
+    assert went_on["updates"] > learnt["updates"]
+    with pytest.raises(ConfigError, match=r"replay: set replay\.path"):
+        rlx.run(rlx.compose([*fitting, "replay=dataset"]), tmp_path / "no path")
+
+
 def test_more_devices_than_there_are_is_said_of_the_learner(tmp_path):
     with pytest.raises(ConfigError, match=r"learner\.devices=3") as caught:
         run(tmp_path, "learner.devices=3")

@@ -166,6 +166,16 @@ class BlockRing:
             slots = keys % self.slots
             return np.where(self._slot.key[slots] == keys, self._tree.get(slots), 0.0)
 
+    @property
+    def all_leaves(self) -> np.ndarray:
+        """f64[slots]: a read-only view."""
+        return self._tree.values
+
+    def load_leaves(self, leaves: np.ndarray) -> None:
+        """Sets f64[slots], zero where they are zero now."""
+        with self._lock:
+            self._tree.load(leaves)
+
     def stats(self) -> dict[str, float]:
         """Metrics: how full it is, and what was dropped or drawn again since the run began."""
         return {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -38,7 +38,6 @@ def importance_of(scaled_probability: np.ndarray, exponent: float, least: float)
     return ((scaled_probability / least) ** -exponent).astype(np.float32)
 
 
-@final
 class Prioritized(RingReplay):
     """Draws sequences in proportion to (priority + epsilon)^priority_exponent."""
 
@@ -61,6 +60,7 @@ class Prioritized(RingReplay):
         folder: str | None,
         compress: Literal["none", "lz4"],
         gather_threads: Annotated[int, Range(ge=1)],
+        record: str | None,
         sequence: Runtime[SequenceSpec],
         row_spec: Runtime[Row],
         carry_spec: Runtime[Carry],
@@ -79,6 +79,7 @@ class Prioritized(RingReplay):
                 compress=compress,
                 gather_threads=gather_threads,
             ),
+            record=record,
             sequence=sequence,
             row_spec=row_spec,
             carry_spec=carry_spec,
@@ -97,7 +98,7 @@ class Prioritized(RingReplay):
         self._largest_priority = 1.0  # ever written; read by initial_priority=max only
         self._stale_updates = 0
 
-    def add(self, rollout: Rollout) -> None:
+    def _store(self, rollout: Rollout) -> None:
         """Stores a rollout's blocks and gives the sequences they complete a first priority."""
         self._ring.add(rollout, self._first_leaves)
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rlx.replay.available import available_bytes
 from rlx.replay.blocks import BlockRing
+from rlx.replay.experience import Layout, Recorder
 from rlx.replay.memory import budget
 from rlx.replay.storage import Storing
 from rlx.seeding import spawn_rng
-from rlx.types import Batch, Blocks, Carry, Row, SequenceSpec
+from rlx.types import Batch, Blocks, Carry, Rollout, Row, SequenceSpec
 
 log = logging.getLogger(__name__)
 
 
-class RingReplay:
+class RingReplay(ABC):
     """A ring of blocks and the generator it is drawn from; how to draw is for the class above."""
 
     def __init__(
@@ -27,6 +30,7 @@ class RingReplay:
         ratio: float | None,
         min_sequences: int,
         storing: Storing,
+        record: str | None,
         sequence: SequenceSpec,
         row_spec: Row,
         carry_spec: Carry,
@@ -49,6 +53,25 @@ class RingReplay:
         log.info("replay: %s; %.2f GB are available", planned, available_bytes() / 1e9)
         planned.check_min_sequences(min_sequences)
         self._ring = BlockRing(**shapes)
+        self._recorder: Recorder | None = None
+        if record is not None:
+            layout = Layout.of(sequence, row_spec, carry_spec, lanes)
+            self._recorder = Recorder(Path(record), layout)
+
+    def add(self, rollout: Rollout) -> None:
+        """Stores a rollout's blocks, and writes them down if they are recorded."""
+        self._store(rollout)
+        if self._recorder is not None:
+            self._recorder.add(rollout)
+
+    @abstractmethod
+    def _store(self, rollout: Rollout) -> None:
+        """Adds to the ring, with the leaves that the way of drawing gives."""
+
+    def close(self) -> None:
+        """Ends what was recorded."""
+        if self._recorder is not None:
+            self._recorder.close()
 
     @property
     def startable(self) -> int:

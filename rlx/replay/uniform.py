@@ -27,6 +27,7 @@ class Uniform(RingReplay):
         folder: str | None,
         compress: Literal["none", "lz4"],
         gather_threads: Annotated[int, Range(ge=1)],
+        record: str | None,
         sequence: Runtime[SequenceSpec],
         row_spec: Runtime[Row],
         carry_spec: Runtime[Carry],
@@ -44,6 +45,7 @@ class Uniform(RingReplay):
                 compress=compress,
                 gather_threads=gather_threads,
             ),
+            record=record,
             sequence=sequence,
             row_spec=row_spec,
             carry_spec=carry_spec,
@@ -51,7 +53,7 @@ class Uniform(RingReplay):
             seed=seed,
         )
 
-    def add(self, rollout: Rollout) -> None:
+    def _store(self, rollout: Rollout) -> None:
         """Stores a rollout's blocks."""
         self._ring.add(rollout, lambda keys: np.ones(len(keys)))
 

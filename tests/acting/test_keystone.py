@@ -123,6 +123,7 @@ def make_replay(agent: R2D2, lanes: int, capacity: int = 240) -> Prioritized:
         folder=None,
         compress="none",
         gather_threads=1,
+        record=None,
         sequence=agent.sequence,
         row_spec=row_spec(agent.spec, agent.acting_spec),
         carry_spec=carry_spec(agent),

@@ -58,7 +58,13 @@ def fill(spec: Any, leading: tuple[int, ...]) -> Any:
     return trees.tree_map(lambda leaf: np.zeros((*leading, *leaf.shape), leaf.dtype), spec)
 
 
-IN_MEMORY = {"storage": "memory", "folder": None, "compress": "none", "gather_threads": 1}
+IN_MEMORY = {
+    "storage": "memory",
+    "folder": None,
+    "compress": "none",
+    "gather_threads": 1,
+    "record": None,
+}
 
 
 def all_blocks(replay: Any, most: int = 3) -> list[Blocks]:

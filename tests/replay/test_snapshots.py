@@ -33,7 +33,14 @@ def make(seed: int = 0, **keeping: Any) -> Uniform:
         carry_spec=carry_spec(),
         lanes=2,
         seed=seed,
-        **{"storage": "memory", "folder": None, "compress": "none", "gather_threads": 1} | keeping,
+        **{
+            "storage": "memory",
+            "folder": None,
+            "compress": "none",
+            "gather_threads": 1,
+            "record": None,
+        }
+        | keeping,
     )
 
 

@@ -1,0 +1,39 @@
+"""The pool of a run that trains from recorded experience: it has no actors."""
+
+from __future__ import annotations
+
+from rlx.types import Rollout, Weights
+
+
+class Recorded:
+    """An interfaces.ActingPool that plays the env steps of a record and adds nothing.
+
+    The replay holds all blocks already. So every clock of the run (evaluation, checkpoints, the
+    quota) goes by the env steps that the trained rows stand for, as in a run with actors.
+    """
+
+    def __init__(self, *, env_steps_per_request: int, chain: int, nothing: Rollout) -> None:
+        """`nothing`: a rollout without blocks."""
+        self.env_steps_per_request = env_steps_per_request
+        self.chain = chain
+        self._nothing = nothing
+
+    @property
+    def burst_env_steps(self) -> int:
+        return self.env_steps_per_request
+
+    def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
+        """So many env steps have been played."""
+        return [self._nothing]
+
+    def publish(self, weights: Weights, env_steps: int) -> None:
+        """Nobody acts with them."""
+
+    def reopen(self) -> None:
+        raise RuntimeError("checkpoint.exact needs acting=local")
+
+    def stats(self) -> dict[str, float]:
+        return {}
+
+    def close(self, timeout_s: float) -> None:
+        pass

@@ -1,0 +1,129 @@
+"""A replay of recorded experience: `replay=dataset replay.path=DIR` trains without actors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, final
+
+import numpy as np
+
+from rlx.interfaces import FirstTD
+from rlx.replay.experience import Layout, read, read_layout, rollouts
+from rlx.replay.prioritized import Prioritized
+from rlx.types import Blocks, Carry, Range, Rollout, Row, Runtime, SequenceSpec
+
+
+@final
+class Dataset(Prioritized):
+    """Holds all of a dataset; nothing is added to it. `priority_exponent=0` draws uniformly.
+
+    A run needs a clock all the same: the pool of such a run (rlx.acting.recorded) counts the env
+    steps of the record as they are played once more, at `ratio` trained rows each.
+    """
+
+    is_recorded = True
+
+    def __init__(
+        self,
+        *,
+        path: str | None,
+        ratio: Annotated[float, Range(gt=0)],
+        min_sequences: Annotated[int, Range(ge=1)],
+        priority_exponent: Annotated[float, Range(ge=0)],
+        priority_eta: Annotated[float, Range(ge=0, le=1)],
+        priority_epsilon: Annotated[float, Range(gt=0)],
+        importance_exponent: Annotated[float, Range(ge=0)],
+        importance_exponent_final: Annotated[float, Range(ge=0)] | None,
+        anneal_env_steps: Annotated[int, Range(ge=1)] | None,
+        importance_scale: Literal["batch", "replay"],
+        initial_priority: Literal["acting", "max"],
+        stratified: bool,
+        storage: Literal["memory", "mmap"],
+        folder: str | None,
+        compress: Literal["none", "lz4"],
+        gather_threads: Annotated[int, Range(ge=1)],
+        sequence: Runtime[SequenceSpec],
+        row_spec: Runtime[Row],
+        carry_spec: Runtime[Carry],
+        first_td: Runtime[FirstTD],
+        seed: Runtime[int],
+    ) -> None:
+        """Settings: conf/replay/dataset.yaml. Raises ValueError for what cannot work."""
+        if path is None:
+            raise ValueError("set replay.path to a folder that replay.record has filled.")
+        recorded = Path(path)
+        layout = read_layout(recorded)
+        if found := layout.differences(Layout.of(sequence, row_spec, carry_spec, layout.lanes)):
+            raise ValueError(
+                f"{path}: recorded with another environment, network or agent: {found}"
+            )
+        blocks = sum(len(arrays["lane"]) for _, arrays in read(recorded))
+        least = 2 * layout.lanes * sequence.blocks  # of any ring
+        super().__init__(
+            capacity=max(blocks, least) * sequence.block_rows,
+            ratio=ratio,
+            min_sequences=min_sequences,
+            priority_exponent=priority_exponent,
+            priority_eta=priority_eta,
+            priority_epsilon=priority_epsilon,
+            importance_exponent=importance_exponent,
+            importance_exponent_final=importance_exponent_final,
+            anneal_env_steps=anneal_env_steps,
+            importance_scale=importance_scale,
+            initial_priority=initial_priority,
+            stratified=stratified,
+            storage=storage,
+            folder=folder,
+            compress=compress,
+            gather_threads=gather_threads,
+            record=None,
+            sequence=sequence,
+            row_spec=row_spec,
+            carry_spec=carry_spec,
+            lanes=layout.lanes,
+            first_td=first_td,
+            seed=seed,
+        )
+        self._played_env_steps = 0
+        for rollout in rollouts(recorded, row_spec, carry_spec):
+            super().add(rollout)
+        if self.startable < min_sequences:
+            raise ValueError(
+                f"{path}: has {self.startable} sequences, replay.min_sequences={min_sequences}."
+            )
+
+    @property
+    def env_steps(self) -> int:
+        """Of the record, played so far."""
+        return self._played_env_steps
+
+    def add(self, rollout: Rollout) -> None:
+        """Counts what was played; the blocks are here already."""
+        self._played_env_steps += rollout.env_steps
+
+    def state(self) -> dict[str, Any]:
+        """All but the blocks and their tables, which are in the dataset."""
+        return {
+            "rng": json.dumps(self._rng.bit_generator.state),
+            "leaves": np.array(self._ring.all_leaves),
+            "env_steps": self._played_env_steps,
+            "largest_priority": self._largest_priority,
+            "stale_updates": self._stale_updates,
+        }
+
+    @property
+    def next_key(self) -> int:
+        """A snapshot has no blocks to write."""
+        return 0
+
+    def restore(self, state: Mapping[str, Any], blocks: Iterable[Blocks]) -> None:
+        """Goes on from a saved state; raises ValueError if the dataset is another one."""
+        if len(state["leaves"]) != len(self._ring.all_leaves):
+            raise ValueError("the dataset has changed since; train anew from it")
+        self._ring.load_leaves(np.asarray(state["leaves"]))
+        self._rng.bit_generator.state = json.loads(state["rng"])
+        self._played_env_steps = int(state["env_steps"])
+        self._largest_priority = float(state["largest_priority"])
+        self._stale_updates = int(state["stale_updates"])
