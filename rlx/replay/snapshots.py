@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +20,8 @@ import numpy as np
 
 from rlx.replay.segments import SEGMENT_BYTES, SegmentError, read_segment, write_segment
 from rlx.types import Blocks
+
+WRITERS = 2  # files written at a time: one waits for the disk while the other is summed
 
 
 class Saved(Protocol):
@@ -96,11 +100,21 @@ class Snapshots:
     def _write_new(self, replay: Saved) -> None:
         """What there is now: blocks may come faster than they can be written."""
         most, newest = max(1, int(SEGMENT_BYTES / replay.block_nbytes)), replay.next_key - 1
-        while self._last_key < newest:
-            blocks, last = replay.blocks_after(self._last_key, most)
-            if len(blocks.keys):
-                self._segments.append(self._write(blocks, last))
-            self._last_key = last
+        last, written = self._last_key, deque[Future[Segment]]()
+        with ThreadPoolExecutor(WRITERS, "snapshot") as writers:
+            while last < newest:
+                blocks, last = replay.blocks_after(last, most)
+                if len(written) == WRITERS:  # no more copies at a time than that
+                    self._note(written.popleft().result())
+                if len(blocks.keys):
+                    written.append(writers.submit(self._write, blocks, last))
+            while written:
+                self._note(written.popleft().result())
+        self._last_key = max(self._last_key, last)
+
+    def _note(self, segment: Segment) -> None:
+        self._segments.append(segment)
+        self._last_key = segment.last_key
 
     def _write(self, blocks: Blocks, last: int) -> Segment:
         self.folder.mkdir(parents=True, exist_ok=True)
