@@ -62,6 +62,9 @@ def be_deterministic(settings: Mapping[str, Any]) -> None:
     if not is_local(settings):
         says = "only acting=local gives the same bits; choose it, or deterministic=false"
         raise refuse("deterministic", says, given="true")
+    if settings["replay"].get("prefetch"):
+        says = "a thread draws when it can; set it to 0, or deterministic=false"
+        raise refuse("replay.prefetch", says, given=str(settings["replay"]["prefetch"]))
     flags = os.environ.get("XLA_FLAGS", "").split()
     if DETERMINISTIC not in flags:
         os.environ["XLA_FLAGS"] = " ".join([*flags, DETERMINISTIC])

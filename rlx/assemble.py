@@ -154,6 +154,9 @@ def _check_agreement(settings: Mapping[str, Any]) -> None:
     if checkpoint["exact"] and not (local and checkpoint["replay"]):
         says = "the same bits need acting=local and checkpoint.replay=true; set both"
         raise refuse("checkpoint.exact", says, given="true")
+    if checkpoint["exact"] and settings["replay"].get("prefetch"):
+        says = "a thread draws when it can, which is never the same twice; set it to 0"
+        raise refuse("replay.prefetch", says, given=str(settings["replay"]["prefetch"]))
     oldest, every = (
         settings["acting"].get("max_weight_age_updates"),
         settings["learner"]["publish_every_updates"],

@@ -681,6 +681,7 @@ def test_more_devices_than_there_are_is_said_of_the_learner(tmp_path):
             "acting.max_weight_age_updates",
         ),
         ("network=grid_lstm", "network"),
+        ("checkpoint.exact=true replay.prefetch=2", "replay.prefetch"),
     ],
 )
 def test_what_cannot_work_is_said_of_its_setting_before_memory_is_taken(
@@ -704,6 +705,9 @@ def test_a_deterministic_run_asks_xla_for_it_and_for_the_local_pool(monkeypatch,
     run(tmp_path / "run", "deterministic=true")
     assert seen == ["--xla_dump_to=/nowhere --xla_gpu_deterministic_ops=true"]
     settings = plain(rlx.compose([*TINY, "deterministic=true"]))
+    ahead = settings | {"replay": settings["replay"] | {"prefetch": 1}}
+    with pytest.raises(ConfigError, match=r"replay\.prefetch=1: .*deterministic=false"):
+        rlx.api.start(ahead, tmp_path)
     settings["acting"] = settings["acting"] | {"_target_": "mypkg.RayPool"}
     with pytest.raises(ConfigError, match=r"deterministic=true: .*acting=local"):
         rlx.api.start(settings, tmp_path)

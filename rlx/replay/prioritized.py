@@ -61,6 +61,7 @@ class Prioritized(RingReplay):
         compress: Literal["none", "lz4"],
         gather_threads: Annotated[int, Range(ge=1)],
         record: str | None,
+        prefetch: Annotated[int, Range(ge=0)],
         sequence: Runtime[SequenceSpec],
         row_spec: Runtime[Row],
         carry_spec: Runtime[Carry],
@@ -80,6 +81,7 @@ class Prioritized(RingReplay):
                 gather_threads=gather_threads,
             ),
             record=record,
+            prefetch=prefetch,
             sequence=sequence,
             row_spec=row_spec,
             carry_spec=carry_spec,
@@ -102,8 +104,7 @@ class Prioritized(RingReplay):
         """Stores a rollout's blocks and gives the sequences they complete a first priority."""
         self._ring.add(rollout, self._first_leaves)
 
-    def sample(self, batch_size: int, *, buffers: Batch | None = None) -> Sample:
-        """Draws with replacement; the batch lies in the buffers, or in fresh arrays without."""
+    def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:
         over_all = self._importance_scale == "replay"
         drawn = self._ring.draw(
             batch_size,

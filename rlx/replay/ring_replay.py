@@ -6,6 +6,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from rlx.replay.available import available_bytes
 from rlx.replay.blocks import BlockRing
 from rlx.replay.experience import Layout, Recorder
 from rlx.replay.memory import budget
+from rlx.replay.prefetch import Prefetcher
 from rlx.replay.storage import Storing
 from rlx.seeding import spawn_rng
-from rlx.types import Batch, Blocks, Carry, Rollout, Row, SequenceSpec
+from rlx.types import Batch, Blocks, Carry, Rollout, Row, Sample, SequenceSpec
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class RingReplay(ABC):
         min_sequences: int,
         storing: Storing,
         record: str | None,
+        prefetch: int,
         sequence: SequenceSpec,
         row_spec: Row,
         carry_spec: Carry,
@@ -53,6 +56,9 @@ class RingReplay(ABC):
         log.info("replay: %s; %.2f GB are available", planned, available_bytes() / 1e9)
         planned.check_min_sequences(min_sequences)
         self._ring = BlockRing(**shapes)
+        self._prefetch = prefetch
+        self._prefetcher: Prefetcher | None = None  # once the batch size is known
+        self._batch_size = 0
         self._recorder: Recorder | None = None
         if record is not None:
             layout = Layout.of(sequence, row_spec, carry_spec, lanes)
@@ -68,8 +74,33 @@ class RingReplay(ABC):
     def _store(self, rollout: Rollout) -> None:
         """Adds to the ring, with the leaves that the way of drawing gives."""
 
+    def sample(self, batch_size: int, *, buffers: Batch | None = None) -> Sample:
+        """Draws with replacement; the batch lies in the buffers, or in fresh arrays without.
+
+        With `prefetch` it was drawn before, into arrays that are used again two samples later.
+        """
+        if not self._prefetch:
+            return self._draw(batch_size, buffers)
+        if self._prefetcher is None:
+            self._batch_size = batch_size
+            self._prefetcher = Prefetcher(
+                ahead=self._prefetch,
+                draw=partial(self._draw, batch_size),
+                make_buffers=partial(self.buffers, batch_size),
+                may_draw=lambda: self.startable >= self.min_sequences,
+            )
+        if batch_size != self._batch_size:
+            raise ValueError(f"prefetched batches have {self._batch_size} sequences always.")
+        return self._prefetcher.take()
+
+    @abstractmethod
+    def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:
+        """A sample, now."""
+
     def close(self) -> None:
-        """Ends what was recorded."""
+        """Ends what was recorded, and drawing ahead."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         if self._recorder is not None:
             self._recorder.close()
 
@@ -117,8 +148,9 @@ class RingReplay(ABC):
         return self._ring.buffers(batch_size)
 
     def stats(self) -> dict[str, float]:
-        """Metrics of the ring."""
-        return self._ring.stats()
+        """Metrics of the ring, and how many updates ago the last batch was drawn."""
+        lag = self._prefetcher.lag if self._prefetcher else 0
+        return {**self._ring.stats(), "replay/prefetch_lag_updates": float(lag)}
 
     def state(self) -> dict[str, Any]:
         """Arrays and JSON scalars: all but the blocks."""

@@ -28,6 +28,7 @@ class Uniform(RingReplay):
         compress: Literal["none", "lz4"],
         gather_threads: Annotated[int, Range(ge=1)],
         record: str | None,
+        prefetch: Annotated[int, Range(ge=0)],
         sequence: Runtime[SequenceSpec],
         row_spec: Runtime[Row],
         carry_spec: Runtime[Carry],
@@ -46,6 +47,7 @@ class Uniform(RingReplay):
                 gather_threads=gather_threads,
             ),
             record=record,
+            prefetch=prefetch,
             sequence=sequence,
             row_spec=row_spec,
             carry_spec=carry_spec,
@@ -57,8 +59,7 @@ class Uniform(RingReplay):
         """Stores a rollout's blocks."""
         self._ring.add(rollout, lambda keys: np.ones(len(keys)))
 
-    def sample(self, batch_size: int, *, buffers: Batch | None = None) -> Sample:
-        """Draws with replacement; the batch lies in the buffers, or in fresh arrays without."""
+    def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:
         drawn = self._ring.draw(batch_size, self._rng, buffers=buffers)
         importance = np.ones(batch_size, np.float32)
         return Sample(

@@ -124,6 +124,7 @@ def make_replay(agent: R2D2, lanes: int, capacity: int = 240) -> Prioritized:
         compress="none",
         gather_threads=1,
         record=None,
+        prefetch=0,
         sequence=agent.sequence,
         row_spec=row_spec(agent.spec, agent.acting_spec),
         carry_spec=carry_spec(agent),

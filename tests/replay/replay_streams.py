@@ -64,6 +64,7 @@ IN_MEMORY = {
     "compress": "none",
     "gather_threads": 1,
     "record": None,
+    "prefetch": 0,
 }
 
 

@@ -151,6 +151,7 @@ def test_stats_are_metrics():
         "replay/startable_sequences": 6.0,
         "replay/blocks_dropped": 1.0,
         "replay/redraws": 0.0,
+        "replay/prefetch_lag_updates": 0.0,
         "replay/stale_updates": 0.0,
         "replay/importance_exponent": 0.6,
     }

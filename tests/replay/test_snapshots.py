@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from replay_streams import all_blocks, carry_spec, rollout, row_spec, sequence_spec
+from replay_streams import IN_MEMORY, all_blocks, carry_spec, rollout, row_spec, sequence_spec
 
 from rlx.replay import snapshots
 from rlx.replay.segments import SegmentError
@@ -33,14 +33,7 @@ def make(seed: int = 0, **keeping: Any) -> Uniform:
         carry_spec=carry_spec(),
         lanes=2,
         seed=seed,
-        **{
-            "storage": "memory",
-            "folder": None,
-            "compress": "none",
-            "gather_threads": 1,
-            "record": None,
-        }
-        | keeping,
+        **IN_MEMORY | keeping,
     )
 
 
