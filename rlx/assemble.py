@@ -146,17 +146,21 @@ def _build_evaluator(
 
 def _check_agreement(settings: Mapping[str, Any]) -> None:
     """What two groups must agree on."""
-    local = is_local(settings)
-    if local and settings["replay"]["ratio"] is None:
+    local, replay = is_local(settings), settings["replay"]
+    if local and replay.get("ratio", "its own") is None:
         says = "acting=local takes turns with the learner and needs a ratio; set replay.ratio=0.8"
         raise refuse("replay.ratio", says, given="null")
     checkpoint = settings["checkpoint"]
     if checkpoint["exact"] and not (local and checkpoint["replay"]):
         says = "the same bits need acting=local and checkpoint.replay=true; set both"
         raise refuse("checkpoint.exact", says, given="true")
-    if checkpoint["exact"] and settings["replay"].get("prefetch"):
+    if checkpoint["exact"] and replay.get("prefetch"):
         says = "a thread draws when it can, which is never the same twice; set it to 0"
-        raise refuse("replay.prefetch", says, given=str(settings["replay"]["prefetch"]))
+        raise refuse("replay.prefetch", says, given=str(replay["prefetch"]))
+    batch_size = settings["learner"]["batch_size"]
+    if "max_delay" in replay and replay["min_sequences"] < batch_size:  # each is drawn once
+        says = f"accepted: {batch_size} (learner.batch_size) or more"
+        raise refuse("replay.min_sequences", says, given=str(replay["min_sequences"]))
     oldest, every = (
         settings["acting"].get("max_weight_age_updates"),
         settings["learner"]["publish_every_updates"],
@@ -165,10 +169,10 @@ def _check_agreement(settings: Mapping[str, Any]) -> None:
         says = f"weights are published every {every} updates (learner.publish_every_updates): "
         says += f"actors would wait for ever; accepted: null or an int >= {every}"
         raise refuse("acting.max_weight_age_updates", says, given=str(oldest))
-    batch_size, lanes = settings["env"].get("batch_size"), settings["acting"]["envs_per_actor"]
-    if batch_size is not None and batch_size > lanes:
+    answering, lanes = settings["env"].get("batch_size"), settings["acting"]["envs_per_actor"]
+    if answering is not None and answering > lanes:
         says = f"accepted: 1 .. {lanes} (acting.envs_per_actor), or null for all lanes at once"
-        raise refuse("env.batch_size", says, given=str(batch_size))
+        raise refuse("env.batch_size", says, given=str(answering))
 
 
 def is_local(settings: Mapping[str, Any]) -> bool:

@@ -114,6 +114,10 @@ class Replay(Protocol):
         """Sequences that can be sampled now."""
 
     @property
+    def has_enough(self) -> bool:
+        """Whether acting had better wait for the learner, whatever the ratio."""
+
+    @property
     def rows(self) -> int:
         """Rows stored now."""
 

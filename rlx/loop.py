@@ -157,7 +157,7 @@ class Loop:
     def act(self) -> None:
         """Adds what the pool has ready, unless the learner is owed updates."""
         pool, replay, quota = self.parts.pool, self.parts.replay, self.parts.quota
-        if not quota.may_act(replay.env_steps, replay.startable):
+        if replay.has_enough or not quota.may_act(replay.env_steps, replay.startable):
             return
         nothing_else_to_do = not quota.may_learn(replay.env_steps, replay.startable)
         with self._stages.measure("acting"):

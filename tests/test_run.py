@@ -666,6 +666,20 @@ def test_recorded_experience_trains_without_actors(tmp_path):
         rlx.run(rlx.compose([*fitting, "replay=dataset"]), tmp_path / "no path")
 
 
+def test_an_online_queue_trains_on_every_row_about_once(loops, tmp_path):
+    """Sequences of 4 trained rows begin every 4; what is missing still waits."""
+    fitting = [s for s in TINY if not s.startswith(("replay.ratio", "agent.stride"))]
+    online = ("replay=online", "agent.stride=4", "agent.burn_in=0", "agent.block_rows=4")
+    rlx.run(rlx.compose([*fitting, *online]), tmp_path)
+    replay, updates = loops[0].parts.replay, loops[0].parts.learner.updates
+    assert replay.stats()["replay/dropped_sequences"] == 0
+    waiting = replay.startable * 4
+    open_rows = LANES * 8  # of each lane: a block, and a sequence without its last rows
+    assert 0 <= replay.rows - updates * ROWS_PER_UPDATE - waiting <= open_rows
+    with pytest.raises(ConfigError, match=r"replay\.min_sequences=3: accepted: 4 \(learner"):
+        rlx.run(rlx.compose([*fitting, *online, "replay.min_sequences=3"]), tmp_path / "few")
+
+
 def test_more_devices_than_there_are_is_said_of_the_learner(tmp_path):
     with pytest.raises(ConfigError, match=r"learner\.devices=3") as caught:
         run(tmp_path, "learner.devices=3")

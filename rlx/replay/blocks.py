@@ -391,6 +391,26 @@ class BlockRing:
             least_scaled_probability=least,
         )
 
+    def read(self, keys: np.ndarray, *, buffers: Batch | None = None) -> Drawn:
+        """Copies the sequences with these keys i64[n]; for the writer's thread only."""
+        batch = buffers or self.buffers(len(keys))
+        with self._lock:
+            window = self._window(keys)
+            if not self._live_keys(window).all():
+                raise ValueError("Of these sequences some are not in the ring (any more).")
+            version = self._slot.weights_version[keys % self.slots]
+        self._copy_out(
+            window, checked_buffers(batch.rows, len(keys)), checked_buffers(batch.carry, len(keys))
+        )
+        return Drawn(
+            rows=batch.rows,
+            carry=batch.carry,
+            keys=keys,
+            weights_version=version,
+            scaled_probability=np.ones(len(keys)),
+            least_scaled_probability=0.0,
+        )
+
     def _least_scaled_probability(self) -> float:
         with self._lock:
             leaves = self._tree.values

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 class RingReplay(ABC):
     """A ring of blocks and the generator it is drawn from; how to draw is for the class above."""
 
+    ratio: float | None = None  # trained rows per env step; None: no quota
+
     def __init__(
         self,
         *,
@@ -108,6 +110,11 @@ class RingReplay(ABC):
     def startable(self) -> int:
         """Sequences that can be sampled now."""
         return self._ring.startable
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether acting had better wait for the learner, whatever the ratio."""
+        return False
 
     @property
     def rows(self) -> int:

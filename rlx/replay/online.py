@@ -1,0 +1,117 @@
+"""Sequences in the order in which they were made, each trained on once: for on-policy learning."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, final
+
+import numpy as np
+
+from rlx.replay.checks import check_td
+from rlx.replay.ring_replay import RingReplay
+from rlx.replay.storage import Storing
+from rlx.types import Batch, Blocks, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
+
+
+@final
+class Online(RingReplay):
+    """A queue. With stride = unroll and burn_in = 0 every row is trained on exactly once."""
+
+    def __init__(
+        self,
+        *,
+        capacity: Annotated[int, Range(ge=1)],
+        min_sequences: Annotated[int, Range(ge=1)],
+        max_delay: Annotated[int, Range(ge=1)],
+        gather_threads: Annotated[int, Range(ge=1)],
+        record: str | None,
+        sequence: Runtime[SequenceSpec],
+        row_spec: Runtime[Row],
+        carry_spec: Runtime[Carry],
+        lanes: Runtime[int],
+        seed: Runtime[int],
+    ) -> None:
+        """Settings: conf/replay/online.yaml. Raises ValueError for what cannot work."""
+        super().__init__(
+            capacity=capacity,
+            ratio=None,  # the queue itself keeps both sides in step
+            min_sequences=min_sequences,
+            storing=Storing(gather_threads=gather_threads),
+            record=record,
+            prefetch=0,
+            sequence=sequence,
+            row_spec=row_spec,
+            carry_spec=carry_spec,
+            lanes=lanes,
+            seed=seed,
+        )
+        self._max_delay = max_delay
+        self._waiting: deque[tuple[int, int]] = deque()  # (key, env steps when it was complete)
+        self._dropped = 0  # sequences
+
+    @property
+    def startable(self) -> int:
+        """Sequences that wait to be trained on."""
+        return len(self._waiting)
+
+    @property
+    def has_enough(self) -> bool:
+        """Two batches: one to train on, one that is being made."""
+        return len(self._waiting) >= 2 * self.min_sequences
+
+    def _store(self, rollout: Rollout) -> None:
+        self._ring.add(rollout, self._enqueue)
+        self._drop_late()
+
+    def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:
+        """The oldest ones."""
+        if batch_size > len(self._waiting):
+            raise ValueError(
+                f"{batch_size} sequences are asked for, {len(self._waiting)} wait; set "
+                "replay.min_sequences to learner.batch_size or more."
+            )
+        keys = np.array([self._waiting.popleft()[0] for _ in range(batch_size)], np.int64)
+        drawn = self._ring.read(keys, buffers=buffers)
+        importance = np.ones(batch_size, np.float32)
+        return Sample(
+            batch=Batch(rows=drawn.rows, carry=drawn.carry, importance=importance),
+            keys=drawn.keys,
+            weights_version=drawn.weights_version,
+        )
+
+    def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:
+        """Only checks td f32[B, T], one line per key: nothing depends on it."""
+        check_td(keys, td)
+
+    def stats(self) -> dict[str, float]:
+        """Metrics: the ring's, how many wait, and how many came too late."""
+        return {
+            **super().stats(),
+            "replay/waiting_sequences": float(len(self._waiting)),
+            "replay/dropped_sequences": float(self._dropped),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Arrays and JSON scalars: all but the blocks."""
+        waiting = np.array(self._waiting, np.int64).reshape(-1, 2)
+        return {**super().state(), "waiting": waiting, "dropped": self._dropped}
+
+    def restore(self, state: Mapping[str, Any], blocks: Iterable[Blocks]) -> None:
+        """Goes on from a saved state and its blocks; raises ValueError if they do not fit."""
+        super().restore(state, blocks)
+        self._waiting = deque((int(key), int(at)) for key, at in state["waiting"])
+        self._dropped = int(state["dropped"])
+
+    def _enqueue(self, keys: np.ndarray) -> np.ndarray:
+        self._waiting.extend((key, self.env_steps) for key in keys.tolist())
+        return np.ones(len(keys))
+
+    def _drop_late(self) -> None:
+        """Those that have waited too long, or that the ring has forgotten."""
+        while self._waiting:
+            key, at = self._waiting[0]
+            if self.env_steps - at <= self._max_delay and key >= self.oldest_key:
+                return
+            self._waiting.popleft()
+            self._dropped += 1

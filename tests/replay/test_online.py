@@ -1,0 +1,127 @@
+"""The queue: every sequence once, in order; late ones are dropped and counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from replay_streams import all_blocks, carry_spec, rollout, row_spec, sequence_spec
+
+from rlx.replay.online import Online
+from rlx.types import Sample
+
+SEQUENCE = sequence_spec(block_rows=2, length=4, blocks_per_stride=2)
+
+
+def make(lanes: int = 2, **changes: Any) -> Online:
+    options: dict[str, Any] = {
+        "capacity": 80,
+        "min_sequences": 4,
+        "max_delay": 1000,
+        "gather_threads": 1,
+        "record": None,
+        "sequence": SEQUENCE,
+        "row_spec": row_spec(),
+        "carry_spec": carry_spec(),
+        "lanes": lanes,
+        "seed": 0,
+    }
+    return Online(**options | changes)
+
+
+def add(replay: Online, begin: int, end: int) -> None:
+    """Blocks of two lanes taking turns."""
+    replay.add(rollout([(k % 2, 0, k // 2) for k in range(begin, end)], SEQUENCE))
+
+
+def seen(sample: Sample) -> list[tuple[int, int]]:
+    """(lane, row) of every row, in order."""
+    rows = sample.batch.rows
+    return list(zip(rows.action.ravel().tolist(), rows.inputs.time.ravel().tolist(), strict=True))
+
+
+def test_every_row_is_trained_on_once_and_in_order():
+    replay, trained = make(), []
+    for begin in range(0, 400, 8):
+        add(replay, begin, begin + 8)  # two sequences of each lane
+        sample = replay.sample(4)
+        trained += seen(sample)
+        assert (sample.batch.importance == 1).all()
+        assert (sample.batch.carry.core[0][:, 0] == sample.batch.rows.inputs.time[:, 0]).all()
+        replay.update_td(sample.keys, np.zeros((4, 3), np.float32))
+    assert len(trained) == len(set(trained)) == 800
+    for lane in (0, 1):
+        assert [row for its, row in trained if its == lane] == list(range(400))
+    assert replay.startable == 0
+    assert replay.stats()["replay/dropped_sequences"] == 0
+
+
+def test_what_waits_too_long_is_dropped_and_counted():
+    replay = make(max_delay=10)
+    add(replay, 0, 4)  # complete after 8 env steps
+    assert replay.startable == 2
+    add(replay, 4, 9)
+    assert replay.startable == 4
+    add(replay, 9, 10)
+    assert replay.stats()["replay/dropped_sequences"] == 2
+    assert seen(replay.sample(1))[0] == (0, 4)
+
+
+def test_what_the_ring_has_forgotten_is_dropped():
+    replay = make()  # 40 blocks
+    add(replay, 0, 44)
+    assert replay.stats()["replay/dropped_sequences"] == 2
+    assert replay.startable == 20
+    assert seen(replay.sample(1))[0] == (0, 4)
+
+
+def test_acting_waits_for_the_learner_and_the_learner_for_sequences():
+    replay = make()
+    add(replay, 0, 12)
+    assert not replay.has_enough
+    add(replay, 12, 16)
+    assert replay.has_enough
+    replay.sample(4)
+    assert not replay.has_enough
+    replay.sample(4)
+    with pytest.raises(ValueError, match=r"4 sequences are asked for, 0 wait; set replay\.min_seq"):
+        replay.sample(4)
+
+
+def test_a_stopped_queue_goes_on():
+    replay, other = make(), make(seed=5)
+    add(replay, 0, 30)
+    replay.sample(3)
+    other.restore(replay.state(), all_blocks(replay))
+    assert other.startable == replay.startable
+    for both in (replay, other):
+        add(both, 30, 34)
+    while replay.startable:
+        assert seen(replay.sample(1)) == seen(other.sample(1))
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=80)
+def test_no_history_gives_a_row_twice_or_out_of_order(data):
+    """Lanes of any speed, broken chains, any batch: rows of a lane's chain come in order, once."""
+    lanes = data.draw(st.integers(1, 3))
+    replay = make(lanes=lanes, max_delay=data.draw(st.integers(5, 200)))
+    heads, newest = [(0, 0)] * lanes, {}
+    for _ in range(data.draw(st.integers(1, 40))):
+        lane = data.draw(st.integers(0, lanes - 1))
+        chain, number = heads[lane]
+        if number and data.draw(st.integers(0, 9)) == 0:
+            chain, number = chain + 1, 0
+        replay.add(rollout([(lane, chain, number)], SEQUENCE))
+        heads[lane] = (chain, number + 1)
+        if replay.startable and data.draw(st.booleans()):
+            rows = replay.sample(data.draw(st.integers(1, replay.startable))).batch.rows
+            for b in range(len(rows.action)):
+                its, chain = int(rows.action[b, 0]), int(rows.reward[b, 0])
+                first = int(rows.inputs.time[b, 0])
+                assert (rows.inputs.time[b] == first + np.arange(4)).all()
+                assert (chain, first) > newest.get(its, (-1, -1))
+                newest[its] = (chain, first)
