@@ -16,6 +16,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlx import bench, trees
@@ -32,6 +34,7 @@ STORAGES: Mapping[str, dict[str, Any]] = {
     "memory": {},
     "mmap": {"storage": "mmap"},
     "lz4": {"compress": "lz4"},
+    "device": {"storage": "device"},
 }
 KINDS = 64  # different blocks that the replays are filled with, again and again
 
@@ -155,12 +158,14 @@ def _measured(
     size, length = setup.batch_size, agent.sequence.length
     buffers = replay.buffers(size)
     td = np.random.default_rng(0).random((size, agent.sequence.unroll), np.float32)
+    trees.register()
     source = trees.tree_map(np.copy, replay.sample(size).batch)
     latencies_s: list[float] = []
 
     def work() -> float:
         began = perf_counter()
         sample = replay.sample(size, buffers=buffers)
+        jax.block_until_ready(sample.batch)
         replay.update_td(sample.keys, td)
         latencies_s.append(perf_counter() - began)
         return float(size * length)
@@ -221,8 +226,6 @@ def _flashbax(
         import flashbax
     except ImportError:
         return []
-    import jax
-    import jax.numpy as jnp
 
     sequence, size = agent.sequence, setup.batch_size
     buffer = flashbax.make_prioritised_trajectory_buffer(

@@ -666,6 +666,16 @@ def test_recorded_experience_trains_without_actors(tmp_path):
         rlx.run(rlx.compose([*fitting, "replay=dataset"]), tmp_path / "no path")
 
 
+@pytest.mark.parametrize("storage", ["device", "mmap"])
+def test_where_blocks_lie_changes_no_bit(base, storage, tmp_path):
+    expected, _ = base
+    option = "replay=device_prioritized" if storage == "device" else "replay.storage=mmap"
+    found = run(tmp_path, option)
+    assert found["params_sha256"] == expected["params_sha256"]
+    went_on = run(None, option, f"resume={tmp_path}", "total_env_steps=1400")
+    assert went_on["updates"] > found["updates"]
+
+
 def test_an_online_queue_trains_on_every_row_about_once(loops, tmp_path):
     """Sequences of 4 trained rows begin every 4; what is missing still waits."""
     fitting = [s for s in TINY if not s.startswith(("replay.ratio", "agent.stride"))]

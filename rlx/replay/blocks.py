@@ -363,12 +363,9 @@ class BlockRing:
         stratified: one draw from each of batch_size equal parts of the total. find_least: the least
         probability of all, too (else 0). Raises ValueError if nothing is startable.
         """
-        batch = buffers or self.buffers(batch_size)
-        out_rows = checked_buffers(batch.rows, batch_size)
-        out_carry = checked_buffers(batch.carry, batch_size)
         choice = self._choose(np.arange(batch_size), batch_size, rng, stratified)
         least = self._least_scaled_probability() if find_least else 0.0
-        self._copy_out(choice.window, out_rows, out_carry)
+        rows, carry = self._copy_out(choice.window, buffers)
         for _ in range(_MAX_REDRAWS):
             changed = self._changed(choice.window)
             if not changed.size:
@@ -376,15 +373,15 @@ class BlockRing:
             again = self._choose(changed, batch_size, rng, stratified)
             for name, values in vars(again).items():
                 getattr(choice, name)[changed] = values
-            self._copy_again(changed, again.window, out_rows, out_carry)
+            rows, carry = self._copy_again(changed, choice.window, rows, carry)
         else:
             raise RuntimeError(
                 f"{_MAX_REDRAWS} draws in a row were overwritten while being copied: "
                 f"{self.slots} blocks are too few for this writer; raise replay.capacity."
             )
         return Drawn(
-            rows=batch.rows,
-            carry=batch.carry,
+            rows=trees.unflatten(self._row_spec, rows),
+            carry=trees.unflatten(self._carry_spec, carry),
             keys=choice.window[:, 0].copy(),
             weights_version=choice.weights_version,
             scaled_probability=choice.scaled_probability,
@@ -393,18 +390,15 @@ class BlockRing:
 
     def read(self, keys: np.ndarray, *, buffers: Batch | None = None) -> Drawn:
         """Copies the sequences with these keys i64[n]; for the writer's thread only."""
-        batch = buffers or self.buffers(len(keys))
         with self._lock:
             window = self._window(keys)
             if not self._live_keys(window).all():
                 raise ValueError("Of these sequences some are not in the ring (any more).")
             version = self._slot.weights_version[keys % self.slots]
-        self._copy_out(
-            window, checked_buffers(batch.rows, len(keys)), checked_buffers(batch.carry, len(keys))
-        )
+        rows, carry = self._copy_out(window, buffers)
         return Drawn(
-            rows=batch.rows,
-            carry=batch.carry,
+            rows=trees.unflatten(self._row_spec, rows),
+            carry=trees.unflatten(self._carry_spec, carry),
             keys=keys,
             weights_version=version,
             scaled_probability=np.ones(len(keys)),
@@ -445,24 +439,28 @@ class BlockRing:
             window[:, block] = self._slot.next_key[window[:, block - 1] % self.slots]
         return window
 
-    def _copy_out(self, window: np.ndarray, out_rows: Leaves, out_carry: Leaves) -> None:
-        self._storage.gather(window % self.slots, out_rows, out_carry)
+    def _copy_out(self, window: np.ndarray, buffers: Batch | None) -> tuple[Leaves, Leaves]:
+        """(rows, carry) of these windows: in the buffers or in new arrays."""
+        slots = window % self.slots
+        if not self._storage.in_place:
+            return self._storage.take(slots, self.sequence.length)
+        batch = buffers or self.buffers(len(window))
+        rows = checked_buffers(batch.rows, len(window))
+        carry = checked_buffers(batch.carry, len(window))
+        self._storage.gather(slots, rows, carry)
+        return rows, carry
 
     def _copy_again(
-        self,
-        which: np.ndarray,
-        window: np.ndarray,
-        out_rows: Leaves,
-        out_carry: Leaves,
-    ) -> None:
-        """Copies to these positions of the batch only."""
-        fresh = self.buffers(len(which))
-        rows, carry = trees.flatten(fresh.rows), trees.flatten(fresh.carry)
-        self._copy_out(window, rows, carry)
-        for path, out in out_rows.items():
-            out[which] = rows[path]
-        for path, out in out_carry.items():
-            out[which] = carry[path]
+        self, which: np.ndarray, window: np.ndarray, rows: Leaves, carry: Leaves
+    ) -> tuple[Leaves, Leaves]:
+        """The same, with these positions of the batch copied once more."""
+        if not self._storage.in_place:
+            return self._copy_out(window, None)
+        some_rows, some_carry = self._copy_out(window[which], None)
+        for out, fresh in ((rows, some_rows), (carry, some_carry)):
+            for path, leaf in out.items():
+                leaf[which] = fresh[path]
+        return rows, carry
 
     def _changed(self, window: np.ndarray) -> np.ndarray:
         """i64[m]: positions of which a block was overwritten since it was chosen."""

@@ -88,7 +88,7 @@ def budget(
 
 def _bytes_elsewhere(storing: Storing, block_rows: int, row_spec: Row, carry_spec: Carry) -> int:
     """Bytes of a block that are no claim on memory; what LZ4 makes of frames is not known yet."""
-    if storing.storage == "mmap":
+    if storing.storage in ("mmap", "device"):
         return block_rows * _spec_nbytes(row_spec) + _spec_nbytes(carry_spec)
     if storing.compress == "lz4":
         leaves: dict[str, ArraySpec] = trees.flatten(row_spec)

@@ -56,7 +56,7 @@ class Prioritized(RingReplay):
         importance_scale: Literal["batch", "replay"],
         initial_priority: Literal["acting", "max"],
         stratified: bool,
-        storage: Literal["memory", "mmap"],
+        storage: Literal["memory", "mmap", "device"],
         folder: str | None,
         compress: Literal["none", "lz4"],
         gather_threads: Annotated[int, Range(ge=1)],

@@ -34,7 +34,7 @@ PROBE_BLOCKS = 32  # or a hundredth of all: after those it is known how well fra
 class Storing:
     """How a replay keeps its rows (settings of conf/replay)."""
 
-    storage: Literal["memory", "mmap"] = "memory"
+    storage: Literal["memory", "mmap", "device"] = "memory"
     compress: Literal["none", "lz4"] = "none"
     gather_threads: int = 1
     folder: Path | None = None  # of the mapped file; None: the system's for temporary files
@@ -42,6 +42,8 @@ class Storing:
 
 class Storage(Protocol):
     """The leaves of `slots` blocks."""
+
+    in_place: bool  # windows are copied into given buffers (`gather`), else into new ones (`take`)
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +54,9 @@ class Storage(Protocol):
 
     def gather(self, slots: np.ndarray, rows: Leaves, carry: Leaves) -> None:
         """Copies windows out: slots i64[n, blocks] -> rows [n, L, ...], carry [n, ...]."""
+
+    def take(self, slots: np.ndarray, length: int) -> tuple[Leaves, Leaves]:
+        """The same, as new arrays."""
 
     def scalars(self, slots: np.ndarray, length: int) -> Leaves:
         """The rows [n, length, ...] of windows i64[n, blocks] without observations."""
@@ -66,6 +71,10 @@ def make_storage(
     """The storage of these settings; raises ValueError where they cannot be had."""
     rows: dict[str, ArraySpec] = trees.flatten(row_spec)
     carry: dict[str, ArraySpec] = trees.flatten(carry_spec)
+    if storing.storage == "device":
+        from rlx.replay.device import DeviceArrays  # loads JAX
+
+        return DeviceArrays(rows, carry, slots, block_rows)
     spread = Spread(storing.gather_threads)
     if storing.compress == "lz4":
         if storing.storage != "memory":
@@ -146,6 +155,8 @@ class Spread:
 class Arrays:
     """One array per leaf."""
 
+    in_place = True
+
     def __init__(
         self,
         rows: Mapping[str, ArraySpec],
@@ -183,6 +194,9 @@ class Arrays:
 
         self._spread.over(len(slots), sum(out.nbytes for out in rows.values()), work)
 
+    def take(self, slots: np.ndarray, length: int) -> tuple[Leaves, Leaves]:
+        raise TypeError("the host's windows are copied into buffers: see gather")
+
     def scalars(self, slots: np.ndarray, length: int) -> Leaves:
         index = self._row_index(slots, length)
         return {
@@ -209,6 +223,8 @@ def _take(data: np.ndarray, index: np.ndarray, out: np.ndarray | None = None) ->
 
 class Compressed:
     """Frames compressed block by block (LZ4), everything else as it is."""
+
+    in_place = True
 
     def __init__(
         self,
@@ -271,6 +287,9 @@ class Compressed:
                     self._unpack(path, slots[i], out[i])
 
             self._spread.over(len(slots), out.nbytes, work)
+
+    def take(self, slots: np.ndarray, length: int) -> tuple[Leaves, Leaves]:
+        raise TypeError("the host's windows are copied into buffers: see gather")
 
     def scalars(self, slots: np.ndarray, length: int) -> Leaves:
         return self.plain.scalars(slots, length)

@@ -32,7 +32,7 @@ def ones(keys: np.ndarray) -> np.ndarray:
     return np.ones(len(keys))
 
 
-@pytest.fixture(params=["memory", "threads", "mmap", "lz4"])
+@pytest.fixture(params=["memory", "threads", "mmap", "lz4", "device"])
 def storing(request, monkeypatch, tmp_path) -> Storing:
     """Each way of keeping blocks, for frames and batches of any size."""
     monkeypatch.setattr(storage, "WORTH_COMPRESSING", 1)
@@ -42,6 +42,7 @@ def storing(request, monkeypatch, tmp_path) -> Storing:
         "threads": Storing(gather_threads=3),
         "mmap": Storing(storage="mmap", folder=tmp_path / "ring"),
         "lz4": Storing(compress="lz4", gather_threads=2),
+        "device": Storing(storage="device"),
     }[request.param]
 
 
@@ -222,7 +223,7 @@ def test_feed_forward_carries_and_reused_buffers():
     ring.add(replace(some, carry=empty), ones)
     buffers = ring.buffers(3)
     drawn = ring.draw(3, np.random.default_rng(0), buffers=buffers)
-    assert drawn.rows is buffers.rows
+    assert drawn.rows.reward is buffers.rows.reward
     assert drawn.carry.core == ()
     assert (np.diff(drawn.rows.inputs.time, axis=1) == 1).all()
     with pytest.raises(ValueError, match="holds 3 sequences, 4 are asked for"):
@@ -262,15 +263,16 @@ def test_scalars_are_the_windows_without_observations():
 # --- threads -------------------------------------------------------------------------------------
 
 
-def test_a_sequence_overwritten_while_it_is_copied_is_drawn_again(monkeypatch):
-    ring = make_ring(12, 2)
+def test_a_sequence_overwritten_while_it_is_copied_is_drawn_again(storing, monkeypatch):
+    ring = make_ring(12, 2, storing=storing)
     ring.add(rollout([(0, 0, n) for n in range(12)], ring.sequence), ones)
     copy_out, left = ring._copy_out, [1]
 
     def copy_then_overwrite(*args):
-        copy_out(*args)
+        found = copy_out(*args)
         if left.pop() if left else 0:
             ring.add(rollout([(0, 0, n) for n in range(12, 24)], ring.sequence), ones)
+        return found
 
     monkeypatch.setattr(ring, "_copy_out", copy_then_overwrite)
     drawn = ring.draw(16, np.random.default_rng(0))

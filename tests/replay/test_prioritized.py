@@ -260,7 +260,7 @@ def test_a_sample_is_what_its_keys_say():
     add(replay, 0, 60)
     buffers = replay.buffers(32)
     sample = replay.sample(32, buffers=buffers)
-    assert sample.batch.rows is buffers.rows
+    assert sample.batch.rows.reward is buffers.rows.reward
     assert sample.keys.dtype == np.int64
     first = SEQUENCE.block_rows * (sample.keys // 2)
     assert (sample.batch.rows.inputs.time == first[:, None] + np.arange(5)).all()
