@@ -105,7 +105,9 @@ def make_pool(envs: EnvPool, agent: R2D2, *, instances: int = 1, lanes: int = 3)
     )
 
 
-def make_replay(agent: R2D2, lanes: int, capacity: int = 240) -> Prioritized:
+def make_replay(
+    agent: R2D2, lanes: int, capacity: int = 240, storage: Any = "memory", compress: Any = "none"
+) -> Prioritized:
     return Prioritized(
         capacity=capacity,
         ratio=1.0,
@@ -119,9 +121,9 @@ def make_replay(agent: R2D2, lanes: int, capacity: int = 240) -> Prioritized:
         importance_scale="batch",
         initial_priority="acting",
         stratified=False,
-        storage="memory",
+        storage=storage,
         folder=None,
-        compress="none",
+        compress=compress,
         gather_threads=1,
         record=None,
         prefetch=0,
@@ -144,6 +146,7 @@ def replayed_q(agent: R2D2, params: Any, batch: Batch) -> np.ndarray:
 def difference(agent: R2D2, params: Any, batch: Batch) -> float:
     """The largest relative difference of replayed and acting-time Q, of any row."""
     q, rows = replayed_q(agent, params, batch), batch.rows
+    rows = trees.tree_map(np.asarray, rows)
     taken = np.take_along_axis(q, rows.action[..., None], axis=-1)[..., 0]
     worst = 0.0
     for got, kept in ((taken, rows.acting.q), (q.max(-1), rows.acting.q_max)):
@@ -152,13 +155,19 @@ def difference(agent: R2D2, params: Any, batch: Batch) -> float:
 
 
 def gather(
-    envs: EnvPool, core: str = "lstm", *, instances: int = 1, lanes: int = 3, reopen: bool = False
+    envs: EnvPool,
+    core: str = "lstm",
+    *,
+    instances: int = 1,
+    lanes: int = 3,
+    reopen: bool = False,
+    **keeping: str,
 ) -> tuple[R2D2, Any, Batch]:
     """Acts far beyond the ring's capacity and samples what is left."""
     agent = make_agent(envs, core)
     params = jax.tree.map(np.asarray, agent.init(jax.random.PRNGKey(0)).params)
     pool = make_pool(envs, agent, instances=instances, lanes=lanes)
-    replay = make_replay(agent, instances * lanes)
+    replay = make_replay(agent, instances * lanes, **keeping)
     pool.publish(Weights(version=0, params=params), 0)
     for turn in range(14):
         for rollout in pool.collect(lanes * 10, 60.0, 0):
@@ -183,9 +192,13 @@ def gather(
         (PONG, "lstm", {}),
         (PONG | {"batch_size": 2, "threads": 2}, "lstm", {"lanes": 4, "reopen": True}),
         (PONG, "none", {"lanes": 2}),
+        (PONG, "lstm", {"storage": "mmap"}),
+        (PONG, "lstm", {"compress": "lz4"}),
+        (PONG, "lstm", {"storage": "device"}),
+        (CARTPOLE, "lstm", {"storage": "device"}),
     ],
     ids=["vector", "two-actors", "feed-forward", "reopened", "async", "grid", "pong", "pong-async",
-         "stack-only"],
+         "stack-only", "mmap", "lz4", "device", "device-vector"],
 )  # fmt: skip
 def test_replayed_q_equals_acting_q(environment, core, options):
     agent, params, batch = gather(family(**environment), core, **options)
