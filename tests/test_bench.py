@@ -57,3 +57,20 @@ def test_work_that_is_left_running_is_settled_in_its_own_slice(monkeypatch):
     rates = bench.measure(variants, 1e-9, {"a": lambda: calls.append("settled a")})
     assert calls == ["a", "settled a", "b"] * 2  # once to compile, then one round
     assert [len(each) for each in rates.values()] == [1, 1]
+
+
+def test_replays_are_measured_beside_a_plain_copy():
+    done = run("what=replay", "seconds=0.1", "setup=cartpole", "rows=40000")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+    found = {row["name"].removeprefix("replay/cartpole/40,000/"): row for row in rows}
+    assert len(found) == len(rows)
+    for storage in ("memory, 1 thread", "memory", "mmap", "device"):  # no frames: no LZ4
+        assert found[f"{storage}/np.copyto"]["ratio"] == 1
+        assert 0 < found[f"{storage}/sample + update"]["ratio"] < 1.5
+        p50, p99 = (found[f"{storage}/sample + update, {p}"] for p in ("p50", "p99"))
+        assert 0 < p50["value"] <= p99["value"]
+        assert p50["unit"] == "ms"
+        assert found[f"{storage}/insert"]["value"] > 1000
+    assert found["memory/all bytes"]["value"] == found["mmap/all bytes"]["value"]
+    assert run("what=replay", "rows=0").returncode == run("what=replay", "rows=x").returncode == 2
