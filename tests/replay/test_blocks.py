@@ -129,7 +129,7 @@ def keep_newest_chains(given_blocks, newest: dict[int, int]) -> list[tuple[int, 
 @given(stream=streams())
 @settings(
     deadline=None,
-    max_examples=60,
+    max_examples=30,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # which is the same for all
 )
 def test_any_history_agrees_with_the_brute_force_twin(storing, stream):
@@ -351,7 +351,7 @@ def test_a_writer_thread_never_gives_a_torn_sequence(storing):
         while ring.startable < 20 and writer.is_alive():
             time.sleep(0.001)
         buffers = ring.buffers(2)
-        for _ in range(4000):
+        for _ in range(1500):
             check(ring.draw(2, rng, buffers=buffers))
     finally:
         stop.set()

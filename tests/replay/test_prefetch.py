@@ -127,7 +127,7 @@ def test_samples_stay_whole_while_blocks_are_overwritten():
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        for _ in range(500):
+        for _ in range(150):
             assert_whole(replay.sample(16))
     finally:
         stop.set()
