@@ -205,6 +205,9 @@ def _build_replay(settings: Mapping[str, Any], agent: Agent, resumed: Restored |
             replay.restore(resumed.replay_state, resumed.replay_blocks())
         except ValueError as error:
             raise refuse("resume", str(error)) from error
+        except KeyError as error:
+            says = f"the saved replay was of another kind (it has no {error}); choose that one"
+            raise refuse("resume", says) from error
     return replay
 
 

@@ -159,14 +159,16 @@ class Checkpointer:
         """Where the blocks of saved replays lie."""
         return self.folder / SEGMENTS
 
-    def segments_kept(self) -> set[str]:
-        """The segments that any checkpoint needs, discarded ones too."""
+    def segments_kept(self) -> set[str] | None:
+        """The segments that any checkpoint needs, discarded ones too; None if one can't be read."""
         aside = self.folder / DISCARDED
         paths = [*self.paths(), *(aside.iterdir() if aside.is_dir() else ())]
         kept: set[str] = set()
-        for path in paths:
-            with contextlib.suppress(_Damaged):
+        try:
+            for path in paths:
                 kept.update(segment["file"] for segment in _read_manifest(path)["segments"])
+        except _Damaged:
+            return None
         return kept
 
     def paths(self) -> list[Path]:
@@ -513,7 +515,7 @@ def _read_all(folder: Path, manifest: JSON, like_state: Any, with_replay: bool) 
         state=state,
         meta=json.loads((folder / "meta.json").read_bytes()),
         replay_state=replay_state,
-        segments=manifest["segments"],
+        segments=manifest["segments"] if with_replay else [],
         path=folder,
         env_steps=manifest["env_steps"],
     )

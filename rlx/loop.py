@@ -157,6 +157,8 @@ class Loop:
     def act(self) -> None:
         """Adds what the pool has ready, unless the learner is owed updates."""
         pool, replay, quota = self.parts.pool, self.parts.replay, self.parts.quota
+        if replay.startable >= replay.min_sequences:
+            quota.open(replay.env_steps)  # already: of a replay that was restored
         if replay.has_enough or not quota.may_act(replay.env_steps, replay.startable):
             return
         nothing_else_to_do = not quota.may_learn(replay.env_steps, replay.startable)
@@ -272,6 +274,7 @@ class Loop:
         self._score = None  # an evaluation is the score of one checkpoint, the next one
         self._save_due = False
         with self._stages.measure("checkpoint"):
+            replay.flush()
             segments = self._snapshots.complete(replay) if keeps else []
             saved = self._checkpoints.save(
                 self.count.env_steps,

@@ -662,6 +662,12 @@ def test_recorded_experience_trains_without_actors(tmp_path):
         rlx.compose([*fitting, *offline, f"resume={tmp_path / 'learning'}", "total_env_steps=1500"])
     )
     assert went_on["updates"] > learnt["updates"]
+    exact = ("checkpoint.exact=true", "evaluation.final_episodes=0")
+    twice = [
+        rlx.run(rlx.compose([*fitting, *offline, *exact]), tmp_path / name)["params_sha256"]
+        for name in ("one", "two")
+    ]
+    assert twice[0] == twice[1]
     with pytest.raises(ConfigError, match=r"replay: set replay\.path"):
         rlx.run(rlx.compose([*fitting, "replay=dataset"]), tmp_path / "no path")
 
@@ -688,6 +694,19 @@ def test_an_online_queue_trains_on_every_row_about_once(loops, tmp_path):
     assert 0 <= replay.rows - updates * ROWS_PER_UPDATE - waiting <= open_rows
     with pytest.raises(ConfigError, match=r"replay\.min_sequences=3: accepted: 4 \(learner"):
         rlx.run(rlx.compose([*fitting, *online, "replay.min_sequences=3"]), tmp_path / "few")
+    uses = [*fitting, "agent.stride=4", "agent.burn_in=0", "agent.block_rows=4"]
+    again = rlx.compose([*uses, "resume=auto", "replay.ratio=1.0", "total_env_steps=9999"])
+    with pytest.raises(ConfigError, match=r"saved replay was of another kind \(it has no 'larg"):
+        rlx.run(again, tmp_path)
+
+
+def test_a_queue_resumed_with_lower_demands_goes_on(tmp_path):
+    fitting = [s for s in TINY if not s.startswith(("replay.ratio", "agent.stride"))]
+    online = ("replay=online", "agent.stride=4", "agent.burn_in=0", "agent.block_rows=4")
+    many = rlx.compose([*fitting, *online, "replay.min_sequences=400", "stop_after_s=2"])
+    assert rlx.run(many, tmp_path)["updates"] == 0
+    few = rlx.compose([*fitting, *online, f"resume={tmp_path}", "total_env_steps=2000"])
+    assert rlx.run(few)["updates"] > 0
 
 
 def test_more_devices_than_there_are_is_said_of_the_learner(tmp_path):

@@ -363,14 +363,14 @@ class BlockRing:
         stratified: one draw from each of batch_size equal parts of the total. find_least: the least
         probability of all, too (else 0). Raises ValueError if nothing is startable.
         """
-        choice = self._choose(np.arange(batch_size), batch_size, rng, stratified)
-        least = self._least_scaled_probability() if find_least else 0.0
+        choice, least = self._choose(np.arange(batch_size), batch_size, rng, stratified, find_least)
         rows, carry = self._copy_out(choice.window, buffers)
         for _ in range(_MAX_REDRAWS):
             changed = self._changed(choice.window)
             if not changed.size:
                 break
-            again = self._choose(changed, batch_size, rng, stratified)
+            again, new_least = self._choose(changed, batch_size, rng, stratified, find_least)
+            least = min(least, new_least)
             for name, values in vars(again).items():
                 getattr(choice, name)[changed] = values
             rows, carry = self._copy_again(changed, choice.window, rows, carry)
@@ -405,15 +405,19 @@ class BlockRing:
             least_scaled_probability=0.0,
         )
 
-    def _least_scaled_probability(self) -> float:
-        with self._lock:
-            leaves = self._tree.values
-            return float(self._startable * leaves[leaves > 0].min() / self._tree.total)
+    def _least_leaf(self) -> float:
+        leaves = self._tree.values
+        return float(leaves[leaves > 0].min())
 
     def _choose(
-        self, which: np.ndarray, batch_size: int, rng: np.random.Generator, stratified: bool
-    ) -> _Choice:
-        """Chooses for these positions i64[n] of the batch."""
+        self,
+        which: np.ndarray,
+        batch_size: int,
+        rng: np.random.Generator,
+        stratified: bool,
+        find_least: bool,
+    ) -> tuple[_Choice, float]:
+        """Chooses for these positions i64[n] of the batch; answers the least probability, too."""
         with self._lock:
             if self._startable == 0:
                 raise ValueError(
@@ -425,11 +429,12 @@ class BlockRing:
             slots = self._tree.find(
                 total * ((which + uniform) / batch_size if stratified else uniform)
             )
+            least = self._least_leaf() / total * self._startable if find_least else 0.0
             return _Choice(
                 window=self._window(self._slot.key[slots]),
                 weights_version=self._slot.weights_version[slots],
                 scaled_probability=self._startable * (self._tree.get(slots) / total),
-            )
+            ), least
 
     def _window(self, keys: np.ndarray) -> np.ndarray:
         """i64[n, blocks]: the keys of each sequence's blocks, following the links."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, final
 import numpy as np
 
 from rlx.interfaces import FirstTD
-from rlx.replay.experience import Layout, read, read_layout, rollouts
+from rlx.replay.experience import Layout, files, read, read_layout, rollouts
 from rlx.replay.prioritized import Prioritized
 from rlx.types import Blocks, Carry, Range, Rollout, Row, Runtime, SequenceSpec
 
@@ -88,6 +88,7 @@ class Dataset(Prioritized):
             first_td=first_td,
             seed=seed,
         )
+        self._files = [[file.name, file.stat().st_size] for file in files(recorded)]
         self._played_env_steps = 0
         for rollout in rollouts(recorded, row_spec, carry_spec):
             super().add(rollout)
@@ -110,6 +111,7 @@ class Dataset(Prioritized):
         return {
             "rng": json.dumps(self._rng.bit_generator.state),
             "leaves": np.array(self._ring.all_leaves),
+            "files": self._files,
             "env_steps": self._played_env_steps,
             "largest_priority": self._largest_priority,
             "stale_updates": self._stale_updates,
@@ -122,7 +124,7 @@ class Dataset(Prioritized):
 
     def restore(self, state: Mapping[str, Any], blocks: Iterable[Blocks]) -> None:
         """Goes on from a saved state; raises ValueError if the dataset is another one."""
-        if len(state["leaves"]) != len(self._ring.all_leaves):
+        if state["files"] != self._files:
             raise ValueError("the dataset has changed since; train anew from it")
         self._ring.load_leaves(np.asarray(state["leaves"]))
         self._rng.bit_generator.state = json.loads(state["rng"])

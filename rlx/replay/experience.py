@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from rlx.types import ArraySpec, Carry, Leaves, Rollout, Row, SequenceSpec
 FORMAT = 1
 FILE = "dataset.json"
 KIND = "experience"
+NAME = re.compile(r"[0-9a-f]{16}-\d{6,}\.npz")
 COLUMNS = ("lane", "chain", "number", "weights_version")
 
 
@@ -69,13 +71,18 @@ class Recorder:
         self._bytes = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="record")
         self._written: Future[Any] | None = None
-        folder.mkdir(parents=True, exist_ok=True)
         about = {"format": FORMAT, "kind": KIND, **dataclasses.asdict(layout)}
-        if not any(folder.iterdir()):
-            text = json.dumps(about, indent=1)
-            (folder / f".{FILE}").write_text(text + "\n")
-            (folder / f".{FILE}").rename(folder / FILE)
-        elif found := read_layout(folder).differences(layout):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+            if set(held) <= {FILE}:  # nothing was recorded yet
+                (folder / f".{FILE}").write_text(json.dumps(about, indent=1) + "\n")
+                (folder / f".{FILE}").rename(folder / FILE)
+                return
+        except OSError as error:
+            says = f"replay.record={folder} cannot be written ({error.strerror}); give another"
+            raise ValueError(says) from error
+        if found := read_layout(folder).differences(layout):
             raise ValueError(
                 f"replay.record={folder} holds other experience ({found}); give another folder"
             )
@@ -93,11 +100,15 @@ class Recorder:
         if self._bytes >= SEGMENT_BYTES:
             self._write()
 
-    def close(self) -> None:
-        """Writes the rest."""
+    def flush(self) -> None:
+        """Writes what there is, and waits for it."""
         if self._kept:
             self._write()
         self._wait()
+
+    def close(self) -> None:
+        """Writes the rest."""
+        self.flush()
         self._writer.shutdown()
 
     def _write(self) -> None:
@@ -146,15 +157,23 @@ def read_layout(folder: Path) -> Layout:
     if not isinstance(about, dict) or (about.get("format"), about.get("kind")) != (FORMAT, KIND):
         raise ValueError(f"{path}: no recorded experience that this rlx reads (format {FORMAT})")
     try:
-        return Layout(**{field.name: about[field.name] for field in dataclasses.fields(Layout)})
+        layout = Layout(**{field.name: about[field.name] for field in dataclasses.fields(Layout)})
+        if not isinstance(layout.leaves, dict) or not isinstance(layout.block_rows, int):
+            raise ValueError(f"{path}: damaged: leaves or block_rows are none")
+        return layout
     except KeyError as error:
         raise ValueError(f"{path}: damaged: {error} is missing") from error
+
+
+EPISODES = ("episode/return", "episode/env_steps", "episode/lane")
 
 
 def files(folder: Path) -> list[Path]:
     """The segments, run after run; raises ValueError if there is none, or one is missing."""
     runs: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*-*.npz")):
+    for path in sorted(folder.iterdir()):
+        if not NAME.fullmatch(path.name):
+            continue
         runs.setdefault(path.name.partition("-")[0], []).append(path)
     if not runs:
         raise ValueError(f"{folder}: recorded nothing yet: there is no segment in it")
@@ -182,7 +201,7 @@ def read(folder: Path) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
 
 
 def _check_segment(path: Path, arrays: Mapping[str, np.ndarray], layout: Layout) -> None:
-    if lacking := [name for name in (*COLUMNS, *layout.leaves) if name not in arrays]:
+    if lacking := [name for name in (*COLUMNS, *EPISODES, *layout.leaves) if name not in arrays]:
         raise ValueError(f"{path}: has no {lacking[0]}, which {FILE} promises")
     n = len(arrays["lane"])
     for name, (shape, dtype) in layout.leaves.items():

@@ -46,6 +46,13 @@ class Online(RingReplay):
             lanes=lanes,
             seed=seed,
         )
+        per_lane = -(-min_sequences // lanes) - 1  # that wait while the others come
+        if (needed := per_lane * lanes * sequence.stride) >= max_delay:
+            raise ValueError(
+                f"max_delay={max_delay}: {min_sequences} sequences of {lanes} lanes take about "
+                f"{needed} env steps, so the first would be dropped before the last is there; "
+                "raise it, or lower min_sequences"
+            )
         self._max_delay = max_delay
         self._waiting: deque[tuple[int, int]] = deque()  # (key, env steps when it was complete)
         self._dropped = 0  # sequences
@@ -109,9 +116,9 @@ class Online(RingReplay):
 
     def _drop_late(self) -> None:
         """Those that have waited too long, or that the ring has forgotten."""
-        while self._waiting:
-            key, at = self._waiting[0]
-            if self.env_steps - at <= self._max_delay and key >= self.oldest_key:
-                return
-            self._waiting.popleft()
-            self._dropped += 1
+        before, now, oldest = len(self._waiting), self.env_steps, self.oldest_key
+        # A slow lane's sequence begins with an older block than those that were complete before it.
+        self._waiting = deque(
+            (key, at) for key, at in self._waiting if now - at <= self._max_delay and key >= oldest
+        )
+        self._dropped += before - len(self._waiting)

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 class RingReplay(ABC):
     """A ring of blocks and the generator it is drawn from; how to draw is for the class above."""
 
+    is_recorded = False  # whether it is full from the start, and no actor adds to it
     ratio: float | None = None  # trained rows per env step; None: no quota
 
     def __init__(
@@ -56,7 +57,8 @@ class RingReplay(ABC):
         }
         planned = budget(**shapes)
         log.info("replay: %s; %.2f GB are available", planned, available_bytes() / 1e9)
-        planned.check_min_sequences(min_sequences)
+        if not self.is_recorded:  # else it is known how many there are
+            planned.check_min_sequences(min_sequences)
         self._ring = BlockRing(**shapes)
         self._prefetch = prefetch
         self._prefetcher: Prefetcher | None = None  # once the batch size is known
@@ -98,6 +100,11 @@ class RingReplay(ABC):
     @abstractmethod
     def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:
         """A sample, now."""
+
+    def flush(self) -> None:
+        """What is recorded is on the disk when this returns."""
+        if self._recorder is not None:
+            self._recorder.flush()
 
     def close(self) -> None:
         """Ends what was recorded, and drawing ahead."""

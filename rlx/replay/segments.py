@@ -39,6 +39,11 @@ def write_segment(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[s
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # its name, too
+        finally:
+            os.close(folder)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

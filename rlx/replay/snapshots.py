@@ -83,13 +83,14 @@ class Snapshots:
         self._segments = [s for s in self._segments if s.last_key >= replay.oldest_key]
         return [vars(segment) for segment in self._segments]
 
-    def forget(self, kept: set[str]) -> None:
-        """Deletes all files but these and those of the last `complete`."""
+    def forget(self, kept: set[str] | None) -> None:
+        """Deletes all segments but these and those of the last `complete`; None: keep all."""
+        if kept is None or not self.folder.is_dir():
+            return
         kept = kept | {segment.file for segment in self._segments}
-        if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                if path.name not in kept:
-                    path.unlink()
+        for path in self.folder.iterdir():
+            if path.name.endswith((".npz", ".npz.tmp")) and path.name not in kept:
+                path.unlink()
 
     def _write_ahead(self, replay: Saved) -> None:
         try:

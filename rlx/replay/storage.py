@@ -118,18 +118,18 @@ class MappedFile:
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Like np.zeros. Raises ValueError if the disk has no room."""
         nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self._folder, prefix="rlx-replay-") as file:
-            try:
+        try:
+            if self._folder is not None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder, prefix="rlx-replay-") as file:
                 os.posix_fallocate(file.fileno(), 0, max(1, nbytes))
-            except OSError as error:
-                where = self._folder or tempfile.gettempdir()
-                raise ValueError(
-                    f"replay.storage=mmap needs {nbytes / 1e9:.2f} GB in {where} "
-                    f"({error.strerror}); lower replay.capacity or give another replay.folder."
-                ) from error
-            return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+                return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+        except OSError as error:
+            where = self._folder or tempfile.gettempdir()
+            raise ValueError(
+                f"replay.storage=mmap needs {nbytes / 1e9:.2f} GB in {where} "
+                f"({error.strerror}); lower replay.capacity or give another replay.folder."
+            ) from error
 
 
 class Spread:

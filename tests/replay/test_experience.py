@@ -18,6 +18,7 @@ from rlx.replay import experience
 from rlx.replay.dataset import Dataset
 from rlx.replay.experience import files, read, rollouts
 from rlx.replay.prioritized import Prioritized
+from rlx.replay.storage import Storing, make_storage
 from rlx.types import Episode, NetInput, Rollout
 
 SEQUENCE = sequence_spec(block_rows=2, length=5)
@@ -192,6 +193,40 @@ def test_the_report_says_what_is_in_it(tmp_path):
         assert report(*arguments).returncode == 2
 
 
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/x")):
+        with pytest.raises(ValueError, match=r"replay\.record=.* cannot be written"):
+            recording(folder)
+        with pytest.raises(ValueError, match=r"replay\.storage=mmap needs 0\.00 GB in "):
+            make_storage(
+                Storing(storage="mmap", folder=folder),
+                row_spec=row_spec(),
+                carry_spec=carry_spec(),
+                slots=12,
+                block_rows=2,
+            )
+
+
+def test_what_was_flushed_survives_a_kill(tmp_path):
+    replay = recording(tmp_path)
+    replay.add(delivered(0, 5))
+    replay.flush()
+    replay.add(delivered(5, 9))
+    assert [len(arrays["lane"]) for _, arrays in read(tmp_path)] == [5]
+    replay.close()
+    assert [len(arrays["lane"]) for _, arrays in read(tmp_path)] == [5, 4]
+
+
+def test_a_folder_in_which_nothing_was_recorded_may_be_used_again(tmp_path):
+    recording(tmp_path).close()
+    (tmp_path / ".dataset.json").write_text("{")  # a kill in the middle
+    recording(tmp_path, carry_spec=carry_spec(units=7)).close()
+    (tmp_path / "my-notes.npz").write_text("not ours")
+    with pytest.raises(ValueError, match="recorded nothing yet"):
+        files(tmp_path)
+
+
 def test_what_cannot_be_written_is_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(experience, "SEGMENT_BYTES", 1)
     replay = recording(tmp_path / "gone")
@@ -213,6 +248,7 @@ def test_a_stopped_training_from_a_dataset_goes_on(tmp_path):
     other.restore(replay.state(), [])
     assert other.env_steps == 30
     assert np.array_equal(other.sample(8).keys, replay.sample(8).keys)
-    record(tmp_path, [4])
+    (tmp_path / "other").mkdir()
+    record(tmp_path / "other", [40])  # as many blocks, another record
     with pytest.raises(ValueError, match="the dataset has changed"):
-        dataset(tmp_path).restore(replay.state(), [])
+        dataset(tmp_path / "other").restore(replay.state(), [])

@@ -78,6 +78,23 @@ def test_what_the_ring_has_forgotten_is_dropped():
     assert seen(replay.sample(1))[0] == (0, 4)
 
 
+def test_a_slow_lane_loses_its_own_sequences_only():
+    replay = make()  # 40 blocks
+    replay.add(rollout([(1, 0, 0)], SEQUENCE))  # lane 1 begins a sequence, and pauses
+    replay.add(rollout([(0, 0, n) for n in range(38)], SEQUENCE))
+    replay.add(rollout([(1, 0, 1)], SEQUENCE))  # and ends it, behind 19 of lane 0
+    assert replay.startable == 20
+    replay.add(rollout([(0, 0, 38)], SEQUENCE))  # over its first block
+    assert replay.startable == 19
+    assert replay.stats()["replay/dropped_sequences"] == 1
+    assert {lane for lane, _ in seen(replay.sample(19))} == {0}
+
+
+def test_a_delay_that_no_batch_can_meet_is_refused():
+    with pytest.raises(ValueError, match=r"max_delay=12: 8 sequences of 2 lanes take about 24"):
+        make(min_sequences=8, max_delay=12)
+
+
 def test_acting_waits_for_the_learner_and_the_learner_for_sequences():
     replay = make()
     add(replay, 0, 12)
@@ -108,9 +125,10 @@ def test_a_stopped_queue_goes_on():
 def test_no_history_gives_a_row_twice_or_out_of_order(data):
     """Lanes of any speed, broken chains, any batch: rows of a lane's chain come in order, once."""
     lanes = data.draw(st.integers(1, 3))
-    replay = make(lanes=lanes, max_delay=data.draw(st.integers(5, 200)))
+    max_delay = data.draw(st.integers(5, 200))
+    replay = make(lanes=lanes, max_delay=max_delay, min_sequences=1, capacity=40)  # 20 blocks
     heads, newest = [(0, 0)] * lanes, {}
-    for _ in range(data.draw(st.integers(1, 40))):
+    for _ in range(data.draw(st.integers(1, 120))):
         lane = data.draw(st.integers(0, lanes - 1))
         chain, number = heads[lane]
         if number and data.draw(st.integers(0, 9)) == 0:

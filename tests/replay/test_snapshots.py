@@ -121,6 +121,21 @@ def test_blocks_that_come_while_it_writes_are_in_the_checkpoint_exactly(tmp_path
     assert_same(restored(tmp_path, segments, replay.state()), replay)
 
 
+def test_segments_are_kept_when_it_is_not_known_who_needs_them(tmp_path):
+    replay, keeper = make(), Snapshots(tmp_path)
+    add(replay, 0, 20)
+    keeper.complete(replay)
+    add(replay, 20, 70)
+    keeper.complete(replay)
+    (tmp_path / "a folder").mkdir()
+    before = len(list(tmp_path.iterdir()))
+    keeper.forget(None)
+    assert len(list(tmp_path.iterdir())) == before
+    keeper.forget(set())
+    assert len(list(tmp_path.iterdir())) < before
+    assert (tmp_path / "a folder").is_dir()
+
+
 def test_what_kept_it_from_writing_is_raised_at_the_checkpoint(tmp_path):
     (tmp_path / "file").write_text("")
     replay, keeper = make(), Snapshots(tmp_path / "file" / "below")
