@@ -28,7 +28,8 @@ from ray.cluster_utils import Cluster
 from rlx.acting.ray_fleet import Fleet, Slot
 from rlx.loop import Loop
 from rlx.metrics import read_rows
-from rlx.types import Rollout
+from rlx.ray_evaluator import RayEvaluator
+from rlx.types import Evaluated, Rollout
 from tests.acting.test_ray_pool import assert_in_order_and_once, streams, wait_for
 from tests.test_run import TINY, run
 
@@ -115,12 +116,6 @@ def test_what_cannot_work_is_one_line_and_status_2(tmp_path, settings, says):
     assert says in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "env.json").exists()
-
-
-def test_an_own_cluster_is_started_beside_any_other(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    done = train(tmp_path / "run", *RAY, "total_env_steps=400")
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_cluster_of_another_ray_version_is_refused(tmp_path):
@@ -265,13 +260,23 @@ def test_a_run_whose_actors_are_killed_every_second_for_a_minute_finishes(
     assert not killer.killed_s  # the last ones are back, too
 
 
-def test_evaluation_in_an_actor_of_its_own_lets_training_go_on(tmp_path):
+def test_evaluation_in_an_actor_of_its_own_lets_training_go_on(tmp_path, monkeypatch):
+    results: list[Evaluated] = []
+    poll, finished = RayEvaluator.poll, Loop.finished
+
+    def polled(self: RayEvaluator) -> list[Evaluated]:
+        found = poll(self)
+        results.extend(found)
+        return found
+
+    monkeypatch.setattr(RayEvaluator, "poll", polled)
+    monkeypatch.setattr(Loop, "finished", lambda self: len(results) > 2 or finished(self))
     run(
         tmp_path,
         *RAY,
         "replay.ratio=null",
         "total_env_steps=10_000_000",
-        "stop_after_s=25",
+        "stop_after_s=120",
         "logging.every_env_steps=200",
         "checkpoint.every_env_steps=1_000_000",
         "evaluation.where=actor",
@@ -331,7 +336,10 @@ def test_a_signal_to_everybody_ends_the_run_with_a_checkpoint(tmp_path, number, 
     assert Path(summary["checkpoint"]).is_dir()
 
 
-def test_a_run_inside_a_running_event_loop_as_a_notebook_has_one(tmp_path):
+def test_a_run_inside_a_running_event_loop_as_a_notebook_has_one(tmp_path, monkeypatch):
+    """With a cluster of its own, whatever Ray's own setting says."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+
     async def cell() -> dict[str, Any]:
         return run(tmp_path, *RAY, "total_env_steps=400")
 
