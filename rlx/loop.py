@@ -157,8 +157,6 @@ class Loop:
     def act(self) -> None:
         """Adds what the pool has ready, unless the learner is owed updates."""
         pool, replay, quota = self.parts.pool, self.parts.replay, self.parts.quota
-        if replay.startable >= replay.min_sequences:
-            quota.open(replay.env_steps)  # already: of a replay that was restored
         if replay.has_enough or not quota.may_act(replay.env_steps, replay.startable):
             return
         nothing_else_to_do = not quota.may_learn(replay.env_steps, replay.startable)
@@ -174,12 +172,12 @@ class Loop:
                 self.count.env_steps += rollout.env_steps
                 self.count.frames += rollout.frames
                 self._metrics.episodes(rollout.episodes)
-        if replay.startable >= replay.min_sequences:
-            quota.open(replay.env_steps)
 
     def learn(self) -> None:
         """Starts one update if the quota allows, then ends the one before it."""
         replay, quota, learner = self.parts.replay, self.parts.quota, self.parts.learner
+        if replay.startable >= replay.min_sequences:
+            quota.open(replay.env_steps)
         if not quota.may_learn(replay.env_steps, replay.startable):
             return
         with self._stages.measure("sample"):

@@ -498,7 +498,8 @@ def test_an_answer_that_is_lost_with_its_node_costs_one_life(cluster, fleet, tmp
     events_until(fleet, Ready)
     fleet.request(0, "answer", str(tmp_path / "done"))
     wait_for((tmp_path / "done").exists, "the answer to be made")
-    time.sleep(1.0)  # for it to reach its node's store, while nobody fetches it
+    made, _ = ray.wait(list(fleet.slots[0].requests), timeout=20, fetch_local=False)
+    assert made  # in its node's store, and nobody has fetched it
     (node,) = cluster.worker_nodes
     cluster.remove_node(node, allow_graceful=False)
     assert events_until(fleet, Lost) == Lost(index=0, requests=1, cause="lost_object")
