@@ -34,7 +34,7 @@ from rlx.replay.memory import budget
 from rlx.replay.storage import Storing, make_storage
 from rlx.replay.sum_tree import SumTree
 from rlx.replay.tables import LaneTable, SlotTable
-from rlx.types import ArraySpec, Batch, Blocks, Carry, Leaves, Rollout, Row, SequenceSpec
+from rlx.types import ArraySpec, Batch, Blocks, Carry, Leaves, Rollout, Row, Sample, SequenceSpec
 
 LeafOf = Callable[[np.ndarray], np.ndarray]  # keys i64[M] of startable sequences -> f64[M] > 0
 
@@ -68,6 +68,14 @@ class Drawn:
     weights_version: np.ndarray  # i64[B]
     scaled_probability: np.ndarray  # f64[B]: probability of each draw * startable sequences
     least_scaled_probability: float  # of any startable sequence
+
+    def sample(self, importance: np.ndarray) -> Sample:
+        """With an importance f32[B], as learners take it."""
+        return Sample(
+            batch=Batch(rows=self.rows, carry=self.carry, importance=importance),
+            keys=self.keys,
+            weights_version=self.weights_version,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

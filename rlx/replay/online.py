@@ -80,12 +80,7 @@ class Online(RingReplay):
             )
         keys = np.array([self._waiting.popleft()[0] for _ in range(batch_size)], np.int64)
         drawn = self._ring.read(keys, buffers=buffers)
-        importance = np.ones(batch_size, np.float32)
-        return Sample(
-            batch=Batch(rows=drawn.rows, carry=drawn.carry, importance=importance),
-            keys=drawn.keys,
-            weights_version=drawn.weights_version,
-        )
+        return drawn.sample(np.ones(batch_size, np.float32))
 
     def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:
         """Only checks td f32[B, T], one line per key: nothing depends on it."""

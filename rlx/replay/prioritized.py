@@ -116,11 +116,7 @@ class Prioritized(RingReplay):
         scaled = drawn.scaled_probability
         least = drawn.least_scaled_probability if over_all else float(scaled.min())
         importance = importance_of(scaled, self.importance_exponent, least)
-        return Sample(
-            batch=Batch(rows=drawn.rows, carry=drawn.carry, importance=importance),
-            keys=drawn.keys,
-            weights_version=drawn.weights_version,
-        )
+        return drawn.sample(importance)
 
     @property
     def importance_exponent(self) -> float:

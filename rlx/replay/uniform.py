@@ -61,12 +61,7 @@ class Uniform(RingReplay):
 
     def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:
         drawn = self._ring.draw(batch_size, self._rng, buffers=buffers)
-        importance = np.ones(batch_size, np.float32)
-        return Sample(
-            batch=Batch(rows=drawn.rows, carry=drawn.carry, importance=importance),
-            keys=drawn.keys,
-            weights_version=drawn.weights_version,
-        )
+        return drawn.sample(np.ones(batch_size, np.float32))
 
     def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:
         """Only checks td f32[B, T], one line per key: nothing depends on it."""
