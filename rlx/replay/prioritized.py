@@ -9,7 +9,6 @@ The importance is divided by its maximum, over the whole batch or over the whole
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -76,7 +75,7 @@ class Prioritized(RingReplay):
             min_sequences=min_sequences,
             storing=Storing(
                 storage=storage,
-                folder=None if folder is None else Path(folder),
+                folder=folder,
                 compress=compress,
                 gather_threads=gather_threads,
             ),

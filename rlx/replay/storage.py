@@ -37,7 +37,7 @@ class Storing:
     storage: Literal["memory", "mmap", "device"] = "memory"
     compress: Literal["none", "lz4"] = "none"
     gather_threads: int = 1
-    folder: Path | None = None  # of the mapped file; None: the system's for temporary files
+    folder: str | Path | None = None  # of the mapped file; None: the system's for temporary files
 
 
 class Storage(Protocol):
@@ -112,8 +112,8 @@ class MappedFile:
     All space is reserved at once: a full disk is an error here and not a crash hours later.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    def __init__(self, folder: str | Path | None) -> None:
+        self._folder = None if folder is None else Path(folder)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Like np.zeros. Raises ValueError if the disk has no room."""

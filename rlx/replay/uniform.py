@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, final
 
 import numpy as np
@@ -42,7 +41,7 @@ class Uniform(RingReplay):
             min_sequences=min_sequences,
             storing=Storing(
                 storage=storage,
-                folder=None if folder is None else Path(folder),
+                folder=folder,
                 compress=compress,
                 gather_threads=gather_threads,
             ),
