@@ -57,7 +57,7 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
     learner = build(settings["learner"], "learner", agent=agent, seed=seed)
     resumed = _restore(output_dir, learner, with_replay=checkpoint.replay) if resume else None
     exploration = build(settings["exploration"], "exploration")
-    replay = _build_replay(settings, agent, resumed)
+    replay = _build_replay(settings, agent, learner, resumed)
     chain = resumed.meta["chain"] + 1 if resumed else 0
     if getattr(replay, "is_recorded", False):
         pool: ActingPool = _nobody_acts(settings, agent, chain)
@@ -158,6 +158,12 @@ def _check_agreement(settings: Mapping[str, Any]) -> None:
         says = "a thread draws when it can, which is never the same twice; set it to 0"
         raise refuse("replay.prefetch", says, given=str(replay["prefetch"]))
     batch_size = settings["learner"]["batch_size"]
+    if batch_size % (shards := replay.get("shards") or 1):
+        says = f"accepted: a divisor of {batch_size} (learner.batch_size), each gives an equal part"
+        raise refuse("replay.shards", says, given=str(shards))
+    if (warm_up := replay.get("min_env_steps", 0)) >= settings["total_env_steps"]:
+        says = f"learning would never begin; accepted: below {settings['total_env_steps']} "
+        raise refuse("replay.min_env_steps", says + "(total_env_steps)", given=str(warm_up))
     if "max_delay" in replay and replay["min_sequences"] < batch_size:  # each is drawn once
         says = f"accepted: {batch_size} (learner.batch_size) or more"
         raise refuse("replay.min_sequences", says, given=str(replay["min_sequences"]))
@@ -188,7 +194,9 @@ def _check_network(agent: Agent) -> None:
         raise refuse("network", str(error).splitlines()[0]) from error
 
 
-def _build_replay(settings: Mapping[str, Any], agent: Agent, resumed: Restored | None) -> Any:
+def _build_replay(
+    settings: Mapping[str, Any], agent: Agent, learner: Learner, resumed: Restored | None
+) -> Any:
     acting = settings["acting"]
     replay = build(
         settings["replay"],
@@ -199,6 +207,7 @@ def _build_replay(settings: Mapping[str, Any], agent: Agent, resumed: Restored |
         lanes=acting["instances"] * acting["envs_per_actor"],
         first_td=agent.first_td,
         seed=settings["seed"],
+        devices=learner.devices,
     )
     if resumed is not None and resumed.replay_state is not None:
         try:

@@ -81,8 +81,8 @@ class Restored:
     path: Path
     env_steps: int
 
-    def replay_blocks(self) -> Iterator[Blocks]:
-        """The replay's blocks, a few at a time."""
+    def replay_blocks(self) -> list[Iterator[Blocks]]:
+        """The blocks of each of the replay's rings, a few at a time."""
         return read_blocks(_segments_folder(self.path), self.segments)
 
 

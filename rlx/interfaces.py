@@ -103,11 +103,29 @@ class Agent(Protocol):
     ) -> tuple[TrainState, UpdateOutput]: ...
 
 
+class Ring(Protocol):
+    """Blocks in the order in which they were added, as a snapshot reads them."""
+
+    @property
+    def block_nbytes(self) -> float: ...
+    @property
+    def oldest_key(self) -> int:
+        """Of the blocks that are there, or the next one's if none is."""
+
+    @property
+    def next_key(self) -> int:
+        """Of the next block to come."""
+
+    def blocks_after(self, key: int, most: int) -> tuple[Blocks, int]:
+        """Copies of the blocks with later keys, and the key to go on after; for any thread."""
+
+
 class Replay(Protocol):
     """Stores blocks, samples sequences."""
 
     ratio: float | None  # trained rows per env step added; None: no quota
     min_sequences: int  # startable sequences before learning begins
+    min_env_steps: int  # as many env steps before learning begins
 
     @property
     def startable(self) -> int:
@@ -140,19 +158,11 @@ class Replay(Protocol):
         """Arrays and JSON values: everything but the blocks."""
 
     @property
-    def block_nbytes(self) -> float: ...
-    @property
-    def oldest_key(self) -> int:
-        """Of the blocks that are there."""
+    def rings(self) -> Sequence[Ring]:
+        """Where the blocks lie."""
 
-    @property
-    def next_key(self) -> int:
-        """Of the next block to come."""
-
-    def blocks_after(self, key: int, most: int) -> tuple[Blocks, int]:
-        """Copies of the blocks with later keys, and the key to go on after; for any thread."""
-
-    def restore(self, state: Mapping[str, Any], blocks: Iterable[Blocks]) -> None: ...
+    def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
+        """Goes on from a saved state and the blocks of each ring."""
 
 
 class Exploration(Protocol):

@@ -62,20 +62,33 @@ class Learner:
             donate_argnums=0,
             devices=self._devices,
         )
+        self._split = jax.jit(
+            lambda x: x.reshape(len(self._devices), -1, *x.shape[1:]), out_shardings=self._sharding
+        )
         self._copy = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.copy(x[0]), tree))
         self._state = self._replicate(agent.init(jax.random.PRNGKey(spawn_int(seed, "learner"))))
 
     def put(self, batch: Batch) -> Batch:
-        """Leaves [B, ...] of the host -> [D, B / D, ...] on the devices, without waiting."""
+        """Leaves [B, ...] of the host -> [D, B / D, ...] on the devices, without waiting.
+
+        Leaves that are on the devices already, each with its share, stay there.
+        """
         count = len(self._devices)
 
-        def split(x: np.ndarray) -> np.ndarray:
+        def split(x: Any) -> Any:
+            if isinstance(x, jax.Array):
+                return self._split(x)
             return x.reshape(count, x.shape[0] // count, *x.shape[1:])
 
         shares = jax.tree.map(split, batch)
         if self._devices[0].platform == "cpu":
             return shares  # already where they are read; a device_put costs a fifth of an update
         return jax.device_put(shares, self._sharding)
+
+    @property
+    def devices(self) -> tuple[jax.Device, ...]:
+        """That share a batch, in this order."""
+        return tuple(self._devices)
 
     def update(self, batch: Batch) -> UpdateOutput:
         """One update, without waiting: td [D, B / D, T] and metrics [D] are futures."""

@@ -176,7 +176,8 @@ class Loop:
     def learn(self) -> None:
         """Starts one update if the quota allows, then ends the one before it."""
         replay, quota, learner = self.parts.replay, self.parts.quota, self.parts.learner
-        if replay.startable >= replay.min_sequences:
+        enough = replay.env_steps >= replay.min_env_steps
+        if enough and replay.startable >= replay.min_sequences:
             quota.open(replay.env_steps)
         if not quota.may_learn(replay.env_steps, replay.startable):
             return

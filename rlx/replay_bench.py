@@ -143,6 +143,7 @@ def _filled(agent: Agent, rows: int, blocks: Blocks, keeping: dict[str, Any]) ->
         lanes=LANES,
         first_td=agent.first_td,
         seed=0,
+        devices=jax.local_devices()[:1],
     )
     began = perf_counter()
     for rollout in blocks:

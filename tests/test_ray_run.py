@@ -25,9 +25,11 @@ from ray._common.usage.usage_constants import CLUSTER_METADATA_KEY
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
+import rlx
 from rlx.acting.ray_fleet import Fleet, Slot
 from rlx.loop import Loop
 from rlx.metrics import read_rows
+from rlx.problems import ConfigError
 from rlx.ray_evaluator import RayEvaluator
 from rlx.types import Evaluated, Rollout
 from tests.acting.test_ray_pool import assert_in_order_and_once, streams, wait_for
@@ -109,8 +111,16 @@ def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         (["acting.address=ray://127.0.0.1:1"], "acting.address=ray://127.0.0.1:1: "),
     ],
 )
-def test_what_cannot_work_is_one_line_and_status_2(tmp_path, settings, says):
-    done = train(tmp_path / "run", "acting=ray_pool", *settings)
+def test_what_cannot_work_is_said_before_anything_starts(tmp_path, settings, says):
+    with pytest.raises(ConfigError) as caught:
+        rlx.run(rlx.compose(["acting=ray_pool", *settings]), tmp_path / "run")
+    assert says in str(caught.value)
+    assert not (tmp_path / "run" / "env.json").exists()
+
+
+def test_what_cannot_be_reached_is_one_line_and_status_2(tmp_path):
+    done = train(tmp_path / "run", "acting=ray_pool", "acting.address=127.0.0.1:1")
+    says = "acting.address=127.0.0.1:1: cannot be reached "
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("rlx: ")]
     assert says in line
@@ -322,7 +332,7 @@ def test_a_killed_run_leaves_nothing_running_and_resumes(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "to"),
-    [(signal.SIGINT, "group"), (signal.SIGTERM, "group"), (signal.SIGTERM, "all")],
+    [(signal.SIGINT, "group"), (signal.SIGTERM, "all")],
 )
 def test_a_signal_to_everybody_ends_the_run_with_a_checkpoint(tmp_path, number, to):
     """As a terminal's Ctrl-C goes to a group, a batch system's SIGTERM to all processes."""

@@ -647,6 +647,56 @@ def test_two_devices_give_nearly_the_metrics_of_one(base, compiled, tmp_path):
         assert row["learner/q_mean"] == pytest.approx(other["learner/q_mean"], rel=0.3)
 
 
+def test_each_device_draws_from_its_own_memory_what_a_shard_of_the_host_would(compiled, tmp_path):
+    """Also after a resume. That the blocks lie apart is looked at in the run."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    code = (
+        "import sys, jax, rlx\n"
+        "from tests.test_run import TINY\n"
+        "from rlx.learner import Learner\n"
+        "seen, put = set(), Learner.put\n"
+        "def watched(self, batch):\n"
+        "    leaf = batch.rows.reward\n"
+        "    if isinstance(leaf, jax.Array):\n"
+        "        seen.update(shard.device.id for shard in leaf.addressable_shards)\n"
+        "        assert len(leaf.addressable_shards[0].data) == len(leaf) // 2\n"
+        "    found = put(self, batch)\n"
+        "    after = found.rows.reward\n"
+        "    if isinstance(leaf, jax.Array):\n"
+        "        where = [s.data.unsafe_buffer_pointer() for s in leaf.addressable_shards]\n"
+        "        assert [s.device.id for s in after.addressable_shards] == [0, 1], where\n"
+        "    return found\n"
+        "Learner.put = watched\n"
+        "for name in ('replay.shards=2', 'replay=device_prioritized'):\n"
+        "    here = [*TINY, 'learner.devices=2', 'evaluation.final_episodes=0', name]\n"
+        "    folder = f'{sys.argv[1]}/{len(name)}'\n"
+        "    rlx.run(rlx.compose([*here, 'total_env_steps=500']), folder)\n"
+        "    more = rlx.compose([*here, 'total_env_steps=700', f'resume={folder}'])\n"
+        "    print(rlx.run(more)['params_sha256'])\n"
+        "assert seen == {0, 1}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | compiled | flags | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    host, device = done.stdout.split()
+    assert host == device
+
+
+def test_learning_waits_for_the_warm_up(tmp_path):
+    summary = run(tmp_path, "replay.min_env_steps=900", "logging.every_env_steps=200")
+    found = rows(tmp_path)
+    assert all((row["updates"] > 0) == (row["env_steps"] > 900) for row in found)
+    assert summary["updates"] > 0
+    with pytest.raises(ConfigError, match=r"replay\.min_env_steps=1200: learning would never"):
+        run(tmp_path / "never", "replay.min_env_steps=1200")
+
+
 def test_recorded_experience_trains_without_actors(tmp_path):
     record = f"replay.record={tmp_path / 'experience'}"
     made = run(tmp_path / "acting", record)

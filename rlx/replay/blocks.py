@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
@@ -147,6 +147,26 @@ class BlockRing:
     def rows(self) -> int:
         """Rows stored now."""
         return self._live * self.sequence.block_rows
+
+    @property
+    def capacity_rows(self) -> int:
+        """Rows that it can hold."""
+        return self.budget.rows
+
+    @property
+    def block_nbytes(self) -> float:
+        """Of one block, before compression."""
+        return self.budget.total_bytes / self.slots
+
+    @property
+    def rings(self) -> list[BlockRing]:
+        """Itself (see rlx.replay.shards for several)."""
+        return [self]
+
+    @property
+    def copies_into_buffers(self) -> bool:
+        """Whether `draw` fills buffers; else it answers arrays of its own."""
+        return self._storage.in_place
 
     @property
     def oldest_key(self) -> int:
@@ -515,8 +535,8 @@ class BlockRing:
             carry={path: leaf[same] for path, leaf in carry.items()},
         ), last
 
-    def restore(self, state: Mapping[str, Any], blocks: Iterable[Blocks]) -> None:
-        """Takes over a saved state, given all blocks of it (and perhaps older ones).
+    def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
+        """Takes over a saved state, given all blocks of it (and perhaps older ones) of each ring.
 
         Raises ValueError if it is of a ring made otherwise, or a block is missing.
         """
@@ -536,7 +556,7 @@ class BlockRing:
                 setattr(self, name, int(state[name]))
             self._live = int((self._slot.key >= 0).sum())
             self._startable = int((self._tree.values > 0).sum())
-            found = sum(self._restore_blocks(some) for some in blocks)
+            found = sum(self._restore_blocks(some) for its in blocks for some in its)
         if found != self._live:
             raise ValueError(
                 f"the saved replay has {self._live} blocks, {found} were found: it is damaged; "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
 import numpy as np
 
-from rlx.interfaces import FirstTD
+from rlx.interfaces import FirstTD, Ring
 from rlx.replay.experience import Layout, files, read, read_layout, rollouts
 from rlx.replay.prioritized import Prioritized
 from rlx.types import Blocks, Carry, Range, Rollout, Row, Runtime, SequenceSpec
@@ -66,6 +66,7 @@ class Dataset(Prioritized):
             capacity=max(blocks, least) * sequence.block_rows,
             ratio=ratio,
             min_sequences=min_sequences,
+            min_env_steps=0,
             priority_exponent=priority_exponent,
             priority_eta=priority_eta,
             priority_epsilon=priority_epsilon,
@@ -79,6 +80,7 @@ class Dataset(Prioritized):
             folder=folder,
             compress=compress,
             gather_threads=gather_threads,
+            shards=1,
             record=None,
             prefetch=prefetch,
             sequence=sequence,
@@ -87,6 +89,7 @@ class Dataset(Prioritized):
             lanes=layout.lanes,
             first_td=first_td,
             seed=seed,
+            devices=(),
         )
         self._files = [[file.name, file.stat().st_size] for file in files(recorded)]
         self._played_env_steps = 0
@@ -110,7 +113,7 @@ class Dataset(Prioritized):
         """All but the blocks and their tables, which are in the dataset."""
         return {
             "rng": json.dumps(self._rng.bit_generator.state),
-            "leaves": np.array(self._ring.all_leaves),
+            "leaves": np.array(self._ring.rings[0].all_leaves),
             "files": self._files,
             "env_steps": self._played_env_steps,
             "largest_priority": self._largest_priority,
@@ -118,15 +121,15 @@ class Dataset(Prioritized):
         }
 
     @property
-    def next_key(self) -> int:
+    def rings(self) -> Sequence[Ring]:
         """A snapshot has no blocks to write."""
-        return 0
+        return []
 
-    def restore(self, state: Mapping[str, Any], blocks: Iterable[Blocks]) -> None:
+    def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Goes on from a saved state; raises ValueError if the dataset is another one."""
         if state["files"] != self._files:
             raise ValueError("the dataset has changed since; train anew from it")
-        self._ring.load_leaves(np.asarray(state["leaves"]))
+        self._ring.rings[0].load_leaves(np.asarray(state["leaves"]))
         self._rng.bit_generator.state = json.loads(state["rng"])
         self._played_env_steps = int(state["env_steps"])
         self._largest_priority = float(state["largest_priority"])

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlx.replay.available import available_bytes
 from rlx.replay.storage import OBSERVATION, Arrays, Spread, leaf_nbytes
@@ -82,6 +83,15 @@ class DeviceArrays:
             found = {p: leaf[slots.astype(np.int32)] for p, leaf in self._leaves.items()}
         host = {p: np.asarray(leaf) for p, leaf in found.items()}
         return _below(host, "rows/"), _below(host, "carry/")
+
+
+def side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
+    """Parts [B / D, ...] that lie on D devices as one array [B, ...], where they lie."""
+    (share,) = {part.shape for part in parts}
+    mesh = Mesh(np.array([part.device for part in parts]), ("devices",))
+    whole = (len(parts) * share[0], *share[1:])
+    sharding = NamedSharding(mesh, PartitionSpec("devices"))
+    return jax.make_array_from_single_device_arrays(whole, sharding, list(parts))
 
 
 def _check_fits(nbytes: int, device: jax.Device) -> None:

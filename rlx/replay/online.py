@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, final
 
 import numpy as np
@@ -37,7 +37,10 @@ class Online(RingReplay):
             capacity=capacity,
             ratio=None,  # the queue itself keeps both sides in step
             min_sequences=min_sequences,
+            min_env_steps=0,
             storing=Storing(gather_threads=gather_threads),
+            shards=1,
+            devices=(),
             record=record,
             prefetch=0,
             sequence=sequence,
@@ -79,7 +82,7 @@ class Online(RingReplay):
                 "replay.min_sequences to learner.batch_size or more."
             )
         keys = np.array([self._waiting.popleft()[0] for _ in range(batch_size)], np.int64)
-        drawn = self._ring.read(keys, buffers=buffers)
+        drawn = self._ring.rings[0].read(keys, buffers=buffers)
         return drawn.sample(np.ones(batch_size, np.float32))
 
     def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:
@@ -99,7 +102,7 @@ class Online(RingReplay):
         waiting = np.array(self._waiting, np.int64).reshape(-1, 2)
         return {**super().state(), "waiting": waiting, "dropped": self._dropped}
 
-    def restore(self, state: Mapping[str, Any], blocks: Iterable[Blocks]) -> None:
+    def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Goes on from a saved state and its blocks; raises ValueError if they do not fit."""
         super().restore(state, blocks)
         self._waiting = deque((int(key), int(at)) for key, at in state["waiting"])
@@ -111,7 +114,7 @@ class Online(RingReplay):
 
     def _drop_late(self) -> None:
         """Those that have waited too long, or that the ring has forgotten."""
-        before, now, oldest = len(self._waiting), self.env_steps, self.oldest_key
+        before, now, oldest = len(self._waiting), self.env_steps, self._ring.rings[0].oldest_key
         # A slow lane's sequence begins with an older block than those that were complete before it.
         self._waiting = deque(
             (key, at) for key, at in self._waiting if now - at <= self._max_delay and key >= oldest

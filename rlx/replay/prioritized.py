@@ -8,7 +8,7 @@ The importance is divided by its maximum, over the whole batch or over the whole
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -46,6 +46,7 @@ class Prioritized(RingReplay):
         capacity: Annotated[int, Range(ge=1)],
         ratio: Annotated[float, Range(gt=0)] | None,
         min_sequences: Annotated[int, Range(ge=1)],
+        min_env_steps: Annotated[int, Range(ge=0)],
         priority_exponent: Annotated[float, Range(ge=0)],
         priority_eta: Annotated[float, Range(ge=0, le=1)],
         priority_epsilon: Annotated[float, Range(gt=0)],
@@ -59,6 +60,7 @@ class Prioritized(RingReplay):
         folder: str | None,
         compress: Literal["none", "lz4"],
         gather_threads: Annotated[int, Range(ge=1)],
+        shards: Annotated[int, Range(ge=1)] | None,
         record: str | None,
         prefetch: Annotated[int, Range(ge=0)],
         sequence: Runtime[SequenceSpec],
@@ -67,18 +69,22 @@ class Prioritized(RingReplay):
         lanes: Runtime[int],
         first_td: Runtime[FirstTD],
         seed: Runtime[int],
+        devices: Runtime[Sequence[Any]],
     ) -> None:
         """Settings: conf/replay/prioritized.yaml. Raises ValueError for what cannot work."""
         super().__init__(
             capacity=capacity,
             ratio=ratio,
             min_sequences=min_sequences,
+            min_env_steps=min_env_steps,
             storing=Storing(
                 storage=storage,
                 folder=folder,
                 compress=compress,
                 gather_threads=gather_threads,
             ),
+            shards=shards,
+            devices=devices,
             record=record,
             prefetch=prefetch,
             sequence=sequence,
@@ -150,7 +156,7 @@ class Prioritized(RingReplay):
             "stale_updates": self._stale_updates,
         }
 
-    def restore(self, state: Mapping[str, Any], blocks: Iterable[Blocks]) -> None:
+    def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Goes on from a saved state and its blocks; raises ValueError if they do not fit."""
         super().restore(state, blocks)
         self._largest_priority = float(state["largest_priority"])

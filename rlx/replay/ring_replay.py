@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlx.interfaces import Ring
 from rlx.replay.available import available_bytes
 from rlx.replay.blocks import BlockRing
 from rlx.replay.experience import Layout, Recorder
 from rlx.replay.memory import budget
 from rlx.replay.prefetch import Prefetcher
+from rlx.replay.shards import ShardedRing
 from rlx.replay.storage import Storing
 from rlx.seeding import spawn_rng
 from rlx.types import Batch, Blocks, Carry, Rollout, Row, Sample, SequenceSpec
@@ -27,6 +30,7 @@ class RingReplay(ABC):
 
     is_recorded = False  # whether it is full from the start, and no actor adds to it
     ratio: float | None = None  # trained rows per env step; None: no quota
+    min_env_steps = 0  # before learning begins
 
     def __init__(
         self,
@@ -34,7 +38,10 @@ class RingReplay(ABC):
         capacity: int,
         ratio: float | None,
         min_sequences: int,
+        min_env_steps: int,
         storing: Storing,
+        shards: int | None,
+        devices: Sequence[Any],
         record: str | None,
         prefetch: int,
         sequence: SequenceSpec,
@@ -46,6 +53,7 @@ class RingReplay(ABC):
         """Says the bytes it will take; raises ValueError for what cannot work."""
         self.ratio = ratio
         self.min_sequences = min_sequences
+        self.min_env_steps = min_env_steps
         self._rng = spawn_rng(seed, "replay", "sample")
         shapes: Any = {
             "capacity_rows": capacity,
@@ -53,13 +61,18 @@ class RingReplay(ABC):
             "row_spec": row_spec,
             "carry_spec": carry_spec,
             "lanes": lanes,
-            "storing": storing,
         }
-        planned = budget(**shapes)
+        planned = budget(**shapes, storing=storing)
         log.info("replay: %s; %.2f GB are available", planned, available_bytes() / 1e9)
         if not self.is_recorded:  # else it is known how many there are
             planned.check_min_sequences(min_sequences)
-        self._ring = BlockRing(**shapes)
+        planned.check(available_bytes())  # each shard looks at its own share only
+        storings = _storings(storing, shards, devices)
+        self._ring: BlockRing | ShardedRing = (
+            ShardedRing(**shapes, storings=storings)
+            if len(storings) > 1
+            else BlockRing(**shapes, storing=storings[0])
+        )
         self._prefetch = prefetch
         self._prefetcher: Prefetcher | None = None  # once the batch size is known
         self._batch_size = 0
@@ -140,22 +153,12 @@ class RingReplay(ABC):
     @property
     def capacity(self) -> int:
         """Rows that it can hold."""
-        return self._ring.budget.rows
+        return self._ring.capacity_rows
 
     @property
-    def block_nbytes(self) -> float:
-        """Of one block, before compression."""
-        return self._ring.budget.total_bytes / self._ring.slots
-
-    @property
-    def oldest_key(self) -> int:
-        """Of the blocks that are there, or the next one's if none is."""
-        return self._ring.oldest_key
-
-    @property
-    def next_key(self) -> int:
-        """Of the next block to come."""
-        return self._ring.next_key
+    def rings(self) -> Sequence[Ring]:
+        """Where the blocks lie."""
+        return self._ring.rings
 
     def buffers(self, batch_size: int) -> Batch:
         """Arrays that `sample` can fill again and again."""
@@ -170,11 +173,19 @@ class RingReplay(ABC):
         """Arrays and JSON scalars: all but the blocks."""
         return {**self._ring.state(), "rng": json.dumps(self._rng.bit_generator.state)}
 
-    def blocks_after(self, key: int, most: int) -> tuple[Blocks, int]:
-        """See BlockRing.blocks_after."""
-        return self._ring.blocks_after(key, most)
-
-    def restore(self, state: Mapping[str, Any], blocks: Iterable[Blocks]) -> None:
+    def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Goes on from a saved state and its blocks; raises ValueError if they do not fit."""
         self._ring.restore(state, blocks)
         self._rng.bit_generator.state = json.loads(state["rng"])
+
+
+def _storings(storing: Storing, shards: int | None, devices: Sequence[Any]) -> list[Storing]:
+    """Of each ring: one for every device of the learner, if the blocks lie there."""
+    if storing.storage != "device":
+        return [storing] * (shards or 1)
+    if shards not in (None, len(devices) or 1):
+        raise ValueError(
+            f"shards={shards}: the learner's devices hold one each, {len(devices)} in all; "
+            "set replay.shards=null, or learner.devices"
+        )
+    return [replace(storing, device=device) for device in devices or [None]]

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rlx.interfaces import Ring
 from rlx.replay.segments import SEGMENT_BYTES, SegmentError, read_segment, write_segment
 from rlx.types import Blocks
 
@@ -28,12 +29,7 @@ class Saved(Protocol):
     """What a snapshot needs of a replay."""
 
     @property
-    def block_nbytes(self) -> float: ...
-    @property
-    def oldest_key(self) -> int: ...
-    @property
-    def next_key(self) -> int: ...
-    def blocks_after(self, key: int, most: int) -> tuple[Blocks, int]: ...
+    def rings(self) -> Sequence[Ring]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +39,7 @@ class Segment:
     file: str
     nbytes: int
     last_key: int
+    ring: int = 0  # of its replay
 
 
 class Snapshots:
@@ -52,7 +49,9 @@ class Snapshots:
         """`segments`: what `complete` had answered in the run that is resumed."""
         self.folder = folder
         self._segments = [Segment(**entry) for entry in segments]
-        self._last_key = max((segment.last_key for segment in self._segments), default=-1)
+        self._last_key: dict[int, int] = {}  # of each ring, written already
+        for segment in self._segments:
+            self._note(segment)
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
 
@@ -80,7 +79,8 @@ class Snapshots:
             failed, self._failed = self._failed, None
             raise failed
         self._write_new(replay)
-        self._segments = [s for s in self._segments if s.last_key >= replay.oldest_key]
+        oldest = [ring.oldest_key for ring in replay.rings]
+        self._segments = [s for s in self._segments if s.last_key >= oldest[s.ring]]
         return [vars(segment) for segment in self._segments]
 
     def forget(self, kept: set[str] | None) -> None:
@@ -100,35 +100,48 @@ class Snapshots:
 
     def _write_new(self, replay: Saved) -> None:
         """What there is now: blocks may come faster than they can be written."""
-        most, newest = max(1, int(SEGMENT_BYTES / replay.block_nbytes)), replay.next_key - 1
-        last, written = self._last_key, deque[Future[Segment]]()
         with ThreadPoolExecutor(WRITERS, "snapshot") as writers:
-            while last < newest:
-                blocks, last = replay.blocks_after(last, most)
-                if len(written) == WRITERS:  # no more copies at a time than that
-                    self._note(written.popleft().result())
-                if len(blocks.keys):
-                    written.append(writers.submit(self._write, blocks, last))
-            while written:
-                self._note(written.popleft().result())
-        self._last_key = max(self._last_key, last)
+            for number, ring in enumerate(replay.rings):
+                self._write_ring(number, ring, writers)
+
+    def _write_ring(self, number: int, ring: Ring, writers: ThreadPoolExecutor) -> None:
+        most, newest = max(1, int(SEGMENT_BYTES / ring.block_nbytes)), ring.next_key - 1
+        last, written = self._last_key.get(number, -1), deque[Future[Segment]]()
+        while last < newest:
+            blocks, last = ring.blocks_after(last, most)
+            if len(written) == WRITERS:  # no more copies at a time than that
+                self._keep(written.popleft().result())
+            if len(blocks.keys):
+                written.append(writers.submit(self._write, number, blocks, last))
+        while written:
+            self._keep(written.popleft().result())
+        self._last_key[number] = max(last, self._last_key.get(number, -1))
+
+    def _keep(self, segment: Segment) -> None:
+        self._segments.append(segment)
+        self._note(segment)
 
     def _note(self, segment: Segment) -> None:
-        self._segments.append(segment)
-        self._last_key = segment.last_key
+        self._last_key[segment.ring] = max(segment.last_key, self._last_key.get(segment.ring, -1))
 
-    def _write(self, blocks: Blocks, last: int) -> Segment:
+    def _write(self, ring: int, blocks: Blocks, last: int) -> Segment:
         self.folder.mkdir(parents=True, exist_ok=True)
         # A run that goes back to an earlier checkpoint gives the same keys to other blocks.
         file = f"{int(blocks.keys[0]):012d}-{uuid.uuid4().hex[:8]}.npz"
         nbytes = write_segment(self.folder / file, _to_arrays(blocks), {"kind": "snapshot"})
-        return Segment(file=file, nbytes=nbytes, last_key=last)
+        return Segment(file=file, nbytes=nbytes, last_key=last, ring=ring)
 
 
-def read_blocks(folder: Path, segments: Sequence[Mapping[str, Any]]) -> Iterator[Blocks]:
-    """The blocks of these segments, a file at a time; raises SegmentError."""
+def read_blocks(folder: Path, segments: Sequence[Mapping[str, Any]]) -> list[Iterator[Blocks]]:
+    """The blocks of each ring, a file at a time; reading them raises SegmentError."""
+    named = [Segment(**entry) for entry in segments]
+    rings = max((segment.ring for segment in named), default=0) + 1
+    return [_read_ring(folder, [s for s in named if s.ring == ring]) for ring in range(rings)]
+
+
+def _read_ring(folder: Path, segments: Sequence[Segment]) -> Iterator[Blocks]:
     for segment in segments:
-        path = folder / segment["file"]
+        path = folder / segment.file
         arrays, about = read_segment(path)
         if about.get("kind") != "snapshot":
             raise SegmentError(f"{path}: of kind {about.get('kind')}, expected a snapshot.")

@@ -38,6 +38,7 @@ class Storing:
     compress: Literal["none", "lz4"] = "none"
     gather_threads: int = 1
     folder: str | Path | None = None  # of the mapped file; None: the system's for temporary files
+    device: Any = None  # a jax.Device, where storage is "device"; None: the first one
 
 
 class Storage(Protocol):
@@ -74,7 +75,7 @@ def make_storage(
     if storing.storage == "device":
         from rlx.replay.device import DeviceArrays  # loads JAX
 
-        return DeviceArrays(rows, carry, slots, block_rows)
+        return DeviceArrays(rows, carry, slots, block_rows, storing.device)
     spread = Spread(storing.gather_threads)
     if storing.compress == "lz4":
         if storing.storage != "memory":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, final
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, final
 
 import numpy as np
 
@@ -22,10 +23,12 @@ class Uniform(RingReplay):
         capacity: Annotated[int, Range(ge=1)],
         ratio: Annotated[float, Range(gt=0)] | None,
         min_sequences: Annotated[int, Range(ge=1)],
-        storage: Literal["memory", "mmap"],
+        min_env_steps: Annotated[int, Range(ge=0)],
+        storage: Literal["memory", "mmap", "device"],
         folder: str | None,
         compress: Literal["none", "lz4"],
         gather_threads: Annotated[int, Range(ge=1)],
+        shards: Annotated[int, Range(ge=1)] | None,
         record: str | None,
         prefetch: Annotated[int, Range(ge=0)],
         sequence: Runtime[SequenceSpec],
@@ -33,18 +36,22 @@ class Uniform(RingReplay):
         carry_spec: Runtime[Carry],
         lanes: Runtime[int],
         seed: Runtime[int],
+        devices: Runtime[Sequence[Any]],
     ) -> None:
         """Settings: conf/replay/uniform.yaml. Raises ValueError for what cannot work."""
         super().__init__(
             capacity=capacity,
             ratio=ratio,
             min_sequences=min_sequences,
+            min_env_steps=min_env_steps,
             storing=Storing(
                 storage=storage,
                 folder=folder,
                 compress=compress,
                 gather_threads=gather_threads,
             ),
+            shards=shards,
+            devices=devices,
             record=record,
             prefetch=prefetch,
             sequence=sequence,

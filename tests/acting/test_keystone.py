@@ -106,7 +106,12 @@ def make_pool(envs: EnvPool, agent: R2D2, *, instances: int = 1, lanes: int = 3)
 
 
 def make_replay(
-    agent: R2D2, lanes: int, capacity: int = 240, storage: Any = "memory", compress: Any = "none"
+    agent: R2D2,
+    lanes: int,
+    capacity: int = 240,
+    storage: Any = "memory",
+    compress: Any = "none",
+    shards: int | None = None,
 ) -> Prioritized:
     return Prioritized(
         capacity=capacity,
@@ -125,6 +130,9 @@ def make_replay(
         folder=None,
         compress=compress,
         gather_threads=1,
+        min_env_steps=0,
+        shards=shards,
+        devices=(),
         record=None,
         prefetch=0,
         sequence=agent.sequence,
@@ -196,9 +204,10 @@ def gather(
         (PONG, "lstm", {"compress": "lz4"}),
         (PONG, "lstm", {"storage": "device"}),
         (CARTPOLE, "lstm", {"storage": "device"}),
+        (CARTPOLE, "lstm", {"shards": 2, "lanes": 4}),
     ],
     ids=["vector", "two-actors", "feed-forward", "reopened", "async", "grid", "pong", "pong-async",
-         "stack-only", "mmap", "lz4", "device", "device-vector"],
+         "stack-only", "mmap", "lz4", "device", "device-vector", "shards"],
 )  # fmt: skip
 def test_replayed_q_equals_acting_q(environment, core, options):
     agent, params, batch = gather(family(**environment), core, **options)

@@ -24,7 +24,7 @@ def h_inverse(x, e=1e-3):
 def q_values(agent, params, batch: Batch) -> np.ndarray:
     """f64[B, L, A]: an unroll from the stored carry."""
     rows = trees.tree_map(lambda x: np.swapaxes(x, 0, 1), batch.rows)
-    q, _ = agent.network.apply(params, rows.inputs, batch.carry)
+    q, _ = jax.jit(agent.network.apply)(params, rows.inputs, batch.carry)
     return np.swapaxes(np.asarray(q, np.float64), 0, 1)
 
 
@@ -79,7 +79,7 @@ def test_images_with_stacks_too():
     )
     batch, state = parts.batch(agent, 4), started(agent)
     td = oracle_td(agent, state, batch)
-    _, output = agent.update(state, batch)
+    _, output = jax.jit(agent.update)(state, batch)
     np.testing.assert_allclose(output.td, np.where(np.isnan(td), -1, abs(td)), atol=2e-5)
 
 
@@ -106,9 +106,9 @@ def test_rows_of_a_sequence_over_an_end_are_those_of_their_own_episodes():
         rows.reward[:, end] = 0
         return Batch(rows=rows, carry=batch.carry, importance=batch.importance)
 
-    _, plain = agent.update(state, with_end({}))
+    _, plain = jax.jit(agent.update)(state, with_end({}))
     for side, same in {"before": slice(end + 1, None), "after": slice(0, end + 1)}.items():
-        _, changed = agent.update(state, with_end({side}))
+        _, changed = jax.jit(agent.update)(state, with_end({side}))
         np.testing.assert_allclose(plain.td[:, same], changed.td[:, same], rtol=1e-4, atol=1e-6)
         assert not np.allclose(plain.td, changed.td, atol=1e-3)
 
@@ -121,7 +121,7 @@ def test_first_td_equals_the_learners_when_all_networks_are_one():
     taken = np.take_along_axis(q, batch.rows.action[..., None], axis=-1)[..., 0]
     acting = QActing(q=taken.astype(np.float32), q_max=q.max(axis=-1).astype(np.float32))
     rows = dataclasses.replace(batch.rows, acting=acting)
-    _, output = agent.update(state, dataclasses.replace(batch, rows=rows))
+    _, output = jax.jit(agent.update)(state, dataclasses.replace(batch, rows=rows))
     scalars = dataclasses.replace(rows, inputs=dataclasses.replace(rows.inputs, observation={}))
     first = agent.first_td(scalars)
     assert first.dtype == np.float32
@@ -171,7 +171,7 @@ def test_padding_like_sequences_give_no_nan():
     agent = parts.agent()
     batch, state = parts.batch(agent, 2), started(agent)
     rows = dataclasses.replace(batch.rows, valid=np.zeros_like(batch.rows.valid))
-    _, output = agent.update(state, dataclasses.replace(batch, rows=rows))
+    _, output = jax.jit(agent.update)(state, dataclasses.replace(batch, rows=rows))
     assert (np.asarray(output.td) == -1).all()
     assert all(np.isfinite(value) for value in output.metrics.values())
 
@@ -179,7 +179,7 @@ def test_padding_like_sequences_give_no_nan():
 def test_zero_state_ablation_forgets_the_stored_state():
     agent = parts.agent(stored_state=False)
     batch, state = parts.batch(agent, 4), started(agent)
-    _, output = agent.update(state, batch)
+    _, output = jax.jit(agent.update)(state, batch)
     zero = dataclasses.replace(batch, carry=agent.initial_carry(4))
     _, same = parts.agent(agent.network).update(state, zero)
     np.testing.assert_allclose(output.td, same.td, atol=1e-6)

@@ -63,16 +63,23 @@ IN_MEMORY = {
     "folder": None,
     "compress": "none",
     "gather_threads": 1,
+    "shards": None,
+    "min_env_steps": 0,
+    "devices": (),
     "record": None,
     "prefetch": 0,
 }
 
 
-def all_blocks(replay: Any, most: int = 3) -> list[Blocks]:
-    """As a snapshot reads them, a few at a time."""
+def all_blocks(replay: Any) -> list[list[Blocks]]:
+    """Of each ring, as a snapshot reads them, a few at a time."""
+    return [blocks_of(ring) for ring in replay.rings]
+
+
+def blocks_of(ring: Any, most: int = 3) -> list[Blocks]:
     found, key = [], -1
     while True:
-        blocks, last = replay.blocks_after(key, most)
+        blocks, last = ring.blocks_after(key, most)
         if last == key:
             return found
         found.append(blocks)

@@ -12,7 +12,7 @@ from replay_streams import (
     ATARI_CARRY,
     ATARI_ROW,
     ATARI_SEQUENCE,
-    all_blocks,
+    blocks_of,
     carry_spec,
     rollout,
     row_spec,
@@ -493,11 +493,11 @@ def test_a_restored_ring_goes_on_exactly(storing, count):
     ring, other = make_ring(12, 2, storing=storing), make_ring(12, 2)
     add(ring, 0, count)
     add(other, 0, 17)
-    saved, kept = ring.state(), all_blocks(ring)
+    saved, kept = ring.state(), blocks_of(ring)
     assert sum(len(some.keys) for some in kept) == min(count, 12)
     assert all(len(some.keys) <= 3 for some in kept)
     add(ring, count, count + 9)  # what is saved is a copy
-    other.restore(saved, kept)
+    other.restore(saved, [kept])
     assert other.check_valid() == (True, "")
     assert other.rows == 2 * min(count, 12)
     add(other, count, count + 9)
@@ -514,7 +514,7 @@ def test_a_state_whose_blocks_are_missing_is_refused():
     ring = make_ring(12, 2)
     ring.add(rollout([(0, 0, n) for n in range(5)], ring.sequence), ones)
     with pytest.raises(ValueError, match="has 5 blocks, 3 were found"):
-        make_ring(12, 2).restore(ring.state(), all_blocks(ring)[:1])
+        make_ring(12, 2).restore(ring.state(), [blocks_of(ring)[:1]])
 
 
 def test_blocks_overwritten_while_they_are_copied_are_left_out(monkeypatch):

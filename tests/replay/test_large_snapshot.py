@@ -80,9 +80,9 @@ def restore(folder: Path) -> None:
     seconds = time.monotonic() - began
     beside = peak_bytes() - empty - replay.nbytes
     assert replay.rows == ROWS // (40 * LANES) * 40 * LANES
-    checked, key = 0, -1
+    checked, key, (ring,) = 0, -1, replay.rings
     while True:
-        blocks, last = replay.blocks_after(key, 64)
+        blocks, last = ring.blocks_after(key, 64)
         if last == key:
             break
         number = blocks.keys // LANES

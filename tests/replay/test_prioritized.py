@@ -16,7 +16,7 @@ from rlx.replay.uniform import Uniform
 from rlx.types import Row
 
 CONF = Path(__file__).parents[2] / "conf" / "replay"
-RUNTIME = {"sequence", "row_spec", "carry_spec", "lanes", "first_td", "seed"}
+RUNTIME = {"devices", "sequence", "row_spec", "carry_spec", "lanes", "first_td", "seed"}
 SEQUENCE = sequence_spec(block_rows=2, length=5)
 
 

@@ -1,0 +1,181 @@
+"""Rings side by side: each lane in one of them, the same draws, priorities and probabilities."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from replay_streams import carry_spec, rollout, row_spec, sequence_spec
+
+from rlx.replay.blocks import BlockRing
+from rlx.replay.shards import ShardedRing
+from rlx.replay.storage import Storing
+
+SEQUENCE = sequence_spec(block_rows=2, length=5)  # three blocks
+
+
+def make(lanes: int = 4, blocks: int = 48, shards: int = 2) -> ShardedRing:
+    return ShardedRing(
+        capacity_rows=2 * blocks,
+        sequence=SEQUENCE,
+        row_spec=row_spec(),
+        carry_spec=carry_spec(),
+        lanes=lanes,
+        storings=[Storing()] * shards,
+    )
+
+
+def ones(keys: np.ndarray) -> np.ndarray:
+    return np.ones(len(keys))
+
+
+def add(ring: Any, begin: int, end: int, lanes: int = 4, leaf_of: Any = ones) -> None:
+    """Blocks begin .. end-1 of every lane."""
+    for number in range(begin, end):
+        ring.add(rollout([(lane, 0, number) for lane in range(lanes)], SEQUENCE), leaf_of)
+
+
+def test_every_batch_is_shared_equally_and_every_sequence_is_one_lanes():
+    ring = make()
+    add(ring, 0, 30)
+    assert all(inner.check_valid() == (True, "") for inner in ring.rings)
+    drawn = ring.draw(64, np.random.default_rng(0))
+    lane = drawn.rows.action  # as replay_streams writes it: the lane, in its rollout
+    assert (lane == lane[:, :1]).all()
+    assert (lane[:32] % 2 == 0).all()
+    assert (lane[32:] % 2 == 1).all()
+    assert set(lane[:, 0].tolist()) == {0, 1, 2, 3}
+    assert (drawn.keys[:32] % 2 == 0).all()
+    assert (drawn.keys[32:] % 2 == 1).all()
+    assert (np.diff(drawn.rows.inputs.time, axis=1) == 1).all()
+
+
+def test_a_first_leaf_is_asked_for_with_the_key_that_samples_have():
+    ring, asked = make(), []
+
+    def leaf_of(keys: np.ndarray) -> np.ndarray:
+        scalars = ring.scalars(keys)
+        asked.extend(zip(keys.tolist(), scalars.action[:, 0].tolist(), strict=True))
+        return np.ones(len(keys))
+
+    add(ring, 0, 6, leaf_of=leaf_of)
+    assert len(asked) == len(set(asked)) == 16
+    lane_of = dict(asked)
+    drawn = ring.draw(64, np.random.default_rng(0))
+    for key, lane in zip(drawn.keys.tolist(), drawn.rows.action[:, 0].tolist(), strict=True):
+        assert lane_of[key] == lane
+
+
+def test_priorities_reach_their_sequence_and_late_ones_are_counted():
+    ring = make()
+    add(ring, 0, 12)
+    keys = np.unique(ring.draw(64, np.random.default_rng(0)).keys)
+    leaves = np.full(len(keys), 1e-9)
+    chosen = [int(keys[keys % 2 == shard][3]) for shard in (0, 1)]
+    leaves[np.isin(keys, chosen)] = 1e9
+    assert ring.set_leaves(keys, leaves) == 0
+    assert set(ring.draw(64, np.random.default_rng(1)).keys.tolist()) == set(chosen)
+    add(ring, 12, 30)
+    assert ring.set_leaves(keys, leaves) == len(keys)
+
+
+def test_probabilities_are_those_of_the_draws():
+    """A sequence's chance of being drawn, from what the ring says of it and by counting."""
+    ring = make()
+    add(ring, 0, 12, leaf_of=lambda keys: 1.0 + keys % 7)
+    rng, counts, said = np.random.default_rng(0), Counter(), {}
+    for _ in range(400):
+        drawn = ring.draw(64, rng, find_least=True)
+        counts.update(drawn.keys.tolist())
+        said |= dict(
+            zip(drawn.keys.tolist(), drawn.scaled_probability / ring.startable, strict=True)
+        )
+    assert sum(said.values()) == pytest.approx(1.0)
+    assert drawn.least_scaled_probability == pytest.approx(min(said.values()) * ring.startable)
+    for key, probability in said.items():
+        expected = 400 * 64 * probability
+        assert abs(counts[key] - expected) < 5 * np.sqrt(expected)
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.0])
+def test_four_shards_draw_as_one_replay_does_to_a_hundredth(spread):
+    """Total variation between the two distributions, at the size of a small paper replay.
+
+    256 lanes whose exploration, and with it the scale of their TD errors, differs by the lane as
+    in R2D2's ladder; TD errors of a lane spread log-normally.
+    """
+    lanes, numbers, shards = 256, 160, 4
+    scale = np.linspace(1.0, 3.0, lanes)
+    td = scale[:, None] * np.random.default_rng(0).lognormal(0.0, spread, (lanes, numbers))
+    priority = td**0.9
+    leaf = {(lane, n): priority[lane, n] for lane in range(lanes) for n in range(numbers)}
+    rings = [make(lanes, lanes * numbers, shards), one_ring(lanes, lanes * numbers)]
+    found = []
+    for ring in rings:
+
+        def leaf_of(keys: np.ndarray, ring: Any = ring) -> np.ndarray:
+            rows = ring.scalars(keys)
+            names = zip(
+                rows.action[:, 0].tolist(), (rows.inputs.time[:, 0] // 2).tolist(), strict=True
+            )
+            return np.array([leaf[name] for name in names])
+
+        add(ring, 0, numbers, lanes, leaf_of)
+        found.append(chances(ring))
+    sharded, whole = found
+    assert sharded.keys() == whole.keys()
+    error = 0.5 * sum(abs(sharded[name] - whole[name]) for name in whole)
+    print(f"total variation {100 * error:.2f} %")
+    assert error < 0.01
+
+
+def one_ring(lanes: int, blocks: int) -> BlockRing:
+    return BlockRing(
+        capacity_rows=2 * blocks,
+        sequence=SEQUENCE,
+        row_spec=row_spec(),
+        carry_spec=carry_spec(),
+        lanes=lanes,
+    )
+
+
+def chances(ring: Any) -> dict[tuple[int, int], float]:
+    """(lane, number) -> the chance that a draw of a batch is it, from all leaves."""
+    found, rings = {}, ring.rings
+    for inner in rings:
+        keys = np.arange(inner.oldest_key, inner.next_key)
+        leaves = inner.leaves(keys)
+        keys, leaves = keys[leaves > 0], leaves[leaves > 0]
+        rows = inner.scalars(keys)
+        names = zip(rows.action[:, 0].tolist(), (rows.inputs.time[:, 0] // 2).tolist(), strict=True)
+        for name, chance in zip(names, leaves / leaves.sum() / len(rings), strict=True):
+            found[name] = chance
+    return found
+
+
+def test_nothing_is_startable_until_every_ring_has_something():
+    ring = make()
+    for number in range(5):
+        ring.add(rollout([(0, 0, number), (2, 0, number)], SEQUENCE), ones)
+    assert ring.rings[0].startable == 6
+    assert ring.startable == 0
+    for number in range(3):
+        ring.add(rollout([(3, 0, number)], SEQUENCE), ones)
+    assert ring.startable == 7
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: make(lanes=3, shards=4), "4 shards need as many lanes, there are 3"),
+        (lambda: make().draw(63, np.random.default_rng(0)), "batches of 63 sequences"),
+        (lambda: make().restore({"shards": 3}, []), "the saved replay has 3 shards, now 2"),
+        (lambda: make().restore({"layout": ""}, []), "the saved replay has 1 shards, now 2"),
+        (lambda: make().add(rollout([(4, 0, 0)], SEQUENCE), ones), "Lane 4 is not one of the 4"),
+    ],
+)
+def test_what_cannot_work_is_said(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
