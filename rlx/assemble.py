@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ from rlx.acting.blocks import empty, row_spec
 from rlx.acting.plan import carry_spec
 from rlx.acting.recorded import Recorded
 from rlx.checkpoint import Checkpointer, CheckpointError, Restored
-from rlx.config import build
+from rlx.config import build, prepare
 from rlx.evaluate import Evaluation
 from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator
 from rlx.learner import Learner
 from rlx.loop import Parts
 from rlx.problems import refuse
+from rlx.replay.process import ReplayProcess
 from rlx.replay.quota import Quota
 from rlx.types import Rollout
 
@@ -57,22 +60,26 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
     learner = build(settings["learner"], "learner", agent=agent, seed=seed)
     resumed = _restore(output_dir, learner, with_replay=checkpoint.replay) if resume else None
     exploration = build(settings["exploration"], "exploration")
-    replay = _build_replay(settings, agent, learner, resumed)
     chain = resumed.meta["chain"] + 1 if resumed else 0
-    if getattr(replay, "is_recorded", False):
-        pool: ActingPool = _nobody_acts(settings, agent, chain)
-    else:
-        pool = build(
-            settings["acting"],
-            "acting",
-            family=family,
-            agent=agent,
-            exploration=exploration,
-            seed=seed,
-            chain=chain,
-            env_steps=resumed.env_steps if resumed else 0,
-        )
-    try:
+    with ExitStack() as undo:  # closes what there is, if something cannot be had
+        replay = _build_replay(settings, agent, learner)
+        undo.callback(replay.close)
+        if resumed is not None:
+            _restore_replay(replay, resumed)
+        if getattr(replay, "is_recorded", False):
+            pool: ActingPool = _nobody_acts(settings, agent, chain)
+        else:
+            pool = build(
+                settings["acting"],
+                "acting",
+                family=family,
+                agent=agent,
+                exploration=exploration,
+                seed=seed,
+                chain=chain,
+                env_steps=resumed.env_steps if resumed else 0,
+            )
+        undo.callback(pool.close, CLOSE_S)
         quota = Quota(
             ratio=replay.ratio,
             rows_per_update=learner.batch_size * agent.sequence.unroll,
@@ -82,9 +89,7 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
         if resumed and resumed.replay_state is not None:  # else its account opens anew, too
             quota.restore(resumed.meta["quota"])
         evaluator = _build_evaluator(settings, evaluation, family, agent)
-    except BaseException:
-        pool.close(CLOSE_S)
-        raise
+        undo.pop_all()
     return Parts(
         evaluator=evaluator,
         output_dir=output_dir,
@@ -194,30 +199,36 @@ def _check_network(agent: Agent) -> None:
         raise refuse("network", str(error).splitlines()[0]) from error
 
 
-def _build_replay(
-    settings: Mapping[str, Any], agent: Agent, learner: Learner, resumed: Restored | None
-) -> Any:
-    acting = settings["acting"]
-    replay = build(
-        settings["replay"],
-        "replay",
-        sequence=agent.sequence,
-        row_spec=row_spec(agent.spec, agent.acting_spec),
-        carry_spec=carry_spec(agent),
-        lanes=acting["instances"] * acting["envs_per_actor"],
-        first_td=agent.first_td,
-        seed=settings["seed"],
-        devices=learner.devices,
-    )
-    if resumed is not None and resumed.replay_state is not None:
-        try:
-            replay.restore(resumed.replay_state, resumed.replay_blocks())
-        except ValueError as error:
-            raise refuse("resume", str(error)) from error
-        except KeyError as error:
-            says = f"the saved replay was of another kind (it has no {error}); choose that one"
-            raise refuse("resume", says) from error
-    return replay
+def _build_replay(settings: Mapping[str, Any], agent: Agent, learner: Learner) -> Any:
+    acting, own = settings["acting"], settings["replay"]
+    runtime = {
+        "sequence": agent.sequence,
+        "row_spec": row_spec(agent.spec, agent.acting_spec),
+        "carry_spec": carry_spec(agent),
+        "lanes": acting["instances"] * acting["envs_per_actor"],
+        "first_td": agent.first_td,
+        "seed": settings["seed"],
+        "devices": learner.devices,
+    }
+    if own.get("where") != "process":
+        return build(own, "replay", **runtime)
+    make = partial(prepare({**own, "prefetch": 0}, "replay").make, {**runtime, "devices": ()})
+    try:
+        return ReplayProcess(make, ahead=own["prefetch"], batch_size=learner.batch_size)
+    except ValueError as error:
+        raise refuse("replay", str(error)) from error
+
+
+def _restore_replay(replay: Any, resumed: Restored) -> None:
+    if resumed.replay_state is None:
+        return
+    try:
+        replay.restore(resumed.replay_state, resumed.replay_blocks())
+    except ValueError as error:
+        raise refuse("resume", str(error)) from error
+    except KeyError as error:
+        says = f"the saved replay was of another kind (it has no {error}); choose that one"
+        raise refuse("resume", says) from error
 
 
 def _restore(output_dir: Path, learner: Learner, *, with_replay: bool) -> Restored:

@@ -110,13 +110,18 @@ def build(node: DictConfig | Mapping[str, Any], role: str | type, **runtime: Any
 
     `role` is a group ("agent") or the Protocol or class that the object must be.
     """
+    return prepare(node, role).make(runtime)
+
+
+def prepare(node: DictConfig | Mapping[str, Any], role: str | type) -> Call:
+    """The call that a node describes, checked; `make` it here or, pickled, elsewhere."""
     path = role if isinstance(role, str) else role.__name__
     out: list[Problem] = []
     wanted = load(ROLES[role]) if isinstance(role, str) else role
     call = _read_node(plain(node), (wanted,), path, out)
     if out or call is None:
         raise ConfigError(out)
-    return call.make(runtime)
+    return call
 
 
 def read(cls: type[T], given: Mapping[str, Any]) -> T:

@@ -27,6 +27,7 @@ from rlx.learner import Learner
 from rlx.loop import Loop
 from rlx.metrics import Metrics, read_rows, without_wall_clock
 from rlx.problems import ConfigError
+from rlx.replay.process import ReplayLost
 
 ROOT = Path(__file__).resolve().parent.parent
 LANES, REQUEST, ROWS_PER_UPDATE, ROW_EVERY = 4, 8, 16, 200
@@ -722,14 +723,35 @@ def test_recorded_experience_trains_without_actors(tmp_path):
         rlx.run(rlx.compose([*fitting, "replay=dataset"]), tmp_path / "no path")
 
 
-@pytest.mark.parametrize("storage", ["device", "mmap"])
-def test_where_blocks_lie_changes_no_bit(base, storage, tmp_path):
+@pytest.mark.parametrize(
+    "option", ["replay=device_prioritized", "replay.storage=mmap", "replay.where=process"]
+)
+def test_where_blocks_lie_changes_no_bit(base, option, tmp_path):
     expected, _ = base
-    option = "replay=device_prioritized" if storage == "device" else "replay.storage=mmap"
     found = run(tmp_path, option)
     assert found["params_sha256"] == expected["params_sha256"]
     went_on = run(None, option, f"resume={tmp_path}", "total_env_steps=1400")
     assert went_on["updates"] > found["updates"]
+
+
+def test_a_run_whose_replay_is_killed_says_so_and_resumes(loops, monkeypatch, tmp_path):
+    learn = Loop.learn
+
+    def learning(self: Loop) -> None:
+        if self.count.env_steps > 700 and self.parts.resumed is None:
+            os.kill(self.parts.replay.pid, signal.SIGKILL)
+        learn(self)
+
+    monkeypatch.setattr(Loop, "learn", learning)
+    options = ("replay.where=process", "replay.prefetch=2", "checkpoint.every_env_steps=300")
+    with pytest.raises(ReplayLost, match="ended by SIGKILL"):
+        run(tmp_path, *options)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "resume=FOLDER goes on from the last checkpoint" in status["error"]
+    went_on = run(None, *options, f"resume={tmp_path}")
+    assert went_on["state"] == "finished"
+    assert went_on["env_steps"] >= 1200
 
 
 def test_an_online_queue_trains_on_every_row_about_once(loops, tmp_path):

@@ -82,6 +82,7 @@ class Dataset(Prioritized):
             gather_threads=gather_threads,
             shards=1,
             record=None,
+            where="thread",
             prefetch=prefetch,
             sequence=sequence,
             row_spec=row_spec,

@@ -42,6 +42,7 @@ class Online(RingReplay):
             shards=1,
             devices=(),
             record=record,
+            where="thread",
             prefetch=0,
             sequence=sequence,
             row_spec=row_spec,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlx.interfaces import Ring
 from rlx.replay.available import available_bytes
@@ -43,6 +43,7 @@ class RingReplay(ABC):
         shards: int | None,
         devices: Sequence[Any],
         record: str | None,
+        where: Literal["thread", "process"],
         prefetch: int,
         sequence: SequenceSpec,
         row_spec: Row,
@@ -50,7 +51,12 @@ class RingReplay(ABC):
         lanes: int,
         seed: int,
     ) -> None:
-        """Says the bytes it will take; raises ValueError for what cannot work."""
+        """Says the bytes it will take; raises ValueError for what cannot work.
+
+        where: of the process that holds it, which is seen to by who builds it (rlx.assemble).
+        """
+        if where == "process" and storing.storage == "device":
+            raise ValueError("where=process: blocks on the learner's device are in its process.")
         self.ratio = ratio
         self.min_sequences = min_sequences
         self.min_env_steps = min_env_steps

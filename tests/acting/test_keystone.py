@@ -133,6 +133,7 @@ def make_replay(
         min_env_steps=0,
         shards=shards,
         devices=(),
+        where="thread",
         record=None,
         prefetch=0,
         sequence=agent.sequence,

@@ -66,6 +66,7 @@ IN_MEMORY = {
     "shards": None,
     "min_env_steps": 0,
     "devices": (),
+    "where": "thread",
     "record": None,
     "prefetch": 0,
 }

@@ -49,7 +49,7 @@ def recording(folder: Path | None, capacity: int = 400, **changes: Any) -> Prior
 
 
 def dataset(folder: Path, **changes: Any) -> Dataset:
-    others = ("record", "shards", "min_env_steps", "devices")
+    others = ("record", "shards", "min_env_steps", "devices", "where")
     keeping = {name: value for name, value in IN_MEMORY.items() if name not in others}
     return Dataset(path=str(folder), **SHARED | keeping | changes)
 

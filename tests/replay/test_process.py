@@ -1,0 +1,194 @@
+"""A replay in a process of its own: the same answers, and what happens when either side dies."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from replay_streams import IN_MEMORY, all_blocks, carry_spec, rollout, row_spec, sequence_spec
+
+from rlx import trees
+from rlx.problems import ConfigError, refuse
+from rlx.replay import process
+from rlx.replay.process import ReplayLost, ReplayProcess
+from rlx.replay.snapshots import Snapshots, read_blocks
+from rlx.replay.uniform import Uniform
+
+SEQUENCE = sequence_spec(block_rows=2, length=5)
+BATCH = 8
+
+
+def make(**changes: Any) -> Uniform:
+    settings = {"capacity": 80, "ratio": 1.5, "min_sequences": 1, "seed": 0} | changes
+    return Uniform(
+        sequence=SEQUENCE, row_spec=row_spec(), carry_spec=carry_spec(), lanes=2,
+        **IN_MEMORY | settings,
+    )  # fmt: skip
+
+
+def add(replay: Any, begin: int, end: int) -> None:
+    replay.add(rollout([(k % 2, 0, k // 2) for k in range(begin, end)], SEQUENCE))
+
+
+@pytest.fixture
+def start():
+    """Starts replays in processes, and sees to it that they end."""
+    started: list[ReplayProcess] = []
+
+    def begin(ahead: int = 0, **changes: Any) -> ReplayProcess:
+        started.append(ReplayProcess(partial(make, **changes), ahead=ahead, batch_size=BATCH))
+        return started[-1]
+
+    yield begin
+    for replay in started:
+        replay.close()
+        assert not psutil.pid_exists(replay.pid)
+
+
+def test_it_answers_what_the_replay_would_here(start):
+    here, there = make(), start()
+    assert there.ratio == 1.5
+    assert there.capacity == here.capacity
+    for round_ in range(6):
+        for replay in (here, there):
+            add(replay, 12 * round_, 12 * round_ + 12)
+        assert (there.startable, there.rows) == (here.startable, here.rows)
+        assert (there.env_steps, there.nbytes) == (here.env_steps, here.nbytes)
+        samples = [replay.sample(BATCH) for replay in (here, there)]
+        for mine, its in zip(*[trees.flatten(vars(s)).values() for s in samples], strict=True):
+            assert np.array_equal(mine, its)
+        for replay in (here, there):
+            replay.update_td(samples[0].keys, np.ones((BATCH, 3), np.float32))
+    assert there.stats() == here.stats()
+    state, other = here.state(), there.state()
+    assert all(np.array_equal(state[name], other[name]) for name in state)
+
+
+def test_two_samples_are_left_alone_while_more_are_drawn(start):
+    replay = start(ahead=2)
+    add(replay, 0, 40)
+    kept: list[tuple[Any, Any]] = []
+    for _ in range(20):
+        for sample, copy in kept[-2:]:
+            for mine, its in zip(
+                trees.flatten(sample.batch).values(), trees.flatten(copy).values(), strict=True
+            ):
+                assert np.array_equal(mine, its)
+        sample = replay.sample(BATCH)
+        kept.append((sample, trees.tree_map(np.copy, sample.batch)))
+        assert (np.diff(sample.batch.rows.inputs.time, axis=1) == 1).all()
+        time.sleep(0.01)  # so that the next ones are drawn
+    assert replay.stats()["replay/prefetch_lag_updates"] == 2.0
+
+
+@pytest.mark.parametrize("shards", [None, 2])
+def test_a_snapshot_comes_back_here_and_there(start, tmp_path, shards):
+    replay, keeper = start(shards=shards), Snapshots(tmp_path)
+    add(replay, 0, 30)
+    keeper.write_ahead(replay)
+    add(replay, 30, 50)
+    segments = keeper.complete(replay)
+    state = replay.state()
+    for other in (make(shards=shards), start(seed=9, shards=shards)):
+        other.restore(state, read_blocks(tmp_path, segments))
+        assert [len(ring) for ring in all_blocks(other)] == [len(r) for r in all_blocks(replay)]
+        for mine, its in zip(sum(all_blocks(other), []), sum(all_blocks(replay), []), strict=True):
+            assert all(np.array_equal(leaf, its.rows[path]) for path, leaf in mine.rows.items())
+        assert np.array_equal(
+            other.sample(BATCH).keys, make_restored(state, segments, tmp_path, shards)
+        )
+
+
+def make_restored(state: Any, segments: Any, folder: Path, shards: int | None) -> np.ndarray:
+    other = make(shards=shards)
+    other.restore(state, read_blocks(folder, segments))
+    return other.sample(BATCH).keys
+
+
+def test_what_it_raises_is_raised_here_and_it_goes_on(start):
+    replay = start()
+    with pytest.raises(ValueError, match="No sequence is startable"):
+        replay.sample(BATCH)
+    with pytest.raises(ValueError, match="Block out of order: lane 0"):
+        replay.add(rollout([(0, 0, 5)], SEQUENCE))
+    with pytest.raises(ValueError, match="another layout"):
+        replay.restore(make(capacity=100).state(), [[]])
+    add(replay, 0, 40)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        replay.update_td(np.arange(8), np.full((8, 3), np.nan, np.float32))
+    with pytest.raises(ValueError, match="batches have 8 sequences always"):
+        replay.sample(4)
+    assert len(replay.sample(BATCH).keys) == BATCH
+
+
+def test_what_cannot_be_made_is_said_and_leaves_nothing_behind():
+    before = {child.pid for child in psutil.Process().children()}
+    with pytest.raises(ValueError, match="raise replay.capacity"):
+        ReplayProcess(partial(make, capacity=2), ahead=0, batch_size=BATCH)
+    with pytest.raises(ConfigError, match="replay.capacity=1: too few"):
+        ReplayProcess(refused, ahead=0, batch_size=BATCH)
+    with pytest.raises(ValueError, match="define the agent in a module"):
+        ReplayProcess(lambda: None, ahead=0, batch_size=BATCH)
+    assert {child.pid for child in psutil.Process().children()} == before
+
+
+def refused() -> Any:
+    raise refuse("replay.capacity", "too few", given="1")
+
+
+def test_its_death_is_an_error_that_says_how_it_ended(start):
+    replay = start(ahead=2)
+    add(replay, 0, 40)
+    replay.sample(BATCH)
+    os.kill(replay.pid, signal.SIGTERM)  # is the run's affair
+    replay.sample(BATCH)
+    os.kill(replay.pid, signal.SIGKILL)
+    with pytest.raises(ReplayLost, match=r"ended by SIGKILL \(is the machine's memory full\?\)"):
+        for _ in range(3):
+            replay.sample(BATCH)
+    with pytest.raises(ReplayLost, match="resume=FOLDER goes on from the last checkpoint"):
+        replay.stats()
+
+
+def test_an_answer_that_does_not_come_is_an_error(start, monkeypatch):
+    replay = start()
+    monkeypatch.setattr(process.Caller.call, "__kwdefaults__", {"deadline_s": 0.5, "feed": ()})
+    os.kill(replay.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ReplayLost, match="has not answered next_key for 0 s"):
+            _ = replay.rings[0].next_key
+    finally:
+        os.kill(replay.pid, signal.SIGCONT)
+
+
+def test_it_ends_with_a_run_that_is_killed(tmp_path):
+    code = (
+        "import sys, time, test_process as t\n"
+        "from rlx.replay.process import ReplayProcess\n"
+        "replay = ReplayProcess(t.make, ahead=2, batch_size=8)\n"
+        "t.add(replay, 0, 40); replay.sample(8)\n"
+        "print(replay.pid, flush=True); time.sleep(60)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent,
+                           stdout=subprocess.PIPE, text=True)  # fmt: skip
+    pid = int(run.stdout.readline())
+    assert psutil.pid_exists(pid)
+    run.kill()
+    run.wait()
+    psutil.Process(pid).wait(10)
+
+
+def test_exceptions_travel():
+    """ConfigError is made of problems, not of a text."""
+    error = refuse("replay.capacity", "too few", given="1")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
