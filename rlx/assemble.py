@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -62,7 +62,14 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
     exploration = build(settings["exploration"], "exploration")
     chain = resumed.meta["chain"] + 1 if resumed else 0
     with ExitStack() as undo:  # closes what there is, if something cannot be had
-        replay = _build_replay(settings, agent, learner)
+        replay = make_replay(
+            settings["replay"],
+            agent,
+            lanes=settings["acting"]["instances"] * settings["acting"]["envs_per_actor"],
+            seed=seed,
+            devices=learner.devices,
+            batch_size=learner.batch_size,
+        )
         undo.callback(replay.close)
         if resumed is not None:
             _restore_replay(replay, resumed)
@@ -199,22 +206,30 @@ def _check_network(agent: Agent) -> None:
         raise refuse("network", str(error).splitlines()[0]) from error
 
 
-def _build_replay(settings: Mapping[str, Any], agent: Agent, learner: Learner) -> Any:
-    acting, own = settings["acting"], settings["replay"]
+def make_replay(
+    own: Mapping[str, Any],
+    agent: Agent,
+    *,
+    lanes: int,
+    seed: int,
+    devices: Sequence[jax.Device],
+    batch_size: int,
+) -> Any:
+    """The replay of these settings, in this process or in its own."""
     runtime = {
         "sequence": agent.sequence,
         "row_spec": row_spec(agent.spec, agent.acting_spec),
         "carry_spec": carry_spec(agent),
-        "lanes": acting["instances"] * acting["envs_per_actor"],
+        "lanes": lanes,
         "first_td": agent.first_td,
-        "seed": settings["seed"],
-        "devices": learner.devices,
+        "seed": seed,
+        "devices": devices,
     }
     if own.get("where") != "process":
         return build(own, "replay", **runtime)
     make = partial(prepare({**own, "prefetch": 0}, "replay").make, {**runtime, "devices": ()})
     try:
-        return ReplayProcess(make, ahead=own["prefetch"], batch_size=learner.batch_size)
+        return ReplayProcess(make, ahead=own["prefetch"], batch_size=batch_size)
     except ValueError as error:
         raise refuse("replay", str(error)) from error
 

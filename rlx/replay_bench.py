@@ -11,7 +11,9 @@ import gc
 import itertools
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,12 +25,20 @@ import numpy as np
 from rlx import bench, trees
 from rlx.acting.blocks import row_spec
 from rlx.acting.plan import carry_spec
+from rlx.assemble import make_replay
 from rlx.config import build
 from rlx.interfaces import Agent
 from rlx.replay.sum_tree import SumTree
 from rlx.types import ArraySpec, Rollout
 
 LANES = 64
+TURN_S = 0.02  # of a driver, for each update
+AHEAD: Mapping[str, dict[str, Any]] = {
+    "when asked for": {},
+    "thread, 2 ahead": {"prefetch": 2},
+    "process": {"where": "process"},
+    "process, 2 ahead": {"where": "process", "prefetch": 2},
+}
 STORAGES: Mapping[str, dict[str, Any]] = {
     "memory, 1 thread": {"gather_threads": 1},
     "memory": {},
@@ -50,10 +60,13 @@ def bench_replay(setup: bench.Setup, seconds: float, rows: int) -> list[dict[str
         for name, keeping in STORAGES.items():
             if name != "lz4" or blocks.has_frames:
                 storing = keeping | {"folder": str(folder)}
-                replay, insert_s = _filled(agent, rows, blocks, storing)
+                replay, insert_s = _filled(agent, rows, blocks, storing, setup.batch_size)
                 found += _measured(replay, insert_s, setup, agent, f"{prefix}/{name}", seconds)
+                replay.close()
                 del replay
                 gc.collect()
+        few = min(rows, 100_000)  # of each of several replays
+        found += _beside_a_driver(agent, setup, few, blocks, f"{prefix}/ahead", seconds)
         found += _flashbax(agent, setup, rows, blocks, f"{prefix}/flashbax", seconds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -131,19 +144,18 @@ def _drawn_frames() -> np.ndarray:
     return frames.reshape(KINDS, 40, 84, 84)
 
 
-def _filled(agent: Agent, rows: int, blocks: Blocks, keeping: dict[str, Any]) -> tuple[Any, float]:
+def _filled(
+    agent: Agent, rows: int, blocks: Blocks, keeping: dict[str, Any], batch_size: int
+) -> tuple[Any, float]:
     """A full replay, and the seconds that filling took."""
     own = bench.settings("replay", "prioritized") | {"capacity": rows} | keeping
-    replay = build(
+    replay = make_replay(
         own,
-        "replay",
-        sequence=agent.sequence,
-        row_spec=row_spec(agent.spec, agent.acting_spec),
-        carry_spec=carry_spec(agent),
+        agent,
         lanes=LANES,
-        first_td=agent.first_td,
         seed=0,
         devices=jax.local_devices()[:1],
+        batch_size=batch_size,
     )
     began = perf_counter()
     for rollout in blocks:
@@ -183,6 +195,45 @@ def _measured(
         _row(f"{prefix}/insert", replay.rows / insert_s, "rows/s"),
         _row(f"{prefix}/all bytes", replay.nbytes / replay.capacity, "bytes/row"),
     ]
+
+
+def _beside_a_driver(
+    agent: Agent, setup: bench.Setup, rows: int, blocks: Blocks, prefix: str, seconds: float
+) -> list[dict[str, Any]]:
+    """Batches that a learner gets whose driver works for TURN_S after each of them.
+
+    busy: in Python, so that no other thread of its process has the interpreter; waiting: for a
+    device. The ceiling is the driver without a replay.
+    """
+    turns = {"busy": _busy, "waiting": time.sleep}
+    size, td = setup.batch_size, np.ones((setup.batch_size, agent.sequence.unroll), np.float32)
+    made = {name: _filled(agent, rows, blocks, keeping, size)[0] for name, keeping in AHEAD.items()}
+    found = []
+    try:
+        for turn, wait in turns.items():
+
+            def work(replay: Any, wait: Callable[[float], None] = wait) -> float:
+                if replay is not None:
+                    sample = replay.sample(size)
+                    replay.update_td(sample.keys, td)
+                wait(TURN_S)
+                return 1.0
+
+            ways = {"no replay": partial(work, None)}
+            ways |= {name: partial(work, replay) for name, replay in made.items()}
+            rates = bench.measure(ways, seconds)
+            own = f"{prefix}/driver {turn}"
+            found += bench.rows(rates, prefix=own, unit="batches/s", roofline="no replay")
+    finally:
+        for replay in made.values():
+            replay.close()
+    return found
+
+
+def _busy(seconds: float) -> None:
+    end = perf_counter() + seconds
+    while perf_counter() < end:
+        pass
 
 
 def _copyto(source: Any, target: Any, rows: int) -> Callable[[], float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,6 +303,34 @@ def test_without_a_saved_replay_it_fills_anew_and_the_account_opens_again(loops,
     episodes = [row["train/episodes"] for row in rows(tmp_path)]
     assert episodes == sorted(episodes)
     assert after["wall_s"] > before["wall_s"]
+
+
+def segments_on_disk(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "checkpoints" / "segments").iterdir()}
+
+
+def segments_named(checkpoint: Path) -> set[str]:
+    return {segment["file"] for segment in read(checkpoint, "manifest.json")["segments"]}
+
+
+def test_segments_go_with_the_checkpoints_that_need_them(tmp_path):
+    often = ("checkpoint.every_env_steps=100", "checkpoint.keep=1", "stop_after_updates=25")
+    run(tmp_path, *often)
+    (kept,) = checkpoints(tmp_path)
+    assert segments_on_disk(tmp_path) == segments_named(kept) != set()
+    run(None, "checkpoint.keep=1", "checkpoint.replay=false", f"resume={tmp_path}")
+    assert segments_on_disk(tmp_path) == set()
+
+
+def test_segments_stay_as_long_as_a_checkpoint_cannot_be_read(tmp_path):
+    often = ("checkpoint.every_env_steps=100", "checkpoint.keep=1")
+    run(tmp_path, *often, "stop_after_updates=25")
+    (before,) = checkpoints(tmp_path)
+    needed = segments_named(before)
+    shutil.copytree(before, damaged := before.with_name("000000000001"))
+    (damaged / "manifest.json").write_text("{")
+    run(None, *often, "checkpoint.replay=false", f"resume={tmp_path}")
+    assert segments_on_disk(tmp_path) >= needed
 
 
 def test_a_finished_run_resumed_has_nothing_to_do_until_it_is_given_more(tmp_path):

@@ -27,7 +27,8 @@ from rlx.types import ArraySpec, Carry, Leaves, Row
 OBSERVATION = "inputs/observation/"
 WORTH_THREADS = 4 << 20  # bytes of a batch; below that handing over costs more than it saves
 WORTH_COMPRESSING = 4096  # bytes of a block's leaf
-PROBE_BLOCKS = 32  # or a hundredth of all: after those it is known how well frames compress
+PROBE_BLOCKS = 32  # or a hundredth of all: by those, and by twice as many each time, it is known
+# how well frames compress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,14 +263,17 @@ class Compressed:
                 slot = (begin + i) % self._slots
                 self._frame_bytes += len(data) - len(kept[slot])
                 kept[slot] = data
-        if self._written < self._probe <= self._written + len(leaf):
-            self._check_fits(self._written + len(leaf))
         self._written += len(leaf)
+        if self._probe <= self._written < 2 * self._slots:
+            self._check_fits(self._written)
+            self._probe = 2 * self._written
 
     def _check_fits(self, written: int) -> None:
         """What the whole ring will take, as far as the first blocks tell; raises ConfigError."""
-        whole = int(self._frame_bytes * self._slots / min(written, self._slots))
-        free = available_bytes() + self._frame_bytes
+        part = min(written, self._slots) / self._slots
+        whole = int(self._frame_bytes / part)
+        untouched = int(self.plain.nbytes * (1.0 - part))  # allocated, but not taken yet
+        free = available_bytes() + self._frame_bytes - untouched
         if whole > free:
             raise refuse(
                 "replay.capacity",

@@ -372,6 +372,13 @@ def test_an_atari_row_takes_at_most_15_percent_more_than_its_frame():
     assert ring.bytes_per_row * ring.budget.rows == ring.nbytes
 
 
+def test_what_a_device_has_no_room_for_is_refused_with_both_numbers():
+    storing = Storing(storage="device")
+    says = r"takes 28\d\d\.\d+ GB on .*, which has \d+\.\d+ GB left"
+    with pytest.raises(ValueError, match=says):
+        make_ring(10**7, 2, ATARI_SEQUENCE, row_spec=ATARI_ROW, storing=storing)
+
+
 def test_the_budget_is_the_bytes_of_the_ring():
     for slots, lanes, sequence in [(12, 2, sequence_spec()), (100, 5, sequence_spec(length=8))]:
         ring = make_ring(slots, lanes, sequence)

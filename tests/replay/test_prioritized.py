@@ -1,5 +1,6 @@
 import inspect
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,32 @@ def test_importance_by_the_rarest_sequence_of_the_whole_replay():
         assert sample.batch.importance == pytest.approx(expected, rel=1e-6)
         assert sample.batch.importance.max() <= 1
         replay.update_td(sample.keys, np.random.default_rng(1).random((4, 3), np.float32))
+
+
+@pytest.mark.parametrize("shards", [None, 2])
+def test_importance_stays_at_most_1_while_blocks_come(shards):
+    replay, stop = make(importance_scale="replay", shards=shards), threading.Event()
+    add(replay, 0, 60)
+
+    def write() -> None:
+        begin = 60
+        while not stop.is_set():
+            add(replay, begin, begin + 2)
+            begin += 2
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(300):
+            sample = replay.sample(4)
+            assert (sample.batch.importance > 0).all()
+            assert (sample.batch.importance <= 1 + 1e-6).all()
+            td = np.random.default_rng(1).random((4, 3), np.float32)
+            replay.update_td(sample.keys, td)
+    finally:
+        stop.set()
+        writer.join()
+    assert replay.stats()["replay/stale_updates"] > 0
 
 
 def test_the_importance_exponent_goes_to_its_final_value_by_env_steps():
