@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import IO, Any
@@ -142,8 +142,8 @@ class ReplayProcess:
         )
 
     def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:
-        """See the replay's own."""
-        self._call("update_td", keys, td)
+        """See the replay's own; what it raises is raised by the next call."""
+        self._calls.tell(("update_td", (keys, td)))
 
     def flush(self) -> None:
         """What is recorded is on the disk when this returns."""
@@ -166,9 +166,11 @@ class ReplayProcess:
 
     def close(self) -> None:
         """Ends the process, and with it what was recorded."""
-        with suppress(ReplayLost):
-            self._call("close", deadline_s=END_S)
-        self._kill()
+        try:
+            with suppress(ReplayLost):
+                self._call("close", deadline_s=END_S)
+        finally:
+            self._kill()
 
     def _kill(self) -> None:
         """It has nothing left to write: kills it if it does not end by itself."""
@@ -188,6 +190,16 @@ class Caller:
         self._process = process
         self._wire = Connection(own.detach())
         self._lock = threading.Lock()
+        self._told: list[str] = []  # whose answers are still to come
+
+    def tell(self, message: tuple[str, Any]) -> None:
+        """Asks without waiting: a waiting thread wakes late where all cores are busy.
+
+        What the process raises is raised by the next call.
+        """
+        with self._lock, self._alive():
+            send(self._wire, message)
+            self._told.append(message[0])
 
     def call(
         self, message: Any, *, deadline_s: float = CALL_S, feed: Sequence[Iterator[Any]] = ()
@@ -197,16 +209,22 @@ class Caller:
         feed: what it takes one by one while it works on the question.
         """
         what = message[0] if isinstance(message, tuple) else "its beginning"
-        with self._lock:
-            try:
-                send(self._wire, message)
-                while True:
-                    kind, value = self._await(what, deadline_s)
-                    if kind != "next":
-                        break
-                    send(self._wire, next(feed[value], None))
-            except (EOFError, OSError) as error:
-                raise ReplayLost(f"{self._ended()}; {_GO_ON}") from error
+        with self._lock, self._alive():
+            while self._told:
+                self._value(*self._await(self._told.pop(0), deadline_s))
+            send(self._wire, message)
+            while (answer := self._await(what, deadline_s))[0] == "next":
+                send(self._wire, next(feed[answer[1]], None))
+            return self._value(*answer)
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            raise ReplayLost(f"{self._ended()}; {_GO_ON}") from error
+
+    def _value(self, kind: str, value: Any) -> Any:
         if kind == "raised":
             raise value
         return value

@@ -20,6 +20,8 @@ from rlx.replay.prefetch import SPARE, Prefetcher
 from rlx.replay.process_wire import Drew, Made, Status, planned, receive, send
 from rlx.types import Batch, Blocks, Sample
 
+SWITCH_S = 0.0002  # a call need not wait for long while a batch is drawn
+
 
 class Server:
     """Answers calls to one replay, until the other side is gone."""
@@ -168,6 +170,7 @@ def _log_lines() -> Iterator[list[str]]:
 def main() -> None:
     """Serves the replay of the process that started this one."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.setswitchinterval(SWITCH_S)
     calls, copies, memory = map(int, sys.argv[1:])
     Server(Connection(calls), Connection(copies), memory).run()
 

@@ -16,7 +16,7 @@ from rlx.replay.available import available_bytes
 from rlx.replay.blocks import BlockRing
 from rlx.replay.experience import Layout, Recorder
 from rlx.replay.memory import budget
-from rlx.replay.prefetch import Prefetcher
+from rlx.replay.prefetch import SPARE, Prefetcher
 from rlx.replay.shards import ShardedRing
 from rlx.replay.storage import Storing
 from rlx.seeding import spawn_rng
@@ -81,7 +81,8 @@ class RingReplay(ABC):
         )
         self._prefetch = prefetch
         self._prefetcher: Prefetcher | None = None  # once the batch size is known
-        self._batch_size = 0
+        self._batch_size = 0  # of the buffers
+        self._buffers: list[Batch] = []
         self._recorder: Recorder | None = None
         if record is not None:
             layout = Layout.of(sequence, row_spec, carry_spec, lanes)
@@ -98,12 +99,13 @@ class RingReplay(ABC):
         """Adds to the ring, with the leaves that the way of drawing gives."""
 
     def sample(self, batch_size: int, *, buffers: Batch | None = None) -> Sample:
-        """Draws with replacement; the batch lies in the buffers, or in fresh arrays without.
+        """Draws with replacement, into the buffers if there are any.
 
-        With `prefetch` it was drawn before, into arrays that are used again two samples later.
+        Else the arrays of the batch are overwritten after two more samples have been taken: an
+        update may still read the one before. With `prefetch` it was drawn before.
         """
         if not self._prefetch:
-            return self._draw(batch_size, buffers)
+            return self._draw(batch_size, buffers or self._next_buffers(batch_size))
         if self._prefetcher is None:
             self._batch_size = batch_size
             self._prefetcher = Prefetcher(
@@ -115,6 +117,16 @@ class RingReplay(ABC):
         if batch_size != self._batch_size:
             raise ValueError(f"prefetched batches have {self._batch_size} sequences always.")
         return self._prefetcher.take()
+
+    def _next_buffers(self, batch_size: int) -> Batch | None:
+        """Fresh memory for each batch costs more than all the copying."""
+        if not self._ring.copies_into_buffers:
+            return None
+        if batch_size != self._batch_size:
+            self._batch_size = batch_size
+            self._buffers = [self.buffers(batch_size) for _ in range(SPARE + 1)]
+        self._buffers.append(self._buffers.pop(0))
+        return self._buffers[-1]
 
     @abstractmethod
     def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:

@@ -77,6 +77,11 @@ class ShardedRing:
         return sum(ring.nbytes for ring in self.rings)
 
     @property
+    def copies_into_buffers(self) -> bool:
+        """Whether `draw` fills buffers; else it answers arrays of its own."""
+        return self.rings[0].copies_into_buffers
+
+    @property
     def capacity_rows(self) -> int:
         """Rows that can be held."""
         return sum(ring.capacity_rows for ring in self.rings)
@@ -133,7 +138,7 @@ class ShardedRing:
                 f"batches of {batch_size} sequences are not to be shared by {count} rings; "
                 f"set learner.batch_size to a multiple of {count}."
             )
-        if self.rings[0].copies_into_buffers and buffers is None:
+        if self.copies_into_buffers and buffers is None:
             buffers = self.buffers(batch_size)
         share = batch_size // count
         parts = []

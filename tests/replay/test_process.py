@@ -127,8 +127,9 @@ def test_what_it_raises_is_raised_here_and_it_goes_on(start):
     with pytest.raises(ValueError, match="another layout"):
         replay.restore(make(capacity=100).state(), [[]])
     add(replay, 0, 40)
+    replay.update_td(np.arange(8), np.full((8, 3), np.nan, np.float32))
     with pytest.raises(FloatingPointError, match="not finite"):
-        replay.update_td(np.arange(8), np.full((8, 3), np.nan, np.float32))
+        replay.sample(BATCH)
     with pytest.raises(ValueError, match="batches have 8 sequences always"):
         replay.sample(4)
     assert len(replay.sample(BATCH).keys) == BATCH
@@ -166,6 +167,8 @@ def test_an_answer_that_does_not_come_is_an_error(start, monkeypatch):
     replay = start()
     monkeypatch.setattr(process.Caller.call, "__kwdefaults__", {"deadline_s": 0.5, "feed": ()})
     os.kill(replay.pid, signal.SIGSTOP)
+    while psutil.Process(replay.pid).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
     try:
         with pytest.raises(ReplayLost, match="has not answered next_key for 0 s"):
             _ = replay.rings[0].next_key
