@@ -310,7 +310,7 @@ def segments_on_disk(folder: Path) -> set[str]:
 
 
 def segments_named(checkpoint: Path) -> set[str]:
-    return {segment["file"] for segment in read(checkpoint, "manifest.json")["segments"]}
+    return {segment["file"] for segment in read(checkpoint, "manifest.json")["body"]["segments"]}
 
 
 def test_segments_go_with_the_checkpoints_that_need_them(tmp_path):
