@@ -69,7 +69,7 @@ class ReplayProcess:
         with _memory_file() as memory:
             fds = [its_calls.fileno(), its_copies.fileno(), memory.fileno()]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rlx.replay.process_server", *map(str, fds)],
+                [sys.executable, "-P", "-m", "rlx.replay.process_server", *map(str, fds)],
                 pass_fds=fds,
                 start_new_session=True,
                 env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": _path()},

@@ -193,6 +193,15 @@ def test_it_ends_with_a_run_that_is_killed(tmp_path):
     psutil.Process(pid).wait(10)
 
 
+def test_what_lies_in_the_folder_it_is_started_from_is_not_imported(start, monkeypatch, tmp_path):
+    (tmp_path / "socket.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    replay = start()
+    add(replay, 0, 40)
+    assert len(replay.sample(BATCH).keys) == BATCH
+
+
 def test_exceptions_travel():
     """ConfigError is made of problems, not of a text."""
     error = refuse("replay.capacity", "too few", given="1")
