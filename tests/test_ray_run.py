@@ -196,11 +196,16 @@ class Killer(threading.Thread):
         self.seconds, self.kills = seconds, 0
         self.killed_s: dict[int, float] = {}  # actor -> when last
         self.fleet: Fleet | None = None
+        self.start_s = 0.0  # that the four took at the beginning, beside the same learner
         self.start()
 
     def run(self) -> None:
-        while self.fleet is None or self.fleet.ready < 4:
+        while self.fleet is None:
+            time.sleep(0.01)
+        began = time.monotonic()
+        while self.fleet.ready < 4:
             time.sleep(0.1)
+        self.start_s = time.monotonic() - began
         rng, end = random.Random(0), time.monotonic() + self.seconds
         while time.monotonic() < end:
             time.sleep(1.0)
@@ -264,7 +269,8 @@ def test_a_run_whose_actors_are_killed_every_second_for_a_minute_finishes(
         "checkpoint.every_env_steps=1_000_000",
     )
     assert summary["state"] == "finished"
-    print(f"{killer.kills} kills, replaced in at most {max(kept.replaced_s):.1f} s")
+    replaced = f"replaced in at most {max(kept.replaced_s):.1f} s"
+    print(f"{killer.kills} kills, {replaced}; the start took {killer.start_s:.1f} s")
     assert killer.kills > 20
     assert_in_order_and_once(kept.rollouts)
     assert {lane for lane, _ in streams(kept.rollouts)} == set(range(16))
@@ -272,7 +278,8 @@ def test_a_run_whose_actors_are_killed_every_second_for_a_minute_finishes(
     assert max(gaps) < 5.0
     assert read_rows(tmp_path / "metrics.jsonl")[-1]["acting/restarts_died"] > 15
     assert len(kept.replaced_s) > 5
-    assert max(kept.replaced_s) < 15.0
+    # Where the machine needed long for the first four, too, it is not the pool that is slow.
+    assert max(kept.replaced_s) < max(15.0, 1.5 * killer.start_s)
     assert not killer.killed_s  # the last ones are back, too
 
 

@@ -692,6 +692,7 @@ def test_each_device_draws_from_its_own_memory_what_a_shard_of_the_host_would(co
         "seen, put = set(), Learner.put\n"
         "def watched(self, batch):\n"
         "    leaf = batch.rows.reward\n"
+        "    assert isinstance(leaf, jax.Array) == ('device' in name)\n"
         "    if isinstance(leaf, jax.Array):\n"
         "        seen.update(shard.device.id for shard in leaf.addressable_shards)\n"
         "        assert len(leaf.addressable_shards[0].data) == len(leaf) // 2\n"
@@ -709,6 +710,7 @@ def test_each_device_draws_from_its_own_memory_what_a_shard_of_the_host_would(co
         "    more = rlx.compose([*here, 'total_env_steps=700', f'resume={folder}'])\n"
         "    print(rlx.run(more)['params_sha256'])\n"
         "assert seen == {0, 1}\n"
+        "rlx.run(rlx.compose([*here, 'replay.prefetch=2', 'total_env_steps=500']), sys.argv[1])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],

@@ -540,6 +540,11 @@ class BlockRing:
 
         Raises ValueError if it is of a ring made otherwise, or a block is missing.
         """
+        if (saved := state.get("shards", 1)) != 1:
+            raise ValueError(
+                f"the saved replay has {saved} shards, now 1; resume with as many, or with "
+                "checkpoint.replay=false to fill a new one"
+            )
         if state["layout"] != self._layout():
             differences = _differences(state["layout"], self._layout())
             raise ValueError(

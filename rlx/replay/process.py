@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 CALL_S = 120.0  # for an answer
 LONG_S = 1800.0  # for one that moves the whole replay, or makes it
+CLOSE_S = 300.0  # for the last of what is recorded
 END_S = 30.0
 
 _GO_ON = "resume=FOLDER goes on from the last checkpoint"
@@ -168,7 +169,7 @@ class ReplayProcess:
         """Ends the process, and with it what was recorded."""
         try:
             with suppress(ReplayLost):
-                self._call("close", deadline_s=END_S)
+                self._call("close", deadline_s=CLOSE_S)
         finally:
             self._kill()
 
@@ -214,15 +215,26 @@ class Caller:
                 self._value(*self._await(self._told.pop(0), deadline_s))
             send(self._wire, message)
             while (answer := self._await(what, deadline_s))[0] == "next":
-                send(self._wire, next(feed[answer[1]], None))
+                send(self._wire, self._next(feed[answer[1]]))
             return self._value(*answer)
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
+        """What cannot be answered in step any more is not asked again."""
+        if self._wire.closed:
+            raise ReplayLost(f"the replay's process {self._process.pid} is closed; {_GO_ON}")
         try:
             yield
         except (EOFError, ConnectionError) as error:
+            self._wire.close()
             raise ReplayLost(f"{self._ended()}; {_GO_ON}") from error
+
+    def _next(self, feed: Iterator[Any]) -> Any:
+        try:
+            return next(feed, None)
+        except BaseException:
+            self._wire.close()  # the process waits for what cannot be had
+            raise
 
     def _value(self, kind: str, value: Any) -> Any:
         if kind == "raised":
@@ -231,6 +243,7 @@ class Caller:
 
     def _await(self, what: str, deadline_s: float) -> Any:
         if not self._wire.poll(deadline_s):
+            self._wire.close()
             raise ReplayLost(
                 f"the replay's process {self._process.pid} has not answered {what} for "
                 f"{deadline_s:.0f} s; {_GO_ON}"

@@ -169,7 +169,8 @@ def _log_lines() -> Iterator[list[str]]:
 
 def main() -> None:
     """Serves the replay of the process that started this one."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_S)
     calls, copies, memory = map(int, sys.argv[1:])
     Server(Connection(calls), Connection(copies), memory).run()

@@ -39,8 +39,11 @@ class ShardedRing:
     ) -> None:
         """One ring for each of `storings`; raises ValueError if they do not fit."""
         count = len(storings)
-        if lanes < count:
-            raise ValueError(f"{count} shards need as many lanes, there are {lanes}.")
+        if lanes % count:
+            raise ValueError(
+                f"{lanes} lanes do not divide over {count} shards, which give equal parts of every "
+                f"batch; make acting.instances * acting.envs_per_actor a multiple of {count}."
+            )
         self.rings = [
             BlockRing(
                 capacity_rows=capacity_rows // count,
@@ -138,7 +141,9 @@ class ShardedRing:
                 f"batches of {batch_size} sequences are not to be shared by {count} rings; "
                 f"set learner.batch_size to a multiple of {count}."
             )
-        if self.copies_into_buffers and buffers is None:
+        if not self.copies_into_buffers:
+            buffers = None
+        elif buffers is None:
             buffers = self.buffers(batch_size)
         share = batch_size // count
         parts = []
@@ -164,8 +169,8 @@ class ShardedRing:
         """Takes over a saved state, given each ring's blocks; see BlockRing.restore."""
         if (saved := state.get("shards", 1)) != len(self.rings):
             raise ValueError(
-                f"the saved replay has {saved} shards, now {len(self.rings)}; resume with "
-                f"replay.shards={saved}, or with checkpoint.replay=false to fill a new one"
+                f"the saved replay has {saved} shards, now {len(self.rings)}; resume with as "
+                "many (on devices: learner.devices), or with checkpoint.replay=false to fill anew"
             )
         for shard, ring in enumerate(self.rings):
             own = f"{shard}/"

@@ -22,6 +22,7 @@ from rlx import trees
 from rlx.problems import ConfigError, refuse
 from rlx.replay import process
 from rlx.replay.process import ReplayLost, ReplayProcess
+from rlx.replay.segments import SegmentError
 from rlx.replay.snapshots import Snapshots, read_blocks
 from rlx.replay.uniform import Uniform
 
@@ -118,6 +119,17 @@ def make_restored(state: Any, segments: Any, folder: Path, shards: int | None) -
     return other.sample(BATCH).keys
 
 
+def test_what_cannot_be_read_for_a_restore_is_what_is_raised(start, tmp_path):
+    replay = start()
+    add(replay, 0, 40)
+    segments = Snapshots(tmp_path).complete(replay)
+    next(tmp_path.iterdir()).unlink()
+    other = start()
+    with pytest.raises(SegmentError):
+        other.restore(replay.state(), read_blocks(tmp_path, segments))
+    other.close()
+
+
 def test_what_it_raises_is_raised_here_and_it_goes_on(start):
     replay = start()
     with pytest.raises(ValueError, match="No sequence is startable"):
@@ -154,7 +166,8 @@ def test_its_death_is_an_error_that_says_how_it_ended(start):
     replay = start(ahead=2)
     add(replay, 0, 40)
     replay.sample(BATCH)
-    os.kill(replay.pid, signal.SIGTERM)  # is the run's affair
+    for number in (signal.SIGINT, signal.SIGTERM):  # are the run's affair
+        os.kill(replay.pid, number)
     replay.sample(BATCH)
     os.kill(replay.pid, signal.SIGKILL)
     with pytest.raises(ReplayLost, match=r"ended by SIGKILL \(is the machine's memory full\?\)"):
@@ -174,6 +187,8 @@ def test_an_answer_that_does_not_come_is_an_error(start, monkeypatch):
             _ = replay.rings[0].next_key
     finally:
         os.kill(replay.pid, signal.SIGCONT)
+    with pytest.raises(ReplayLost, match="is closed"):  # no late answer is taken for another
+        _ = replay.rings[0].oldest_key
 
 
 def test_it_ends_with_a_run_that_is_killed(tmp_path):

@@ -169,7 +169,7 @@ def test_nothing_is_startable_until_every_ring_has_something():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: make(lanes=3, shards=4), "4 shards need as many lanes, there are 3"),
+        (lambda: make(lanes=3, shards=4), "3 lanes do not divide over 4 shards"),
         (lambda: make().draw(63, np.random.default_rng(0)), "batches of 63 sequences"),
         (lambda: make().restore({"shards": 3}, []), "the saved replay has 3 shards, now 2"),
         (lambda: make().restore({"layout": ""}, []), "the saved replay has 1 shards, now 2"),
