@@ -48,8 +48,10 @@ def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
 
     if settings["deterministic"]:
         be_deterministic(settings)
-    resume = settings["resume"] is not None and has_checkpoint(output_dir, settings["resume"])
-    parts = assemble(settings, output_dir, resume=resume)
+    resume = settings["resume"]
+    if resume == "auto" and not has_checkpoint(output_dir):
+        resume = None  # it begins anew; resume=DIR demands a checkpoint
+    parts = assemble(settings, output_dir, resume=resume is not None)
     with parts:
         provenance.save(output_dir)  # nothing is refused any more: the folder counts as used
         return train(parts)
@@ -82,9 +84,9 @@ def only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def has_checkpoint(folder: Path, resume: str) -> bool:
-    """`resume=auto` begins anew where no checkpoint is; `resume=DIR` demands one."""
-    return resume != "auto" or any((folder / "checkpoints").glob("[0-9]*"))
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run's folder has any checkpoint."""
+    return any((folder / "checkpoints").glob("[0-9]*"))
 
 
 def open_output(settings: Mapping[str, Any], output_dir: Path | str | None) -> Path:

@@ -120,6 +120,7 @@ class Loop:
         self._waiting: tuple[np.ndarray, Callable[[], np.ndarray]] | None = None
         self._published: Published | None = None
         self._acting_version = 0
+        self._first_update = parts.learner.updates  # of this process
         self._stages = metrics.Stages()
         resumed_at = parts.resumed.env_steps if parts.resumed else None
         self._metrics = metrics.Metrics(parts.output_dir, parts.logging, resumed_at)
@@ -309,6 +310,7 @@ class Loop:
     def _end(self, state: metrics.State) -> Path:
         """Evaluates, writes the last row and saves; answers the checkpoint."""
         self._settle()
+        self._say_if_nothing_was_learnt()
         evaluation = self.parts.evaluation
         if state == "finished" and evaluation.final_episodes:
             self._evaluate(evaluation.final_episodes)
@@ -319,6 +321,15 @@ class Loop:
             # Resuming off the clock would part this run from an unstopped one.
             return self._checkpoints.paths()[-1]
         return self.save(finished=state == "finished")
+
+    def _say_if_nothing_was_learnt(self) -> None:
+        replay, learner = self.parts.replay, self.parts.learner
+        if learner.updates == self._first_update:
+            log.warning(
+                "no update was made: the replay got %d env steps and has %d sequences to draw; "
+                "learning begins at replay.min_env_steps=%d and replay.min_sequences=%d",
+                *(replay.env_steps, replay.startable, replay.min_env_steps, replay.min_sequences),
+            )
 
     def _finished_before(self) -> Path | None:
         """The checkpoint of a finished run that was resumed and had nothing left to do."""

@@ -35,6 +35,10 @@ class ConfigError(Exception):
         return "\n".join(map(str, self.problems))
 
 
+class RunFailed(RuntimeError):
+    """A run that cannot go on, through no fault of its configuration; says why."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sources:
     """Which file, or the command line, set each key."""

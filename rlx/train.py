@@ -20,9 +20,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from rlx import _paths, api, composing
-from rlx.acting.faults import ActingFailed
 from rlx.config import ROLES, check, remember
-from rlx.problems import ConfigError, Problem, refuse
+from rlx.problems import ConfigError, Problem, RunFailed, refuse
 
 VERSION = {"execution_whitelist": ("rlx.*",)} if composing.HYDRA_14 else composing.VERSION
 
@@ -48,12 +47,15 @@ def job(cfg: DictConfig) -> Any:
     sources = composing.find_sources(overrides, running.job.config_name, main_dir)
     try:
         summary = api.run(remember(cfg, sources), running.runtime.output_dir)
-    except (ConfigError, ActingFailed) as error:
+    except (ConfigError, RunFailed) as error:
         if running.mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise  # the sweep's other jobs go on
         if isinstance(error, ConfigError):
             _leave(error)
         print(f"rlx: {error}", file=sys.stderr)
+        if api.has_checkpoint(Path(running.runtime.output_dir)):
+            says = f"resume={running.runtime.output_dir} goes on from the last checkpoint"
+            print(f"rlx: {says}", file=sys.stderr)
         sys.exit(1)
     if running.mode == RunMode.MULTIRUN and summary.get("state") == "interrupted":
         raise KeyboardInterrupt  # which was meant for the sweep

@@ -784,7 +784,7 @@ def test_a_run_whose_replay_is_killed_says_so_and_resumes(loops, monkeypatch, tm
         run(tmp_path, *options)
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed"
-    assert "resume=FOLDER goes on from the last checkpoint" in status["error"]
+    assert "ended by SIGKILL" in status["error"]
     went_on = run(None, *options, f"resume={tmp_path}")
     assert went_on["state"] == "finished"
     assert went_on["env_steps"] >= 1200

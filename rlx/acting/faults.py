@@ -11,12 +11,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from rlx.problems import RunFailed
 from rlx.types import Range
 
 Cause = Literal["raised", "died", "hung", "lost_object"]
 
 
-class ActingFailed(RuntimeError):
+class ActingFailed(RunFailed):
     """The pool cannot go on; says which actor, why, and what was in its log."""
 
 

@@ -236,6 +236,11 @@ class BlockRing:
                         self._tree.set(starts % self.slots, leaves)
                         self._startable += len(starts)
 
+    def check(self, rollout: Rollout) -> None:
+        """Raises what `add` would, and adds nothing."""
+        self._checked(rollout)
+        self._admit(rollout.lane, rollout.chain, rollout.number)
+
     def set_leaves(self, keys: np.ndarray, leaves: np.ndarray) -> int:
         """Sets f64[n] > 0 of i64[n] keys and answers how many were overwritten since: ignored."""
         keys = np.asarray(keys, np.int64)
@@ -259,9 +264,7 @@ class BlockRing:
 
     def _parts(self, rollout: Rollout) -> Iterator[_Part]:
         """The blocks to write, a few at a time so that readers never find the ring empty."""
-        leading = (len(rollout.lane), self.sequence.block_rows)
-        rows = checked_leaves("rows", rollout.rows, self._row_leaves, leading)
-        carry = checked_leaves("carry", rollout.carry, self._carry_leaves, leading[:1])
+        rows, carry = self._checked(rollout)
         kept, previous = self._admit(rollout.lane, rollout.chain, rollout.number)
         self.blocks_dropped += len(rollout.lane) - len(kept)
         first_key, most = self._next_key, max(1, self.slots // 8)
@@ -278,6 +281,14 @@ class BlockRing:
                 rows={path: leaf[index] for path, leaf in rows.items()},
                 carry={path: leaf[index] for path, leaf in carry.items()},
             )
+
+    def _checked(self, rollout: Rollout) -> tuple[Leaves, Leaves]:
+        """The leaves of a rollout's rows [M, K, ...] and carry [M, ...]."""
+        leading = (len(rollout.lane), self.sequence.block_rows)
+        return (
+            checked_leaves("rows", rollout.rows, self._row_leaves, leading),
+            checked_leaves("carry", rollout.carry, self._carry_leaves, leading[:1]),
+        )
 
     def _admit(
         self, lane: np.ndarray, chain: np.ndarray, number: np.ndarray

@@ -59,10 +59,14 @@ def budget(
     carry_spec: Carry,
     lanes: int,
     storing: Storing | None = None,
+    shards: int = 1,
 ) -> Budget:
-    """The budget of a ring; raises ValueError for settings that could never give a sample."""
+    """The budget of `shards` equal rings with so many rows and lanes in all.
+
+    Raises ValueError for settings that could never give a sample.
+    """
     _check_sequence(sequence)
-    blocks = capacity_rows // sequence.block_rows
+    blocks = capacity_rows // shards // sequence.block_rows * shards
     least = 2 * lanes * sequence.blocks
     if lanes < 1 or blocks < least:
         raise ValueError(
@@ -73,7 +77,8 @@ def budget(
     per_block = sequence.block_rows * _spec_nbytes(row_spec) + _spec_nbytes(carry_spec)
     per_block += SlotTable.nbytes_per_slot()
     elsewhere = _bytes_elsewhere(storing or Storing(), sequence.block_rows, row_spec, carry_spec)
-    total = blocks * per_block + sum_tree_nbytes(blocks) + lanes * LaneTable.nbytes_per_lane()
+    trees_nbytes = shards * sum_tree_nbytes(blocks // shards)
+    total = blocks * per_block + trees_nbytes + lanes * LaneTable.nbytes_per_lane()
     rows = blocks * sequence.block_rows
     starts_per_lane = (blocks // lanes - sequence.blocks + 1) // sequence.blocks_per_stride
     return Budget(

@@ -16,6 +16,7 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -30,20 +31,20 @@ import numpy as np
 
 from rlx import trees
 from rlx.interfaces import Ring
+from rlx.problems import RunFailed
 from rlx.replay.process_wire import Drew, Made, receive, send
 from rlx.types import Batch, Blocks, Rollout, Sample
 
 log = logging.getLogger(__name__)
 
-CALL_S = 120.0  # for an answer
+CALL_S = 120.0  # for an answer, and for the other side to take or give more of a message
 LONG_S = 1800.0  # for one that moves the whole replay, or makes it
 CLOSE_S = 300.0  # for the last of what is recorded
 END_S = 30.0
+MOST_TOLD = 64  # answers that are left waiting in the socket
 
-_GO_ON = "resume=FOLDER goes on from the last checkpoint"
 
-
-class ReplayLost(RuntimeError):
+class ReplayLost(RunFailed):
     """The replay's process is gone, or does not answer; what it held is lost."""
 
 
@@ -189,6 +190,7 @@ class Caller:
 
     def __init__(self, process: subprocess.Popen[bytes], own: socket.socket) -> None:
         self._process = process
+        _bound(own)
         self._wire = Connection(own.detach())
         self._lock = threading.Lock()
         self._told: list[str] = []  # whose answers are still to come
@@ -199,6 +201,8 @@ class Caller:
         What the process raises is raised by the next call.
         """
         with self._lock, self._alive():
+            while len(self._told) >= MOST_TOLD:
+                self._hear(CALL_S)
             send(self._wire, message)
             self._told.append(message[0])
 
@@ -212,7 +216,7 @@ class Caller:
         what = message[0] if isinstance(message, tuple) else "its beginning"
         with self._lock, self._alive():
             while self._told:
-                self._value(*self._await(self._told.pop(0), deadline_s))
+                self._hear(deadline_s)
             send(self._wire, message)
             while (answer := self._await(what, deadline_s))[0] == "next":
                 send(self._wire, self._next(feed[answer[1]]))
@@ -222,12 +226,18 @@ class Caller:
     def _alive(self) -> Iterator[None]:
         """What cannot be answered in step any more is not asked again."""
         if self._wire.closed:
-            raise ReplayLost(f"the replay's process {self._process.pid} is closed; {_GO_ON}")
+            raise ReplayLost(f"the replay's process {self._process.pid} is closed")
         try:
             yield
+        except BlockingIOError as error:  # the socket's own deadline
+            self._wire.close()
+            raise ReplayLost(
+                f"the replay's process {self._process.pid} has not gone on with a message for "
+                f"{CALL_S:.0f} s"
+            ) from error
         except (EOFError, ConnectionError) as error:
             self._wire.close()
-            raise ReplayLost(f"{self._ended()}; {_GO_ON}") from error
+            raise ReplayLost(f"{self._ended()}") from error
 
     def _next(self, feed: Iterator[Any]) -> Any:
         try:
@@ -235,6 +245,10 @@ class Caller:
         except BaseException:
             self._wire.close()  # the process waits for what cannot be had
             raise
+
+    def _hear(self, deadline_s: float) -> None:
+        """The oldest answer to what was told."""
+        self._value(*self._await(self._told.pop(0), deadline_s))
 
     def _value(self, kind: str, value: Any) -> Any:
         if kind == "raised":
@@ -246,7 +260,7 @@ class Caller:
             self._wire.close()
             raise ReplayLost(
                 f"the replay's process {self._process.pid} has not answered {what} for "
-                f"{deadline_s:.0f} s; {_GO_ON}"
+                f"{deadline_s:.0f} s"
             )
         return receive(self._wire)
 
@@ -285,6 +299,12 @@ class RemoteRing:
         """See BlockRing.blocks_after."""
         found: tuple[Blocks, int] = self._copies.call(("blocks_after", (self._number, key, most)))
         return found
+
+
+def _bound(own: socket.socket) -> None:
+    """No write or read of it lasts for ever: after CALL_S without a byte it is a BlockingIOError."""
+    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        own.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(CALL_S), 0))  # a timeval
 
 
 def _memory_file() -> IO[bytes]:

@@ -9,6 +9,7 @@ import pickle
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -51,14 +52,21 @@ class Server:
         try:
             answer = "done", work(message)
         except Exception as error:
-            answer = "raised", error
+            answer = "raised", _portable(error)
         with suppress(OSError):
             send(wire, answer)
             return answer[0] == "done" or self._replay is not None
         return False
 
     def _make(self, said: list[str], order: bytes) -> tuple[Made, None]:
-        make, self._ahead, self._batch_size = pickle.loads(order)
+        try:
+            make, self._ahead, self._batch_size = pickle.loads(order)
+        except (AttributeError, ImportError) as error:
+            raise ValueError(
+                f"where=process builds the replay in another process, which cannot import what the "
+                f"agent gives it ({error}); define the agent in a module (not in __main__ or a "
+                "notebook), or set replay.where=thread."
+            ) from error
         replay = self._replay = make()
         return Made(
             ratio=replay.ratio,
@@ -150,6 +158,17 @@ class Server:
         if self._prefetcher is not None:
             self._prefetcher.close()
         self._replay.close()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error with this process's traceback as a note; as a RuntimeError if it cannot travel."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(f"In the replay's process:\n{trace}")
+    return error
 
 
 @contextmanager

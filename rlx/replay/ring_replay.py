@@ -68,12 +68,12 @@ class RingReplay(ABC):
             "carry_spec": carry_spec,
             "lanes": lanes,
         }
-        planned = budget(**shapes, storing=storing)
+        storings = _storings(storing, shards, devices)
+        planned = budget(**shapes, storing=storing, shards=len(storings))
         log.info("replay: %s; %.2f GB are available", planned, available_bytes() / 1e9)
         if not self.is_recorded:  # else it is known how many there are
             planned.check_min_sequences(min_sequences)
         planned.check(available_bytes())  # each shard looks at its own share only
-        storings = _storings(storing, shards, devices)
         self._ring: BlockRing | ShardedRing = (
             ShardedRing(**shapes, storings=storings)
             if len(storings) > 1
@@ -200,7 +200,7 @@ class RingReplay(ABC):
 def _storings(storing: Storing, shards: int | None, devices: Sequence[Any]) -> list[Storing]:
     """Of each ring: one for every device of the learner, if the blocks lie there."""
     if storing.storage != "device":
-        return [storing] * (shards or 1)
+        return [replace(storing, shards=shards or 1)] * (shards or 1)
     if shards not in (None, len(devices) or 1):
         raise ValueError(
             f"shards={shards}: the learner's devices hold one each, {len(devices)} in all; "

@@ -99,13 +99,18 @@ class ShardedRing:
         """Adds each block to its lane's ring; see BlockRing.add."""
         count = len(self.rings)
         self._check_lanes(rollout.lane)
-        for shard, ring in enumerate(self.rings):
-            if (mine := np.flatnonzero(rollout.lane % count == shard)).size:
+        owner = rollout.lane % count
+        shares = [_part(rollout, np.flatnonzero(owner == shard), count) for shard in range(count)]
+        for ring, share in zip(self.rings, shares, strict=True):
+            ring.check(share)  # all of them first: a rollout is added whole or not at all
+        for shard, (ring, share) in enumerate(zip(self.rings, shares, strict=True)):
+            if not share.lane.size:
+                continue
 
-                def leaves(keys: np.ndarray, shard: int = shard) -> np.ndarray:
-                    return leaf_of(keys * count + shard)
+            def leaves(keys: np.ndarray, shard: int = shard) -> np.ndarray:
+                return leaf_of(keys * count + shard)
 
-                ring.add(_part(rollout, mine, count), leaves)
+            ring.add(share, leaves)
 
     def scalars(self, keys: np.ndarray) -> Row:
         """Row [M, L] of these sequences of one ring; see BlockRing.scalars."""

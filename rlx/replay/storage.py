@@ -40,6 +40,7 @@ class Storing:
     gather_threads: int = 1
     folder: str | Path | None = None  # of the mapped file; None: the system's for temporary files
     device: Any = None  # a jax.Device, where storage is "device"; None: the first one
+    shards: int = 1  # rings of this kind in the same memory
 
 
 class Storage(Protocol):
@@ -74,6 +75,11 @@ def make_storage(
     rows: dict[str, ArraySpec] = trees.flatten(row_spec)
     carry: dict[str, ArraySpec] = trees.flatten(carry_spec)
     if storing.storage == "device":
+        if storing.compress != "none" or storing.folder is not None:
+            raise ValueError(
+                "replay.storage=device keeps rows as they are in the device's memory: "
+                "set replay.compress=none and replay.folder=null."
+            )
         from rlx.replay.device import DeviceArrays  # loads JAX
 
         return DeviceArrays(rows, carry, slots, block_rows, storing.device)
@@ -89,7 +95,8 @@ def make_storage(
             )
         others = {p: leaf for p, leaf in rows.items() if p not in images}
         plain = Arrays(others, carry, slots, block_rows, np.zeros, Spread(1))
-        return Compressed(plain, {p: rows[p] for p in images}, slots, block_rows, spread)
+        images_spec = {p: rows[p] for p in images}
+        return Compressed(plain, images_spec, slots, block_rows, spread, storing.shards)
     allocate = np.zeros if storing.storage == "memory" else MappedFile(storing.folder).zeros
     return Arrays(rows, carry, slots, block_rows, allocate, spread)
 
@@ -235,9 +242,10 @@ class Compressed:
         slots: int,
         block_rows: int,
         spread: Spread,
+        shards: int,
     ) -> None:
         self.plain = plain
-        self._slots, self._spread = slots, spread
+        self._slots, self._spread, self._shards = slots, spread, shards
         self._shapes = {p: (block_rows, *leaf.shape) for p, leaf in images.items()}
         self._frames: dict[str, list[bytes]] = {p: [b""] * slots for p in images}
         self._frame_bytes = 0
@@ -269,16 +277,17 @@ class Compressed:
             self._probe = 2 * self._written
 
     def _check_fits(self, written: int) -> None:
-        """What the whole ring will take, as far as the first blocks tell; raises ConfigError."""
+        """What all shards will take, as far as this one's first blocks tell; raises ConfigError."""
         part = min(written, self._slots) / self._slots
-        whole = int(self._frame_bytes / part)
-        untouched = int(self.plain.nbytes * (1.0 - part))  # allocated, but not taken yet
-        free = available_bytes() + self._frame_bytes - untouched
+        taken = self._shards * self._frame_bytes
+        whole = int(taken / part)
+        untouched = int(self._shards * self.plain.nbytes * (1.0 - part))  # allocated, not taken yet
+        free = available_bytes() + taken - untouched
         if whole > free:
             raise refuse(
                 "replay.capacity",
                 f"its frames will take about {whole / 1e9:.2f} GB compressed, {free / 1e9:.2f} GB "
-                "are available; lower it, or set replay.storage=mmap",
+                "are available; lower it, or set replay.storage=mmap replay.compress=none",
             )
 
     def gather(self, slots: np.ndarray, rows: Leaves, carry: Leaves) -> None:
