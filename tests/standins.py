@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 from rlx import api, config, provenance, targets
-from rlx.problems import refuse
+from rlx.problems import RunFailed, refuse
 from rlx.types import Range, Runtime
 
 
@@ -212,6 +212,9 @@ def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
     """Instead of training: writes the settings down, or fails as the seed says."""
     if settings["seed"] == 13:
         raise RuntimeError("unlucky")
+    if settings["seed"] == 14:
+        (output_dir / "checkpoints" / "000100").mkdir(parents=True)
+        raise RunFailed("the replay is lost")
     if settings["seed"] == 99:
         raise refuse("replay.capacity", "28 GB are too many", given="4000000")
     provenance.save(output_dir)

@@ -140,6 +140,15 @@ def test_a_problem_found_while_running_is_a_line_and_a_bug_a_traceback(conf):
     assert "RuntimeError: unlucky" in done.stderr
 
 
+def test_a_run_that_cannot_go_on_is_a_line_and_the_way_on_from_its_checkpoint(conf):
+    done = command(conf, "seed=14", "hydra.run.dir=out")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "rlx: the replay is lost\n"
+        f"rlx: resume={conf.parent / 'out'} goes on from the last checkpoint\n",
+    )
+
+
 def test_the_full_error_of_a_problem_can_be_had(conf):
     done = command(conf, "seed=-1", HYDRA_FULL_ERROR="1")
     assert "Traceback" in done.stderr

@@ -734,6 +734,12 @@ def test_learning_waits_for_the_warm_up(tmp_path):
         run(tmp_path / "never", "replay.min_env_steps=1200")
 
 
+def test_a_run_that_learnt_nothing_says_so(tmp_path, caplog):
+    assert run(tmp_path, "replay.min_env_steps=1199", "replay.shards=2")["updates"] == 0
+    assert "no update was made: the replay got" in caplog.text
+    assert "learning begins at replay.min_env_steps=1199 and replay.min_sequences=" in caplog.text
+
+
 def test_recorded_experience_trains_without_actors(tmp_path):
     record = f"replay.record={tmp_path / 'experience'}"
     made = run(tmp_path / "acting", record)

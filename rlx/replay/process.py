@@ -302,7 +302,7 @@ class RemoteRing:
 
 
 def _bound(own: socket.socket) -> None:
-    """No write or read of it lasts for ever: after CALL_S without a byte it is a BlockingIOError."""
+    """No write or read of it lasts for ever: CALL_S without a byte are a BlockingIOError."""
     for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
         own.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(CALL_S), 0))  # a timeval
 

@@ -379,6 +379,12 @@ def test_what_a_device_has_no_room_for_is_refused_with_both_numbers():
         make_ring(10**7, 2, ATARI_SEQUENCE, row_spec=ATARI_ROW, storing=storing)
 
 
+@pytest.mark.parametrize("host", [{"compress": "lz4"}, {"folder": "/tmp"}])
+def test_a_device_refuses_what_is_for_the_host(host):
+    with pytest.raises(ValueError, match=r"set replay\.compress=none and replay\.folder=null"):
+        make_ring(100, 2, sequence_spec(), storing=Storing(storage="device", **host))
+
+
 def test_the_budget_is_the_bytes_of_the_ring():
     for slots, lanes, sequence in [(12, 2, sequence_spec()), (100, 5, sequence_spec(length=8))]:
         ring = make_ring(slots, lanes, sequence)

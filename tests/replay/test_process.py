@@ -191,6 +191,58 @@ def test_an_answer_that_does_not_come_is_an_error(start, monkeypatch):
         _ = replay.rings[0].oldest_key
 
 
+def test_a_message_that_is_not_taken_is_an_error(start, monkeypatch):
+    monkeypatch.setattr(process, "CALL_S", 1)
+    replay = start()
+    os.kill(replay.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ReplayLost, match="has not gone on with a message for 1 s"):
+            while True:  # until the socket's own memory is full
+                replay.update_td(np.arange(8), np.ones((8, 40_000), np.float32))
+    finally:
+        os.kill(replay.pid, signal.SIGCONT)
+
+
+def test_many_things_told_are_heard_of_without_a_call(start):
+    replay = start()
+    add(replay, 0, 40)
+    replay.update_td(np.arange(8), np.full((8, 3), np.nan, np.float32))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        for _ in range(process.MOST_TOLD):
+            replay.update_td(np.arange(8), np.ones((8, 3), np.float32))
+    for _ in range(5000):
+        replay.update_td(np.arange(8), np.ones((8, 3), np.float32))
+    assert len(replay.sample(BATCH).keys) == BATCH
+
+
+class TwoWords(Exception):
+    """One that pickle cannot make again."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} {two}")
+
+
+def strange() -> Any:
+    raise TwoWords("mind", "this")
+
+
+def test_an_error_keeps_its_words_and_the_place_it_came_from():
+    with pytest.raises(RuntimeError, match="TwoWords: mind this") as raised:
+        ReplayProcess(strange, ahead=0, batch_size=BATCH)
+    assert "in strange\n" in raised.value.__notes__[0]
+
+
+def test_what_main_defines_cannot_be_imported_there(tmp_path):
+    code = (
+        "from rlx.replay.process import ReplayProcess\n"
+        "def make(): pass\n"
+        "ReplayProcess(make, ahead=0, batch_size=8)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "define the agent in a module (not in __main__ or a notebook)" in done.stderr
+
+
 def test_it_ends_with_a_run_that_is_killed(tmp_path):
     code = (
         "import sys, time, test_process as t\n"

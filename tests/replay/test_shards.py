@@ -7,11 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from replay_streams import carry_spec, rollout, row_spec, sequence_spec
+from replay_streams import IN_MEMORY, carry_spec, fill, rollout, row_spec, sequence_spec
 
+from rlx import trees
+from rlx.problems import ConfigError
+from rlx.replay import storage
 from rlx.replay.blocks import BlockRing
+from rlx.replay.memory import budget
 from rlx.replay.shards import ShardedRing
-from rlx.replay.storage import Storing
+from rlx.replay.storage import Storing, make_storage
+from rlx.replay.uniform import Uniform
 
 SEQUENCE = sequence_spec(block_rows=2, length=5)  # three blocks
 
@@ -164,6 +169,55 @@ def test_nothing_is_startable_until_every_ring_has_something():
     for number in range(3):
         ring.add(rollout([(3, 0, number)], SEQUENCE), ones)
     assert ring.startable == 7
+
+
+def test_a_rollout_is_added_whole_or_not_at_all():
+    ring = make()
+    with pytest.raises(ValueError, match="Block out of order: lane 0, chain 0 expects number 0"):
+        ring.add(rollout([(0, 0, 0), (2, 0, 0), (1, 0, 1)], SEQUENCE), ones)
+    assert ring.rows == 0
+    add(ring, 0, 5)
+    assert ring.startable == 12
+
+
+def test_the_budget_of_shards_is_the_bytes_of_their_rings():
+    replay = uniform(shards=4, lanes=4, capacity=2 * 27)
+    assert replay.capacity == 2 * 24
+    planned = budget(
+        capacity_rows=2 * 27, sequence=SEQUENCE, row_spec=row_spec(), carry_spec=carry_spec(),
+        lanes=4, shards=4,
+    )  # fmt: skip
+    assert planned.total_bytes == replay.nbytes
+    add(replay_ring := replay._ring, 0, 12)
+    assert replay_ring.startable == planned.sequences
+    with pytest.raises(ValueError, match=r"min_sequences=17, but a full replay of 48 rows"):
+        uniform(shards=4, lanes=4, capacity=2 * 27, min_sequences=17)
+
+
+def uniform(**changes: Any) -> Uniform:
+    settings = {"ratio": 1.5, "min_sequences": 1, "seed": 0} | changes
+    return Uniform(
+        sequence=SEQUENCE, row_spec=row_spec(), carry_spec=carry_spec(), **IN_MEMORY | settings
+    )
+
+
+def test_frames_of_all_shards_must_fit_compressed(monkeypatch):
+    """Noise, which LZ4 makes no smaller: 10 KB a block, 40 blocks, of which 32 are written."""
+    monkeypatch.setattr(storage, "available_bytes", lambda: 120_000)
+    row = row_spec((64, 80))
+    noise = np.random.default_rng(0).integers(0, 256, (32, 2, 64, 80), np.uint8)
+
+    def write(shards: int) -> None:
+        storing = Storing(compress="lz4", shards=shards)
+        specs = {"row_spec": row, "carry_spec": carry_spec()}
+        kept = make_storage(storing, **specs, slots=40, block_rows=2)
+        rows = trees.flatten(fill(row, (32, 2)))
+        kept.write(0, rows | {"inputs/observation/image": noise}, trees.flatten(carries))
+
+    carries = fill(carry_spec(), (32,))
+    write(1)
+    with pytest.raises(ConfigError, match=r"about 0\.00 GB compressed.*replay\.compress=none"):
+        write(4)
 
 
 @pytest.mark.parametrize(
