@@ -15,7 +15,12 @@ from rlx.acting.faults import Restarts
 from rlx.acting.ray_cluster import Cluster
 from rlx.acting.ray_fleet import Answered, Deadlines, Fleet, Lost, Ready
 from rlx.acting.ray_pool import pickled
-from rlx.acting.whereabouts import Whereabouts, thread_limits, whereabouts
+from rlx.acting.whereabouts import (
+    Whereabouts,
+    let_the_learner_first,
+    thread_limits,
+    whereabouts,
+)
 from rlx.evaluate import Evaluation
 from rlx.interfaces import Agent, EnvFamily
 from rlx.types import Evaluated, Weights
@@ -43,6 +48,7 @@ class RemoteEvaluator:
         if cores is not None:
             os.sched_setaffinity(0, cores)
         self._evaluation, self._family, self._agent, self._seed = pickle.loads(self._made_of)
+        let_the_learner_first()
 
     def evaluate(self, weights: Weights, env_steps: int) -> Evaluated:
         """The evaluation that training would have made with these weights."""

@@ -18,6 +18,7 @@ from rlx.problems import ConfigError, refuse
 log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
+NICENESS = "RAY_worker_niceness"  # of the processes that Ray starts
 LEAST_STORE_BYTES = 256 * 1024**2
 
 
@@ -62,6 +63,7 @@ def _quiet() -> dict[str, Any]:
 def _start(store_bytes: int) -> None:
     with (
         _sigterm_not_inherited(),
+        _workers_not_nice(),
         warnings.catch_warnings(),
     ):  # JAX warns of the fork; its child becomes Ray at once
         warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
@@ -86,6 +88,19 @@ def _sigterm_not_inherited() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _workers_not_nice() -> Iterator[None]:
+    """Beside a learner that never waits, a nice process needs long to start (see RemoteActor)."""
+    if NICENESS in os.environ:
+        yield
+        return
+    os.environ[NICENESS] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[NICENESS]
 
 
 def _join(address: str) -> None:

@@ -11,7 +11,7 @@ import pickle
 from time import time
 from typing import Any
 
-from rlx.acting.whereabouts import Whereabouts, whereabouts
+from rlx.acting.whereabouts import Whereabouts, let_the_learner_first, whereabouts
 from rlx.acting.wire import Answer, Compression, pack, widened
 from rlx.types import Request, Weights
 
@@ -55,6 +55,7 @@ class RemoteActor:
         prepare_process(cache=self._cache, on_cpu=plan.device == "cpu")
         plan.compile()
         self._actor = plan.actor(self._index, self._chain)
+        let_the_learner_first()
 
     def collect(self, weights: Weights, env_steps: int, want_env_steps: int) -> Answer:
         """Acts; `weights` is an object of the store, read without a copy."""

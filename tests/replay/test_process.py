@@ -197,8 +197,7 @@ def test_a_message_that_is_not_taken_is_an_error(start, monkeypatch):
     os.kill(replay.pid, signal.SIGSTOP)
     try:
         with pytest.raises(ReplayLost, match="has not gone on with a message for 1 s"):
-            while True:  # until the socket's own memory is full
-                replay.update_td(np.arange(8), np.ones((8, 40_000), np.float32))
+            tell(replay, 1000, np.ones((8, 40_000), np.float32))  # more than the socket can hold
     finally:
         os.kill(replay.pid, signal.SIGCONT)
 
@@ -208,11 +207,14 @@ def test_many_things_told_are_heard_of_without_a_call(start):
     add(replay, 0, 40)
     replay.update_td(np.arange(8), np.full((8, 3), np.nan, np.float32))
     with pytest.raises(FloatingPointError, match="not finite"):
-        for _ in range(process.MOST_TOLD):
-            replay.update_td(np.arange(8), np.ones((8, 3), np.float32))
-    for _ in range(5000):
-        replay.update_td(np.arange(8), np.ones((8, 3), np.float32))
+        tell(replay, process.MOST_TOLD, np.ones((8, 3), np.float32))
+    tell(replay, 5000, np.ones((8, 3), np.float32))
     assert len(replay.sample(BATCH).keys) == BATCH
+
+
+def tell(replay: ReplayProcess, times: int, td: np.ndarray) -> None:
+    for _ in range(times):
+        replay.update_td(np.arange(len(td)), td)
 
 
 class TwoWords(Exception):
