@@ -75,11 +75,8 @@ def make_storage(
     rows: dict[str, ArraySpec] = trees.flatten(row_spec)
     carry: dict[str, ArraySpec] = trees.flatten(carry_spec)
     if storing.storage == "device":
-        if storing.compress != "none" or storing.folder is not None:
-            raise ValueError(
-                "replay.storage=device keeps rows as they are in the device's memory: "
-                "set replay.compress=none and replay.folder=null."
-            )
+        if storing.compress != "none":
+            raise ValueError(f"replay.compress={storing.compress} needs replay.storage=memory.")
         from rlx.replay.device import DeviceArrays  # loads JAX
 
         return DeviceArrays(rows, carry, slots, block_rows, storing.device)

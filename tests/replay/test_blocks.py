@@ -379,10 +379,10 @@ def test_what_a_device_has_no_room_for_is_refused_with_both_numbers():
         make_ring(10**7, 2, ATARI_SEQUENCE, row_spec=ATARI_ROW, storing=storing)
 
 
-@pytest.mark.parametrize("host", [{"compress": "lz4"}, {"folder": "/tmp"}])
-def test_a_device_refuses_what_is_for_the_host(host):
-    with pytest.raises(ValueError, match=r"set replay\.compress=none and replay\.folder=null"):
-        make_ring(100, 2, sequence_spec(), storing=Storing(storage="device", **host))
+@pytest.mark.parametrize("storage", ["device", "mmap"])
+def test_frames_are_compressed_in_memory_only(storage):
+    with pytest.raises(ValueError, match=r"compress=lz4 needs replay\.storage=memory"):
+        make_ring(100, 2, sequence_spec(), storing=Storing(storage=storage, compress="lz4"))
 
 
 def test_the_budget_is_the_bytes_of_the_ring():
