@@ -44,10 +44,12 @@ def run(
 def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
     """Builds the parts in order, each told of the ones before it, and trains."""
     from rlx.assemble import assemble
+    from rlx.learner import reserve
     from rlx.loop import train
 
     if settings["deterministic"]:
         be_deterministic(settings)
+    reserve(settings["learner"])
     resume = settings["resume"]
     if resume == "auto" and not has_checkpoint(output_dir):
         resume = None  # it begins anew; resume=DIR demands a checkpoint

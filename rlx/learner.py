@@ -7,8 +7,10 @@ The only module that knows the learner's devices. Nothing here waits for a devic
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Annotated, Any
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from rlx.seeding import spawn_int
 from rlx.types import Batch, Params, Range, Runtime, TrainState, UpdateOutput, Weights
 
 AXIS = "devices"
+FINITE = "learner/finite"  # share of the updates
 
 trees.register()
 
@@ -44,20 +47,28 @@ class Learner:
         self,
         *,
         batch_size: Annotated[int, Range(ge=1)],
+        platform: Literal["cpu", "gpu"] | None,
         devices: Annotated[int, Range(ge=1)] | None,
+        memory_fraction: Annotated[float, Range(gt=0, le=1)] | None,
         publish_every_updates: Annotated[int, Range(ge=1)],
+        on_nonfinite: Literal["stop", "skip"],
         agent: Runtime[Agent],
         seed: Runtime[int],
     ) -> None:
+        """Raises ValueError for devices that are not there.
+
+        memory_fraction: seen to by `reserve`, before JAX takes the memory.
+        """
         self.batch_size = batch_size
         self.publish_every_updates = publish_every_updates
+        self.on_nonfinite: Literal["stop", "skip"] = on_nonfinite
         self.updates = 0
         self._agent = agent
-        self._devices = choose_devices(devices, batch_size)
+        self._devices = choose_devices(platform, devices, batch_size)
         mesh = Mesh(np.array(self._devices), (AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         self._update = jax.pmap(
-            functools.partial(agent.update, axis_name=AXIS),
+            functools.partial(_guarded, agent.update),
             axis_name=AXIS,
             donate_argnums=0,
             devices=self._devices,
@@ -101,6 +112,13 @@ class Learner:
         td = np.asarray(output.td)
         return td.reshape(-1, td.shape[-1])
 
+    def is_finite(self, output: UpdateOutput) -> bool:
+        """Whether that update had finite losses and gradients; waits for it.
+
+        If not it changed nothing but the count of updates.
+        """
+        return bool(np.asarray(output.metrics[FINITE]).all())
+
     def publish(self) -> Published:
         """A copy of the acting parameters as they are now; take it before the next update."""
         params = self._agent.acting_params(_shard_0(self._state))
@@ -127,9 +145,40 @@ class Learner:
         return jax.tree.map(copies, state)
 
 
-def choose_devices(count: int | None, batch_size: int) -> list[jax.Device]:
-    """The first `count` local devices (None: all). Raises ValueError if that cannot work."""
-    local = jax.local_devices()
+def _guarded(
+    update: Callable[..., tuple[TrainState, UpdateOutput]], state: TrainState, batch: Batch
+) -> tuple[TrainState, UpdateOutput]:
+    """The update; the state stays as it was where anything the agent measures is not finite."""
+    new, output = update(state, batch, axis_name=AXIS)
+    measured = [jnp.isfinite(x).all() for x in (output.td, *output.metrics.values())]
+    finite = jax.lax.pmin(jnp.stack(measured).all().astype(jnp.float32), AXIS)
+    kept = jax.tree.map(lambda x, old: jnp.where(finite > 0, x, old), new, state)
+    metrics = {**output.metrics, FINITE: finite}
+    return replace(kept, updates=new.updates), replace(output, metrics=metrics)
+
+
+def reserve(settings: Mapping[str, Any]) -> None:
+    """Lets JAX take only so much of a GPU's memory, as `learner.memory_fraction` asks.
+
+    JAX reads it when its backend starts: in a process that has used JAX it changes nothing.
+    """
+    if (fraction := settings["memory_fraction"]) is not None:
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(fraction)
+
+
+def choose_devices(platform: str | None, count: int | None, batch_size: int) -> list[jax.Device]:
+    """The first `count` (None: all) local devices of a platform (None: JAX's own choice).
+
+    Raises ValueError if they are not there, or cannot share the batch.
+    """
+    try:
+        local = jax.local_devices(backend=platform)
+    except RuntimeError as error:
+        there = jax.default_backend()
+        raise ValueError(
+            f"learner.platform={platform}, but this process has {there} devices only; install JAX "
+            f"for it (pip install 'jax[cuda12]'; unset JAX_PLATFORMS), or set {there}, or null."
+        ) from error
     if count is not None and count > len(local):
         raise ValueError(
             f"learner.devices={count}, but there are {len(local)} ({local[0].platform}); "

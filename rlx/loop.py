@@ -19,15 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from rlx import metrics
-from rlx.acting.faults import ActingFailed
+from rlx import metrics, nonfinite
 from rlx.checkpoint import Checkpoint, Checkpointer, Restored
 from rlx.evaluate import Evaluation
 from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Replay
 from rlx.learner import Learner, Published
+from rlx.problems import RunFailed
 from rlx.progress import Progress
 from rlx.replay.quota import Quota
 from rlx.replay.snapshots import Snapshots
+from rlx.types import Batch
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,16 @@ class Counters:
     wall_s: float = 0.0  # before this process
 
 
+@dataclass(frozen=True, kw_only=True)
+class InFlight:
+    """An update that was started; asking what became of it waits for its end."""
+
+    keys: np.ndarray  # i64[B] of its sequences
+    td: Callable[[], np.ndarray]
+    is_finite: Callable[[], bool]
+    batch: Batch | None  # None: of a run before this process
+
+
 class Stopped(Exception):
     """An evaluation was left because the run is to stop: where episodes have no end it has none."""
 
@@ -116,8 +127,7 @@ class Loop:
         self._score: float | None = None  # the same, until a checkpoint has it
         self._before = 0  # env steps at the last `keep`
         self._began = perf_counter()
-        # The keys of the last update and what waits for its TD errors, until those are applied.
-        self._waiting: tuple[np.ndarray, Callable[[], np.ndarray]] | None = None
+        self._in_flight: InFlight | None = None  # the last update, until its TD errors are applied
         self._published: Published | None = None
         self._acting_version = 0
         self._first_update = parts.learner.updates  # of this process
@@ -190,7 +200,12 @@ class Loop:
             output = learner.update(batch)
         quota.trained(learner.batch_size * self.parts.agent.sequence.unroll)
         self._settle()
-        self._waiting = (sample.keys, partial(learner.td, output))
+        self._in_flight = InFlight(
+            keys=sample.keys,
+            td=partial(learner.td, output),
+            is_finite=partial(learner.is_finite, output),
+            batch=sample.batch,
+        )
         if learner.updates % learner.publish_every_updates == 0:
             with self._stages.measure("publish"):
                 self._published = learner.publish()
@@ -244,7 +259,7 @@ class Loop:
 
     def fail(self, error: BaseException) -> None:
         """Writes what went wrong where `status.json` is read; keeps what was learnt."""
-        if isinstance(error, ActingFailed):  # the actors are gone, all else is well
+        if isinstance(error, RunFailed) and error.is_worth_saving:
             log.error("%s; saving a checkpoint", error)
             with suppress(Exception):
                 self.save()
@@ -291,10 +306,10 @@ class Loop:
 
     def _pending(self) -> dict[str, np.ndarray]:
         """The TD errors that are to be applied next."""
-        if self._waiting is None:
+        last = self._in_flight
+        if last is None or not last.is_finite():
             return {}
-        keys, wait_for_td = self._waiting
-        return {"pending_keys": keys, "pending_td": wait_for_td()}
+        return {"pending_keys": last.keys, "pending_td": last.td()}
 
     @property
     def wall_s(self) -> float:
@@ -341,17 +356,27 @@ class Loop:
 
     def _settle(self) -> None:
         """Ends the update in flight: its TD errors reach the replay, its weights the actors."""
-        if self._waiting is None:
+        if (last := self._in_flight) is None:
             return
-        keys, wait_for_td = self._waiting
-        self._waiting = None
+        self._in_flight = None
         with self._stages.measure("wait_learner"):
-            td = wait_for_td()
-        with self._stages.measure("sample"):
-            self.parts.replay.update_td(keys, td)
+            td = last.td()
+        if last.is_finite():
+            with self._stages.measure("sample"):
+                self.parts.replay.update_td(last.keys, td)
+        else:
+            self._heed_nonfinite(last)
         if self._published is not None:
             self._publish(self._published)
             self._published = None
+
+    def _heed_nonfinite(self, update: InFlight) -> None:
+        """Keeps its batch for inspection; raises NonFinite unless such updates are left out."""
+        path = nonfinite.keep_batch(self.parts.output_dir, update.keys, update.batch)
+        if self.parts.learner.on_nonfinite == "stop":
+            raise nonfinite.NonFinite(path)
+        if path is not None:
+            log.warning("an update was left out: loss or gradients are not finite; see %s", path)
 
     def _publish(self, published: Published) -> None:
         with self._stages.measure("publish"):
@@ -438,7 +463,9 @@ class Loop:
         self._metrics.restore(meta["metrics"])
         saved = resumed.replay_state or {}
         if (td := saved.get("pending_td")) is not None:
-            self._waiting = (saved["pending_keys"], lambda: td)
+            self._in_flight = InFlight(
+                keys=saved["pending_keys"], td=lambda: td, is_finite=lambda: True, batch=None
+            )
 
 
 @contextmanager

@@ -229,8 +229,9 @@ class _Mean:
             if hasattr(value, "copy_to_host_async"):
                 value.copy_to_host_async()
         for value in ready:
-            self.total += _number(value)
-            self.count += 1
+            if math.isfinite(number := _number(value)):
+                self.total += number
+                self.count += 1
 
     def take(self) -> float:
         self.fold()

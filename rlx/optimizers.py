@@ -3,29 +3,85 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
-from rlx.types import Range
+from rlx.types import Array, Params, Range
+
+NORM_DECAY = 0.99  # per update, of the average that `max_grad_norm_ratio` compares with
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adam:
-    """Adam after an optional clip by the global norm, with an optional linear decay to zero."""
+    """Adam after optional clips of the gradient, with a rate that may rise first and fall later."""
 
     learning_rate: Annotated[float, Range(gt=0, lt=1)]
     b1: Annotated[float, Range(ge=0, lt=1)]
     b2: Annotated[float, Range(ge=0, lt=1)]
     epsilon: Annotated[float, Range(gt=0)]
     max_grad_norm: Annotated[float, Range(gt=0)] | None  # None: no clipping
-    decay_updates: Annotated[int, Range(ge=1)] | None  # None: constant rate
+    max_grad_norm_ratio: Annotated[float, Range(gt=1)] | None  # to its moving average; None: any
+    warmup_updates: Annotated[int, Range(ge=0)]  # the rate rises from 0 for so long
+    decay_updates: Annotated[int, Range(ge=1)] | None  # then falls for so long; None: never
+    decay: Literal["linear", "cosine"]
+    final_learning_rate: Annotated[float, Range(ge=0, lt=1)]  # after that
 
     def build(self) -> optax.GradientTransformation:
-        rate: optax.ScalarOrSchedule = self.learning_rate
-        if self.decay_updates is not None:
-            rate = optax.linear_schedule(self.learning_rate, 0.0, self.decay_updates)
-        adam = optax.adam(rate, b1=self.b1, b2=self.b2, eps=self.epsilon)
-        if self.max_grad_norm is None:
-            return adam
-        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adam)
+        """The chain of optax, for gradients that are averaged over the devices already."""
+        adam = optax.adam(self.rate(), b1=self.b1, b2=self.b2, eps=self.epsilon)
+        clips = []
+        if self.max_grad_norm is not None:
+            clips.append(optax.clip_by_global_norm(self.max_grad_norm))
+        if self.max_grad_norm_ratio is not None:
+            clips.append(clip_by_average_norm(self.max_grad_norm_ratio))
+        return optax.chain(*clips, adam) if clips else adam
+
+    def rate(self) -> optax.ScalarOrSchedule:
+        """Of the n-th update, or one for all."""
+        first, last, updates = self.learning_rate, self.final_learning_rate, self.decay_updates
+        if updates is None:
+            falling = optax.constant_schedule(first)
+        elif self.decay == "linear":
+            falling = optax.linear_schedule(first, last, updates)
+        else:
+            falling = optax.cosine_decay_schedule(first, updates, alpha=last / first)
+        if self.warmup_updates:
+            rising = optax.linear_schedule(0.0, first, self.warmup_updates)
+            return optax.join_schedules([rising, falling], [self.warmup_updates])
+        return first if updates is None else falling
+
+
+class AverageNorm(NamedTuple):
+    """What `clip_by_average_norm` remembers."""
+
+    average: Array  # f32[]: of the norms after clipping, not yet corrected for its start at 0
+    updates: Array  # i32[]
+
+
+def clip_by_average_norm(ratio: float) -> optax.GradientTransformation:
+    """Scales gradients down to `ratio` times the moving average of their global norm.
+
+    The first update is as it is. One spike moves the average by what is left of it only.
+    """
+
+    def init(params: Params) -> AverageNorm:
+        del params
+        return AverageNorm(average=jnp.zeros((), jnp.float32), updates=jnp.zeros((), jnp.int32))
+
+    def update(
+        grads: Params, state: AverageNorm, params: Params | None = None
+    ) -> tuple[Params, AverageNorm]:
+        del params
+        norm = optax.tree.norm(grads)
+        seen = 1.0 - NORM_DECAY**state.updates
+        limit = jnp.where(state.updates > 0, ratio * state.average / seen, jnp.inf)
+        kept = jnp.minimum(norm, limit)
+        scale = jnp.where(norm > limit, limit / norm, 1.0)
+        grads = jax.tree.map(lambda x: x * scale.astype(x.dtype), grads)
+        average = NORM_DECAY * state.average + (1.0 - NORM_DECAY) * kept
+        return grads, AverageNorm(average=average, updates=state.updates + 1)
+
+    return optax.GradientTransformation(init, update)

@@ -38,6 +38,8 @@ class ConfigError(Exception):
 class RunFailed(RuntimeError):
     """A run that cannot go on, through no fault of its configuration; says why."""
 
+    is_worth_saving = False  # whether all that was learnt is well
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:

@@ -75,7 +75,11 @@ def adam(**changes: Any) -> Adam:
         "b2": 0.999,
         "epsilon": 1e-3,
         "max_grad_norm": 80.0,
+        "max_grad_norm_ratio": None,
+        "warmup_updates": 0,
         "decay_updates": None,
+        "decay": "linear",
+        "final_learning_rate": 0.0,
     }
     return Adam(**settings | changes)
 

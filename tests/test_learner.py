@@ -8,14 +8,22 @@ import jax
 import numpy as np
 import pytest
 
-from rlx.learner import Learner
+from rlx.learner import Learner, reserve
 from tests import parts
 
 UPDATES = 4
 
 
 def learner(devices: int | None = 1, **changes) -> Learner:
-    settings = {"batch_size": 8, "devices": devices, "publish_every_updates": 1, "seed": 3}
+    settings = {
+        "batch_size": 8,
+        "platform": None,
+        "devices": devices,
+        "memory_fraction": None,
+        "publish_every_updates": 1,
+        "on_nonfinite": "stop",
+        "seed": 3,
+    }
     return Learner(**settings | {"agent": parts.agent(target_period_updates=3)} | changes)
 
 
@@ -109,11 +117,46 @@ def test_restored_learner_goes_on_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, resumed.state(), whole.state())
 
 
+@pytest.mark.parametrize("name", ["importance", "reward"])
+def test_an_update_that_is_not_finite_changes_nothing_but_the_count(name):
+    subject = learner()
+    subject.update(subject.put(parts.batch(subject._agent, 8)))
+    before = subject.state()
+    bad = parts.batch(subject._agent, 8, seed=1)
+    if name == "importance":
+        bad.importance[3] = np.nan
+    else:
+        bad.rows.reward[2] = np.inf
+    output = subject.update(subject.put(bad))
+    assert not subject.is_finite(output)
+    after = subject.state()
+    assert (before.updates, after.updates, subject.updates) == (1, 2, 2)
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    jax.tree.map(np.testing.assert_array_equal, before.opt_state, after.opt_state)
+    assert subject.is_finite(subject.update(subject.put(parts.batch(subject._agent, 8))))
+
+
+def test_a_platform_that_is_not_there_is_refused():
+    assert [d.platform for d in learner(platform="cpu").devices] == ["cpu"]
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ValueError, match=r"platform=gpu, but this process has cpu devices"):
+            learner(platform="gpu")
+
+
+def test_a_share_of_a_gpus_memory_is_asked_for_before_jax_starts(monkeypatch):
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.delenv(name, raising=False)
+    reserve({"memory_fraction": None})
+    assert name not in os.environ
+    reserve({"memory_fraction": 0.3})
+    assert os.environ[name] == "0.3"
+
+
 def test_impossible_devices_and_batches_are_refused():
     with pytest.raises(ValueError, match=r"learner.devices=999, but there are \d+ \(cpu\)"):
         learner(999)
     from rlx.learner import choose_devices
 
-    assert len(choose_devices(None, 8)) == len(jax.local_devices())
+    assert len(choose_devices(None, None, 8)) == len(jax.local_devices())
     if len(jax.local_devices()) == 1:
-        assert choose_devices(1, 7)
+        assert choose_devices(None, 1, 7)

@@ -28,6 +28,7 @@ from rlx.envs.envpool import EnvPoolLanes
 from rlx.learner import Learner
 from rlx.loop import Loop
 from rlx.metrics import Metrics, read_rows, without_wall_clock
+from rlx.nonfinite import NonFinite
 from rlx.problems import ConfigError
 from rlx.replay.process import ReplayLost
 
@@ -238,7 +239,7 @@ def test_learner_replay_and_sampler_continue_bit_for_bit_from_the_same_blocks(tm
     for _ in range(60):  # ends with an update in flight, whose TD errors must not be lost
         loop.act()
         loop.learn()
-    while loop._waiting is None:
+    while loop._in_flight is None:
         loop.learn()
         loop.act()
     loop.save()
@@ -732,6 +733,42 @@ def test_learning_waits_for_the_warm_up(tmp_path):
     assert summary["updates"] > 0
     with pytest.raises(ConfigError, match=r"replay\.min_env_steps=1200: learning would never"):
         run(tmp_path / "never", "replay.min_env_steps=1200")
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """Makes these updates' losses NaN."""
+    put = Learner.put
+
+    def poisoned(self: Learner, batch: Any) -> Any:
+        if self.updates + 1 in numbers:
+            batch.importance[0] = np.nan
+        return put(self, batch)
+
+    monkeypatch.setattr(Learner, "put", poisoned)
+
+
+def test_an_update_that_is_not_finite_stops_the_run_with_its_batch_and_a_checkpoint(
+    tmp_path, monkeypatch
+):
+    poison(monkeypatch, 20)
+    with pytest.raises(NonFinite, match="changed nothing, its batch is in"):
+        run(tmp_path)
+    with np.load(tmp_path / "nonfinite" / "0.npz") as kept:
+        assert np.isnan(kept["importance"]).sum() == 1
+        assert kept["rows/reward"].shape[0] == len(kept["key"])
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+    assert run(None, f"resume={tmp_path}")["state"] == "finished"
+
+
+def test_updates_that_are_not_finite_may_be_left_out(tmp_path, monkeypatch, caplog):
+    poison(monkeypatch, *range(20, 40))
+    summary = run(tmp_path, "learner.on_nonfinite=skip", "logging.every_env_steps=200")
+    assert summary["state"] == "finished"
+    assert caplog.text.count("an update was left out") == 10
+    assert len(list((tmp_path / "nonfinite").iterdir())) == 10
+    found = rows(tmp_path)
+    assert min(row["learner/finite"] for row in found if row["updates"]) < 1
+    assert all(row["learner/loss"] is not None for row in found if row["learner/finite"])
 
 
 def test_a_run_that_learnt_nothing_says_so(tmp_path, caplog):

@@ -20,6 +20,8 @@ Cause = Literal["raised", "died", "hung", "lost_object"]
 class ActingFailed(RunFailed):
     """The pool cannot go on; says which actor, why, and what was in its log."""
 
+    is_worth_saving = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Restarts:

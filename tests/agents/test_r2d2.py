@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from rlx import trees
+from rlx.optimizers import clip_by_average_norm
 from rlx.types import Batch, QActing, TrainState
 from tests import parts
 
@@ -231,6 +232,47 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(first["w"], second["w"], rtol=1e-5)
     plain = parts.adam(max_grad_norm=None, decay_updates=10).build()
     assert isinstance(plain, optax.GradientTransformation)
+
+
+def test_gradients_are_clipped_by_the_moving_average_of_their_norm():
+    clip = clip_by_average_norm(2.0)
+    state, norms = clip.init({}), []
+    for norm in (1.0, 1.0, 1.5, 50.0, 50.0):
+        clipped, state = clip.update(
+            {"a": jnp.array([0.6 * norm]), "b": jnp.array(0.8 * norm)}, state
+        )
+        norms.append(float(optax.tree.norm(clipped)))
+    weights = [0.99**2, 0.99, 1.0]
+    third = 2 * (weights[0] * 1.0 + weights[1] * 1.0 + weights[2] * 1.5) / sum(weights)
+    np.testing.assert_allclose(norms[:4], [1.0, 1.0, 1.5, third], rtol=1e-5)
+    assert third < norms[4] < 1.5 * third
+    moved, _ = (
+        parts.adam(max_grad_norm_ratio=2.0)
+        .build()
+        .update(
+            {"w": jnp.ones(3)}, parts.adam(max_grad_norm_ratio=2.0).build().init({"w": jnp.ones(3)})
+        )
+    )
+    assert np.isfinite(moved["w"]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {0: 1.0, 1000: 1.0}),
+        ({"decay_updates": 100}, {0: 1.0, 50: 0.5, 100: 0.0, 1000: 0.0}),
+        (
+            {"decay_updates": 100, "decay": "cosine", "final_learning_rate": 1e-4},
+            {0: 1.0, 50: 0.55, 100: 0.1, 1000: 0.1},
+        ),
+        ({"warmup_updates": 10}, {0: 0.0, 5: 0.5, 10: 1.0, 1000: 1.0}),
+        ({"warmup_updates": 10, "decay_updates": 100}, {5: 0.5, 10: 1.0, 60: 0.5, 110: 0.0}),
+    ],
+)
+def test_the_rate_rises_and_falls_as_it_is_told(changes, expected):
+    rate = parts.adam(**changes).rate()
+    found = {n: float(rate(n) if callable(rate) else rate) / 1e-3 for n in expected}
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_wrong_settings_say_so():
