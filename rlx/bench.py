@@ -30,7 +30,6 @@ from rlx.acting.local_pool import LocalPool
 from rlx.acting.policy import Policy
 from rlx.config import build
 from rlx.interfaces import Agent
-from rlx.learner import Learner
 from rlx.types import ArraySpec, Batch, DiscreteSpec, EnvSpec, NetInput, Row, Weights
 
 SLICE_S = 0.5
@@ -163,9 +162,10 @@ def settings(group: str, name: str) -> Any:
     return yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text())
 
 
-def make_agent(setup: Setup) -> Agent:
-    """The setup's network and agent."""
-    network = build(settings("network", setup.network), "network", spec=setup.spec)
+def make_agent(setup: Setup, **changes: Any) -> Agent:
+    """The setup's network, with changes of its settings, and agent."""
+    own = settings("network", setup.network) | changes
+    network = build(own, "network", spec=setup.spec)
     return build(settings("agent", setup.agent), "agent", network=network, spec=setup.spec)
 
 
@@ -253,49 +253,6 @@ def raw_stepping(family: Any, lanes: int, policy: Policy | None) -> Work:
     return work
 
 
-def bench_learner(setup: Setup, seconds: float) -> list[dict[str, Any]]:
-    """The compiled update alone, on resident data (the roofline), and the learner's whole path."""
-    agent, size = make_agent(setup), setup.batch_size
-    own = settings("learner", "default") | {"batch_size": size}
-    learner: Learner = build(own, "learner", agent=agent, seed=0)
-    batch = random_batch(agent, size)
-    update = jax.jit(agent.update, donate_argnums=0)
-    held = {"state": jax.tree.map(jax.numpy.array, agent.init(jax.random.PRNGKey(0)))}
-    resident = jax.device_put(batch)
-    waiting: list[Any] = []
-    published: list[Any] = []
-
-    def alone() -> float:
-        held["state"], output = update(held["state"], resident)
-        jax.block_until_ready(output.td)
-        return 1
-
-    def path() -> float:
-        """As the loop does it: fresh host batches, TD errors one update late, publishing."""
-        output = learner.update(learner.put(batch))
-        if waiting:
-            learner.td(waiting.pop())
-        if published:
-            published.pop().weights()
-        waiting.append(output)
-        if learner.updates % learner.publish_every_updates == 0:
-            published.append(learner.publish())
-        return 1
-
-    def settle() -> None:
-        while waiting:
-            learner.td(waiting.pop())
-
-    variants: dict[str, Work] = {"compiled update": alone, "learner path": path}
-    rates = measure(variants, seconds, {"learner path": settle})
-    prefix = f"learner/{setup.name}"
-    found = rows(rates, prefix=prefix, unit="updates/s", roofline="compiled update")
-    trained = size * agent.sequence.unroll
-    return found + [
-        row | {"value": row["value"] * trained, "unit": "trained rows/s"} for row in found
-    ]
-
-
 Bench = Callable[[Setup, float], list[dict[str, Any]]]
 
 BENCHES = ("acting", "learner", "replay")
@@ -306,46 +263,65 @@ DEFAULTS = {
     "setup": "all",
     "acting": "local",
     "rows": "100000,1000000",
+    "batch": "",
+    "dtype": "float32",
+    "profile": "false",
 }
+DTYPES = ("float32", "bfloat16")
+SWITCH = ("false", "true")
 
 
 def main() -> None:
     """`what=acting|learner|replay seconds=10 setup=cartpole|pong|all`, and one more of each.
 
     `seconds`: for each setup (replay: for each storage); `acting=local|ray_pool`: of what=acting;
-    `rows=100000,1000000`: sizes of what=replay.
+    `rows=100000,1000000`: sizes of what=replay; of what=learner `batch=32,64` (sequences; none: the
+    setup's own), `dtype=float32,bfloat16` and `profile=true` (a trace, and what took longest).
     """
     names = [setup.name for setup in SETUPS]
     given = dict(text.partition("=")[::2] for text in sys.argv[1:])
     options = DEFAULTS | given
     what, chosen, seconds = options["what"], options["setup"], options["seconds"]
-    sizes = options["rows"].split(",")
     known = what in BENCHES and chosen in (*names, "all") and options.keys() == DEFAULTS.keys()
-    numbers = [_positive(seconds), *(size.isdigit() and int(size) > 0 for size in sizes)]
-    if not known or not all(numbers) or options["acting"] not in POOLS:
+    counts = [*options["rows"].split(","), *filter(None, options["batch"].split(","))]
+    numbers = [_positive(seconds), *(count.isdigit() and int(count) > 0 for count in counts)]
+    named = set(options["dtype"].split(",")) <= set(DTYPES) and options["profile"] in SWITCH
+    if not known or not all(numbers) or not named or options["acting"] not in POOLS:
         print(
             f"rlx.bench: got {' '.join(sys.argv[1:]) or 'nothing'}; accepted: "
             f"what={'|'.join(BENCHES)} seconds=10 setup={'|'.join(names)}|all "
-            f"acting={'|'.join(POOLS)} rows={DEFAULTS['rows']}",
+            f"acting={'|'.join(POOLS)} rows={DEFAULTS['rows']} batch=32,64 "
+            f"dtype={','.join(DTYPES)} profile={'|'.join(SWITCH)}",
             file=sys.stderr,
         )
         sys.exit(2)
-    runs = _benches(what, options["acting"], [int(size) for size in sizes])
     setups = [setup for setup in SETUPS if chosen in (setup.name, "all")]
+    runs = _benches(options)
     report(what, [row for setup in setups for run in runs for row in run(setup, float(seconds))])
 
 
-def _benches(what: str, acting: str, sizes: Sequence[int]) -> Sequence[Bench]:
+def _benches(options: Mapping[str, str]) -> Sequence[Bench]:
     """What to run; parts that not every machine has are imported only if they are asked for."""
+    what = options["what"]
     if what == "replay":
         from rlx.replay_bench import bench_replay
 
-        return [partial(bench_replay, rows=size) for size in sizes]
-    if (what, acting) == ("acting", "ray_pool"):
+        return [partial(bench_replay, rows=int(size)) for size in options["rows"].split(",")]
+    if what == "learner":
+        from rlx.learner_bench import bench_learner
+
+        profile = options["profile"] == "true"
+        batches = [int(size) if size else None for size in options["batch"].split(",")]
+        return [
+            partial(bench_learner, batch=batch, dtype=dtype, profile=profile)
+            for dtype in options["dtype"].split(",")
+            for batch in batches
+        ]
+    if options["acting"] == "ray_pool":
         from rlx.ray_bench import bench_ray
 
         return [bench_ray]
-    return [{"acting": bench_acting, "learner": bench_learner}[what]]
+    return [bench_acting]
 
 
 def _positive(text: str) -> bool:

@@ -64,6 +64,7 @@ class Learner:
         self.on_nonfinite: Literal["stop", "skip"] = on_nonfinite
         self.updates = 0
         self._agent = agent
+        self._newest: Any = None  # a future of the last update
         self._devices = choose_devices(platform, devices, batch_size)
         mesh = Mesh(np.array(self._devices), (AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
@@ -104,8 +105,14 @@ class Learner:
     def update(self, batch: Batch) -> UpdateOutput:
         """One update, without waiting: td [D, B / D, T] and metrics [D] are futures."""
         self._state, output = self._update(self._state, batch)
+        self._newest = output.td
         self.updates += 1
         return output
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the last update has not ended yet."""
+        return self._newest is not None and not self._newest.is_ready()
 
     def td(self, output: UpdateOutput) -> np.ndarray:
         """f32[B, T] of that update; waits for it."""

@@ -196,6 +196,7 @@ class Loop:
             sample = replay.sample(learner.batch_size)
         with self._stages.measure("learner_put"):
             batch = learner.put(sample.batch)
+        self._metrics.record("learner/device_busy", float(learner.is_busy))
         with self._stages.measure("learner_update"):
             output = learner.update(batch)
         quota.trained(learner.batch_size * self.parts.agent.sequence.unroll)

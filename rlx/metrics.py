@@ -57,7 +57,7 @@ NAMES: Mapping[str, str] = {
 }
 
 # The only names whose values differ between two runs of one seed: they come from a clock.
-WALL_CLOCK_PREFIXES = ("wall_s", "time/")
+WALL_CLOCK_PREFIXES = ("wall_s", "time/", "learner/device_busy")
 WALL_CLOCK_SUFFIXES = ("_s",)  # seconds, and with them every `_per_s`
 
 # Values that wait for one name before the oldest are converted: bounds memory, and half of them

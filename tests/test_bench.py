@@ -16,20 +16,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize(
-    ("what", "names"),
-    [
-        ("acting", ["envpool", "envpool + policy", "local pool"]),
-        ("learner", ["compiled update", "learner path"] * 2),
-    ],
-)
-def test_the_last_line_is_the_table_as_json(what, names):
-    done = run(f"what={what}", "seconds=0.5", "setup=cartpole")
+def test_the_last_line_is_the_table_as_json():
+    done = run("what=acting", "seconds=0.5", "setup=cartpole")
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.strip().splitlines()
     found = json.loads(last)
     assert set(found) == {"what", "machine", "rows"}
-    assert [row["name"] for row in found["rows"]] == [f"{what}/cartpole/{name}" for name in names]
+    names = [f"acting/cartpole/{name}" for name in ("envpool", "envpool + policy", "local pool")]
+    assert [row["name"] for row in found["rows"]] == names
     assert all(set(row) == {"name", "value", "unit", "ratio"} for row in found["rows"])
     assert all(row["value"] > 0 and row["ratio"] > 0 for row in found["rows"])
     assert len(table) == 1 + len(names)
@@ -38,7 +32,43 @@ def test_the_last_line_is_the_table_as_json(what, names):
     )
 
 
-@pytest.mark.parametrize("given", ["", "what=x", "what=acting seconds=0", "what=acting setup=x"])
+def test_updates_are_measured_beside_their_floor_and_profiled(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "rlx.bench", "what=learner", "seconds=0.5", "setup=cartpole",
+         "batch=4,8", "dtype=float32,bfloat16", "profile=true"],
+        capture_output=True, text=True, timeout=300, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    rows = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+    for kind in ("float32", "bfloat16"):
+        work = {}
+        for size in (4, 8):
+            prefix = f"learner/cartpole/{kind}/{size} sequences/"
+            own = [row for row in rows if row["name"].startswith(prefix)]
+            by_name = {(row["name"].removeprefix(prefix), row["unit"]): row for row in own}
+            for name in ("floor", "compiled update", "learner path"):
+                updates, trained = by_name[name, "updates/s"], by_name[name, "trained rows/s"]
+                assert trained["value"] == pytest.approx(20 * size * updates["value"])
+            assert by_name["compiled update", "updates/s"]["ratio"] == 1
+            assert by_name["floor", "updates/s"]["ratio"] > 1
+            work[size] = by_name["update", "GFLOP"]["value"]
+            spent = [row["value"] for row in own if row["unit"] == "ms/update"]
+            assert len(spent) == 10
+            assert spent == sorted(spent, reverse=True)
+        assert work[8] == pytest.approx(2 * work[4])
+    assert list(tmp_path.rglob("*.trace.json.gz"))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "what=x",
+        "what=learner batch=0",
+        "what=learner dtype=x",
+        "what=acting seconds=0",
+        "what=acting setup=x",
+    ],
+)
 def test_anything_else_is_refused_in_one_line(given):
     done = run(*given.split())
     assert done.returncode == 2

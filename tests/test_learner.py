@@ -136,6 +136,19 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_count(name):
     assert subject.is_finite(subject.update(subject.put(parts.batch(subject._agent, 8))))
 
 
+def test_it_is_busy_until_its_last_update_has_ended():
+    subject = learner()
+    assert not subject.is_busy
+    output = subject.update(subject.put(parts.batch(subject._agent, 8)))
+    subject.td(output)
+    assert not subject.is_busy
+    batch = subject.put(parts.batch(subject._agent, 512))
+    outputs = [subject.update(batch) for _ in range(3)]
+    assert subject.is_busy
+    subject.td(outputs[-1])
+    assert not subject.is_busy
+
+
 def test_a_platform_that_is_not_there_is_refused():
     assert [d.platform for d in learner(platform="cpu").devices] == ["cpu"]
     if jax.default_backend() == "cpu":

@@ -1,0 +1,144 @@
+"""How fast updates are, against what the device's arithmetic allows:
+`python -m rlx.bench what=learner batch=32,64 dtype=float32,bfloat16`.
+
+For each batch size and compute dtype, in turn: the compiled update on data that lies on the device
+(the roofline of the learner's path), and the learner's path as the loop takes it. The floor is the
+update's products and convolutions at the rate of one large matrix product, measured beside them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlx import bench
+from rlx.config import build
+from rlx.flops import count_flops
+from rlx.interfaces import Agent
+from rlx.learner import Learner
+
+PRODUCT = {"cpu": 2048, "gpu": 8192}  # rows and columns of the matrices that are multiplied
+PROFILED_UPDATES = 3
+SHOWN = 10  # operations
+
+
+def bench_learner(
+    setup: bench.Setup, seconds: float, batch: int | None, dtype: str, profile: bool
+) -> list[dict[str, Any]]:
+    """The floor, the compiled update and the learner's path: updates/s, then trained rows/s."""
+    agent = bench.make_agent(setup, compute_dtype=dtype)
+    size = setup.batch_size if batch is None else batch
+    prefix = f"learner/{setup.name}/{dtype}/{size} sequences"
+    update = Compiled(agent, size)
+    path = LoopPath(agent, size)
+    product = Product(dtype)
+    variants: dict[str, bench.Work] = {
+        "compiled update": update.work,
+        "learner path": path.work,
+        "product": product.work,
+    }
+    rates = bench.measure(variants, seconds, {"learner path": path.settle})
+    flop_rates = [rate * product.flops for rate in rates.pop("product")]
+    rates = {"floor": [rate / update.flops for rate in flop_rates], **rates}
+    found = bench.rows(rates, prefix=prefix, unit="updates/s", roofline="compiled update")
+    trained = size * agent.sequence.unroll
+    rows = [row | {"value": row["value"] * trained, "unit": "trained rows/s"} for row in found]
+    told = [
+        {"name": f"{prefix}/one product", "value": max(flop_rates) / 1e9, "unit": "GFLOP/s"},
+        {"name": f"{prefix}/update", "value": update.flops / 1e9, "unit": "GFLOP"},
+    ]
+    if profile:
+        told += [row | {"name": f"{prefix}/{row['name']}"} for row in _profiled(update, prefix)]
+    return [*found, *rows, *({**row, "ratio": row.get("ratio")} for row in told)]
+
+
+class Compiled:
+    """The agent's update alone, on data that lies on the device."""
+
+    def __init__(self, agent: Agent, size: int) -> None:
+        self._update = jax.jit(agent.update, donate_argnums=0)
+        self._batch = jax.device_put(bench.random_batch(agent, size))
+        self._state = jax.tree.map(jnp.array, agent.init(jax.random.PRNGKey(0)))
+        self.flops = count_flops(agent.update, self._state, self._batch)
+
+    def work(self) -> float:
+        self._state, output = self._update(self._state, self._batch)
+        jax.block_until_ready(output.td)
+        return 1
+
+
+class LoopPath:
+    """As the loop does it: fresh host batches, TD errors one update late, publishing."""
+
+    def __init__(self, agent: Agent, size: int) -> None:
+        own = bench.settings("learner", "default") | {"batch_size": size}
+        self._learner: Learner = build(own, "learner", agent=agent, seed=0)
+        self._batch = bench.random_batch(agent, size)
+        self._waiting: list[Any] = []
+        self._published: list[Any] = []
+
+    def work(self) -> float:
+        learner = self._learner
+        output = learner.update(learner.put(self._batch))
+        self.settle()
+        if self._published:
+            self._published.pop().weights()
+        self._waiting.append(output)
+        if learner.updates % learner.publish_every_updates == 0:
+            self._published.append(learner.publish())
+        return 1
+
+    def settle(self) -> None:
+        while self._waiting:
+            self._learner.td(self._waiting.pop())
+
+
+class Product:
+    """One large matrix product."""
+
+    def __init__(self, dtype: str) -> None:
+        size = PRODUCT.get(jax.default_backend(), PRODUCT["gpu"])
+        self.flops = 2.0 * size**3
+        self._x = jnp.ones((size, size), dtype)
+        self._product = jax.jit(jnp.matmul)
+
+    def work(self) -> float:
+        jax.block_until_ready(self._product(self._x, self._x))
+        return 1
+
+
+# --- profile -------------------------------------------------------------------------------------
+
+
+def _profiled(update: Compiled, prefix: str) -> list[dict[str, Any]]:
+    """Leaves XLA's trace of a few updates, and answers the operations that took longest."""
+    folder = Path("profile") / prefix.replace(" ", "_")
+    began = perf_counter()
+    with jax.profiler.trace(str(folder)):
+        for _ in range(PROFILED_UPDATES):
+            update.work()
+    whole_ms = 1e3 * (perf_counter() - began)
+    print(f"rlx.bench: a trace is in {folder}; open it with Perfetto or TensorBoard")
+    spent = _spent_ms(max(folder.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime))
+    return [
+        {"name": name, "value": ms / PROFILED_UPDATES, "unit": "ms/update", "ratio": ms / whole_ms}
+        for name, ms in spent.most_common(SHOWN)
+    ]
+
+
+def _spent_ms(trace: Path) -> Counter[str]:
+    """Milliseconds of each of XLA's operations, over all threads or streams."""
+    with gzip.open(trace) as file:
+        events = json.load(file)["traceEvents"]
+    spent: Counter[str] = Counter()
+    for event in events:
+        if (name := event.get("args", {}).get("hlo_op")) is not None:
+            spent[name] += event["dur"] / 1e3
+    return spent
