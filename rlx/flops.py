@@ -15,7 +15,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def count_flops(function: Callable[..., Any], *given: Any) -> float:
-    """Multiplications and additions in dot products and convolutions, elementwise work left out."""
+    """Multiplications and additions in products and convolutions, elementwise work left out.
+
+    Of branches the cheapest counts: the result is what must be done at least.
+    """
     return _of(jax.make_jaxpr(function)(*given).jaxpr)
 
 
@@ -30,7 +33,7 @@ def _of(jaxpr: Jaxpr) -> float:
         else:
             times = equation.params["length"] if name == "scan" else 1
             inner = [_of(each) for each in _inside(equation.params)]
-            total += max(inner) if name == "cond" and inner else times * sum(inner)
+            total += min(inner) if name == "cond" and inner else times * sum(inner)
     return total
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from rlx.networks.convolution import convolve_all, to_nhwc
 from rlx.types import Array, Range
 
 
@@ -34,12 +35,6 @@ def split_images(observation: Mapping[str, Array]) -> tuple[Array, dict[str, Arr
         )
     others = {name: leaf for name, leaf in observation.items() if name != images[0]}
     return observation[images[0]], others
-
-
-def to_nhwc(image: Array, dtype: Any) -> Array:
-    """[batch, C, H, W], bytes scaled to 0..1 -> [batch, H, W, C]."""
-    scale = 1 / 255 if image.dtype == jnp.uint8 else 1.0
-    return jnp.moveaxis(image, 1, -1).astype(dtype) * jnp.asarray(scale, dtype)
 
 
 class MLP(Torso, kw_only=True):
@@ -79,6 +74,20 @@ class OneHotMLP(Torso, kw_only=True):
         return x
 
 
+class ConvParams(nn.Module, kw_only=True):
+    """A kernel [size, size, inputs, outputs] and a bias, begun as flax begins its own."""
+
+    size: int
+    inputs: int
+    outputs: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array]:
+        shape = (self.size, self.size, self.inputs, self.outputs)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        return kernel, self.param("bias", nn.initializers.zeros, (self.outputs,), jnp.float32)
+
+
 class NatureCNN(Torso, kw_only=True):
     """Convolutions with ReLU, VALID padding; the defaults in the YAML are DQN's (Nature, 2015)."""
 
@@ -94,11 +103,14 @@ class NatureCNN(Torso, kw_only=True):
                 f"{self.channels}, {self.kernels}, {self.strides}."
             )
         image, others = split_images(observation)
-        x = to_nhwc(image, dtype)
-        for channels, kernel, stride in zip(self.channels, self.kernels, self.strides, strict=True):
-            shape = (kernel, kernel)
-            x = nn.Conv(channels, shape, (stride, stride), padding="VALID", dtype=dtype)(x)
-            x = nn.relu(x)
+        kernels, biases, inputs = [], [], image.shape[1]
+        for i, (outputs, size) in enumerate(zip(self.channels, self.kernels, strict=True)):
+            layer = ConvParams(size=size, inputs=inputs, outputs=outputs, name=f"Conv_{i}")
+            kernel, bias = layer()
+            kernels.append(kernel)
+            biases.append(bias)
+            inputs = outputs
+        x = convolve_all(image, kernels, biases, self.strides, dtype)
         x = x.reshape(x.shape[0], -1)
         return jnp.concatenate([x, flat_leaves(others, dtype)], axis=-1) if others else x
 

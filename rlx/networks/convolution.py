@@ -1,0 +1,165 @@
+"""Stacks of convolutions that are fast where they run.
+
+On GPUs they are XLA's own. On the CPU XLA computes a convolution as fast as its matrix products,
+but its gradients at a tenth of that, and large intermediate results cost more than the arithmetic,
+because their memory is taken anew from the system for each update. So there
+
+- gradients are written as what is fast: the input's as a convolution with stride 1, the kernel's as
+  one product of the input with shifted copies of the output's gradient, both after moving the
+  strides into the channels (space to depth);
+- a few images at a time go through the whole stack, forwards and, once more, backwards.
+
+Which platform it is is known only when XLA compiles, so both are traced.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rlx.types import Array
+
+CHUNK = 16  # images that go through the stack together on the CPU: about a core's cache
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def convolve_all(
+    images: Array,
+    kernels: Sequence[Array],
+    biases: Sequence[Array],
+    strides: Sequence[int],
+    dtype: Any,
+) -> Array:
+    """ReLU(convolution + bias), VALID, layer by layer, computed in `dtype`.
+
+    images [n, C, H, W], of bytes (scaled to 0..1) or floats; kernels [k, k, C, D], biases [D]
+    -> [n, H', W', D'].
+    """
+    how: Any = {"strides": tuple(strides), "dtype": dtype}
+    whole: Any = functools.partial(_stack, **how, convolve=convolve)
+    chunks = functools.partial(_by_chunks, **how)
+    layers = list(zip(kernels, biases, strict=True))
+    if len(images) <= CHUNK:  # acting: nothing to divide, and nothing to differentiate
+        return whole(images, layers)
+    result: Array = lax.platform_dependent(images, layers, cpu=chunks, default=whole)
+    return result
+
+
+def convolve(x: Array, kernel: Array, stride: int) -> Array:
+    """XLA's convolution: [n, H, W, C] with [k, k, C, D], VALID."""
+    return lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=LAYOUT)
+
+
+def to_nhwc(images: Array, dtype: Any) -> Array:
+    """[n, C, H, W], bytes scaled to 0..1 -> [n, H, W, C]."""
+    scale = 1 / 255 if images.dtype == jnp.uint8 else 1.0
+    return jnp.moveaxis(images, 1, -1).astype(dtype) * jnp.asarray(scale, dtype)
+
+
+def _stack(
+    images: Array, layers: Any, *, strides: tuple[int, ...], dtype: Any, convolve: Any
+) -> Array:
+    x = to_nhwc(images, dtype)
+    for (kernel, bias), stride in zip(layers, strides, strict=True):
+        x = convolve(x, kernel.astype(dtype), stride)
+        # In float32: the gradient of a bias is a sum that bfloat16 would lose.
+        x = jax.nn.relu(x.astype(jnp.float32) + bias[None, None, None]).astype(dtype)
+    return x
+
+
+def _by_chunks(images: Array, layers: Any, *, strides: tuple[int, ...], dtype: Any) -> Array:
+    """The same, a few images at a time; nothing but the images is kept for the gradients."""
+    how: Any = {"strides": strides, "dtype": dtype, "convolve": convolve_on_cpu}
+
+    @jax.checkpoint
+    def stack(some: Array) -> Array:
+        return _stack(some, layers, **how)
+
+    whole = len(images) - len(images) % CHUNK
+    chunks = images[:whole].reshape(-1, CHUNK, *images.shape[1:])
+    x = lax.map(stack, chunks)
+    x = x.reshape(whole, *x.shape[2:])
+    return x if whole == len(images) else jnp.concatenate([x, stack(images[whole:])])
+
+
+# --- a convolution whose gradients are fast on the CPU -------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve_on_cpu(x: Array, kernel: Array, stride: int) -> Array:
+    """As `convolve`, of the same values and gradients."""
+    return convolve(x, kernel, stride)
+
+
+def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
+    return convolve(x, kernel, stride), (x, kernel)
+
+
+def _backward(stride: int, kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    if kernel.shape[0] % stride:  # the strides cannot be moved into the channels
+        _, both = jax.vjp(lambda x, kernel: convolve(x, kernel, stride), x, kernel)
+        return both(grad)
+    return _grad_of_input(grad, kernel, stride, x.shape), _grad_of_kernel(x, grad, kernel, stride)
+
+
+convolve_on_cpu.defvjp(_forward, _backward)
+
+
+def _grad_of_input(grad: Array, kernel: Array, stride: int, shape: tuple[int, ...]) -> Array:
+    deep = _kernel_to_depth(kernel, stride)
+    edge = deep.shape[0] - 1
+    x = lax.conv_general_dilated(
+        grad,
+        deep[::-1, ::-1].transpose(0, 1, 3, 2),
+        (1, 1),
+        [(edge, edge)] * 2,
+        dimension_numbers=LAYOUT,
+    )
+    n, high, wide, _ = x.shape
+    x = x.reshape(n, high, wide, stride, stride, shape[-1]).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(n, high * stride, wide * stride, shape[-1])
+    rest = [(0, of - got) for of, got in zip(shape, x.shape, strict=True)]
+    return jnp.pad(x, rest)  # rows and columns that no kernel reached
+
+
+def _grad_of_kernel(x: Array, grad: Array, kernel: Array, stride: int) -> Array:
+    """Of each place in the kernel: the input times the gradient, moved there."""
+    size, places = kernel.shape[0], kernel.shape[0] // stride
+    high, wide = ((of - size) // stride * stride + size for of in x.shape[1:3])
+    deep = _to_depth(x[:, :high, :wide], stride)
+    moved = jnp.concatenate(
+        [
+            jnp.pad(grad, ((0, 0), (i, places - 1 - i), (j, places - 1 - j), (0, 0)))
+            for i in range(places)
+            for j in range(places)
+        ],
+        axis=-1,
+    )
+    axes = (0, 1, 2)
+    product = lax.dot_general(
+        deep, moved, ((axes, axes), ((), ())), preferred_element_type=jnp.float32
+    )
+    inputs, outputs = kernel.shape[2:]
+    product = product.reshape(stride, stride, inputs, places, places, outputs)
+    return product.transpose(3, 0, 4, 1, 2, 5).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _to_depth(x: Array, stride: int) -> Array:
+    """[n, H, W, C] -> [n, H / s, W / s, s * s * C]."""
+    n, high, wide, channels = x.shape
+    x = x.reshape(n, high // stride, stride, wide // stride, stride, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, high // stride, wide // stride, -1)
+
+
+def _kernel_to_depth(kernel: Array, stride: int) -> Array:
+    """[k, k, C, D] -> [k / s, k / s, s * s * C, D]."""
+    size, _, inputs, outputs = kernel.shape
+    places = size // stride
+    deep = kernel.reshape(places, stride, places, stride, inputs, outputs)
+    return deep.transpose(0, 2, 1, 3, 4, 5).reshape(places, places, -1, outputs)

@@ -1,0 +1,100 @@
+"""Convolutions that are written anew for the CPU, against XLA's own."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlx.networks import convolution
+from rlx.networks.convolution import CHUNK, convolve, convolve_all, convolve_on_cpu
+from rlx.networks.torsos import NatureCNN
+
+RNG = np.random.default_rng(0)
+NATURE = {"channels": (32, 64, 64), "kernels": (8, 4, 3), "strides": (4, 2, 1)}
+
+
+def noise(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "high", "wide"),
+    [(8, 4, 84, 84), (4, 2, 20, 20), (3, 1, 9, 9), (8, 4, 87, 85), (4, 2, 11, 8), (3, 2, 10, 9)],
+)
+def test_gradients_are_those_of_xla(size, stride, high, wide):
+    x, kernel = noise(3, high, wide, 5), noise(size, size, 5, 7)
+
+    def loss(convolve: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.sin(convolve(x, kernel, stride)).sum()
+
+    expected = jax.grad(loss, argnums=(1, 2))(convolve, x, kernel)
+    found = jax.jit(jax.grad(loss, argnums=(1, 2)), static_argnums=0)(convolve_on_cpu, x, kernel)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
+    np.testing.assert_array_equal(convolve_on_cpu(x, kernel, stride), convolve(x, kernel, stride))
+
+
+@pytest.mark.parametrize("n", [CHUNK, 2 * CHUNK, 2 * CHUNK + 3])
+@pytest.mark.parametrize(("kind", "dtype"), [("uint8", "float32"), ("float32", "float32"),
+                                             ("uint8", "bfloat16")])  # fmt: skip
+def test_a_few_images_at_a_time_give_what_all_of_them_do(n, kind, dtype):
+    images = RNG.integers(0, 256, (n, 2, 36, 36)).astype(kind)
+    layers = [0.1 * noise(4, 4, 2, 8), 0.1 * noise(3, 3, 8, 8)], [noise(8), noise(8)]
+
+    def whole(kernels: Any, biases: Any) -> jax.Array:
+        layers = list(zip(kernels, biases, strict=True))
+        how = {"strides": (2, 1), "dtype": jnp.float32, "convolve": convolve}
+        return convolution._stack(images, layers, **how)
+
+    def loss(apply: Any, layers: Any) -> jax.Array:
+        return jnp.square(apply(*layers).astype(jnp.float32)).mean()
+
+    chunks = functools.partial(convolve_all, images, strides=(2, 1), dtype=dtype)
+    found, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, apply)))(layers)
+        for apply in (chunks, whole)
+    )
+    rough = 1e-4 if dtype == "float32" else 0.03
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=rough, atol=rough * np.abs(b).max())
+
+
+def test_on_the_cpu_it_is_the_few_at_a_time_that_are_compiled():
+    images, kernels, biases = noise(4 * CHUNK, 1, 12, 12), [noise(3, 3, 1, 2)], [noise(2)]
+    made = jax.jit(lambda *given: convolve_all(*given, strides=(1,), dtype=jnp.float32))
+    text = made.lower(images, kernels, biases).as_text()
+    assert ("stablehlo.while" in text) == (jax.default_backend() == "cpu")
+    small = made.lower(images[:CHUNK], kernels, biases).as_text()
+    assert "stablehlo.while" not in small
+
+
+class OfFlax(nn.Module):
+    """The same torso of flax's own layers."""
+
+    @nn.compact
+    def __call__(self, image: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(image, 1, -1) / 255
+        for channels, size, stride in zip(*NATURE.values(), strict=True):
+            x = nn.relu(nn.Conv(channels, (size, size), (stride, stride), padding="VALID")(x))
+        return x.reshape(len(x), -1)
+
+
+def test_parameters_and_features_are_those_of_flax():
+    image = jnp.asarray(RNG.integers(0, 256, (CHUNK + 2, 4, 84, 84), np.uint8))
+    torso, key = NatureCNN(**NATURE), jax.random.PRNGKey(3)
+    params = torso.init(key, {"image": image[:1]}, jnp.float32)
+    expected = OfFlax().init(key, image[:1].astype(jnp.float32))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    np.testing.assert_allclose(
+        torso.apply(params, {"image": image}, jnp.float32),
+        OfFlax().apply(expected, image.astype(jnp.float32)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
