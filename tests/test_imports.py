@@ -16,10 +16,10 @@ FILES = sorted((ROOT / "rlx").rglob("*.py"))
 # A module imports only from lower layers, or from its own package.
 LAYERS = [
     {"types", "problems", "_paths", "provenance", "seeding"},
-    {"trees", "interfaces", "ops", "hints", "targets"},
+    {"trees", "interfaces", "ops", "hints", "targets", "flops"},
     {"config", "optimizers", "metrics", "statistics"},
     {"networks", "replay", "envs", "progress"},
-    {"checkpoint"},
+    {"checkpoint", "nonfinite"},
     {"agents", "acting", "learner"},
     {"evaluate"},
     {"ray_evaluator"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"assemble", "composing"},
     {"api"},
     {"train", "report", "bench"},
-    {"ray_bench", "replay_bench"},
+    {"ray_bench", "replay_bench", "learner_bench"},
 ]
 ENTRY_POINTS = {"evaluate", "report", "bench", "train"}  # may import api inside a function
 
@@ -39,7 +39,9 @@ HOMES = {
     "omegaconf": HYDRA,
 }
 DEVICE_CALLS = {"jit", "pmap", "device_put"}
-DEVICE_HOMES = {"bench", "replay_bench", "learner", "acting/policy", "replay/device", "evaluate"}
+DEVICE_HOMES = {"learner", "acting/policy", "replay/device", "evaluate"} | {
+    f"{what}bench" for what in ("", "replay_", "learner_")
+}
 WITHOUT_JAX = {
     *("types", "seeding", "interfaces"),
     *("acting/actor", "acting/blocks", "acting/faults", "acting/remote", "acting/remote_env"),
