@@ -237,7 +237,7 @@ class Caller:
             ) from error
         except (EOFError, ConnectionError) as error:
             self._wire.close()
-            raise ReplayLost(f"{self._ended()}") from error
+            raise ReplayLost(self._ended()) from error
 
     def _next(self, feed: Iterator[Any]) -> Any:
         try:
