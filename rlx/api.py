@@ -53,6 +53,10 @@ def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
     resume = settings["resume"]
     if resume == "auto" and not has_checkpoint(output_dir):
         resume = None  # it begins anew; resume=DIR demands a checkpoint
+    if settings["learner"]["processes"] > 1:
+        from rlx.ray_learners import run_group
+
+        return run_group(settings, output_dir, resume=resume is not None)
     parts = assemble(settings, output_dir, resume=resume is not None)
     with parts:
         provenance.save(output_dir)  # nothing is refused any more: the folder counts as used

@@ -24,12 +24,13 @@ from rlx.acting.recorded import Recorded
 from rlx.checkpoint import Checkpointer, CheckpointError, Restored
 from rlx.config import build, prepare
 from rlx.evaluate import Evaluation
-from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator
+from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers
 from rlx.learner import Learner
-from rlx.loop import Parts
+from rlx.loop import Alone, Parts
 from rlx.problems import refuse
 from rlx.replay.process import ReplayProcess
 from rlx.replay.quota import Quota
+from rlx.shares import share_exploration, share_folder, share_seed
 from rlx.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -48,9 +49,15 @@ def build_agent(settings: Mapping[str, Any]) -> tuple[EnvFamily, Agent]:
     return family, build(settings["agent"], "agent", network=network, spec=spec)
 
 
-def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> Parts:
-    """Everything of a run; raises ConfigError for what cannot work."""
-    seed = settings["seed"]
+def assemble(
+    settings: Mapping[str, Any], output_dir: Path, *, resume: bool, peers: Peers | None = None
+) -> Parts:
+    """Everything of a run; raises ConfigError for what cannot work.
+
+    peers: with them it is everything of one learner process, whose settings are its share
+    (`rlx.shares`); output_dir is the run's all the same.
+    """
+    seed, peers = settings["seed"], peers or Alone()
     evaluation, checkpoint, logging_ = (
         build(settings[group], group) for group in ("evaluation", "checkpoint", "logging")
     )
@@ -58,15 +65,18 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
     family, agent = build_agent(settings)
     _check_network(agent)
     learner = build(settings["learner"], "learner", agent=agent, seed=seed)
-    resumed = _restore(output_dir, learner, with_replay=checkpoint.replay) if resume else None
-    exploration = build(settings["exploration"], "exploration")
+    resumed = _restore(output_dir, learner, peers, checkpoint.replay) if resume else None
+    exploration = share_exploration(build(settings["exploration"], "exploration"), peers)
+    own_seed = share_seed(seed, peers)
+    if peers.rank != 0:  # whose newest checkpoint the first process may not have got yet
+        checkpoint = dataclasses.replace(checkpoint, keep=max(2, checkpoint.keep))
     chain = resumed.meta["chain"] + 1 if resumed else 0
     with ExitStack() as undo:  # closes what there is, if something cannot be had
         replay = make_replay(
             settings["replay"],
             agent,
             lanes=settings["acting"]["instances"] * settings["acting"]["envs_per_actor"],
-            seed=seed,
+            seed=own_seed,
             devices=learner.devices,
             batch_size=learner.batch_size,
         )
@@ -82,7 +92,7 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
                 family=family,
                 agent=agent,
                 exploration=exploration,
-                seed=seed,
+                seed=own_seed,
                 chain=chain,
                 env_steps=resumed.env_steps if resumed else 0,
             )
@@ -95,11 +105,14 @@ def assemble(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) -> 
         )
         if resumed and resumed.replay_state is not None:  # else its account opens anew, too
             quota.restore(resumed.meta["quota"])
-        evaluator = _build_evaluator(settings, evaluation, family, agent)
+        evaluator = None
+        if peers.rank == 0:
+            evaluator = _build_evaluator(settings, evaluation, family, agent)
         undo.pop_all()
     return Parts(
         evaluator=evaluator,
-        output_dir=output_dir,
+        output_dir=share_folder(output_dir, peers.rank),
+        peers=peers,
         seed=seed,
         total_env_steps=settings["total_env_steps"],
         stop_after_s=settings["stop_after_s"],
@@ -246,12 +259,36 @@ def _restore_replay(replay: Any, resumed: Restored) -> None:
         raise refuse("resume", says) from error
 
 
-def _restore(output_dir: Path, learner: Learner, *, with_replay: bool) -> Restored:
+def _restore(output_dir: Path, learner: Learner, peers: Peers, with_replay: bool) -> Restored:
+    """The newest checkpoint of process 0, and of each other process its own part of it."""
+    checkpoints, like = Checkpointer(output_dir, None), learner.state()
     try:
-        checkpoints = Checkpointer(output_dir, None)
-        restored = checkpoints.restore(learner.state(), with_replay=with_replay)
+        restored: Restored | None = None
+        if peers.rank == 0:
+            restored = checkpoints.restore(like, with_replay=with_replay)
+        chosen = peers.exchange(restored.path.name if restored else "")[0]
+        if restored is None:
+            path = checkpoints.folder / chosen
+            restored = checkpoints.restore(like, path, with_replay=False)
+            restored = _own_part(share_folder(output_dir, peers.rank), restored, with_replay)
     except CheckpointError as error:
         raise refuse("resume", str(error)) from error
+    saved_by = restored.meta.get("processes", 1)
+    if restored.replay_state is not None and saved_by != peers.count:
+        says = f"the replay was saved in parts by {saved_by} learner processes, now {peers.count}; "
+        raise refuse("resume", says + "use as many, or checkpoint.replay=false to fill it anew")
     learner.restore(restored.state)
     log.info("resuming from %s", restored.path)
     return restored
+
+
+def _own_part(folder: Path, restored: Restored, with_replay: bool) -> Restored:
+    """With what this process had saved of its own, if it was there then."""
+    checkpoints = Checkpointer(folder, None)
+    path = checkpoints.folder / restored.path.name
+    if not path.exists():
+        return restored
+    own = checkpoints.restore({}, path, with_replay=with_replay)  # the training state is one
+    return dataclasses.replace(
+        restored, meta=own.meta, replay_state=own.replay_state, segments=own.segments, path=path
+    )

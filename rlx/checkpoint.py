@@ -386,8 +386,9 @@ def _write_state(folder: Path, state: Any) -> None:
         arrays[path] = np.asarray(jax.random.key_data(leaf) if kind else leaf)
     _write_text(folder / "leaves.json", json.dumps(leaves, indent=1))
     # orbax refuses arrays without elements; leaves.json says all there is to know of them.
-    with _orbax() as orbax:
-        orbax.save(folder / "state", {k: v for k, v in arrays.items() if v.size})
+    if some := {k: v for k, v in arrays.items() if v.size}:
+        with _orbax() as orbax:
+            orbax.save(folder / "state", some)
 
 
 @contextlib.contextmanager
@@ -399,11 +400,28 @@ def _orbax() -> Iterator[Any]:
     try:
         import orbax.checkpoint as ocp
 
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
-        with ocp.Checkpointer(handler) as checkpointer:
+        options = _alone()
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=True, use_zarr3=True, multiprocessing_options=options
+        )
+        with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
             yield checkpointer
     finally:
         logger.setLevel(level)
+
+
+def _alone() -> Any:
+    """One of several learner processes by itself; orbax would wait for the others to join in.
+
+    Only the first one can write.
+    """
+    import jax
+    from orbax.checkpoint.options import MultiprocessingOptions
+
+    own = jax.process_index()
+    return MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
+    )
 
 
 def _flatten(state: Any) -> tuple[dict[str, Any], Callable[[list[Any]], Any]]:
@@ -541,6 +559,8 @@ def _read_state(folder: Path, like_state: Any) -> Any:
 
 
 def _read_orbax(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
+    if not names:
+        return {}
     # Read as host arrays: how many devices wrote them does not matter.
     with _orbax() as orbax:
         import orbax.checkpoint as ocp

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from rlx.types import (
     UpdateOutput,
     Weights,
 )
+
+T = TypeVar("T")
 
 
 class Env(Protocol):
@@ -195,6 +197,17 @@ class ActingPool(Protocol):
 
     def stats(self) -> Mapping[str, float | None]: ...
     def close(self, timeout_s: float) -> None: ...
+
+
+class Peers(Protocol):
+    """The learner processes of a run, each with actors and a part of the replay of its own."""
+
+    rank: int  # of this process, 0 .. count - 1
+    count: int
+    restarts: int  # of all of them, so far
+
+    def exchange(self, mine: T) -> Sequence[T]:
+        """What each of them gives, by rank; waits for the last one."""
 
 
 class Evaluator(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlx import trees
 from rlx.interfaces import Agent
 from rlx.seeding import spawn_int
-from rlx.types import Batch, Params, Range, Runtime, TrainState, UpdateOutput, Weights
+from rlx.types import (
+    Array,
+    Batch,
+    Params,
+    Range,
+    Runtime,
+    TrainState,
+    UpdateOutput,
+    Weights,
+)
 
 AXIS = "devices"
 FINITE = "learner/finite"  # share of the updates
@@ -40,12 +49,27 @@ class Published:
         return Weights(version=self.version, params=jax.tree.map(np.asarray, self.params))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Learner processes on a Ray cluster: where they run, and when they begin anew."""
+
+    address: str | None
+    cpus_per_learner: Annotated[float, Range(ge=0)]
+    gpus_per_learner: Annotated[float, Range(ge=0)]
+    placement: Literal["PACK", "SPREAD"]
+    start_timeout_s: Annotated[float, Range(gt=0)]
+    silence_timeout_s: Annotated[float, Range(gt=0)]
+    max_restarts: Annotated[int, Range(ge=0)]
+
+
 class Learner:
     """Updates of one agent over 1 .. n local devices, each with an equal share of the batch."""
 
     def __init__(
         self,
         *,
+        processes: Annotated[int, Range(ge=1)],
+        group: Group,
         batch_size: Annotated[int, Range(ge=1)],
         platform: Literal["cpu", "gpu"] | None,
         devices: Annotated[int, Range(ge=1)] | None,
@@ -57,6 +81,7 @@ class Learner:
     ) -> None:
         """Raises ValueError for devices that are not there.
 
+        batch_size: of this process; all `processes` share the gradients (`rlx.ray_learners`).
         memory_fraction: seen to by `reserve`, before JAX takes the memory.
         """
         self.batch_size = batch_size
@@ -66,13 +91,15 @@ class Learner:
         self._agent = agent
         self._newest: Any = None  # a future of the last update
         self._devices = choose_devices(platform, devices, batch_size)
+        everywhere = _everywhere(self._devices, processes)
         mesh = Mesh(np.array(self._devices), (AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         self._update = jax.pmap(
-            functools.partial(_guarded, agent.update),
+            functools.partial(_guarded, agent.update),  # of all processes together
             axis_name=AXIS,
             donate_argnums=0,
-            devices=self._devices,
+            devices=everywhere,
+            axis_size=len(everywhere),
         )
         self._split = jax.jit(
             lambda x: x.reshape(len(self._devices), -1, *x.shape[1:]), out_shardings=self._sharding
@@ -102,9 +129,17 @@ class Learner:
         """That share a batch, in this order."""
         return tuple(self._devices)
 
-    def update(self, batch: Batch) -> UpdateOutput:
-        """One update, without waiting: td [D, B / D, T] and metrics [D] are futures."""
-        self._state, output = self._update(self._state, batch)
+    def update(self, batch: Batch, largest_importance: float | None = None) -> UpdateOutput:
+        """One update, without waiting: td [D, B / D, T] and metrics [D] are futures.
+
+        largest_importance: what this batch's importance was divided by, where other processes'
+        were divided by something else: it is divided by the largest of all.
+        """
+        if largest_importance is None:
+            self._state, output = self._update(self._state, batch)
+        else:
+            largest = np.full(len(self._devices), largest_importance, np.float32)
+            self._state, output = self._update(self._state, batch, largest)
         self._newest = output.td
         self.updates += 1
         return output
@@ -153,9 +188,15 @@ class Learner:
 
 
 def _guarded(
-    update: Callable[..., tuple[TrainState, UpdateOutput]], state: TrainState, batch: Batch
+    update: Callable[..., tuple[TrainState, UpdateOutput]],
+    state: TrainState,
+    batch: Batch,
+    largest: Array | None = None,
 ) -> tuple[TrainState, UpdateOutput]:
     """The update; the state stays as it was where anything the agent measures is not finite."""
+    if largest is not None:
+        scale = largest / jax.lax.pmax(largest, AXIS)
+        batch = replace(batch, importance=batch.importance * scale)
     new, output = update(state, batch, axis_name=AXIS)
     measured = [jnp.isfinite(x).all() for x in (output.td, *output.metrics.values())]
     finite = jax.lax.pmin(jnp.stack(measured).all().astype(jnp.float32), AXIS)
@@ -198,6 +239,27 @@ def choose_devices(platform: str | None, count: int | None, batch_size: int) -> 
             f"use a multiple of {len(chosen)}."
         )
     return chosen
+
+
+def _everywhere(local: Sequence[jax.Device], processes: int) -> list[jax.Device]:
+    """The devices of all processes, each with as many as this one; raises ValueError if not."""
+    if processes != jax.process_count():
+        raise ValueError(
+            f"learner.processes={processes}, but JAX was joined by {jax.process_count()}; "
+            "start them with rlx.train or rlx.run."
+        )
+    if processes == 1:
+        return list(local)
+    kind, devices = local[0].platform, []
+    for process in range(processes):
+        own = [d for d in jax.devices(kind) if d.process_index == process]
+        if len(own) < len(local):
+            raise ValueError(
+                f"learner process {process} has {len(own)} devices, this one uses {len(local)}; "
+                "give all of them as many, or set learner.devices to the least of them."
+            )
+        devices += own[: len(local)]
+    return devices
 
 
 def _shard_0(state: TrainState) -> TrainState:

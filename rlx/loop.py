@@ -9,28 +9,30 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rlx import metrics, nonfinite
 from rlx.checkpoint import Checkpoint, Checkpointer, Restored
 from rlx.evaluate import Evaluation
-from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Replay
+from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers, Replay
 from rlx.learner import Learner, Published
 from rlx.problems import RunFailed
 from rlx.progress import Progress
 from rlx.replay.quota import Quota
 from rlx.replay.snapshots import Snapshots
-from rlx.types import Batch
+from rlx.types import Batch, Episode, News, Sample
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 WAIT_S = 0.2  # for actors, before the loop looks at its clocks and signals again
 CLOSE_TIMEOUT_S = 30.0
@@ -55,6 +57,7 @@ class Parts:
     evaluator: Evaluator | None  # beside the training; None: evaluations interrupt it
     checkpoint: Checkpoint
     logging: metrics.Logging
+    peers: Peers
     resumed: Restored | None  # applied to learner, replay, quota and pool already
 
     def __enter__(self) -> Parts:
@@ -95,17 +98,29 @@ class Stopped(Exception):
     """An evaluation was left because the run is to stop: where episodes have no end it has none."""
 
 
-def train(parts: Parts) -> dict[str, Any]:
-    """Runs to `total_env_steps`, or until stopped; returns the summary."""
-    with stop_on_signals() as stop:
+class Alone:
+    """The interfaces.Peers of a run with one learner process."""
+
+    rank, count, restarts = 0, 1, 0
+
+    def exchange(self, mine: T) -> Sequence[T]:
+        return [mine]
+
+
+def train(parts: Parts, stop: threading.Event | None = None) -> dict[str, Any]:
+    """Runs to `total_env_steps`, or until `stop` (None: a signal); returns the summary."""
+    with nullcontext(stop) if stop else stop_on_signals() as stop:
         loop = Loop(parts, stop)
         try:
+            loop.begin()
+            while not loop.finished() and not loop.stopped():
+                loop.keep()  # before the others: what is due at the end is left to `end`
+                loop.act()
+                loop.agree()
+                loop.learn()
+            if loop.failure is not None:
+                raise loop.failure
             with suppress(Stopped):
-                loop.begin()
-                while not loop.finished() and not stop.is_set():
-                    loop.keep()  # before the others: what is due at the end is left to `end`
-                    loop.act()
-                    loop.learn()
                 if loop.finished():
                     return loop.end("finished")
             return loop.end("interrupted")
@@ -126,6 +141,10 @@ class Loop:
         self._evaluated: float | None = None  # the newest evaluation's mean return
         self._score: float | None = None  # the same, until a checkpoint has it
         self._before = 0  # env steps at the last `keep`
+        self.failure: RunFailed | None = None  # of acting
+        self._made = Counters()  # by this process's own actors since the last `agree`
+        self._ended: list[Episode] = []  # since then
+        self._news: Sequence[News] = ()  # everybody's, of the last `agree`
         self._began = perf_counter()
         self._in_flight: InFlight | None = None  # the last update, until its TD errors are applied
         self._published: Published | None = None
@@ -155,15 +174,21 @@ class Loop:
         self._publish(self.parts.learner.publish())
 
     def finished(self) -> bool:
+        """By what all learner processes know, as all of them must see it at once."""
         parts = self.parts
+        wall_s = max((news.wall_s for news in self._news), default=0.0)
         return (
             self.count.env_steps >= parts.total_env_steps
-            or (parts.stop_after_s is not None and self.wall_s >= parts.stop_after_s)
+            or (parts.stop_after_s is not None and wall_s >= parts.stop_after_s)
             or (
                 parts.stop_after_updates is not None
                 and parts.learner.updates >= parts.stop_after_updates
             )
         )
+
+    def stopped(self) -> bool:
+        """Whether any process was told to stop."""
+        return any(news.stop for news in self._news)
 
     def act(self) -> None:
         """Adds what the pool has ready, unless the learner is owed updates."""
@@ -172,25 +197,50 @@ class Loop:
             return
         nothing_else_to_do = not quota.may_learn(replay.env_steps, replay.startable)
         with self._stages.measure("acting"):
-            rollouts = pool.collect(
-                pool.env_steps_per_request,
-                WAIT_S if nothing_else_to_do else 0.0,
-                self.parts.learner.updates,
-            )
+            try:
+                rollouts = pool.collect(
+                    pool.env_steps_per_request,
+                    WAIT_S if nothing_else_to_do else 0.0,
+                    self.parts.learner.updates,
+                )
+            except RunFailed as error:  # raised when all processes have stopped, and can save
+                self.failure, rollouts = error, []
+                self._stop.set()
         with self._stages.measure("replay_add"):
             for rollout in rollouts:
                 replay.add(rollout)
-                self.count.env_steps += rollout.env_steps
-                self.count.frames += rollout.frames
-                self._metrics.episodes(rollout.episodes)
+                self._made.env_steps += rollout.env_steps
+                self._made.frames += rollout.frames
+                self._ended.extend(rollout.episodes)
 
-    def learn(self) -> None:
-        """Starts one update if the quota allows, then ends the one before it."""
-        replay, quota, learner = self.parts.replay, self.parts.quota, self.parts.learner
+    def agree(self) -> None:
+        """Counts what was made by all learner processes, which do everything at the same count."""
+        replay, quota = self.parts.replay, self.parts.quota
         enough = replay.env_steps >= replay.min_env_steps
         if enough and replay.startable >= replay.min_sequences:
             quota.open(replay.env_steps)
-        if not quota.may_learn(replay.env_steps, replay.startable):
+        mine = News(
+            env_steps=self._made.env_steps,
+            frames=self._made.frames,
+            episodes=tuple(self._ended),
+            startable=replay.startable,
+            may_learn=quota.may_learn(replay.env_steps, replay.startable),
+            is_writing=self._snapshots.is_writing,
+            wall_s=self.wall_s,
+            stop=self._stop.is_set(),
+        )
+        self._made, self._ended = Counters(), []
+        with self._stages.measure("wait_peers"):
+            self._news = self.parts.peers.exchange(mine)
+        for news in self._news:
+            self.count.env_steps += news.env_steps
+            self.count.frames += news.frames
+            self._metrics.episodes(news.episodes)
+
+    def learn(self) -> None:
+        """Starts one update if all quotas allow it, then ends the one before it."""
+        replay, quota, learner = self.parts.replay, self.parts.quota, self.parts.learner
+        if not all(news.may_learn for news in self._news):
             return
         with self._stages.measure("sample"):
             sample = replay.sample(learner.batch_size)
@@ -198,7 +248,7 @@ class Loop:
             batch = learner.put(sample.batch)
         self._metrics.record("learner/device_busy", float(learner.is_busy))
         with self._stages.measure("learner_update"):
-            output = learner.update(batch)
+            output = learner.update(batch, self._largest_importance(sample))
         quota.trained(learner.batch_size * self.parts.agent.sequence.unroll)
         self._settle()
         self._in_flight = InFlight(
@@ -215,12 +265,22 @@ class Loop:
         self._metrics.record("replay/age_updates", age)
         self._metrics.record("weights/age_updates", learner.updates - self._acting_version)
 
+    def _largest_importance(self, sample: Sample) -> float | None:
+        """Of this process's share of the batch, as drawn from the shares of all; None if alone."""
+        everyone, peers = [news.startable for news in self._news], self.parts.peers
+        if peers.count == 1:
+            return None
+        # Each share gives an equal part of the batch, however many sequences it holds.
+        more = sum(everyone) / (peers.count * everyone[peers.rank])
+        return float((sample.least_scaled_probability * more) ** -sample.importance_exponent)
+
     def keep(self) -> None:
         """Evaluates, writes a row of metrics and saves, each on its own clock of env steps."""
         parts = self.parts
-        if self._rings(parts.evaluation.every_env_steps):
+        if parts.peers.rank == 0 and self._rings(parts.evaluation.every_env_steps):
             if parts.evaluator is None:
-                self._evaluate(parts.evaluation.episodes)
+                with suppress(Stopped):  # `agree` will hear of it
+                    self._evaluate(parts.evaluation.episodes)
             else:
                 parts.evaluator.submit(parts.learner.publish().weights(), self.count.env_steps)
         self._heed_evaluator()
@@ -230,7 +290,7 @@ class Loop:
             self._save_due = True
             if parts.checkpoint.replay and not parts.checkpoint.exact:
                 self._snapshots.write_ahead(parts.replay)
-        if self._save_due and not self._snapshots.is_writing:
+        if self._save_due and not any(news.is_writing for news in self._news):
             self.save()
             if parts.checkpoint.exact:
                 self._publish(parts.learner.publish())
@@ -286,6 +346,9 @@ class Loop:
         """
         if self.parts.checkpoint.exact:
             self._settle()
+        peers = self.parts.peers
+        if peers.rank == 0:  # the others come first: what is saved here is there, too
+            peers.exchange(None)
         replay, score, keeps = self.parts.replay, self._score, self.parts.checkpoint.replay
         self._score = None  # an evaluation is the score of one checkpoint, the next one
         self._save_due = False
@@ -294,7 +357,7 @@ class Loop:
             segments = self._snapshots.complete(replay) if keeps else []
             saved = self._checkpoints.save(
                 self.count.env_steps,
-                state=self.parts.learner.state(),
+                state=self.parts.learner.state() if peers.rank == 0 else {},
                 meta=self._meta() | {"finished": finished},
                 replay_state=replay.state() | self._pending() if keeps else None,
                 segments=segments,
@@ -303,6 +366,8 @@ class Loop:
             self._snapshots.forget(self._checkpoints.segments_kept())
             if self.parts.checkpoint.exact and not finished:
                 self.parts.pool.reopen()
+        if peers.rank != 0:
+            peers.exchange(None)
         return saved
 
     def _pending(self) -> dict[str, np.ndarray]:
@@ -328,10 +393,11 @@ class Loop:
         self._settle()
         self._say_if_nothing_was_learnt()
         evaluation = self.parts.evaluation
-        if state == "finished" and evaluation.final_episodes:
-            self._evaluate(evaluation.final_episodes)
-        elif state == "finished" and self._rings(evaluation.every_env_steps):
-            self._evaluate(evaluation.episodes)
+        if state == "finished" and self.parts.peers.rank == 0:
+            if evaluation.final_episodes:
+                self._evaluate(evaluation.final_episodes)
+            elif self._rings(evaluation.every_env_steps):
+                self._evaluate(evaluation.episodes)
         self._write_row()
         if state == "interrupted" and self.parts.checkpoint.exact:
             # Resuming off the clock would part this run from an unstopped one.
@@ -426,12 +492,13 @@ class Loop:
             metrics.write_status(self.parts.output_dir, "running", row)
 
     def _gauges(self) -> dict[str, float | None]:
-        replay, quota = self.parts.replay, self.parts.quota
+        replay, quota, peers = self.parts.replay, self.parts.quota, self.parts.peers
         return {
             **replay.stats(),
             **self.parts.pool.stats(),
             **(self.parts.evaluator.stats() if self.parts.evaluator else {}),
             "replay/ratio": quota.ratio_so_far(replay.env_steps),
+            **({"learner/restarts": float(peers.restarts)} if peers.count > 1 else {}),
         }
 
     def _live(self) -> dict[str, Any]:
@@ -453,6 +520,7 @@ class Loop:
             "metrics": self._metrics.state(),
             "quota": self.parts.quota.state(),
             "evaluation_return": self._evaluated,
+            "processes": self.parts.peers.count,
         }
 
     def _resume(self, resumed: Restored) -> None:

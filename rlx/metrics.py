@@ -427,6 +427,7 @@ STAGES: Mapping[str, str] = {
     "acting": "the environments are the bottleneck; try acting.envs_per_actor or env.threads",
     "replay_add": "adding blocks is the bottleneck; try a larger agent.block_rows",
     "sample": "sampling is the bottleneck; try a smaller learner.batch_size",
+    "wait_peers": "the other learner processes are the bottleneck; see learners/*/metrics.jsonl",
     "learner_put": "copying batches to the device is the bottleneck; try learner.batch_size",
     "learner_update": "the learner is the bottleneck; try learner.devices or replay.ratio",
     "wait_learner": "the learner is the bottleneck; try learner.devices or replay.ratio",

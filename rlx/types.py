@@ -219,6 +219,20 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
+class News:
+    """What a learner process tells the others, and itself, between two updates."""
+
+    env_steps: int  # made by its actors since its last news
+    frames: int
+    episodes: tuple[Episode, ...]  # that ended since
+    startable: int  # sequences in its replay
+    may_learn: bool
+    is_writing: bool  # a snapshot of its replay
+    wall_s: float  # seconds of the run, by its clock
+    stop: bool  # it has been told to
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """What an evaluation found."""
 
@@ -255,6 +269,9 @@ class Sample:
     batch: Batch
     keys: Array  # i64[B]; never on a device
     weights_version: Array  # i64[B]: of each sequence's first block
+    # importance = (chance of its draw * sequences that there are / this) ** -exponent
+    least_scaled_probability: float
+    importance_exponent: float
 
 
 @record

@@ -19,12 +19,14 @@ LAYERS = [
     {"trees", "interfaces", "ops", "hints", "targets", "flops"},
     {"config", "optimizers", "metrics", "statistics"},
     {"networks", "replay", "envs", "progress"},
-    {"checkpoint", "nonfinite"},
+    {"checkpoint", "nonfinite", "shares"},
     {"agents", "acting", "learner"},
     {"evaluate"},
     {"ray_evaluator"},
     {"loop"},
     {"assemble", "composing"},
+    {"learner_process"},
+    {"ray_learners"},
     {"api"},
     {"train", "report", "bench"},
     {"ray_bench", "replay_bench", "learner_bench"},
@@ -33,7 +35,8 @@ ENTRY_POINTS = {"evaluate", "report", "bench", "train"}  # may import api inside
 
 HYDRA = {"config", "composing", "api", "train", "evaluate", "report", "bench"}
 HOMES = {
-    "ray": {f"acting/ray_{name}" for name in ("actors", "cluster", "fleet", "logs", "pool")},
+    "ray": {f"acting/ray_{name}" for name in ("actors", "cluster", "fleet", "logs", "pool")}
+    | {"ray_learners", "learner_process"},
     "envpool": {"envs/envpool"},
     "hydra": HYDRA,
     "omegaconf": HYDRA,

@@ -1,4 +1,4 @@
-"""The learner over 1, 2 and 4 devices (forced host devices, each in its own process)."""
+"""The learner over 1, 2, 4 and 8 devices (forced host devices, each in its own process)."""
 
 import os
 import subprocess
@@ -16,6 +16,8 @@ UPDATES = 4
 
 def learner(devices: int | None = 1, **changes) -> Learner:
     settings = {
+        "processes": 1,
+        "group": None,
         "batch_size": 8,
         "platform": None,
         "devices": devices,
@@ -37,7 +39,7 @@ def run(devices: int) -> tuple[list[np.ndarray], np.ndarray]:
     return leaves, subject.td(output)
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [2, 4, 8])
 def test_any_number_of_devices_gives_the_same_parameters(devices, tmp_path):
     code = (
         "import sys, numpy as np, jax\n"

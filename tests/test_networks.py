@@ -22,13 +22,14 @@ def rows(inputs: NetInput, t: int) -> NetInput:
 def test_unroll_of_T_equals_T_unrolls_of_1_with_resets(spec, core):
     net = parts.network(spec, core)
     rng = np.random.default_rng(0)
-    params = net.init(jax.random.PRNGKey(0))
+    params = jax.jit(net.init)(jax.random.PRNGKey(0))
     inputs = parts.inputs(spec, 9, 3, rng=rng)
     assert inputs.first[1:].any()
     carry = parts.random_carry(net, 3, rng)
-    whole, whole_carry = net.apply(params, inputs, carry)
+    apply = jax.jit(net.apply)
+    whole, whole_carry = apply(params, inputs, carry)
     for t in range(9):
-        one, carry = net.apply(params, rows(inputs, t), carry)
+        one, carry = apply(params, rows(inputs, t), carry)
         np.testing.assert_allclose(one[0], whole[t], rtol=1e-5, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), carry, whole_carry)
 
@@ -37,22 +38,23 @@ def test_unroll_of_T_equals_T_unrolls_of_1_with_resets(spec, core):
 def test_nothing_crosses_a_reset(core):
     net = parts.network(core=core)
     rng = np.random.default_rng(0)
-    params = net.init(jax.random.PRNGKey(0))
+    params = jax.jit(net.init)(jax.random.PRNGKey(0))
     inputs = parts.inputs(parts.VECTOR, 6, 2, rng=rng)
     inputs.first[:] = False
     inputs.first[3] = True
     after = trees.tree_map(lambda x: x[3:], inputs)
-    whole, _ = net.apply(params, inputs, parts.random_carry(net, 2, rng))
-    fresh, _ = net.apply(params, after, net.initial_carry(2))
+    apply = jax.jit(net.apply)
+    whole, _ = apply(params, inputs, parts.random_carry(net, 2, rng))
+    fresh, _ = apply(params, after, net.initial_carry(2))
     np.testing.assert_allclose(whole[3:], fresh, rtol=1e-5, atol=1e-6)
     inputs.first[3] = False
-    crossed, _ = net.apply(params, inputs, parts.random_carry(net, 2, rng))
+    crossed, _ = apply(params, inputs, parts.random_carry(net, 2, rng))
     assert np.abs(crossed[3:] - fresh).max() > 1e-3
 
 
 def test_no_previous_action_is_all_zeros():
     net = parts.network()
-    params = net.init(jax.random.PRNGKey(0))
+    params = jax.jit(net.init)(jax.random.PRNGKey(0))
     inputs = parts.inputs(parts.VECTOR, 1, 1, rng=np.random.default_rng(0))
     carry = net.initial_carry(1)
 
@@ -81,7 +83,7 @@ def test_the_core_reads_the_previous_action_and_reward_if_asked_to(name):
     changed = dataclasses.replace(inputs, **{name: getattr(inputs, name) + 1})
     for asked in (True, False):
         net = parts.network(**{name: asked})
-        params = net.init(jax.random.PRNGKey(0))
+        params = jax.jit(net.init)(jax.random.PRNGKey(0))
         one, other = (net.apply(params, x, net.initial_carry(1))[0] for x in (inputs, changed))
         assert np.array_equal(one, other) is not asked
 
@@ -123,7 +125,7 @@ def test_torsos_and_options_build_and_run():
         (parts.IMAGE, {"compute_dtype": "bfloat16"}),
     ]:
         net = parts.network(spec, **changes)
-        params = net.init(jax.random.PRNGKey(0))
+        params = jax.jit(net.init)(jax.random.PRNGKey(0))
         if spec is grid:
             observation = {
                 "image": np.zeros((2, 3, 7, 7, 3), np.uint8),
@@ -139,7 +141,7 @@ def test_torsos_and_options_build_and_run():
             )
         else:
             inputs = parts.inputs(spec, 2, 3, rng=np.random.default_rng(0))
-        q, carry = net.apply(params, inputs, net.initial_carry(3))
+        q, carry = jax.jit(net.apply)(params, inputs, net.initial_carry(3))
         assert q.shape == (2, 3, spec.action.n)
         assert q.dtype == jnp.float32
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(carry.core))

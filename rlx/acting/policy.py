@@ -35,7 +35,8 @@ class Policy:
         self.version = -1
         self._lanes, self._pad = lanes, pad
         self._agent = agent
-        self._device = jax.devices("cpu" if device == "cpu" else None)[0]
+        # This process's own: of several learner processes each has some of `jax.devices()`.
+        self._device = jax.local_devices(backend="cpu" if device == "cpu" else None)[0]
         self._params: Any = None
         with jax.default_device(self._device):
             self._key = jax.random.PRNGKey(spawn_int(seed, *path))

@@ -92,17 +92,19 @@ class RayActors:
     def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
         """What has arrived, or the first thing that does within `timeout_s`."""
         self._orders.note(updates=updates)
+        if self._failed is not None:
+            raise self._failed
         rollouts: list[Rollout] = []
-        while True:
-            if self._failed is not None:
-                raise self._failed
+        there = self._arrived.qsize()  # not what arrives meanwhile: that might never end
+        while len(rollouts) < max(1, there):
             try:
-                arrived = self._arrived.get(timeout=max(0.0 if rollouts else timeout_s, 1e-6))
+                arrived = self._arrived.get(timeout=0.0 if there else max(timeout_s, 1e-6))
             except queue.Empty:
                 self._check_silence()
-                return rollouts
+                break
             rollouts.append(self._received(*arrived))
             self._wake.set()
+        return rollouts
 
     def publish(self, weights: Weights, env_steps: int) -> None:
         """The next requests bring these."""

@@ -69,13 +69,19 @@ class Drawn:
     scaled_probability: np.ndarray  # f64[B]: probability of each draw * startable sequences
     least_scaled_probability: float  # of any startable sequence
 
-    def sample(self, importance: np.ndarray) -> Sample:
-        """With an importance f32[B], as learners take it."""
+    def sample(self, importance: np.ndarray, *, least: float, exponent: float) -> Sample:
+        """With an importance f32[B], as learners take it; see Sample."""
         return Sample(
             batch=Batch(rows=self.rows, carry=self.carry, importance=importance),
             keys=self.keys,
             weights_version=self.weights_version,
+            least_scaled_probability=least,
+            importance_exponent=exponent,
         )
+
+    def evenly(self) -> Sample:
+        """Without a correction."""
+        return self.sample(np.ones(len(self.keys), np.float32), least=1.0, exponent=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

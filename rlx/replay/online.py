@@ -84,7 +84,7 @@ class Online(RingReplay):
             )
         keys = np.array([self._waiting.popleft()[0] for _ in range(batch_size)], np.int64)
         drawn = self._ring.rings[0].read(keys, buffers=buffers)
-        return drawn.sample(np.ones(batch_size, np.float32))
+        return drawn.evenly()
 
     def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:
         """Only checks td f32[B, T], one line per key: nothing depends on it."""

@@ -122,8 +122,9 @@ class Prioritized(RingReplay):
         )
         scaled = drawn.scaled_probability
         least = drawn.least_scaled_probability if over_all else float(scaled.min())
-        importance = importance_of(scaled, self.importance_exponent, least)
-        return drawn.sample(importance)
+        exponent = self.importance_exponent
+        importance = importance_of(scaled, exponent, least)
+        return drawn.sample(importance, least=least, exponent=exponent)
 
     @property
     def importance_exponent(self) -> float:

@@ -141,6 +141,8 @@ class ReplayProcess:
             batch=Batch(rows=own.rows, carry=own.carry, importance=drew.importance),
             keys=drew.keys,
             weights_version=drew.weights_version,
+            least_scaled_probability=drew.least_scaled_probability,
+            importance_exponent=drew.importance_exponent,
         )
 
     def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:

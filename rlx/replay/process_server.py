@@ -113,6 +113,8 @@ class Server:
             importance=sample.batch.importance,
             keys=sample.keys,
             weights_version=sample.weights_version,
+            least_scaled_probability=sample.least_scaled_probability,
+            importance_exponent=sample.importance_exponent,
         )
 
     def _draw(self, buffers: Batch) -> Sample:

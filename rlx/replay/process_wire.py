@@ -69,6 +69,8 @@ class Drew:
     importance: np.ndarray
     keys: np.ndarray
     weights_version: np.ndarray
+    least_scaled_probability: float
+    importance_exponent: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,8 +68,7 @@ class Uniform(RingReplay):
         self._ring.add(rollout, lambda keys: np.ones(len(keys)))
 
     def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:
-        drawn = self._ring.draw(batch_size, self._rng, buffers=buffers)
-        return drawn.sample(np.ones(batch_size, np.float32))
+        return self._ring.draw(batch_size, self._rng, buffers=buffers).evenly()
 
     def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:
         """Only checks td f32[B, T], one line per key: nothing depends on it."""

@@ -53,8 +53,8 @@ def oracle_td(agent, state: TrainState, batch: Batch) -> np.ndarray:
 
 def started(agent, seed: int = 0) -> TrainState:
     """A state whose target network is another one."""
-    state = agent.init(jax.random.PRNGKey(seed))
-    other = agent.network.init(jax.random.PRNGKey(seed + 1))
+    state = jax.jit(agent.init)(jax.random.PRNGKey(seed))
+    other = jax.jit(agent.network.init)(jax.random.PRNGKey(seed + 1))
     return dataclasses.replace(state, target_params=other)
 
 
@@ -117,7 +117,7 @@ def test_rows_of_a_sequence_over_an_end_are_those_of_their_own_episodes():
 def test_first_td_equals_the_learners_when_all_networks_are_one():
     agent = parts.agent()
     batch = parts.batch(agent, 16)
-    state = agent.init(jax.random.PRNGKey(0))
+    state = jax.jit(agent.init)(jax.random.PRNGKey(0))
     q = q_values(agent, state.params, batch)
     taken = np.take_along_axis(q, batch.rows.action[..., None], axis=-1)[..., 0]
     acting = QActing(q=taken.astype(np.float32), q_max=q.max(axis=-1).astype(np.float32))
@@ -135,8 +135,9 @@ def test_no_gradient_crosses_the_burn_in():
     batch, state = parts.batch(agent, 4), started(agent)
     after_burn_in = trees.tree_map(lambda x: x[:, agent.burn_in :], batch.rows)
     rows = trees.tree_map(lambda x: np.swapaxes(x[:, : agent.burn_in], 0, 1), batch.rows)
-    _, carry = agent.network.apply(state.params, rows.inputs, batch.carry)
-    _, target_carry = agent.network.apply(state.target_params, rows.inputs, batch.carry)
+    apply = jax.jit(agent.network.apply)
+    _, carry = apply(state.params, rows.inputs, batch.carry)
+    _, target_carry = apply(state.target_params, rows.inputs, batch.carry)
     no_burn_in = dataclasses.replace(agent, burn_in=0)
     short = Batch(rows=after_burn_in, carry=carry, importance=batch.importance)
 
@@ -147,7 +148,7 @@ def test_no_gradient_crosses_the_burn_in():
         def loss(params):
             return agent._loss(params, rows, batch.carry, target_q, batch.importance)[0]
 
-        return jax.grad(loss)(state.params)
+        return jax.jit(jax.grad(loss))(state.params)
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
@@ -182,9 +183,10 @@ def test_zero_state_ablation_forgets_the_stored_state():
     batch, state = parts.batch(agent, 4), started(agent)
     _, output = jax.jit(agent.update)(state, batch)
     zero = dataclasses.replace(batch, carry=agent.initial_carry(4))
-    _, same = parts.agent(agent.network).update(state, zero)
+    plain_update = jax.jit(parts.agent(agent.network).update)
+    _, same = plain_update(state, zero)
     np.testing.assert_allclose(output.td, same.td, atol=1e-6)
-    _, stored = parts.agent(agent.network).update(state, batch)
+    _, stored = plain_update(state, batch)
     assert not np.allclose(output.td, stored.td, atol=1e-3)
 
 
@@ -200,14 +202,14 @@ def test_reward_transform_reaches_targets_and_inputs_alike():
         reward=np.clip(big.reward, -1, 1),
         inputs=dataclasses.replace(big.inputs, prev_reward=np.clip(big.inputs.prev_reward, -1, 1)),
     )
-    _, got = clipped.update(state, dataclasses.replace(batch, rows=big))
-    _, expected = raw.update(state, dataclasses.replace(batch, rows=by_hand))
+    _, got = jax.jit(clipped.update)(state, dataclasses.replace(batch, rows=big))
+    _, expected = jax.jit(raw.update)(state, dataclasses.replace(batch, rows=by_hand))
     np.testing.assert_allclose(got.td, expected.td, atol=1e-6)
 
 
 def test_act_is_greedy_at_epsilon_0_random_at_1_and_keeps_its_q():
     agent = parts.agent()
-    params = agent.init(jax.random.PRNGKey(0)).params
+    params = jax.jit(agent.init)(jax.random.PRNGKey(0)).params
     inputs = parts.inputs(parts.VECTOR, 4000, rng=np.random.default_rng(0))
     carry, key = agent.initial_carry(4000), jax.random.PRNGKey(1)
     one_row = trees.tree_map(lambda x: x[None], inputs)

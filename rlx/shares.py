@@ -1,0 +1,102 @@
+"""What each of several learner processes takes of a run: its part of the lanes, replay and batch.
+
+Settings say what all of them have together, so that `learner.processes=2` changes where a run is
+computed and not what is computed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlx.interfaces import Exploration, Peers
+from rlx.problems import ConfigError, Problem, refuse
+from rlx.seeding import spawn_int
+
+FOLDER = "learners"  # of the run's folder: what is each process's own
+
+
+def share_of(settings: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The settings of one of `count` processes; raises ConfigError for what cannot be divided."""
+    own: dict[str, Any] = copy.deepcopy(dict(settings))
+    _refuse_alone_only(settings, count)
+    learner, replay, acting = own["learner"], own["replay"], own["acting"]
+    learner["batch_size"] = _divided(settings, "learner", "batch_size", count)
+    for name in ("capacity", "min_sequences", "min_env_steps"):
+        if replay.get(name):
+            replay[name] = -(-replay[name] // count)
+    whole = "instances" if acting["instances"] % count == 0 else "envs_per_actor"
+    acting[whole] = _divided(settings, "acting", whole, count)
+    for name in ("min_instances", "max_in_flight_bytes"):
+        if name in acting:
+            acting[name] = -(-acting[name] // count)
+    own["logging"]["console"] = "off"  # the watcher shows what there is to see
+    return own
+
+
+def _divided(settings: Mapping[str, Any], group: str, name: str, count: int) -> int:
+    value: int = settings[group][name]
+    if value % count:
+        says = f"does not divide over {count} processes (learner.processes); "
+        nearest = max(count, value - value % count)
+        says += f"nearest that do: {nearest}, {value - value % count + count}"
+        raise refuse(f"{group}.{name}", says, given=str(value))
+    return value // count
+
+
+def _refuse_alone_only(settings: Mapping[str, Any], count: int) -> None:
+    """What a run has only in one process."""
+    replay, checkpoint = settings["replay"], settings["checkpoint"]
+    alone = {
+        "deterministic": bool(settings["deterministic"]),
+        "checkpoint.exact": bool(checkpoint["exact"]),
+        "replay.record": replay.get("record") is not None,
+        "replay.path": "path" in replay,  # recorded experience
+    }
+    problems = [
+        Problem(path=key, says=f"needs learner.processes=1 (it is {count})")
+        for key, is_set in alone.items()
+        if is_set
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def share_folder(run: Path, rank: int) -> Path:
+    """Where process `rank` writes; the first one writes where a run alone does."""
+    return run if rank == 0 else run / FOLDER / str(rank)
+
+
+def log_file(run: Path, rank: int) -> Path:
+    """Where process `rank` logs, if it is one of several."""
+    return run / FOLDER / f"{rank}.log"
+
+
+def share_seed(seed: int, peers: Peers) -> int:
+    """Of a process's environments, exploration and draws; the first has the run's own."""
+    return seed if peers.rank == 0 else spawn_int(seed, "learner process", peers.rank)
+
+
+def share_exploration(exploration: Exploration, peers: Peers) -> Exploration:
+    """Lane l of process r explores as lane l * count + r of all."""
+    if peers.count == 1:
+        return exploration
+    return _Every(exploration=exploration, rank=peers.rank, count=peers.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Every:
+    """An interfaces.Exploration of every count-th lane."""
+
+    exploration: Exploration
+    rank: int
+    count: int
+
+    def epsilon(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
+        all_lanes = lanes * self.count
+        return self.exploration.epsilon(lane * self.count + self.rank, all_lanes, env_steps)

@@ -1,0 +1,253 @@
+"""Several learner processes: the same updates as one, and a group that outlives its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import rlx
+from rlx.acting.exploration import Ladder
+from rlx.config import plain
+from rlx.learner import Learner
+from rlx.loop import Alone
+from rlx.metrics import read_rows
+from rlx.problems import ConfigError
+from rlx.shares import share_exploration, share_of, share_seed
+from rlx.types import Batch
+from tests import parts
+from tests.acting.test_ray_pool import wait_for
+from tests.test_learner import UPDATES, learner
+from tests.test_ray_run import command, nothing_is_left_running, train
+from tests.test_run import TINY
+
+__all__ = ["nothing_is_left_running"]  # a fixture of every test here, too
+
+GROUP = [
+    *TINY,
+    "learner.processes=2",
+    "learner.group.cpus_per_learner=0.1",
+    "replay.min_sequences=8",
+    "evaluation.every_env_steps=800",
+]
+
+
+class Rank(Alone):
+    def __init__(self, rank: int, count: int) -> None:
+        self.rank, self.count = rank, count
+
+
+# --- shares --------------------------------------------------------------------------------------
+
+
+def settings(*overrides: str) -> dict[str, Any]:
+    return plain(rlx.compose(list(overrides)))
+
+
+def test_processes_divide_what_a_run_has():
+    whole = settings("acting=ray_pool", "acting.instances=4", "replay.min_env_steps=1001")
+    own = share_of(whole, 2)
+    assert own["learner"]["batch_size"] * 2 == whole["learner"]["batch_size"]
+    assert own["replay"]["capacity"] * 2 == whole["replay"]["capacity"]
+    assert own["replay"]["min_env_steps"] == 501
+    assert own["acting"]["instances"] == 2
+    assert own["acting"]["envs_per_actor"] == whole["acting"]["envs_per_actor"]
+    one_actor = share_of(settings("acting.envs_per_actor=16"), 4)["acting"]
+    assert (one_actor["instances"], one_actor["envs_per_actor"]) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["learner.batch_size=33"], "learner.batch_size=33: does not divide over 2 processes"),
+        (["acting.envs_per_actor=7"], "acting.envs_per_actor=7: does not divide over 2 processes"),
+        (["checkpoint.exact=true"], "checkpoint.exact: needs learner.processes=1"),
+        (["deterministic=true"], "deterministic: needs learner.processes=1"),
+        (["replay=dataset", "replay.path=somewhere"], "replay.path: needs learner.processes=1"),
+        (["learner.group.cpus_per_learner=1000"], "learner.group.cpus_per_learner=1000: 2 learner"),
+        (["learner.group.gpus_per_learner=1"], "learner.group.gpus_per_learner=1: 2 learner proc"),
+        (["replay.capacity=100"], "replay"),  # of one share: found by a process
+    ],
+)
+def test_what_cannot_be_divided_is_refused(tmp_path, overrides, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        rlx.run(rlx.compose(["learner.processes=2", *overrides]), tmp_path)
+
+
+def test_lanes_of_all_processes_explore_as_those_of_one():
+    ladder = Ladder(base=0.4, exponent=7.0, minimum=0.0, final_scale=1.0, decay_env_steps=None)
+    whole = ladder.epsilon(np.arange(6), 6, 0)
+    shares = [
+        share_exploration(ladder, Rank(rank, 2)).epsilon(np.arange(3), 3, 0) for rank in (0, 1)
+    ]
+    np.testing.assert_array_equal(np.stack(shares, axis=1).ravel(), whole)
+    assert share_seed(5, Rank(0, 2)) == 5
+    assert len({share_seed(5, Rank(rank, 3)) for rank in range(3)}) == 3
+
+
+# --- updates -------------------------------------------------------------------------------------
+
+
+def update(subject: Learner, batches: list[tuple[Batch, float | None]]) -> list[np.ndarray]:
+    """Parameters, targets, optimiser and the last TD errors."""
+    for batch, largest in batches:
+        output = subject.update(subject.put(batch), largest)
+    state = subject.state()
+    leaves = jax.tree.leaves((state.params, state.target_params, state.opt_state))
+    return [*leaves, subject.td(output)]
+
+
+def batches_of(rank: int, count: int) -> list[tuple[Batch, float | None]]:
+    """The part of rank `rank`, with an importance that is 1 at most in each part."""
+    made = []
+    for seed in range(UPDATES):
+        whole = parts.batch(parts.agent(), 8, seed=seed)
+        raw = whole.importance * 3.0
+        share = 8 // count
+        mine = slice(rank * share, (rank + 1) * share)
+        largest = float(raw[mine].max())
+        rows, carry = jax.tree.map(lambda x, s=mine: x[s], (whole.rows, whole.carry))
+        own = Batch(rows=rows, carry=carry, importance=(raw[mine] / largest).astype(np.float32))
+        made.append((own, largest if count > 1 else None))
+    return made
+
+
+ONE_OF_TWO = """
+import sys, numpy as np, jax
+rank, address, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.distributed.initialize(address, 2, rank, initialization_timeout=60)
+from tests.test_learner_group import batches_of, learner, update
+np.savez(out, *update(learner(processes=2), batches_of(rank, 2)))
+try:
+    learner(devices=None, processes=2)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_two_processes_give_the_parameters_of_one(tmp_path):
+    """The first has two devices; with devices=1 they are even, with null they are refused."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_OF_TWO, str(rank), address, str(tmp_path / f"{rank}.npz")],
+            env={
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 - rank}",
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    says = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert "learner process 1 has 1 devices, this one uses 2" in says[0]
+    found = [list(np.load(tmp_path / f"{rank}.npz").values()) for rank in (0, 1)]
+    expected = update(learner(), batches_of(0, 1))
+    for ours, theirs, one in zip(found[0][:-1], found[1][:-1], expected[:-1], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_allclose(ours, one, rtol=1e-4, atol=1e-5)
+    td = np.concatenate([found[0][-1], found[1][-1]])
+    np.testing.assert_allclose(td, expected[-1], atol=1e-5)
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def summaries(run: Path) -> list[dict[str, Any]]:
+    return [json.loads((f / "summary.json").read_text()) for f in (run, run / "learners" / "1")]
+
+
+def newest(run: Path) -> int:
+    return max((int(p.name) for p in (run / "checkpoints").glob("[0-9]*")), default=0)
+
+
+def lose_one(folder: Path, number: signal.Signals, *arguments: str) -> str:
+    """Trains, does that to the second process after a checkpoint, and waits for the end."""
+    console, before = folder / "console.txt", newest(folder)
+    with console.open("w") as file:
+        running = subprocess.Popen(
+            command(folder, *arguments), stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        wait_for(lambda: newest(folder) > before, f"a checkpoint: {console.read_text()}", 120)
+        [pid] = re.findall(r"process 1: .* process id (\d+)", console.read_text())
+        os.kill(int(pid), number)
+        assert running.wait(150) == 0, console.read_text()
+    finally:
+        running.kill()
+    return console.read_text()
+
+
+def check_finished(folder: Path, restarts: int) -> None:
+    first, second = summaries(folder)
+    assert first["state"] == second["state"] == "finished"
+    for name in ("env_steps", "updates", "params_sha256"):
+        assert first[name] == second[name]
+    rows = read_rows(folder / "metrics.jsonl")
+    steps = [row["env_steps"] for row in rows]
+    assert steps == sorted(set(steps))
+    assert rows[-1]["learner/restarts"] == restarts
+    evaluated = [row["evaluation/return_mean"] for row in rows]
+    assert any(value is not None for value in evaluated)
+    # Each process acted in its own environments.
+    own = [(folder / p / "metrics.jsonl").exists() for p in ("", "learners/1")]
+    assert own == [True, True]
+    replays = [
+        read_rows(folder / p / "metrics.jsonl")[-1]["replay/fill"] for p in ("", "learners/1")
+    ]
+    assert min(replays) > 0.5 * max(replays) > 0
+
+
+def test_a_stopped_group_resumes_and_a_killed_process_costs_what_came_after_a_checkpoint(tmp_path):
+    running = subprocess.Popen(command(tmp_path, *GROUP, "total_env_steps=1_000_000"))
+    try:
+        wait_for(lambda: newest(tmp_path) > 0, "a checkpoint", 120)
+    finally:
+        running.terminate()
+    assert running.wait(60) == 0
+    first, second = summaries(tmp_path)
+    assert first["state"] == second["state"] == "interrupted"
+    assert first["env_steps"] == second["env_steps"] == newest(tmp_path)
+    total = first["env_steps"] + 4000
+    console = lose_one(tmp_path, signal.SIGKILL, f"resume={tmp_path}", f"total_env_steps={total}")
+    assert "a learner process was lost" in console
+    assert "begin anew from the last checkpoint" in console
+    check_finished(tmp_path, restarts=1)
+    alone = train(tmp_path, f"resume={tmp_path}", "learner.processes=1")
+    assert alone.returncode == 2
+    assert "saved in parts by 2 learner processes, now 1" in alone.stderr
+    more = [f"total_env_steps={total + 400}", "checkpoint.replay=false"]
+    alone = train(tmp_path, f"resume={tmp_path}", "learner.processes=1", *more)
+    assert alone.returncode == 0, alone.stderr
+
+
+@pytest.mark.slow  # a minute; beside the one above it tells of the deadline only
+def test_a_process_that_hangs_costs_no_more(tmp_path):
+    given = [*GROUP, "learner.group.silence_timeout_s=20", "total_env_steps=6000"]
+    console = lose_one(tmp_path, signal.SIGSTOP, *given)
+    assert "no sign of learner processes 1 for 20 s" in console
+    check_finished(tmp_path, restarts=1)
+
+
+@pytest.mark.slow  # a minute
+def test_what_fails_again_and_again_ends_the_run(tmp_path):
+    given = [*GROUP, "learner.group.max_restarts=0", "total_env_steps=1_000_000"]
+    with pytest.raises(AssertionError, match="begun anew 0 times before"):
+        lose_one(tmp_path, signal.SIGKILL, *given)
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
