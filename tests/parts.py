@@ -29,7 +29,7 @@ CORES: dict[str, Core] = {
     "gru": GRU(units=8),
     "none": Feedforward(units=8),
 }
-SMALL_CNN = NatureCNN(channels=(4, 4), kernels=(8, 4), strides=(8, 4))
+SMALL_CNN = NatureCNN(channels=(4, 4), kernels=(8, 4), strides=(8, 4), remat=False)
 VECTOR = EnvSpec(
     id="vector",
     observation={"observation": ArraySpec(shape=(3,), dtype="float32")},

@@ -13,7 +13,7 @@ import pytest
 
 from rlx.networks import convolution
 from rlx.networks.convolution import CHUNK, convolve, convolve_all, convolve_on_cpu
-from rlx.networks.torsos import NatureCNN
+from rlx.networks.torsos import ImpalaResNet, NatureCNN
 
 RNG = np.random.default_rng(0)
 NATURE = {"channels": (32, 64, 64), "kernels": (8, 4, 3), "strides": (4, 2, 1)}
@@ -40,10 +40,11 @@ def test_gradients_are_those_of_xla(size, stride, high, wide):
     np.testing.assert_array_equal(convolve_on_cpu(x, kernel, stride), convolve(x, kernel, stride))
 
 
+@pytest.mark.parametrize("remat", [True, False])
 @pytest.mark.parametrize("n", [CHUNK, 2 * CHUNK, 2 * CHUNK + 3])
 @pytest.mark.parametrize(("kind", "dtype"), [("uint8", "float32"), ("float32", "float32"),
                                              ("uint8", "bfloat16")])  # fmt: skip
-def test_a_few_images_at_a_time_give_what_all_of_them_do(n, kind, dtype):
+def test_a_few_images_at_a_time_give_what_all_of_them_do(n, kind, dtype, remat):
     images = RNG.integers(0, 256, (n, 2, 36, 36)).astype(kind)
     layers = [0.1 * noise(4, 4, 2, 8), 0.1 * noise(3, 3, 8, 8)], [noise(8), noise(8)]
 
@@ -55,7 +56,8 @@ def test_a_few_images_at_a_time_give_what_all_of_them_do(n, kind, dtype):
     def loss(apply: Any, layers: Any) -> jax.Array:
         return jnp.square(apply(*layers).astype(jnp.float32)).mean()
 
-    chunks = functools.partial(convolve_all, images, strides=(2, 1), dtype=dtype)
+    how: Any = {"strides": (2, 1), "dtype": dtype, "remat": remat}
+    chunks = functools.partial(convolve_all, images, **how)
     found, expected = (
         jax.jit(jax.value_and_grad(functools.partial(loss, apply)))(layers)
         for apply in (chunks, whole)
@@ -68,11 +70,36 @@ def test_a_few_images_at_a_time_give_what_all_of_them_do(n, kind, dtype):
 
 def test_on_the_cpu_it_is_the_few_at_a_time_that_are_compiled():
     images, kernels, biases = noise(4 * CHUNK, 1, 12, 12), [noise(3, 3, 1, 2)], [noise(2)]
-    made = jax.jit(lambda *given: convolve_all(*given, strides=(1,), dtype=jnp.float32))
+    made = jax.jit(
+        lambda *given: convolve_all(*given, strides=(1,), dtype=jnp.float32, remat=False)
+    )
     text = made.lower(images, kernels, biases).as_text()
     assert ("stablehlo.while" in text) == (jax.default_backend() == "cpu")
     small = made.lower(images[:CHUNK], kernels, biases).as_text()
     assert "stablehlo.while" not in small
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(NatureCNN, channels=(8, 8), kernels=(4, 3), strides=(2, 1)),
+        functools.partial(ImpalaResNet, channels=(8, 8), blocks=2),
+    ],
+)
+def test_what_is_not_kept_is_computed_again(make):
+    images, key = noise(4 * CHUNK, 1, 24, 24), jax.random.PRNGKey(0)
+    params = make(remat=False).init(key, {"image": images}, jnp.float32)
+    found, forwards = [], []
+    for remat in (False, True):
+
+        def loss(params: Any, torso: nn.Module) -> jax.Array:
+            return jnp.square(torso.apply(params, {"image": images}, jnp.float32)).mean()
+
+        grad = jax.jit(jax.grad(loss), static_argnums=1).lower(params, make(remat=remat))
+        found.append(grad.compile()(params))
+        forwards.append(grad.as_text().count("stablehlo.convolution"))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *found)
+    assert forwards[1] > forwards[0]
 
 
 class OfFlax(nn.Module):
@@ -88,7 +115,7 @@ class OfFlax(nn.Module):
 
 def test_parameters_and_features_are_those_of_flax():
     image = jnp.asarray(RNG.integers(0, 256, (CHUNK + 2, 4, 84, 84), np.uint8))
-    torso, key = NatureCNN(**NATURE), jax.random.PRNGKey(3)
+    torso, key = NatureCNN(**NATURE, remat=False), jax.random.PRNGKey(3)
     params = torso.init(key, {"image": image[:1]}, jnp.float32)
     expected = OfFlax().init(key, image[:1].astype(jnp.float32))
     jax.tree.map(np.testing.assert_array_equal, params, expected)

@@ -117,7 +117,7 @@ def test_torsos_and_options_build_and_run():
         frames_per_env_step=1,
     )
     one_hot = OneHotMLP(categories=(11, 6, 4), layers=(16,))
-    resnet = ImpalaResNet(channels=(4, 8), blocks=1)
+    resnet = ImpalaResNet(channels=(4, 8), blocks=1, remat=False)
     for spec, changes in [
         (grid, {"torso": one_hot, "stack": {}}),
         (parts.IMAGE, {"torso": resnet, "dense_before_core": 16}),
@@ -157,7 +157,7 @@ def test_networks_say_what_does_not_fit():
         parts.network(parts.BOX).init(jax.random.PRNGKey(0))
     with pytest.raises(ValueError, match="exactly one leaf of three axes"):
         parts.network(torso=parts.SMALL_CNN).init(jax.random.PRNGKey(0))
-    torso = NatureCNN(channels=(4,), kernels=(8, 4), strides=(4, 2))
+    torso = NatureCNN(channels=(4,), kernels=(8, 4), strides=(4, 2), remat=False)
     with pytest.raises(ValueError, match="one number per layer"):
         parts.network(parts.IMAGE, torso=torso).init(jax.random.PRNGKey(0))
     assert MLP(layers=()).layers == ()

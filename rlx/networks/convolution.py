@@ -7,7 +7,7 @@ because their memory is taken anew from the system for each update. So there
 - gradients are written as what is fast: the input's as a convolution with stride 1, the kernel's as
   one product of the input with shifted copies of the output's gradient, both after moving the
   strides into the channels (space to depth);
-- a few images at a time go through the whole stack, forwards and, once more, backwards.
+- a few images at a time go through the whole stack, forwards and backwards.
 
 Which platform it is is known only when XLA compiles, so both are traced.
 """
@@ -34,15 +34,18 @@ def convolve_all(
     biases: Sequence[Array],
     strides: Sequence[int],
     dtype: Any,
+    *,
+    remat: bool,
 ) -> Array:
     """ReLU(convolution + bias), VALID, layer by layer, computed in `dtype`.
 
     images [n, C, H, W], of bytes (scaled to 0..1) or floats; kernels [k, k, C, D], biases [D]
-    -> [n, H', W', D'].
+    -> [n, H', W', D']. remat: nothing but the images is kept for the gradients.
     """
     how: Any = {"strides": tuple(strides), "dtype": dtype}
     whole: Any = functools.partial(_stack, **how, convolve=convolve)
-    chunks = functools.partial(_by_chunks, **how)
+    whole = jax.checkpoint(whole) if remat else whole
+    chunks = functools.partial(_by_chunks, **how, remat=remat)
     layers = list(zip(kernels, biases, strict=True))
     if len(images) <= CHUNK:  # acting: nothing to divide, and nothing to differentiate
         return whole(images, layers)
@@ -72,14 +75,16 @@ def _stack(
     return x
 
 
-def _by_chunks(images: Array, layers: Any, *, strides: tuple[int, ...], dtype: Any) -> Array:
-    """The same, a few images at a time; nothing but the images is kept for the gradients."""
+def _by_chunks(
+    images: Array, layers: Any, *, strides: tuple[int, ...], dtype: Any, remat: bool
+) -> Array:
+    """The same, a few images at a time."""
     how: Any = {"strides": strides, "dtype": dtype, "convolve": convolve_on_cpu}
 
-    @jax.checkpoint
     def stack(some: Array) -> Array:
         return _stack(some, layers, **how)
 
+    stack = jax.checkpoint(stack) if remat else stack
     whole = len(images) - len(images) % CHUNK
     chunks = images[:whole].reshape(-1, CHUNK, *images.shape[1:])
     x = lax.map(stack, chunks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -94,6 +95,7 @@ class NatureCNN(Torso, kw_only=True):
     channels: tuple[Annotated[int, Range(ge=1)], ...]
     kernels: tuple[Annotated[int, Range(ge=1)], ...]
     strides: tuple[Annotated[int, Range(ge=1)], ...]
+    remat: bool  # compute the layers once more for the gradients, and keep nothing of them
 
     @nn.compact
     def __call__(self, observation: Mapping[str, Array], dtype: Any) -> Array:
@@ -110,7 +112,7 @@ class NatureCNN(Torso, kw_only=True):
             kernels.append(kernel)
             biases.append(bias)
             inputs = outputs
-        x = convolve_all(image, kernels, biases, self.strides, dtype)
+        x = convolve_all(image, kernels, biases, self.strides, dtype, remat=self.remat)
         x = x.reshape(x.shape[0], -1)
         return jnp.concatenate([x, flat_leaves(others, dtype)], axis=-1) if others else x
 
@@ -131,15 +133,18 @@ class ImpalaResNet(Torso, kw_only=True):
 
     channels: tuple[Annotated[int, Range(ge=1)], ...]  # one stage each
     blocks: Annotated[int, Range(ge=1)]  # residual blocks per stage
+    remat: bool  # compute the blocks once more for the gradients, and keep their inputs only
 
     @nn.compact
     def __call__(self, observation: Mapping[str, Array], dtype: Any) -> Array:
         image, others = split_images(observation)
         x = to_nhwc(image, dtype)
+        block = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
+        names = (f"ResidualBlock_{i}" for i in itertools.count())  # with remat and without
         for channels in self.channels:
             x = nn.Conv(channels, (3, 3), dtype=dtype)(x)
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
             for _ in range(self.blocks):
-                x = ResidualBlock(channels=channels)(x, dtype)
+                x = block(channels=channels, name=next(names))(x, dtype)
         x = nn.relu(x).reshape(x.shape[0], -1)
         return jnp.concatenate([x, flat_leaves(others, dtype)], axis=-1) if others else x
