@@ -36,6 +36,7 @@ from rlx.types import Rollout
 log = logging.getLogger(__name__)
 
 CLOSE_S = 10.0
+OF_THE_RUN = ("env_steps", "frames", "updates", "wall_s", "finished", "evaluation_return")
 
 
 def build_agent(settings: Mapping[str, Any]) -> tuple[EnvFamily, Agent]:
@@ -61,7 +62,7 @@ def assemble(
     evaluation, checkpoint, logging_ = (
         build(settings[group], group) for group in ("evaluation", "checkpoint", "logging")
     )
-    _check_agreement(settings)
+    check_agreement(settings)
     family, agent = build_agent(settings)
     _check_network(agent)
     learner = build(settings["learner"], "learner", agent=agent, seed=seed)
@@ -69,7 +70,7 @@ def assemble(
     exploration = share_exploration(build(settings["exploration"], "exploration"), peers)
     own_seed = share_seed(seed, peers)
     if peers.rank != 0:  # whose newest checkpoint the first process may not have got yet
-        checkpoint = dataclasses.replace(checkpoint, keep=max(2, checkpoint.keep))
+        checkpoint = dataclasses.replace(checkpoint, keep=max(3, checkpoint.keep))
     chain = resumed.meta["chain"] + 1 if resumed else 0
     with ExitStack() as undo:  # closes what there is, if something cannot be had
         replay = make_replay(
@@ -169,7 +170,7 @@ def _build_evaluator(
     )
 
 
-def _check_agreement(settings: Mapping[str, Any]) -> None:
+def check_agreement(settings: Mapping[str, Any]) -> None:
     """What two groups must agree on."""
     local, replay = is_local(settings), settings["replay"]
     if local and replay.get("ratio", "its own") is None:
@@ -286,9 +287,17 @@ def _own_part(folder: Path, restored: Restored, with_replay: bool) -> Restored:
     """With what this process had saved of its own, if it was there then."""
     checkpoints = Checkpointer(folder, None)
     path = checkpoints.folder / restored.path.name
-    if not path.exists():
+    try:  # the training state is one
+        own = checkpoints.restore({}, path, with_replay=with_replay)
+    except CheckpointError as error:
+        if with_replay:
+            log.warning("%s This process's part of the replay is filled anew.", error)
         return restored
-    own = checkpoints.restore({}, path, with_replay=with_replay)  # the training state is one
+    run = {name: restored.meta[name] for name in OF_THE_RUN}
     return dataclasses.replace(
-        restored, meta=own.meta, replay_state=own.replay_state, segments=own.segments, path=path
+        restored,
+        meta=own.meta | run,
+        replay_state=own.replay_state,
+        segments=own.segments,
+        path=path,
     )

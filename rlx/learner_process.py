@@ -45,7 +45,11 @@ class LearnerProcess:
 
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
-            coordinator, self._count, self._rank, initialization_timeout=int(timeout_s)
+            coordinator,
+            self._count,
+            self._rank,
+            initialization_timeout=int(timeout_s),
+            cluster_detection_method="deactivate",  # a batch system's ranks are not these
         )
 
     def run(self, settings: Mapping[str, Any], resume: bool, peers: Peers) -> dict[str, Any]:

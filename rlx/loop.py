@@ -28,7 +28,7 @@ from rlx.problems import RunFailed
 from rlx.progress import Progress
 from rlx.replay.quota import Quota
 from rlx.replay.snapshots import Snapshots
-from rlx.types import Batch, Episode, News, Sample
+from rlx.types import Batch, Episode, News, Rollout, Sample
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Loop:
         self._evaluated: float | None = None  # the newest evaluation's mean return
         self._score: float | None = None  # the same, until a checkpoint has it
         self._before = 0  # env steps at the last `keep`
-        self.failure: RunFailed | None = None  # of acting
+        self.failure: RunFailed | None = None  # of the actors or the evaluator
         self._made = Counters()  # by this process's own actors since the last `agree`
         self._ended: list[Episode] = []  # since then
         self._news: Sequence[News] = ()  # everybody's, of the last `agree`
@@ -176,7 +176,7 @@ class Loop:
     def finished(self) -> bool:
         """By what all learner processes know, as all of them must see it at once."""
         parts = self.parts
-        wall_s = max((news.wall_s for news in self._news), default=0.0)
+        wall_s = max((news.wall_s for news in self._news), default=self.count.wall_s)
         return (
             self.count.env_steps >= parts.total_env_steps
             or (parts.stop_after_s is not None and wall_s >= parts.stop_after_s)
@@ -187,8 +187,9 @@ class Loop:
         )
 
     def stopped(self) -> bool:
-        """Whether any process was told to stop."""
-        return any(news.stop for news in self._news)
+        """Whether any process was told to stop; several hear of it when they agree."""
+        alone = self.parts.peers.count == 1
+        return self._stop.is_set() if alone else any(news.stop for news in self._news)
 
     def act(self) -> None:
         """Adds what the pool has ready, unless the learner is owed updates."""
@@ -197,15 +198,13 @@ class Loop:
             return
         nothing_else_to_do = not quota.may_learn(replay.env_steps, replay.startable)
         with self._stages.measure("acting"):
-            try:
+            rollouts: list[Rollout] = []
+            with self._left_to_the_end():
                 rollouts = pool.collect(
                     pool.env_steps_per_request,
                     WAIT_S if nothing_else_to_do else 0.0,
                     self.parts.learner.updates,
                 )
-            except RunFailed as error:  # raised when all processes have stopped, and can save
-                self.failure, rollouts = error, []
-                self._stop.set()
         with self._stages.measure("replay_add"):
             for rollout in rollouts:
                 replay.add(rollout)
@@ -283,20 +282,28 @@ class Loop:
                     self._evaluate(parts.evaluation.episodes)
             else:
                 parts.evaluator.submit(parts.learner.publish().weights(), self.count.env_steps)
-        self._heed_evaluator()
+        with self._left_to_the_end():
+            self._heed_evaluator()
         if self._rings(parts.logging.every_env_steps):
             self._write_row()
-        if self._rings(parts.checkpoint.every_env_steps):
-            self._save_due = True
-            if parts.checkpoint.replay and not parts.checkpoint.exact:
-                self._snapshots.write_ahead(parts.replay)
         if self._save_due and not any(news.is_writing for news in self._news):
             self.save()
-            if parts.checkpoint.exact:
-                self._publish(parts.learner.publish())
+        if self._rings(parts.checkpoint.every_env_steps):
+            self._begin_to_save()
         self._before = self.count.env_steps
         if self._progress.is_due:
             self._progress.update(self._live())
+
+    def _begin_to_save(self) -> None:
+        """Saves, or begins to write the replay's blocks; the rest follows when they are written."""
+        checkpoint = self.parts.checkpoint
+        if checkpoint.replay and not checkpoint.exact:
+            self._snapshots.write_ahead(self.parts.replay)
+            self._save_due = True
+            return
+        self.save()
+        if checkpoint.exact:
+            self._publish(self.parts.learner.publish())
 
     # --- ends ------------------------------------------------------------------------------------
 
@@ -368,6 +375,7 @@ class Loop:
                 self.parts.pool.reopen()
         if peers.rank != 0:
             peers.exchange(None)
+        peers.exchange(None)  # nobody goes on, or fails, before the first one's is in place
         return saved
 
     def _pending(self) -> dict[str, np.ndarray]:
@@ -383,6 +391,15 @@ class Loop:
         return self.count.wall_s + perf_counter() - self._began
 
     # --- details ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _left_to_the_end(self) -> Iterator[None]:
+        """What fails here is raised when all processes have stopped, and can save."""
+        try:
+            yield
+        except RunFailed as error:
+            self.failure = error
+            self._stop.set()
 
     def _rings(self, every: int | None) -> bool:
         """Whether a multiple of so many env steps was passed since `keep`; never if None."""

@@ -14,18 +14,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 
 import ray
+from jax.errors import JaxRuntimeError
 from ray import exceptions as ray_errors
 
 from rlx import metrics
 from rlx.acting.ray_cluster import Cluster
+from rlx.assemble import check_agreement
 from rlx.checkpoint import Checkpointer
 from rlx.config import build
 from rlx.learner import Group
@@ -84,6 +87,8 @@ class AtMeeting:
     def exchange(self, mine: T) -> Sequence[T]:
         """Waits without a deadline: it is the watcher that ends a group which is silent."""
         given: list[T] = ray.get(self._meeting.exchange.remote(self.rank, mine))
+        if len({type(each) for each in given}) > 1:
+            raise RunFailed("the learner processes are out of step; resume goes on")
         return given
 
 
@@ -96,14 +101,15 @@ def run_group(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) ->
 
     Raises ConfigError for what cannot work, RunFailed when the group was lost too often.
     """
-    count, acting = settings["learner"]["processes"], settings["acting"]
+    count = settings["learner"]["processes"]
     group: Group = build(settings["learner"]["group"], Group)
-    console = Console(settings, output_dir, count)
+    check_agreement(settings)
     own = share_of(settings, count)
-    store = 2 * acting.get("max_in_flight_bytes", STORE_BYTES // 2)
-    cluster = Cluster(address=group.address or acting.get("address"), store_bytes=store)
+    _check_devices(settings["learner"]["platform"], group)
+    console = Console(settings, output_dir, count)
+    cluster = _join_cluster(group, settings["acting"])
     try:
-        _check_room(group, count, cluster.resources)
+        _check_room(settings, group, cluster)
         with stop_on_signals() as stop:
             return _live(own, output_dir, group, count, stop, console, resume=resume)
     finally:
@@ -121,45 +127,87 @@ def _live(
     resume: bool,
 ) -> dict[str, Any]:
     """One group after the other, until one comes to the end."""
-    restarts = 0
+    restarts, in_a_row, saved = 0, 0, _newest(output_dir)
     while True:
-        life = Life(output_dir, group, count)
+        life = Life(output_dir, group, count, restarts)
         try:
-            life.begin(settings, resume=resume, restarts=restarts)
+            life.begin(settings, stop, resume=resume)
             return {**life.watch(stop, console), "learner_restarts": restarts}
         except Lost as error:
-            if restarts == group.max_restarts or stop.is_set():
-                raise _failed(output_dir, error, restarts) from error
-            restarts += 1
-            resume = bool(Checkpointer(output_dir, None).paths())
+            life.end()
+            before, saved = saved, _newest(output_dir)
+            in_a_row = in_a_row + 1 if saved == before else 1
+            if in_a_row > group.max_restarts or stop.is_set():
+                says = f"{error}; learner processes were lost {in_a_row} times without a checkpoint"
+                _write_failed(output_dir, says)
+                raise RunFailed(says) from error
+            restarts, resume = restarts + 1, saved is not None
             whence = "the last checkpoint" if resume else "the beginning"
             log.warning("%s; all learner processes begin anew from %s", error, whence)
+        except BaseException as error:
+            life.end()
+            if not isinstance(error, ConfigError) or restarts:
+                _write_failed(output_dir, f"{type(error).__name__}: {error}".splitlines()[0])
+            raise
         finally:
             life.end()
             console.close()
 
 
-def _failed(output_dir: Path, error: Exception, restarts: int) -> RunFailed:
-    says = f"{error}; the learner processes were begun anew {restarts} times before"
+def _newest(output_dir: Path) -> str | None:
+    """The name of the run's last checkpoint."""
+    paths = Checkpointer(output_dir, None).paths()
+    return paths[-1].name if paths else None
+
+
+def _write_failed(output_dir: Path, says: str) -> None:
     metrics.write_status(output_dir, "failed", last_row(output_dir), error=says)
-    return RunFailed(says)
 
 
-def _check_room(group: Group, count: int, have: Mapping[str, float]) -> None:
+def _join_cluster(group: Group, acting: Mapping[str, Any]) -> Cluster:
+    """The one of the learner processes, which the actors join, too."""
+    address, setting, own = group.address, "learner.group.address", acting.get("address")
+    if None not in (address, own) and address != own:
+        raise refuse("acting.address", f"the learner processes are at {address}", given=str(own))
+    if address is None:
+        address, setting = own, "acting.address"
+    store = 2 * acting.get("max_in_flight_bytes", STORE_BYTES // 2)
+    return Cluster(address=address, store_bytes=store, setting=setting)
+
+
+def _check_devices(platform: str | None, group: Group) -> None:
+    """What no cluster can give."""
+    gpus = group.gpus_per_learner
+    if gpus != int(gpus):
+        says = "accepted: whole GPUs, as two processes on one cannot exchange gradients"
+        raise refuse("learner.group.gpus_per_learner", says, given=f"{gpus:g}")
+    if platform == "gpu" and not gpus:
+        says = "each of several learner processes has the GPUs it asks for; set "
+        raise refuse("learner.platform", says + "learner.group.gpus_per_learner=1", given="gpu")
+
+
+def _check_room(settings: Mapping[str, Any], group: Group, cluster: Cluster) -> None:
     """Refuses what the cluster does not have, with its numbers."""
+    count, acting, have = settings["learner"]["processes"], settings["acting"], cluster.resources
     for name, resource in (("cpus_per_learner", "CPU"), ("gpus_per_learner", "GPU")):
         each, there = getattr(group, name), have.get(resource, 0.0)
         if each * count > there:
             says = f"{count} learner processes ask for {each * count:g} {resource}, the cluster "
-            says += f"has {there:g}; set it to {there / count:g}, or learner.processes=1"
+            says += f"has {there:g}"
             raise refuse(f"learner.group.{name}", says, given=f"{each:g}")
+    actors = acting.get("cpus_per_actor", 0.0) * acting["instances"]
+    free = have.get("CPU", 0.0) - group.cpus_per_learner * count
+    if cluster.is_own and actors > free:
+        says = f"{acting['instances']} actors ask for {actors:g} CPU, the learner processes leave "
+        says += f"{free:g}; set it to {math.floor(1000 * free / acting['instances']) / 1000:g}"
+        raise refuse("acting.cpus_per_actor", says, given=f"{acting['cpus_per_actor']:g}")
 
 
 class Life:
     """One life of the group: its processes, and the place where they meet."""
 
-    def __init__(self, output_dir: Path, group: Group, count: int) -> None:
-        self._group, self._count = group, count
+    def __init__(self, output_dir: Path, group: Group, count: int, restarts: int) -> None:
+        self._group, self._count, self._restarts = group, count, restarts
         options: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0}
         self._meeting = ray.remote(Meeting).options(num_cpus=0, **options).remote(count)
         on_cpu = {} if group.gpus_per_learner else {"JAX_PLATFORMS": "cpu"}
@@ -178,16 +226,16 @@ class Life:
         self._runs: list[Any] = []
         self._listened_s = monotonic()
 
-    def begin(self, settings: Mapping[str, Any], *, resume: bool, restarts: int) -> None:
+    def begin(self, settings: Mapping[str, Any], stop: threading.Event, *, resume: bool) -> None:
         """Starts the processes, joins them, and lets them run; raises Lost or RunFailed."""
-        hellos = self._all([p.hello.remote() for p in self._processes], "found no room, or hang")
+        hellos = self._all([p.hello.remote() for p in self._processes], "found no room", stop)
         for rank, (address, pid) in enumerate(hellos):
             log.info("learner process %d: %s, process id %d", rank, address, pid)
         limit_s, coordinator = self._group.start_timeout_s, hellos[0][0]
         joins = [p.join.remote(coordinator, limit_s) for p in self._processes]
-        self._all(joins, f"did not find each other at {coordinator}")
+        self._all(joins, f"did not find each other at {coordinator}", stop)
         for rank, process in enumerate(self._processes):
-            peers = AtMeeting(self._meeting, rank, self._count, restarts)
+            peers = AtMeeting(self._meeting, rank, self._count, self._restarts)
             self._runs.append(process.run.remote(settings, resume, peers))
 
     def watch(self, stop: threading.Event, console: Console) -> dict[str, Any]:
@@ -213,15 +261,22 @@ class Life:
         for actor in (*self._processes, self._meeting):
             ray.kill(actor, no_restart=True)
 
-    def _all(self, references: list[Any], otherwise: str) -> list[Any]:
+    def _all(self, references: list[Any], late: str, stop: threading.Event) -> list[Any]:
         """The answers of all processes to one call while they start."""
-        limit_s = self._group.start_timeout_s
-        done, _ = ray.wait(references, num_returns=len(references), timeout=limit_s)
-        late = [rank for rank, ref in enumerate(references) if ref not in done]
-        if late:
-            says = f"learner processes {_listed(late)} {otherwise} for {limit_s:.0f} s "
-            raise RunFailed(says + "(learner.group.start_timeout_s)")
-        return [self._answer(reference) for reference in references]
+        limit_s, began_s, waiting = self._group.start_timeout_s, monotonic(), list(references)
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=WATCH_S)
+            for reference in done:
+                self._answer(reference)
+            if stop.is_set():
+                raise RunFailed("stopped before all learner processes had started")
+            if waiting and monotonic() - began_s > limit_s:
+                ranks = [rank for rank, ref in enumerate(references) if ref in waiting]
+                says = f"learner processes {_listed(ranks)} {late} within {limit_s:.0f} s "
+                says += "(learner.group.start_timeout_s)"
+                raise Lost(says) if self._restarts else RunFailed(says)
+        answers: list[Any] = ray.get(references)
+        return answers
 
     def _answer(self, reference: Any) -> Any:
         """Of a call that has ended; raises the ConfigError or RunFailed of a process, or Lost."""
@@ -230,28 +285,34 @@ class Life:
         except ray_errors.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, ConfigError):
-                raise cause from None
+                raise self._as_of_one(cause) from None
             if lost := self._dead():
                 raise lost from error
             if isinstance(cause, RunFailed):
                 raise cause from None
+            if isinstance(cause, (JaxRuntimeError, ray_errors.RayError)):  # as of a connection
+                says = f"a learner process failed ({type(cause).__name__}: {_first_line(cause)})"
+                raise Lost(says) from error
             raise
         except ray_errors.RayError as error:
             raise Lost(f"a learner process was lost ({_first_line(error)})") from error
+
+    def _as_of_one(self, error: ConfigError) -> ConfigError:
+        """Its numbers are those of a share."""
+        of = f" (in one of {self._count} learner processes, for its share)"
+        return ConfigError([replace(problem, says=problem.says + of) for problem in error.problems])
 
     def _dead(self) -> Lost | None:
         """What made a process fail, if it was that another one, or the meeting, has died."""
         calls = [process.__ray_ready__.remote() for process in (*self._processes, self._meeting)]
         names = [f"learner process {rank}" for rank in range(self._count)] + ["their meeting"]
-        until_s = monotonic() + GRIEF_S
-        while monotonic() < until_s:
-            ray.wait(calls, num_returns=len(calls), timeout=WATCH_S)
-            for name, call in zip(names, calls, strict=True):
-                with suppress(ray_errors.GetTimeoutError):
-                    try:
-                        ray.get(call, timeout=0)
-                    except ray_errors.RayActorError:
-                        return Lost(f"{name} was lost")
+        done, _ = ray.wait(calls, num_returns=len(calls), timeout=GRIEF_S)
+        for name, call in zip(names, calls, strict=True):
+            try:
+                if call in done:
+                    ray.get(call)
+            except ray_errors.RayActorError:
+                return Lost(f"{name} was lost")
         return None
 
     def _listen(self) -> None:
@@ -283,6 +344,7 @@ class Console:
         self._total, self._logging = settings["total_env_steps"], settings["logging"]
         self._logs = [log_file(output_dir, rank) for rank in range(count)]
         self._read = [path.stat().st_size if path.exists() else 0 for path in self._logs]
+        self._shown = -1  # env steps
         self._progress = self._open()
 
     def look(self) -> None:
@@ -290,7 +352,9 @@ class Console:
         for rank in range(len(self._logs)):
             for line in self._new_lines(rank):
                 log.info("learner process %d: %s", rank, line)
-        if self._progress.is_due and (row := last_row(self._output_dir)):
+        row = last_row(self._output_dir) if self._progress.is_due else {}
+        if row and row["env_steps"] != self._shown:
+            self._shown = row["env_steps"]
             self._progress.update(row)
 
     def close(self) -> None:

@@ -27,14 +27,18 @@ def share_of(settings: Mapping[str, Any], count: int) -> dict[str, Any]:
     _refuse_alone_only(settings, count)
     learner, replay, acting = own["learner"], own["replay"], own["acting"]
     learner["batch_size"] = _divided(settings, "learner", "batch_size", count)
-    for name in ("capacity", "min_sequences", "min_env_steps"):
-        if replay.get(name):
-            replay[name] = -(-replay[name] // count)
     whole = "instances" if acting["instances"] % count == 0 else "envs_per_actor"
     acting[whole] = _divided(settings, "acting", whole, count)
-    for name in ("min_instances", "max_in_flight_bytes"):
-        if name in acting:
-            acting[name] = -(-acting[name] // count)
+    in_acting = ["max_in_flight_bytes"]
+    if whole == "instances":
+        in_acting.append("min_instances")
+    if whole == "envs_per_actor" or acting.get("inference") == "server":
+        in_acting.append("env_steps_per_request")
+    in_replay = ("capacity", "min_sequences", "min_env_steps", "anneal_env_steps", "max_delay")
+    for group, names in ((replay, in_replay), (acting, in_acting)):
+        for name in names:
+            if group.get(name):
+                group[name] = -(-group[name] // count)
     own["logging"]["console"] = "off"  # the watcher shows what there is to see
     return own
 

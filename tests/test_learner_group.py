@@ -62,8 +62,16 @@ def test_processes_divide_what_a_run_has():
     assert own["replay"]["min_env_steps"] == 501
     assert own["acting"]["instances"] == 2
     assert own["acting"]["envs_per_actor"] == whole["acting"]["envs_per_actor"]
+    assert own["acting"]["min_instances"] == 1
+    assert own["acting"]["env_steps_per_request"] == whole["acting"]["env_steps_per_request"]
+    of_server = share_of(settings("acting=ray_pool", "acting.inference=server"), 2)["acting"]
+    assert of_server["env_steps_per_request"] == whole["acting"]["env_steps_per_request"] // 2
+    annealed = settings("replay.importance_exponent_final=1", "replay.anneal_env_steps=1000")
+    assert share_of(annealed, 2)["replay"]["anneal_env_steps"] == 500
     one_actor = share_of(settings("acting.envs_per_actor=16"), 4)["acting"]
     assert (one_actor["instances"], one_actor["envs_per_actor"]) == (1, 4)
+    each = settings()["acting"]["env_steps_per_request"] // 4
+    assert one_actor["env_steps_per_request"] == each
 
 
 @pytest.mark.parametrize(
@@ -76,7 +84,12 @@ def test_processes_divide_what_a_run_has():
         (["replay=dataset", "replay.path=somewhere"], "replay.path: needs learner.processes=1"),
         (["learner.group.cpus_per_learner=1000"], "learner.group.cpus_per_learner=1000: 2 learner"),
         (["learner.group.gpus_per_learner=1"], "learner.group.gpus_per_learner=1: 2 learner proc"),
-        (["replay.capacity=100"], "replay"),  # of one share: found by a process
+        (["learner.group.gpus_per_learner=0.5"], "accepted: whole GPUs"),
+        (["learner.platform=gpu"], "set learner.group.gpus_per_learner=1"),
+        (["replay.min_env_steps=250000"], "replay.min_env_steps=250000: learning would never"),
+        (["acting=ray_pool", "acting.instances=1000"], "acting.cpus_per_actor=1: 1000 actors ask"),
+        (["learner.group.address=127.0.0.1:1"], "learner.group.address=127.0.0.1:1: cannot be"),
+        (["replay.capacity=100"], "in one of 2 learner processes, for its share"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(tmp_path, overrides, says):
@@ -248,6 +261,6 @@ def test_a_process_that_hangs_costs_no_more(tmp_path):
 @pytest.mark.slow  # a minute
 def test_what_fails_again_and_again_ends_the_run(tmp_path):
     given = [*GROUP, "learner.group.max_restarts=0", "total_env_steps=1_000_000"]
-    with pytest.raises(AssertionError, match="begun anew 0 times before"):
+    with pytest.raises(AssertionError, match="lost 1 times without a checkpoint"):
         lose_one(tmp_path, signal.SIGKILL, *given)
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"

@@ -226,6 +226,7 @@ class Player(Recorder):
 def advance(loop: Loop, iterations: int) -> None:
     for _ in range(iterations):
         loop.act()
+        loop.agree()
         loop.learn()
     loop._settle()
 
@@ -238,8 +239,10 @@ def test_learner_replay_and_sampler_continue_bit_for_bit_from_the_same_blocks(tm
     loop.begin()
     for _ in range(60):  # ends with an update in flight, whose TD errors must not be lost
         loop.act()
+        loop.agree()
         loop.learn()
     while loop._in_flight is None:
+        loop.agree()
         loop.learn()
         loop.act()
     loop.save()

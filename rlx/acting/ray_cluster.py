@@ -30,14 +30,16 @@ class Cluster:
     Raises ConfigError where there is none, or one of another version.
     """
 
-    def __init__(self, *, address: str | None, store_bytes: int) -> None:
+    def __init__(
+        self, *, address: str | None, store_bytes: int, setting: str = "acting.address"
+    ) -> None:
         self.started_by_us = not ray.is_initialized()
         self.is_own = self.started_by_us and address is None
         if self.started_by_us:
             if address is None:
                 _start(store_bytes)
             else:
-                _join(address)
+                _join(address, setting)
 
     @property
     def resources(self) -> Mapping[str, float]:
@@ -103,38 +105,38 @@ def _workers_not_nice() -> Iterator[None]:
         del os.environ[NICENESS]
 
 
-def _join(address: str) -> None:
-    _check_reachable(address)
+def _join(address: str, setting: str) -> None:
+    _check_reachable(address, setting)
     try:
         ray.init(address=address, **_quiet())
     except ConnectionError as error:
         says = "no Ray cluster is there; start one with 'ray start --head', or give null for an own"
-        raise refuse("acting.address", f"{says} ({_one_line(error)})", given=address) from error
+        raise refuse(setting, f"{says} ({_one_line(error)})", given=address) from error
     except (RuntimeError, ValueError) as error:
-        raise _refused(address, error) from error
+        raise _refused(address, setting, error) from error
 
 
-def _check_reachable(address: str) -> None:
+def _check_reachable(address: str, setting: str) -> None:
     """That something listens at host:port, before Ray tries for minutes."""
     if address == "auto":
         return
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
-        raise refuse("acting.address", "accepted: null, auto, host:port", given=address)
+        raise refuse(setting, "accepted: null, auto, host:port", given=address)
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
     except (OSError, UnicodeError) as error:
         says = f"cannot be reached ({error}); tried {host} port {port} for {CONNECT_S:.0f} s"
-        raise refuse("acting.address", says, given=address) from error
+        raise refuse(setting, says, given=address) from error
 
 
-def _refused(address: str, error: Exception) -> ConfigError:
+def _refused(address: str, setting: str, error: Exception) -> ConfigError:
     """Such as another version of Ray or Python, or a token that is missing."""
     line = _one_line(error)
     says = f"the cluster there refused this program: {line}"
     if "ersion" in line:
         says += "; install the same versions of ray and python on all machines"
-    return refuse("acting.address", says, given=address)
+    return refuse(setting, says, given=address)
 
 
 def _one_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import numpy as np
 import ray
 from ray import cloudpickle
@@ -79,7 +80,7 @@ class RayPool:
         """Settings: conf/acting/ray_pool.yaml. `chain`, `env_steps`: as in LocalPool."""
         self.env_steps_per_request = env_steps_per_request
         self._instances = instances
-        served = inference == "server"
+        served, several = inference == "server", jax.process_count() > 1
         plan = Plan(
             family=family,
             agent=agent,
@@ -108,7 +109,8 @@ class RayPool:
                     **_placement(placement),
                 },
                 environment=SHARE_GPU if gpus_per_actor else thread_limits(threads_per_actor),
-                threads=None if gpus_per_actor else threads_per_actor,
+                # Fleets of several learner processes do not know which cores the others took.
+                threads=None if gpus_per_actor or several else threads_per_actor,
                 free_answers=1 if served else 0,  # of `reset`
                 at_once=start_at_once,
                 restarts=restarts,
