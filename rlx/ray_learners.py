@@ -17,6 +17,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -110,7 +111,7 @@ def run_group(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) ->
     cluster = _join_cluster(group, settings["acting"])
     try:
         _check_room(settings, group, cluster)
-        with stop_on_signals() as stop:
+        with stop_on_signals() as stop, _failing_is_told(output_dir):
             return _live(own, output_dir, group, count, stop, console, resume=resume)
     finally:
         cluster.close()
@@ -134,21 +135,14 @@ def _live(
             life.begin(settings, stop, resume=resume)
             return {**life.watch(stop, console), "learner_restarts": restarts}
         except Lost as error:
-            life.end()
             before, saved = saved, _newest(output_dir)
             in_a_row = in_a_row + 1 if saved == before else 1
             if in_a_row > group.max_restarts or stop.is_set():
                 says = f"{error}; learner processes were lost {in_a_row} times without a checkpoint"
-                _write_failed(output_dir, says)
                 raise RunFailed(says) from error
             restarts, resume = restarts + 1, saved is not None
             whence = "the last checkpoint" if resume else "the beginning"
             log.warning("%s; all learner processes begin anew from %s", error, whence)
-        except BaseException as error:
-            life.end()
-            if not isinstance(error, ConfigError) or restarts:
-                _write_failed(output_dir, f"{type(error).__name__}: {error}".splitlines()[0])
-            raise
         finally:
             life.end()
             console.close()
@@ -160,8 +154,18 @@ def _newest(output_dir: Path) -> str | None:
     return paths[-1].name if paths else None
 
 
-def _write_failed(output_dir: Path, says: str) -> None:
-    metrics.write_status(output_dir, "failed", last_row(output_dir), error=says)
+@contextmanager
+def _failing_is_told(output_dir: Path) -> Iterator[None]:
+    """In status.json, which a process that was killed has left as it was."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except BaseException as error:
+        state: metrics.State = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        metrics.write_status(output_dir, state, last_row(output_dir), error=line)
+        raise
 
 
 def _join_cluster(group: Group, acting: Mapping[str, Any]) -> Cluster:

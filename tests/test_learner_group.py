@@ -9,6 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,14 @@ import pytest
 
 import rlx
 from rlx.acting.exploration import Ladder
+from rlx.acting.faults import ActingFailed
+from rlx.assemble import assemble
 from rlx.config import plain
 from rlx.learner import Learner
-from rlx.loop import Alone
+from rlx.loop import Alone, Loop, Parts
+from rlx.loop import train as train_loop
 from rlx.metrics import read_rows
-from rlx.problems import ConfigError
+from rlx.problems import ConfigError, RunFailed
 from rlx.shares import share_exploration, share_of, share_seed
 from rlx.types import Batch
 from tests import parts
@@ -177,6 +183,106 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
         np.testing.assert_allclose(ours, one, rtol=1e-4, atol=1e-5)
     td = np.concatenate([found[0][-1], found[1][-1]])
     np.testing.assert_allclose(td, expected[-1], atol=1e-5)
+
+
+# --- loops ---------------------------------------------------------------------------------------
+
+
+class Together:
+    """The interfaces.Peers of two loops in threads of this process."""
+
+    count, restarts = 2, 0
+
+    def __init__(self, rank: int, given: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self._given, self._barrier = rank, given, barrier
+
+    def exchange(self, mine: Any) -> list[Any]:
+        self._given[self.rank] = mine
+        self._barrier.wait(30)
+        given = list(self._given)
+        self._barrier.wait(30)
+        assert len({type(each) for each in given}) == 1, given
+        return given
+
+
+def two_loops(
+    folder: Path, *overrides: str, resume: bool = False, touch: Callable[..., None] | None = None
+) -> list[Any]:
+    """The states in which two loops end, or what they raise. Their updates are not joined."""
+    own = share_of(settings(*TINY, "replay.min_sequences=8", *overrides), 2)
+    given, barrier, stops = [None, None], threading.Barrier(2), [threading.Event() for _ in "01"]
+
+    def go(rank: int) -> Any:
+        try:
+            with assemble(own, folder, resume=resume, peers=Together(rank, given, barrier)) as made:
+                if touch is not None:
+                    touch(rank, made, stops)
+                return train_loop(made, stops[rank])["state"]
+        except RunFailed as error:
+            return error
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(go, (0, 1)))
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "checkpoints").glob("[0-9]*")}
+
+
+def test_a_stop_told_to_one_ends_both_at_the_same_count(tmp_path):
+    def touch(rank: int, made: Parts, stops: list[threading.Event]) -> None:
+        if rank == 1:
+            threading.Timer(1.0, stops[1].set).start()
+
+    given = ["total_env_steps=1_000_000"]
+    assert two_loops(tmp_path, *given, touch=touch) == ["interrupted"] * 2
+    first, second = summaries(tmp_path)
+    assert first["env_steps"] == second["env_steps"] > 0
+    assert max(names(tmp_path)) == max(names(tmp_path / "learners" / "1"))
+
+
+def test_a_run_left_in_its_last_evaluation_resumes(tmp_path, monkeypatch):
+    evaluate, told = Loop._evaluate, []
+
+    def leave(loop: Loop, episodes: int) -> None:
+        told[0].set()
+        evaluate(loop, episodes)
+
+    def touch(rank: int, made: Parts, stops: list[threading.Event]) -> None:
+        told[:] = stops
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "_evaluate", leave)
+        ends = two_loops(tmp_path, "evaluation.every_env_steps=null", touch=touch)
+        assert ends == ["interrupted", "finished"]
+    assert two_loops(tmp_path, resume=True) == ["finished"] * 2
+
+
+def test_when_evaluating_fails_both_save(tmp_path):
+    class Failing:
+        polls = 0
+
+        def poll(self) -> list[Any]:
+            self.polls += 1
+            if self.polls == 40:
+                raise ActingFailed("the evaluator raised 3 times")
+            return []
+
+        def stats(self) -> dict[str, float]:
+            return {}
+
+        def close(self) -> None:
+            pass
+
+    def touch(rank: int, made: Parts, stops: list[threading.Event]) -> None:
+        if rank == 0:
+            object.__setattr__(made, "evaluator", Failing())
+
+    given = ["total_env_steps=1_000_000", "evaluation.every_env_steps=null"]
+    failed, other = two_loops(tmp_path, *given, touch=touch)
+    assert isinstance(failed, ActingFailed)
+    assert other == "interrupted"
+    assert names(tmp_path) == names(tmp_path / "learners" / "1") != set()
 
 
 # --- runs ----------------------------------------------------------------------------------------

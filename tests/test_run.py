@@ -31,6 +31,7 @@ from rlx.metrics import Metrics, read_rows, without_wall_clock
 from rlx.nonfinite import NonFinite
 from rlx.problems import ConfigError
 from rlx.replay.process import ReplayLost
+from rlx.replay.snapshots import Snapshots
 
 ROOT = Path(__file__).resolve().parent.parent
 LANES, REQUEST, ROWS_PER_UPDATE, ROW_EVERY = 4, 8, 16, 200
@@ -470,10 +471,34 @@ def test_the_limits_end_a_run_as_finished(loops, tmp_path):
     by_time = run(tmp_path / "time", "stop_after_s=0.2", "total_env_steps=1_000_000_000")
     assert by_time["state"] == "finished"
     assert by_time["wall_s"] >= 0.2
+    again = run(None, f"resume={tmp_path / 'time'}", "stop_after_s=0.2")
+    assert again["env_steps"] == by_time["env_steps"]
     goes_on = run(None, f"resume={tmp_path / 'updates'}")
     assert goes_on["state"] == "finished"
     # The last request is the only one that may go over; it ends with a step of all lanes.
     assert 1200 <= goes_on["env_steps"] < 1200 + REQUEST + LANES
+
+
+def test_training_goes_on_while_a_snapshot_is_written(tmp_path, monkeypatch):
+    turns, went_on = [0], []
+    write, agree = Snapshots._write_ahead, Loop.agree
+
+    def slow(snapshots: Snapshots, replay: Any) -> None:
+        began, until = turns[0], time.monotonic() + 5
+        while turns[0] < began + 3 and time.monotonic() < until:
+            time.sleep(0.001)
+        went_on.append(turns[0] >= began + 3)
+        write(snapshots, replay)
+
+    def count(loop: Loop) -> None:
+        turns[0] += 1
+        agree(loop)
+
+    monkeypatch.setattr(Snapshots, "_write_ahead", slow)
+    monkeypatch.setattr(Loop, "agree", count)
+    run(tmp_path)
+    assert went_on[0]
+    assert len(went_on) >= 2
 
 
 # --- quota and weights ---------------------------------------------------------------------------
