@@ -266,6 +266,7 @@ DEFAULTS = {
     "batch": "",
     "dtype": "float32",
     "profile": "false",
+    "replay": "false",
 }
 DTYPES = ("float32", "bfloat16")
 SWITCH = ("false", "true")
@@ -276,7 +277,8 @@ def main() -> None:
 
     `seconds`: for each setup (replay: for each storage); `acting=local|ray_pool`: of what=acting;
     `rows=100000,1000000`: sizes of what=replay; of what=learner `batch=32,64` (sequences; none: the
-    setup's own), `dtype=float32,bfloat16` and `profile=true` (a trace, and what took longest).
+    setup's own), `dtype=float32,bfloat16`, `replay=true` (from full replays, too) and
+    `profile=true` (a trace, and what took longest).
     """
     names = [setup.name for setup in SETUPS]
     given = dict(text.partition("=")[::2] for text in sys.argv[1:])
@@ -285,13 +287,14 @@ def main() -> None:
     known = what in BENCHES and chosen in (*names, "all") and options.keys() == DEFAULTS.keys()
     counts = [*options["rows"].split(","), *filter(None, options["batch"].split(","))]
     numbers = [_positive(seconds), *(count.isdigit() and int(count) > 0 for count in counts)]
-    named = set(options["dtype"].split(",")) <= set(DTYPES) and options["profile"] in SWITCH
+    switches = {options["profile"], options["replay"]} <= set(SWITCH)
+    named = set(options["dtype"].split(",")) <= set(DTYPES) and switches
     if not known or not all(numbers) or not named or options["acting"] not in POOLS:
         print(
             f"rlx.bench: got {' '.join(sys.argv[1:]) or 'nothing'}; accepted: "
             f"what={'|'.join(BENCHES)} seconds=10 setup={'|'.join(names)}|all "
             f"acting={'|'.join(POOLS)} rows={DEFAULTS['rows']} batch=32,64 "
-            f"dtype={','.join(DTYPES)} profile={'|'.join(SWITCH)}",
+            f"dtype={','.join(DTYPES)} profile={'|'.join(SWITCH)} replay={'|'.join(SWITCH)}",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -310,10 +313,16 @@ def _benches(options: Mapping[str, str]) -> Sequence[Bench]:
     if what == "learner":
         from rlx.learner_bench import bench_learner
 
-        profile = options["profile"] == "true"
+        profile, from_replays = (options[name] == "true" for name in ("profile", "replay"))
         batches = [int(size) if size else None for size in options["batch"].split(",")]
         return [
-            partial(bench_learner, batch=batch, dtype=dtype, profile=profile)
+            partial(
+                bench_learner,
+                batch=batch,
+                dtype=dtype,
+                profile=profile,
+                from_replays=from_replays,
+            )
             for dtype in options["dtype"].split(",")
             for batch in batches
         ]

@@ -2,8 +2,9 @@
 `python -m rlx.bench what=learner batch=32,64 dtype=float32,bfloat16`.
 
 For each batch size and compute dtype, in turn: the compiled update on data that lies on the device
-(the roofline of the learner's path), and the learner's path as the loop takes it. The floor is the
-update's products and convolutions at the rate of one large matrix product, measured beside them.
+(the roofline of the learner's path), and the learner's path as the loop takes it; `replay=true`
+adds full replays, in the host's memory and in the device's. The floor is the update's products and
+convolutions at the rate of one large matrix product, measured beside them.
 """
 
 from __future__ import annotations
@@ -11,40 +12,62 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlx import bench
 from rlx.config import build
 from rlx.flops import count_flops
 from rlx.interfaces import Agent
 from rlx.learner import Learner
+from rlx.replay_bench import Blocks, filled, frames_of
+from rlx.types import Batch, UpdateOutput
 
 PRODUCT = {"cpu": 2048, "gpu": 8192}  # rows and columns of the matrices that are multiplied
 PROFILED_UPDATES = 3
 SHOWN = 10  # operations
+REPLAYED_ROWS = 50_000  # of the replays that batches are drawn from
+REPLAYS: Mapping[str, dict[str, Any]] = {
+    "from host replay": {},
+    "from host replay, 2 ahead": {"prefetch": 2},
+    "from device replay": {"storage": "device"},
+}
 
 
 def bench_learner(
-    setup: bench.Setup, seconds: float, batch: int | None, dtype: str, profile: bool
+    setup: bench.Setup,
+    seconds: float,
+    batch: int | None,
+    dtype: str,
+    profile: bool,
+    from_replays: bool,
 ) -> list[dict[str, Any]]:
     """The floor, the compiled update and the learner's path: updates/s, then trained rows/s."""
     agent = bench.make_agent(setup, compute_dtype=dtype)
     size = setup.batch_size if batch is None else batch
     prefix = f"learner/{setup.name}/{dtype}/{size} sequences"
     update = Compiled(agent, size)
-    path = LoopPath(agent, size)
+    paths = {"learner path": LoopPath(agent, size)}
+    if from_replays:
+        blocks = Blocks(agent, frames_of(setup))
+        for name, keeping in REPLAYS.items():
+            replay, _ = filled(agent, REPLAYED_ROWS, blocks, keeping, size)
+            paths[name] = FromReplay(agent, size, replay)
     product = Product(dtype)
     variants: dict[str, bench.Work] = {
         "compiled update": update.work,
-        "learner path": path.work,
+        **{name: path.work for name, path in paths.items()},
         "product": product.work,
     }
-    rates = bench.measure(variants, seconds, {"learner path": path.settle})
+    rates = bench.measure(variants, seconds, {name: path.settle for name, path in paths.items()})
+    for path in paths.values():
+        path.close()
     flop_rates = [rate * product.flops for rate in rates.pop("product")]
     rates = {"floor": [rate / update.flops for rate in flop_rates], **rates}
     found = bench.rows(rates, prefix=prefix, unit="updates/s", roofline="compiled update")
@@ -81,23 +104,54 @@ class LoopPath:
         own = bench.settings("learner", "default") | {"batch_size": size}
         self._learner: Learner = build(own, "learner", agent=agent, seed=0)
         self._batch = bench.random_batch(agent, size)
-        self._waiting: list[Any] = []
+        self._keys = np.arange(size)
+        self._waiting: list[tuple[np.ndarray, UpdateOutput]] = []
         self._published: list[Any] = []
 
     def work(self) -> float:
         learner = self._learner
-        output = learner.update(learner.put(self._batch))
+        keys, batch = self.draw()
+        output = learner.update(learner.put(batch))
         self.settle()
         if self._published:
             self._published.pop().weights()
-        self._waiting.append(output)
+        self._waiting.append((keys, output))
         if learner.updates % learner.publish_every_updates == 0:
             self._published.append(learner.publish())
         return 1
 
     def settle(self) -> None:
         while self._waiting:
-            self._learner.td(self._waiting.pop())
+            keys, output = self._waiting.pop()
+            self.heed(keys, self._learner.td(output))
+
+    def draw(self) -> tuple[np.ndarray, Batch]:
+        """The same batch always."""
+        return self._keys, self._batch
+
+    def heed(self, keys: np.ndarray, td: np.ndarray) -> None:
+        """Nobody needs the TD errors."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class FromReplay(LoopPath):
+    """The same with batches drawn from a full replay, whose priorities follow."""
+
+    def __init__(self, agent: Agent, size: int, replay: Any) -> None:
+        super().__init__(agent, size)
+        self._size, self._replay = size, replay
+
+    def draw(self) -> tuple[np.ndarray, Batch]:
+        sample = self._replay.sample(self._size)
+        return sample.keys, sample.batch
+
+    def heed(self, keys: np.ndarray, td: np.ndarray) -> None:
+        self._replay.update_td(keys, td)
+
+    def close(self) -> None:
+        self._replay.close()
 
 
 class Product:

@@ -52,7 +52,7 @@ KINDS = 64  # different blocks that the replays are filled with, again and again
 def bench_replay(setup: bench.Setup, seconds: float, rows: int) -> list[dict[str, Any]]:
     """Rows per second in and out, bytes per row, latency of sample and update, for each storage."""
     agent = bench.make_agent(setup)
-    blocks = Blocks(agent, _frames(setup))
+    blocks = Blocks(agent, frames_of(setup))
     prefix = f"replay/{setup.name}/{rows:,}"
     found = _tree_rows(f"{prefix}/sum tree", rows // agent.sequence.block_rows, setup.batch_size)
     folder = Path(tempfile.mkdtemp(prefix="rlx-bench-"))
@@ -60,7 +60,7 @@ def bench_replay(setup: bench.Setup, seconds: float, rows: int) -> list[dict[str
         for name, keeping in STORAGES.items():
             if name != "lz4" or blocks.has_frames:
                 storing = keeping | {"folder": str(folder)}
-                replay, insert_s = _filled(agent, rows, blocks, storing, setup.batch_size)
+                replay, insert_s = filled(agent, rows, blocks, storing, setup.batch_size)
                 found += _measured(replay, insert_s, setup, agent, f"{prefix}/{name}", seconds)
                 replay.close()
                 del replay
@@ -116,7 +116,7 @@ def _noise(leaf: ArraySpec, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(rng.random(whole)).astype(leaf.dtype)
 
 
-def _frames(setup: bench.Setup) -> np.ndarray | None:
+def frames_of(setup: bench.Setup) -> np.ndarray | None:
     """u8[KINDS, 40, 84, 84]: a game played at random, or what is drawn like one."""
     if setup.name != "pong":
         return None
@@ -144,7 +144,7 @@ def _drawn_frames() -> np.ndarray:
     return frames.reshape(KINDS, 40, 84, 84)
 
 
-def _filled(
+def filled(
     agent: Agent, rows: int, blocks: Blocks, keeping: dict[str, Any], batch_size: int
 ) -> tuple[Any, float]:
     """A full replay, and the seconds that filling took."""
@@ -207,7 +207,7 @@ def _beside_a_driver(
     """
     turns = {"busy": _busy, "waiting": time.sleep}
     size, td = setup.batch_size, np.ones((setup.batch_size, agent.sequence.unroll), np.float32)
-    made = {name: _filled(agent, rows, blocks, keeping, size)[0] for name, keeping in AHEAD.items()}
+    made = {name: filled(agent, rows, blocks, keeping, size)[0] for name, keeping in AHEAD.items()}
     found = []
     try:
         for turn, wait in turns.items():

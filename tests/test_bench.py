@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from rlx import bench
+from rlx.learner_bench import REPLAYS
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -35,7 +36,8 @@ def test_the_last_line_is_the_table_as_json():
 def test_updates_are_measured_beside_their_floor_and_profiled(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "rlx.bench", "what=learner", "seconds=0.5", "setup=cartpole",
-         "batch=4,8", "dtype=bfloat16", "profile=true"],
+         "batch=4,8", "dtype=bfloat16", "profile=true",
+         "replay=true"],
         capture_output=True, text=True, timeout=300, check=True, cwd=tmp_path,
     )  # fmt: skip
     rows = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
@@ -44,7 +46,7 @@ def test_updates_are_measured_beside_their_floor_and_profiled(tmp_path):
         prefix = f"learner/cartpole/bfloat16/{size} sequences/"
         own = [row for row in rows if row["name"].startswith(prefix)]
         by_name = {(row["name"].removeprefix(prefix), row["unit"]): row for row in own}
-        for name in ("floor", "compiled update", "learner path"):
+        for name in ("floor", "compiled update", "learner path", *REPLAYS):
             updates, trained = by_name[name, "updates/s"], by_name[name, "trained rows/s"]
             assert trained["value"] == pytest.approx(20 * size * updates["value"])
         assert by_name["compiled update", "updates/s"]["ratio"] == 1

@@ -29,7 +29,8 @@ LAYERS = [
     {"ray_learners"},
     {"api"},
     {"train", "report", "bench"},
-    {"ray_bench", "replay_bench", "learner_bench"},
+    {"ray_bench", "replay_bench"},
+    {"learner_bench"},
 ]
 ENTRY_POINTS = {"evaluate", "report", "bench", "train"}  # may import api inside a function
 

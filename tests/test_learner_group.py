@@ -34,7 +34,7 @@ from rlx.types import Batch
 from tests import parts
 from tests.acting.test_ray_pool import wait_for
 from tests.test_learner import UPDATES, learner
-from tests.test_ray_run import command, nothing_is_left_running, train
+from tests.test_ray_run import command, nothing_is_left_running
 from tests.test_run import TINY
 
 __all__ = ["nothing_is_left_running"]  # a fixture of every test here, too
@@ -80,6 +80,11 @@ def test_processes_divide_what_a_run_has():
     assert one_actor["env_steps_per_request"] == each
 
 
+def slow(*values: Any) -> Any:
+    """Each of these starts Ray; one is enough for every day."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -88,14 +93,14 @@ def test_processes_divide_what_a_run_has():
         (["checkpoint.exact=true"], "checkpoint.exact: needs learner.processes=1"),
         (["deterministic=true"], "deterministic: needs learner.processes=1"),
         (["replay=dataset", "replay.path=somewhere"], "replay.path: needs learner.processes=1"),
-        (["learner.group.cpus_per_learner=1000"], "learner.group.cpus_per_learner=1000: 2 learner"),
+        slow(["learner.group.cpus_per_learner=99"], "learner.group.cpus_per_learner=99: 2 learner"),
         (["learner.group.gpus_per_learner=1"], "learner.group.gpus_per_learner=1: 2 learner proc"),
         (["learner.group.gpus_per_learner=0.5"], "accepted: whole GPUs"),
         (["learner.platform=gpu"], "set learner.group.gpus_per_learner=1"),
         (["replay.min_env_steps=250000"], "replay.min_env_steps=250000: learning would never"),
-        (["acting=ray_pool", "acting.instances=1000"], "acting.cpus_per_actor=1: 1000 actors ask"),
+        slow(["acting=ray_pool", "acting.instances=1000"], "acting.cpus_per_actor=1: 1000 actors"),
         (["learner.group.address=127.0.0.1:1"], "learner.group.address=127.0.0.1:1: cannot be"),
-        (["replay.capacity=100"], "in one of 2 learner processes, for its share"),
+        slow(["replay.capacity=100"], "in one of 2 learner processes, for its share"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(tmp_path, overrides, says):
@@ -343,17 +348,18 @@ def test_a_stopped_group_resumes_and_a_killed_process_costs_what_came_after_a_ch
     first, second = summaries(tmp_path)
     assert first["state"] == second["state"] == "interrupted"
     assert first["env_steps"] == second["env_steps"] == newest(tmp_path)
-    total = first["env_steps"] + 4000
+    total = first["env_steps"] + 2000
     console = lose_one(tmp_path, signal.SIGKILL, f"resume={tmp_path}", f"total_env_steps={total}")
     assert "a learner process was lost" in console
     assert "begin anew from the last checkpoint" in console
     check_finished(tmp_path, restarts=1)
-    alone = train(tmp_path, f"resume={tmp_path}", "learner.processes=1")
-    assert alone.returncode == 2
-    assert "saved in parts by 2 learner processes, now 1" in alone.stderr
-    more = [f"total_env_steps={total + 400}", "checkpoint.replay=false"]
-    alone = train(tmp_path, f"resume={tmp_path}", "learner.processes=1", *more)
-    assert alone.returncode == 0, alone.stderr
+    alone = ["learner.processes=1", f"total_env_steps={total + 400}"]
+    with pytest.raises(ConfigError, match="saved in parts by 2 learner processes, now 1"):
+        rlx.run(rlx.compose([*GROUP, f"resume={tmp_path}", *alone]))
+    summary = rlx.run(
+        rlx.compose([*GROUP, f"resume={tmp_path}", "checkpoint.replay=false", *alone])
+    )
+    assert summary["state"] == "finished"
 
 
 @pytest.mark.slow  # a minute; beside the one above it tells of the deadline only
