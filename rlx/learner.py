@@ -95,10 +95,10 @@ class Learner:
         mesh = Mesh(np.array(self._devices), (AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         self._update = jax.pmap(
-            functools.partial(_guarded, agent.update),  # of all processes together
+            functools.partial(_guarded, agent.update),
             axis_name=AXIS,
             donate_argnums=0,
-            devices=everywhere,
+            devices=everywhere,  # of all processes together
             axis_size=len(everywhere),
         )
         self._split = jax.jit(
