@@ -72,7 +72,15 @@ class Network(Protocol):
     """Time-major: inputs [T, B, ...]."""
 
     def init(self, key: Array) -> Params: ...
-    def apply(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Any, Carry]: ...
+    def apply(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Any, Carry]:
+        """`stack_frames`, then `unroll`: (output [T, B, ...], carry after the last row)."""
+
+    def stack_frames(self, inputs: NetInput, carry: Carry) -> tuple[NetInput, Any]:
+        """(inputs as `unroll` takes them, frames of the carry after the last row)."""
+
+    def unroll(self, params: Params, stacked: NetInput, core: Any) -> tuple[Any, Any]:
+        """(output [T, B, ...], recurrent state after the last row)."""
+
     def initial_carry(self, batch: int) -> Carry: ...
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rlx.networks import convolution
-from rlx.networks.convolution import CHUNK, convolve, convolve_all, convolve_on_cpu
+from rlx.networks.convolution import CHUNK, convolve_all, layer, layer_on_cpu
 from rlx.networks.torsos import ImpalaResNet, NatureCNN
 
 RNG = np.random.default_rng(0)
@@ -23,21 +23,27 @@ def noise(*shape: int) -> jax.Array:
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
+@pytest.mark.parametrize("kind", ["float32", "uint8"])
 @pytest.mark.parametrize(
     ("size", "stride", "high", "wide"),
     [(8, 4, 84, 84), (4, 2, 20, 20), (3, 1, 9, 9), (8, 4, 87, 85), (4, 2, 11, 8), (3, 2, 10, 9)],
 )
-def test_gradients_are_those_of_xla(size, stride, high, wide):
-    x, kernel = noise(3, high, wide, 5), noise(size, size, 5, 7)
+def test_gradients_are_those_of_xla(size, stride, high, wide, kind):
+    kernel, bias = noise(size, size, 5, 7), noise(7)
+    x = noise(3, high, wide, 5)
+    if kind == "uint8":  # an image: channels first, and nothing to differentiate
+        x = jnp.asarray(RNG.integers(0, 256, (3, 5, high, wide)), jnp.uint8)
 
-    def loss(convolve: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.sin(convolve(x, kernel, stride)).sum()
+    def loss(layer: Any, kernel: Any, bias: Any, x: Any) -> jax.Array:
+        return jnp.sin(layer(x, kernel, bias, stride, jnp.float32)).sum()
 
-    expected = jax.grad(loss, argnums=(1, 2))(convolve, x, kernel)
-    found = jax.jit(jax.grad(loss, argnums=(1, 2)), static_argnums=0)(convolve_on_cpu, x, kernel)
+    of = (1, 2) if kind == "uint8" else (1, 2, 3)
+    expected = jax.grad(loss, argnums=of)(layer, kernel, bias, x)
+    found = jax.jit(jax.grad(loss, argnums=of), static_argnums=0)(layer_on_cpu, kernel, bias, x)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
-    np.testing.assert_array_equal(convolve_on_cpu(x, kernel, stride), convolve(x, kernel, stride))
+    how = (kernel, bias, stride, jnp.float32)
+    np.testing.assert_array_equal(layer_on_cpu(x, *how), layer(x, *how))
 
 
 @pytest.mark.parametrize("remat", [True, False])
@@ -50,7 +56,7 @@ def test_a_few_images_at_a_time_give_what_all_of_them_do(n, kind, dtype, remat):
 
     def whole(kernels: Any, biases: Any) -> jax.Array:
         layers = list(zip(kernels, biases, strict=True))
-        how = {"strides": (2, 1), "dtype": jnp.float32, "convolve": convolve}
+        how = {"strides": (2, 1), "dtype": jnp.float32, "layer": layer}
         return convolution._stack(images, layers, **how)
 
     def loss(apply: Any, layers: Any) -> jax.Array:

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from rlx import trees
+from rlx.networks import cores
 from rlx.networks.cores import stack_frames
 from rlx.networks.heads import Plain
 from rlx.networks.torsos import MLP, ImpalaResNet, NatureCNN, OneHotMLP
@@ -50,6 +52,38 @@ def test_nothing_crosses_a_reset(core):
     inputs.first[3] = False
     crossed, _ = apply(params, inputs, parts.random_carry(net, 2, rng))
     assert np.abs(crossed[3:] - fresh).max() > 1e-3
+
+
+@pytest.mark.parametrize("core", ["lstm", "gru"])
+def test_gradients_through_the_scan_are_those_of_steps_one_by_one(core):
+    net, rng = parts.network(core=core), np.random.default_rng(0)
+    params = jax.jit(net.init)(jax.random.PRNGKey(0))
+    inputs, carry = parts.inputs(parts.VECTOR, 7, 3, rng=rng), parts.random_carry(net, 3, rng)
+    assert inputs.first[1:].any() and not inputs.first[1:].all()
+    step = {"lstm": cores._lstm_step, "gru": cores._gru_step}[core]
+
+    def one_by_one(step, kernel, carry, x, first):
+        h = []
+        for t in range(len(x)):
+            carry = jax.tree.map(lambda c, t=t: jnp.where(first[t][:, None], 0.0, c), carry)
+            carry = step(carry, x[t], carry["h"] @ kernel)
+            h.append(carry["h"])
+        return jnp.stack(h), carry
+
+    kernel = params["core"]["recurrent"]
+    given = kernel, carry.core, jnp.asarray(rng.normal(size=(7, 3, kernel.shape[1])), jnp.float32)
+
+    def loss(scan, kernel, carry, x):
+        h, last = scan(step, kernel, carry, x, jnp.asarray(inputs.first))
+        return jnp.sin(h).sum() + sum(jnp.cos(3 * c).sum() for c in jax.tree.leaves(last))
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, scan), argnums=(0, 1, 2)))(*given)
+        for scan in (cores.scan_with_resets, one_by_one)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected
+    )
 
 
 def test_no_previous_action_is_all_zeros():

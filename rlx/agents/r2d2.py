@@ -14,7 +14,7 @@ DEPARTS: the last n - 1 trained rows have full n-step targets too: the sequence 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import jax
@@ -111,7 +111,8 @@ class R2D2:
         self, params: Params, inputs: NetInput, carry: Carry, key: Array, exploration: Array
     ) -> tuple[Array, QActing, Carry]:
         """inputs [N, ...], epsilon f32[N] -> (action i32[N], its Q and the largest Q, carry)."""
-        q, carry = self._unroll(params, common.add_time(inputs), carry)
+        inputs = self._transformed(common.add_time(inputs))
+        q, carry = self.network.apply(params, inputs, carry)
         action = common.epsilon_greedy(key, q[0], exploration)
         acting = QActing(q=common.take_action(q[0], action), q_max=q[0].max(axis=-1))
         return action, acting, carry
@@ -151,10 +152,12 @@ class R2D2:
         """One gradient step on this device's share of the batch."""
         rows = common.time_major(batch.rows)
         carry = batch.carry if self.stored_state else zero_core(batch.carry)
-        target_q, _ = self._unroll(state.target_params, rows.inputs, carry)
+        inputs, _ = self.network.stack_frames(self._transformed(rows.inputs), carry)
+        target_q, _ = self.network.unroll(state.target_params, inputs, carry.core)
 
         def loss(params: Params) -> tuple[Array, Any]:
-            return self._loss(params, rows, carry, target_q, batch.importance)
+            q = self._trained_q(params, inputs, carry.core)
+            return self._loss(q, rows, target_q, batch.importance)
 
         grads, value, (td, metrics) = common.gradients(loss, state.params, axis_name)
         params, opt_state = common.step_optimizer(self._optimizer(), state, grads)
@@ -176,17 +179,20 @@ class R2D2:
         )
         return state, UpdateOutput(td=td, metrics=metrics)
 
+    def _trained_q(self, params: Params, inputs: NetInput, core: Any) -> Array:
+        """f32[T + n, B, A], after the burn-in: no gradient crosses its edge."""
+        if self.burn_in:
+            _, core = self.network.unroll(params, common.window(inputs, 0, self.burn_in), core)
+            core = jax.lax.stop_gradient(core)
+        q, _ = self.network.unroll(params, common.window(inputs, self.burn_in, None), core)
+        return q
+
     def _loss(
-        self, params: Params, rows: Row, carry: Carry, target_q: Array, importance: Array
+        self, q: Array, rows: Row, target_q: Array, importance: Array
     ) -> tuple[Array, tuple[Array, dict[str, Array]]]:
         """Importance-weighted 0.5 d^2: mean over a sequence's valid rows, mean over the batch."""
-        rows_in = common.window(rows.inputs, 0, self.burn_in)
-        if self.burn_in:
-            _, carry = self._unroll(params, rows_in, carry)
-            carry = jax.lax.stop_gradient(carry)  # no gradient crosses the burn-in's edge
         rows = common.window(rows, self.burn_in, None)  # T + n rows
         target_q = target_q[self.burn_in :]
-        q, _ = self._unroll(params, rows.inputs, carry)
 
         best = jnp.argmax(q if self.double_q else target_q, axis=-1)
         value = common.take_action(target_q, best)
@@ -224,16 +230,10 @@ class R2D2:
             "learner/q_drift": drift.mean(),
         }
 
-    def _unroll(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
-        prev_reward = ops.transform_reward(inputs.prev_reward, self.reward, jnp)
-        inputs = NetInput(
-            observation=inputs.observation,
-            prev_action=inputs.prev_action,
-            prev_reward=prev_reward,
-            time=inputs.time,
-            first=inputs.first,
+    def _transformed(self, inputs: NetInput) -> NetInput:
+        return replace(
+            inputs, prev_reward=ops.transform_reward(inputs.prev_reward, self.reward, jnp)
         )
-        return self.network.apply(params, inputs, carry)
 
     def _optimizer(self) -> optax.GradientTransformation:
         return self.optimizer.build()

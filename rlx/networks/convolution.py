@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from rlx.types import Array
@@ -43,7 +44,7 @@ def convolve_all(
     -> [n, H', W', D']. remat: nothing but the images is kept for the gradients.
     """
     how: Any = {"strides": tuple(strides), "dtype": dtype}
-    whole: Any = functools.partial(_stack, **how, convolve=convolve)
+    whole: Any = functools.partial(_stack, **how, layer=layer)
     whole = jax.checkpoint(whole) if remat else whole
     chunks = functools.partial(_by_chunks, **how, remat=remat)
     layers = list(zip(kernels, biases, strict=True))
@@ -53,9 +54,12 @@ def convolve_all(
     return result
 
 
-def convolve(x: Array, kernel: Array, stride: int) -> Array:
-    """XLA's convolution: [n, H, W, C] with [k, k, C, D], VALID."""
-    return lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=LAYOUT)
+def layer(x: Array, kernel: Array, bias: Array, stride: int, dtype: Any) -> Array:
+    """ReLU(convolution + bias), VALID: [n, H, W, C], or an image as `to_nhwc` takes it if bytes."""
+    x = to_nhwc(x, dtype) if x.dtype == jnp.uint8 else x
+    x = _convolve(x, kernel.astype(dtype), stride)
+    # In float32: the gradient of a bias is a sum that bfloat16 would lose.
+    return jax.nn.relu(x.astype(jnp.float32) + bias[None, None, None]).astype(dtype)
 
 
 def to_nhwc(images: Array, dtype: Any) -> Array:
@@ -64,14 +68,16 @@ def to_nhwc(images: Array, dtype: Any) -> Array:
     return jnp.moveaxis(images, 1, -1).astype(dtype) * jnp.asarray(scale, dtype)
 
 
+def _convolve(x: Array, kernel: Array, stride: int) -> Array:
+    return lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=LAYOUT)
+
+
 def _stack(
-    images: Array, layers: Any, *, strides: tuple[int, ...], dtype: Any, convolve: Any
+    images: Array, layers: Any, *, strides: tuple[int, ...], dtype: Any, layer: Any
 ) -> Array:
-    x = to_nhwc(images, dtype)
+    x = images if images.dtype == jnp.uint8 else to_nhwc(images, dtype)
     for (kernel, bias), stride in zip(layers, strides, strict=True):
-        x = convolve(x, kernel.astype(dtype), stride)
-        # In float32: the gradient of a bias is a sum that bfloat16 would lose.
-        x = jax.nn.relu(x.astype(jnp.float32) + bias[None, None, None]).astype(dtype)
+        x = layer(x, kernel, bias, stride, dtype)
     return x
 
 
@@ -79,7 +85,7 @@ def _by_chunks(
     images: Array, layers: Any, *, strides: tuple[int, ...], dtype: Any, remat: bool
 ) -> Array:
     """The same, a few images at a time."""
-    how: Any = {"strides": strides, "dtype": dtype, "convolve": convolve_on_cpu}
+    how: Any = {"strides": strides, "dtype": dtype, "layer": layer_on_cpu}
 
     def stack(some: Array) -> Array:
         return _stack(some, layers, **how)
@@ -95,25 +101,32 @@ def _by_chunks(
 # --- a convolution whose gradients are fast on the CPU -------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve_on_cpu(x: Array, kernel: Array, stride: int) -> Array:
-    """As `convolve`, of the same values and gradients."""
-    return convolve(x, kernel, stride)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def layer_on_cpu(x: Array, kernel: Array, bias: Array, stride: int, dtype: Any) -> Array:
+    """As `layer`, of the same values and gradients."""
+    return layer(x, kernel, bias, stride, dtype)
 
 
-def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
-    return convolve(x, kernel, stride), (x, kernel)
+def _forward(x: Array, kernel: Array, bias: Array, stride: int, dtype: Any) -> tuple[Array, Any]:
+    y = layer(x, kernel, bias, stride, dtype)
+    return y, (x, kernel, bias, y)  # bytes stay bytes: a quarter of the memory
 
 
-def _backward(stride: int, kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    x, kernel = kept
+def _backward(stride: int, dtype: Any, kept: Any, grad: Array) -> tuple[Any, Array, Array]:
+    x, kernel, bias, y = kept
     if kernel.shape[0] % stride:  # the strides cannot be moved into the channels
-        _, both = jax.vjp(lambda x, kernel: convolve(x, kernel, stride), x, kernel)
-        return both(grad)
-    return _grad_of_input(grad, kernel, stride, x.shape), _grad_of_kernel(x, grad, kernel, stride)
+        _, all_three = jax.vjp(lambda *a: layer(*a, stride, dtype), x, kernel, bias)
+        return all_three(grad)
+    grad = jnp.where(y > 0, grad, 0)
+    of_bias = grad.astype(jnp.float32).sum((0, 1, 2))
+    if x.dtype == jnp.uint8:
+        of_x, x = np.zeros(x.shape, jax.dtypes.float0), to_nhwc(x, dtype)
+    else:
+        of_x = _grad_of_input(grad, kernel.astype(dtype), stride, x.shape)
+    return of_x, _grad_of_kernel(x, grad, kernel, stride), of_bias
 
 
-convolve_on_cpu.defvjp(_forward, _backward)
+layer_on_cpu.defvjp(_forward, _backward)
 
 
 def _grad_of_input(grad: Array, kernel: Array, stride: int, shape: tuple[int, ...]) -> Array:

@@ -6,12 +6,14 @@ of the inputs is one product over all T * B rows; only the recurrent product is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlx.types import Array, Range
 
@@ -23,18 +25,56 @@ class Core(nn.Module, kw_only=True):
         raise NotImplementedError
 
 
+Step = Callable[[Any, Array, Array], Any]  # (carry, x_t, h @ kernel) -> carry
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan_with_resets(
-    step: Callable[[Any, Array], tuple[Any, Array]], carry: Any, x: Array, first: Array
+    step: Step, kernel: Array, carry: Any, x: Array, first: Array
 ) -> tuple[Array, Any]:
-    """Scans over time; where `first`, the carry is zero *before* the row is read."""
+    """Steps over time; where `first`, the carry is zero *before* the row is read.
 
-    def reset_and_step(carry: Any, row: tuple[Array, Array]) -> tuple[Any, Array]:
-        x_t, first_t = row
+    x [T, B, F], first bool[T, B], carry of [B, units] with "h" -> (h [T, B, units], last carry).
+    The gradient of `kernel` is one product over all rows: inside the scan it would be added up,
+    a whole kernel for each row.
+    """
+    return _scan(step, kernel, carry, x, first)
+
+
+def _scan(
+    step: Step, kernel: Array, carry: Any, x: Array, first: Array, added: Array | None = None
+) -> tuple[Array, Any]:
+    def reset_and_step(carry: Any, row: tuple[Array, Array, Array | None]) -> tuple[Any, Array]:
+        x_t, first_t, added_t = row
         carry = jax.tree.map(lambda c: jnp.where(first_t[:, None], 0.0, c), carry)
-        return step(carry, x_t)
+        product = carry["h"] @ kernel
+        carry = step(carry, x_t, product if added_t is None else product + added_t)
+        return carry, carry["h"]
 
-    carry, outputs = jax.lax.scan(reset_and_step, carry, (x, first))
-    return outputs, carry
+    carry, h = jax.lax.scan(reset_and_step, carry, (x, first, added))
+    return h, carry
+
+
+def _scan_forward(
+    step: Step, kernel: Array, carry: Any, x: Array, first: Array
+) -> tuple[tuple[Array, Any], Any]:
+    def scan(carry: Any, x: Array, added: Array) -> tuple[Array, Any]:
+        return _scan(step, kernel, carry, x, first, added)
+
+    nothing = jnp.zeros((*x.shape[:2], kernel.shape[1]), kernel.dtype)  # its gradient: h @ kernel's
+    (h, last), pull_back = jax.vjp(scan, carry, x, nothing)
+    before = jnp.concatenate([carry["h"][None], h[:-1]])
+    return (h, last), (pull_back, jnp.where(first[..., None], 0.0, before))
+
+
+def _scan_backward(step: Step, kept: Any, grads: tuple[Array, Any]) -> tuple[Any, ...]:
+    pull_back, before = kept
+    of_carry, of_x, of_product = pull_back(grads)
+    of_kernel = jnp.einsum("tbu,tbf->uf", before, of_product)
+    return of_kernel, of_carry, of_x, np.zeros(before.shape[:2], jax.dtypes.float0)
+
+
+scan_with_resets.defvjp(_scan_forward, _scan_backward)
 
 
 class LSTM(Core, kw_only=True):
@@ -53,13 +93,13 @@ class LSTM(Core, kw_only=True):
             "recurrent", nn.initializers.orthogonal(), (self.units, 4 * self.units), jnp.float32
         )
 
-        def step(carry: Any, gates_t: Array) -> tuple[Any, Array]:
-            i, f, g, o = jnp.split(gates_t + carry["h"] @ kernel, 4, axis=-1)
-            c = nn.sigmoid(f + 1) * carry["c"] + nn.sigmoid(i) * jnp.tanh(g)
-            h = nn.sigmoid(o) * jnp.tanh(c)
-            return {"c": c, "h": h}, h
+        return scan_with_resets(_lstm_step, kernel, carry, gates, first)
 
-        return scan_with_resets(step, carry, gates, first)
+
+def _lstm_step(carry: Any, gates: Array, product: Array) -> Any:
+    i, f, g, o = jnp.split(gates + product, 4, axis=-1)
+    c = nn.sigmoid(f + 1) * carry["c"] + nn.sigmoid(i) * jnp.tanh(g)
+    return {"c": c, "h": nn.sigmoid(o) * jnp.tanh(c)}
 
 
 class GRU(Core, kw_only=True):
@@ -77,15 +117,15 @@ class GRU(Core, kw_only=True):
             "recurrent", nn.initializers.orthogonal(), (self.units, 3 * self.units), jnp.float32
         )
 
-        def step(carry: Any, gates_t: Array) -> tuple[Any, Array]:
-            r_x, z_x, n_x = jnp.split(gates_t, 3, axis=-1)
-            r_h, z_h, n_h = jnp.split(carry["h"] @ kernel, 3, axis=-1)
-            z = nn.sigmoid(z_x + z_h)
-            n = jnp.tanh(n_x + nn.sigmoid(r_x + r_h) * n_h)
-            h = (1 - z) * n + z * carry["h"]
-            return {"h": h}, h
+        return scan_with_resets(_gru_step, kernel, carry, gates, first)
 
-        return scan_with_resets(step, carry, gates, first)
+
+def _gru_step(carry: Any, gates: Array, product: Array) -> Any:
+    r_x, z_x, n_x = jnp.split(gates, 3, axis=-1)
+    r_h, z_h, n_h = jnp.split(product, 3, axis=-1)
+    z = nn.sigmoid(z_x + z_h)
+    n = jnp.tanh(n_x + nn.sigmoid(r_x + r_h) * n_h)
+    return {"h": (1 - z) * n + z * carry["h"]}
 
 
 class Feedforward(Core, kw_only=True):
@@ -108,14 +148,13 @@ def stack_frames(frames: Array, first: Array, carried: Array) -> tuple[Array, Ar
     Returns the stack [T, B, S*C, H, W], oldest first, and the carry after the last row. At an
     episode's first row every place takes the new frame (as EnvPool fills its own stack).
     """
-    depth = carried.shape[1] + 1
-    start = first.reshape(first.shape + (1,) * (frames.ndim - 2))
-    places = [frames]  # places[k][t]: the frame k steps before t
-    for k in range(1, depth):
-        before = jnp.concatenate([carried[None, :, depth - 1 - k], places[-1][:-1]], axis=0)
-        places.append(jnp.where(start, frames, before))
-    after = jnp.stack([places[k][-1] for k in range(depth - 2, -1, -1)], axis=1)
-    return jnp.concatenate(places[::-1], axis=2), after
+    depth, rows = carried.shape[1] + 1, jnp.arange(first.shape[0])[:, None]
+    began = jax.lax.cummax(jnp.where(first, rows, -depth), axis=0)  # the episode's first row
+    seen = [jnp.maximum(rows - k, began) for k in range(depth - 1, -1, -1)]
+    index = jnp.stack(seen, axis=-1) + depth - 1  # [T, B, S], into the frames with those carried
+    every = jnp.concatenate([jnp.moveaxis(carried, 1, 0), frames])
+    stack = every[index, jnp.arange(first.shape[1])[:, None]]  # [T, B, S, C, H, W]
+    return stack.reshape(*first.shape, -1, *frames.shape[3:]), stack[-1, :, 1:]
 
 
 def initial_frames(

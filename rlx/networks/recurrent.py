@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import flax.linen as nn
@@ -23,10 +22,10 @@ class _Body(nn.Module):
     actions: int
 
     @nn.compact
-    def __call__(self, inputs: NetInput, observation: Any, core: Any) -> tuple[Array, Any]:
+    def __call__(self, inputs: NetInput, core: Any) -> tuple[Array, Any]:
         net, dtype = self.settings, jnp.dtype(self.settings.compute_dtype)
         time, batch = inputs.first.shape
-        flat = {k: v.reshape(time * batch, *v.shape[2:]) for k, v in observation.items()}
+        flat = {k: v.reshape(time * batch, *v.shape[2:]) for k, v in inputs.observation.items()}
         x = net.torso.copy(name="torso")(flat, dtype)
         if net.dense_before_core is not None:
             x = nn.relu(nn.Dense(net.dense_before_core, dtype=dtype, name="dense_before_core")(x))
@@ -87,14 +86,27 @@ class RecurrentNetwork:
             first=jnp.ones((1, 1), bool),
         )
         carry = self.initial_carry(1)
-        observation, _ = self._stack(row, carry)
-        return self._body().init(key, row, observation, carry.core)["params"]
+        stacked, _ = self.stack_frames(row, carry)
+        return self._body().init(key, stacked, carry.core)["params"]
 
     def apply(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
         """inputs [T, B, ...] -> (f32[T, B, A], carry after the last row)."""
-        observation, frames = self._stack(inputs, carry)
-        output, core = self._body().apply({"params": params}, inputs, observation, carry.core)
+        stacked, frames = self.stack_frames(inputs, carry)
+        output, core = self.unroll(params, stacked, carry.core)
         return output, Carry(core=core, frames=frames)
+
+    def stack_frames(self, inputs: NetInput, carry: Carry) -> tuple[NetInput, Any]:
+        """(inputs as `unroll` takes them, the frames of the carry after the last row)."""
+        observation, frames = dict(inputs.observation), {}
+        for leaf in self._depths():
+            observation[leaf], frames[leaf] = stack_frames(
+                observation[leaf], inputs.first, carry.frames[leaf]
+            )
+        return replace(inputs, observation=observation), frames
+
+    def unroll(self, params: Params, stacked: NetInput, core: Any) -> tuple[Array, Any]:
+        """`apply` without the frames: rows that are unrolled twice are stacked once."""
+        return self._body().apply({"params": params}, stacked, core)
 
     def initial_carry(self, batch: int) -> Carry:
         """Zeros, for `batch` lanes."""
@@ -106,14 +118,6 @@ class RecurrentNetwork:
 
     def _depths(self) -> dict[str, int]:
         return {leaf: depth for leaf, depth in self.stack.items() if depth > 1}
-
-    def _stack(self, inputs: NetInput, carry: Carry) -> tuple[Mapping[str, Array], dict]:
-        observation, frames = dict(inputs.observation), {}
-        for leaf in self._depths():
-            observation[leaf], frames[leaf] = stack_frames(
-                observation[leaf], inputs.first, carry.frames[leaf]
-            )
-        return observation, frames
 
     def _body(self) -> _Body:
         action = self.spec.action

@@ -145,8 +145,11 @@ def test_no_gradient_crosses_the_burn_in():
         rows = trees.tree_map(lambda x: np.swapaxes(x, 0, 1), batch.rows)
         target_q, _ = agent.network.apply(state.target_params, rows.inputs, target_carry)
 
+        inputs, _ = agent.network.stack_frames(rows.inputs, batch.carry)
+
         def loss(params):
-            return agent._loss(params, rows, batch.carry, target_q, batch.importance)[0]
+            q = agent._trained_q(params, inputs, batch.carry.core)
+            return agent._loss(q, rows, target_q, batch.importance)[0]
 
         return jax.jit(jax.grad(loss))(state.params)
 
