@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import fcntl
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlx import provenance
+from rlx import provenance, xla
 from rlx.composing import compose
 from rlx.config import ROLES, build, check, plain, remember, runtime_names, setting_hints
 from rlx.interfaces import Agent, EnvFamily
@@ -24,8 +23,6 @@ from rlx.types import Params, Weights
 
 if TYPE_CHECKING:
     from rlx.checkpoint import Restored
-
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 __all__ = ["Loaded", "compose", "load", "make", "run"]
 
@@ -44,12 +41,11 @@ def run(
 def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
     """Builds the parts in order, each told of the ones before it, and trains."""
     from rlx.assemble import assemble
-    from rlx.learner import reserve
     from rlx.loop import train
 
     if settings["deterministic"]:
-        be_deterministic(settings)
-    reserve(settings["learner"])
+        refuse_chance(settings)
+    xla.prepare(settings)
     resume = settings["resume"]
     if resume == "auto" and not has_checkpoint(output_dir):
         resume = None  # it begins anew; resume=DIR demands a checkpoint
@@ -63,8 +59,8 @@ def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
         return train(parts)
 
 
-def be_deterministic(settings: Mapping[str, Any]) -> None:
-    """Asks XLA for the same bits on a GPU; it reads the flag when JAX's backend starts."""
+def refuse_chance(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError for settings that cannot give the same bits."""
     from rlx.assemble import is_local
 
     if not is_local(settings):
@@ -73,9 +69,6 @@ def be_deterministic(settings: Mapping[str, Any]) -> None:
     if settings["replay"].get("prefetch"):
         says = "a thread draws when it can; set it to 0, or deterministic=false"
         raise refuse("replay.prefetch", says, given=str(settings["replay"]["prefetch"]))
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    if DETERMINISTIC not in flags:
-        os.environ["XLA_FLAGS"] = " ".join([*flags, DETERMINISTIC])
 
 
 @contextmanager
@@ -204,6 +197,7 @@ class Loaded:
 
 def load(run_dir: Path | str) -> Loaded:
     """A finished or interrupted run; its configuration is checked like any other."""
+    xla.prepare()
     saved = find_run(run_dir, "run") / ".hydra" / "config.yaml"
     cfg = OmegaConf.load(saved)
     assert isinstance(cfg, DictConfig)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from shutil import which
 from time import perf_counter
 from typing import Any
 
@@ -23,7 +24,7 @@ import jax
 import numpy as np
 import yaml
 
-from rlx import trees
+from rlx import trees, xla
 from rlx._paths import config_dir
 from rlx.acting.blocks import row_spec
 from rlx.acting.local_pool import LocalPool
@@ -267,6 +268,8 @@ DEFAULTS = {
     "dtype": "float32",
     "profile": "false",
     "replay": "false",
+    "dense": "",
+    "torch": "",
 }
 DTYPES = ("float32", "bfloat16")
 SWITCH = ("false", "true")
@@ -277,8 +280,9 @@ def main() -> None:
 
     `seconds`: for each setup (replay: for each storage); `acting=local|ray_pool`: of what=acting;
     `rows=100000,1000000`: sizes of what=replay; of what=learner `batch=32,64` (sequences; none: the
-    setup's own), `dtype=float32,bfloat16`, `replay=true` (from full replays, too) and
-    `profile=true` (a trace, and what took longest).
+    setup's own), `dtype=float32,bfloat16`, `replay=true` (from full replays, too),
+    `profile=true` (a trace, and what took longest), `dense=512` (units before the core) and
+    `torch=PYTHON` (PyTorch's update beside it; setup=pong).
     """
     names = [setup.name for setup in SETUPS]
     given = dict(text.partition("=")[::2] for text in sys.argv[1:])
@@ -286,7 +290,14 @@ def main() -> None:
     what, chosen, seconds = options["what"], options["setup"], options["seconds"]
     known = what in BENCHES and chosen in (*names, "all") and options.keys() == DEFAULTS.keys()
     counts = [*options["rows"].split(","), *filter(None, options["batch"].split(","))]
-    numbers = [_positive(seconds), *(count.isdigit() and int(count) > 0 for count in counts)]
+    peered = not options["torch"] or (chosen == "pong" and which(options["torch"]) is not None)
+    dense = options["dense"].isdigit() or not options["dense"]
+    numbers = [
+        peered,
+        dense,
+        _positive(seconds),
+        *(count.isdigit() and int(count) > 0 for count in counts),
+    ]
     switches = {options["profile"], options["replay"]} <= set(SWITCH)
     named = set(options["dtype"].split(",")) <= set(DTYPES) and switches
     if not known or not all(numbers) or not named or options["acting"] not in POOLS:
@@ -294,10 +305,12 @@ def main() -> None:
             f"rlx.bench: got {' '.join(sys.argv[1:]) or 'nothing'}; accepted: "
             f"what={'|'.join(BENCHES)} seconds=10 setup={'|'.join(names)}|all "
             f"acting={'|'.join(POOLS)} rows={DEFAULTS['rows']} batch=32,64 "
-            f"dtype={','.join(DTYPES)} profile={'|'.join(SWITCH)} replay={'|'.join(SWITCH)}",
+            f"dtype={','.join(DTYPES)} profile={'|'.join(SWITCH)} replay={'|'.join(SWITCH)} "
+            "dense=512 torch=PYTHON (with setup=pong)",
             file=sys.stderr,
         )
         sys.exit(2)
+    xla.prepare()
     setups = [setup for setup in SETUPS if chosen in (setup.name, "all")]
     runs = _benches(options)
     report(what, [row for setup in setups for run in runs for row in run(setup, float(seconds))])
@@ -322,6 +335,8 @@ def _benches(options: Mapping[str, str]) -> Sequence[Bench]:
                 dtype=dtype,
                 profile=profile,
                 from_replays=from_replays,
+                dense=int(options["dense"]) if options["dense"] else None,
+                torch=options["torch"] or None,
             )
             for dtype in options["dtype"].split(",")
             for batch in batches

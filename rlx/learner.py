@@ -7,8 +7,7 @@ The only module that knows the learner's devices. Nothing here waits for a devic
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -82,7 +81,7 @@ class Learner:
         """Raises ValueError for devices that are not there.
 
         batch_size: of this process; all `processes` share the gradients (`rlx.ray_learners`).
-        memory_fraction: seen to by `reserve`, before JAX takes the memory.
+        memory_fraction: seen to by `rlx.xla.prepare`, before JAX takes the memory.
         """
         self.batch_size = batch_size
         self.publish_every_updates = publish_every_updates
@@ -203,15 +202,6 @@ def _guarded(
     kept = jax.tree.map(lambda x, old: jnp.where(finite > 0, x, old), new, state)
     metrics = {**output.metrics, FINITE: finite}
     return replace(kept, updates=new.updates), replace(output, metrics=metrics)
-
-
-def reserve(settings: Mapping[str, Any]) -> None:
-    """Lets JAX take only so much of a GPU's memory, as `learner.memory_fraction` asks.
-
-    JAX reads it when its backend starts: in a process that has used JAX it changes nothing.
-    """
-    if (fraction := settings["memory_fraction"]) is not None:
-        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(fraction)
 
 
 def choose_devices(platform: str | None, count: int | None, batch_size: int) -> list[jax.Device]:

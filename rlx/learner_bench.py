@@ -3,7 +3,8 @@
 
 For each batch size and compute dtype, in turn: the compiled update on data that lies on the device
 (the roofline of the learner's path), and the learner's path as the loop takes it; `replay=true`
-adds full replays, in the host's memory and in the device's. The floor is the update's products and
+adds full replays, in the host's memory and in the device's; `torch=PYTHON` PyTorch's update of the
+paper's network (setup=pong), in a process of that python. The floor is the update's products and
 convolutions at the rate of one large matrix product, measured beside them.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx import bench
+from rlx._paths import config_dir
 from rlx.config import build
 from rlx.flops import count_flops
 from rlx.interfaces import Agent
@@ -31,6 +34,7 @@ from rlx.types import Batch, UpdateOutput
 
 PRODUCT = {"cpu": 2048, "gpu": 8192}  # rows and columns of the matrices that are multiplied
 PROFILED_UPDATES = 3
+PEER = config_dir().parent / "experiments" / "peers" / "torch_update.py"
 SHOWN = 10  # operations
 REPLAYED_ROWS = 50_000  # of the replays that batches are drawn from
 REPLAYS: Mapping[str, dict[str, Any]] = {
@@ -47,13 +51,18 @@ def bench_learner(
     dtype: str,
     profile: bool,
     from_replays: bool,
+    dense: int | None,
+    torch: str | None,
 ) -> list[dict[str, Any]]:
     """The floor, the compiled update and the learner's path: updates/s, then trained rows/s."""
-    agent = bench.make_agent(setup, compute_dtype=dtype)
+    changes = {} if dense is None else {"dense_before_core": dense or None}
+    agent = bench.make_agent(setup, compute_dtype=dtype, **changes)
     size = setup.batch_size if batch is None else batch
     prefix = f"learner/{setup.name}/{dtype}/{size} sequences"
     update = Compiled(agent, size)
-    paths = {"learner path": LoopPath(agent, size)}
+    paths: dict[str, LoopPath | Torch] = {"learner path": LoopPath(agent, size)}
+    if torch is not None:
+        paths["PyTorch's update"] = Torch(torch, size, dense or 0)
     if from_replays:
         blocks = Blocks(agent, frames_of(setup))
         for name, keeping in REPLAYS.items():
@@ -152,6 +161,30 @@ class FromReplay(LoopPath):
 
     def close(self) -> None:
         self._replay.close()
+
+
+class Torch:
+    """The same update in PyTorch, in a process of its own (another venv's python)."""
+
+    def __init__(self, python: str, size: int, dense: int) -> None:
+        given = [f"sequences={size}", f"dense={dense}", "wait=true"]
+        self._process = subprocess.Popen(
+            [python, str(PEER), *given], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def work(self) -> float:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(file=self._process.stdin, flush=True)
+        if self._process.stdout.readline() != "done\n":
+            raise SystemExit("rlx.bench: PyTorch's update ended; its error stands above.")
+        return 1
+
+    def settle(self) -> None:
+        """An update has ended when `work` returns."""
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
 class Product:

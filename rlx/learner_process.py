@@ -15,7 +15,7 @@ from typing import Any
 
 from ray.util import get_node_ip_address
 
-from rlx import provenance
+from rlx import provenance, xla
 from rlx.interfaces import Peers
 from rlx.problems import RunFailed
 from rlx.shares import log_file
@@ -39,8 +39,9 @@ class LearnerProcess:
             free.bind(("", 0))
             return f"{get_node_ip_address()}:{free.getsockname()[1]}", os.getpid()
 
-    def join(self, coordinator: str, timeout_s: float) -> None:
+    def join(self, coordinator: str, timeout_s: float, settings: Mapping[str, Any]) -> None:
         """Returns when all processes have come to the first one's address."""
+        xla.prepare(settings)
         import jax
 
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -55,11 +56,9 @@ class LearnerProcess:
     def run(self, settings: Mapping[str, Any], resume: bool, peers: Peers) -> dict[str, Any]:
         """Trains this process's share of a run to the end; returns its summary."""
         from rlx.assemble import assemble
-        from rlx.learner import reserve
         from rlx.loop import train
 
         try:
-            reserve(settings["learner"])
             with assemble(settings, self._output_dir, resume=resume, peers=peers) as parts:
                 if self._rank == 0:
                     provenance.save(self._output_dir)

@@ -236,7 +236,7 @@ class Life:
         for rank, (address, pid) in enumerate(hellos):
             log.info("learner process %d: %s, process id %d", rank, address, pid)
         limit_s, coordinator = self._group.start_timeout_s, hellos[0][0]
-        joins = [p.join.remote(coordinator, limit_s) for p in self._processes]
+        joins = [p.join.remote(coordinator, limit_s, settings) for p in self._processes]
         self._all(joins, f"did not find each other at {coordinator}", stop)
         for rank, process in enumerate(self._processes):
             peers = AtMeeting(self._meeting, rank, self._count, self._restarts)

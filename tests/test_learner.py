@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from rlx.learner import Learner, reserve
+from rlx import xla
+from rlx.learner import Learner
 from tests import parts
 
 UPDATES = 4
@@ -164,9 +165,11 @@ def test_a_platform_that_is_not_there_is_refused():
 def test_a_share_of_a_gpus_memory_is_asked_for_before_jax_starts(monkeypatch):
     name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
     monkeypatch.delenv(name, raising=False)
-    reserve({"memory_fraction": None})
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    settings = {"learner": {"memory_fraction": None}, "deterministic": False}
+    xla.prepare(settings)
     assert name not in os.environ
-    reserve({"memory_fraction": 0.3})
+    xla.prepare(settings | {"learner": {"memory_fraction": 0.3}})
     assert os.environ[name] == "0.3"
 
 
@@ -178,3 +181,34 @@ def test_impossible_devices_and_batches_are_refused():
     assert len(choose_devices(None, None, 8)) == len(jax.local_devices())
     if len(jax.local_devices()) == 1:
         assert choose_devices(None, 1, 7)
+
+
+def test_xlas_own_convolutions_are_asked_for_where_they_are_known(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere")
+    xla.prepare()
+    asked = xla.fast_convolutions()
+    assert os.environ["XLA_FLAGS"].split() == ["--xla_dump_to=/nowhere", *asked]
+    xla.prepare()  # once is enough
+    assert os.environ["XLA_FLAGS"].split() == ["--xla_dump_to=/nowhere", *asked]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
+    xla.prepare()  # the user's own choice
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_experimental_ynn_fusion_type="
+    monkeypatch.setattr(xla, "version", lambda _: "9.9")
+    assert xla.fast_convolutions() == []
+
+
+def test_the_flag_does_what_it_is_for():
+    code = (
+        "from rlx import xla; xla.prepare(); import jax, jax.numpy as jnp;"
+        "from rlx.networks.convolution import _convolve;"
+        "f = jax.jit(_convolve, static_argnums=2);"
+        "x, k = jnp.ones((16, 20, 20, 32)), jnp.ones((4, 4, 32, 64));"
+        "print('ynn' in f.lower(x, k, 2).compile().as_text())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["JAX_PLATFORMS"] = "cpu"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False" or not xla.fast_convolutions()

@@ -59,7 +59,8 @@ def test_gradients_through_the_scan_are_those_of_steps_one_by_one(core):
     net, rng = parts.network(core=core), np.random.default_rng(0)
     params = jax.jit(net.init)(jax.random.PRNGKey(0))
     inputs, carry = parts.inputs(parts.VECTOR, 7, 3, rng=rng), parts.random_carry(net, 3, rng)
-    assert inputs.first[1:].any() and not inputs.first[1:].all()
+    assert inputs.first[1:].any()
+    assert not inputs.first[1:].all()
     step = {"lstm": cores._lstm_step, "gru": cores._gru_step}[core]
 
     def one_by_one(step, kernel, carry, x, first):

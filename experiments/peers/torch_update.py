@@ -2,6 +2,7 @@
 
     python -m venv /tmp/torch && /tmp/torch/bin/pip install torch numpy
     /tmp/torch/bin/python experiments/peers/torch_update.py sequences=16 updates=3
+    python -m rlx.bench what=learner setup=pong batch=16 torch=/tmp/torch/bin/python  # in turn
 
 It needs nothing of rlx. Same rows (burn-in 40, unroll 80, 5 more), network, loss and optimiser;
 frames are stacked and scaled as in rlx. It has less to do: no carry is reset inside a sequence (so
@@ -97,6 +98,11 @@ def main() -> None:
         nn.utils.clip_grad_norm_(online.parameters(), 80.0)
         adam.step()
 
+    if "wait" in given:  # one update for each line that comes
+        for _ in sys.stdin:
+            update()
+            print("done", flush=True)
+        return
     update()
     seconds = []
     for _ in range(updates):

@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlx import xla
+
 NICENESS = 15  # of actors that act, as Ray's own workers have
 
 
@@ -46,7 +48,7 @@ def thread_limits(threads: int) -> dict[str, str]:
     multi = "true" if threads > 1 else "false"
     return {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen={multi}",
+        "XLA_FLAGS": " ".join([f"--xla_cpu_multi_thread_eigen={multi}", *xla.fast_convolutions()]),
         "NPROC": count,  # the size of XLA's thread pools
         "OMP_NUM_THREADS": count,
         "OPENBLAS_NUM_THREADS": count,

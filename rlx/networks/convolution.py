@@ -25,7 +25,7 @@ from jax import lax
 
 from rlx.types import Array
 
-CHUNK = 16  # images that go through the stack together on the CPU: about a core's cache
+CHUNK = 32  # images that go through the stack together on the CPU: what the caches hold
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -115,8 +115,8 @@ def _forward(x: Array, kernel: Array, bias: Array, stride: int, dtype: Any) -> t
 def _backward(stride: int, dtype: Any, kept: Any, grad: Array) -> tuple[Any, Array, Array]:
     x, kernel, bias, y = kept
     if kernel.shape[0] % stride:  # the strides cannot be moved into the channels
-        _, all_three = jax.vjp(lambda *a: layer(*a, stride, dtype), x, kernel, bias)
-        return all_three(grad)
+        plain = functools.partial(layer, stride=stride, dtype=dtype)
+        return jax.vjp(plain, x, kernel, bias)[1](grad)
     grad = jnp.where(y > 0, grad, 0)
     of_bias = grad.astype(jnp.float32).sum((0, 1, 2))
     if x.dtype == jnp.uint8:
