@@ -84,6 +84,8 @@ def prepare(argv: list[str]) -> list[str]:
         extra_dir=args.config_dir,
         keep_hydra=True,
     )
+    if cfg.hydra.mode == RunMode.MULTIRUN:  # as an experiment of sweeps/ says
+        return argv
     check(cfg)
     if cfg.resume is None:
         api.refuse_used(Path(cfg.hydra.run.dir))
