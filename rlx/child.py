@@ -15,6 +15,7 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     parent, cores, *command = sys.argv[1:]
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # which Ray's workers inherit
     if sys.platform == "linux":  # SIGTERM when the parent is gone, however that came
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if cores:

@@ -24,6 +24,7 @@ from rlx.metrics import STATUS_FILE, SUMMARY_FILE, write_whole
 
 CONSOLE_FILE = "console.log"
 RUNS_FILE = "runs.csv"
+RESULTS = ("evaluation_return", "env_steps", "wall_s", "error", "folder")  # its last columns
 POLL_S = 0.2
 KILL_S = 10.0  # after SIGKILL a process is gone by then
 
@@ -152,21 +153,30 @@ def outcome(job: Job, status: int | str) -> Outcome:
 
 
 def record(jobs: Sequence[Job], outcomes: Mapping[int, Outcome]) -> None:
-    """Writes runs.csv beside the jobs' folders: one line for each job."""
-    keys = list(dict.fromkeys(key for job in jobs for key, _ in _pairs(job)))
-    text = io.StringIO()
-    columns = ["job", "state", *keys, "evaluation_return", "env_steps", "wall_s", "error", "folder"]
-    table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    table.writeheader()
+    """Writes runs.csv beside the jobs' folders: one line for each job, those of before included."""
+    folder = jobs[0].folder.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {int(row["job"]): row for row in _rows_before(folder / RUNS_FILE)}
     for job in jobs:
         found = outcomes.get(job.number) or Outcome(state="", summary={}, error=None)
         told = {name: found.summary.get(name) for name in ("evaluation_return", "env_steps")}
         told |= {"wall_s": found.summary.get("wall_s"), "error": found.error}
         about = {"job": job.number, "state": found.state, "folder": job.folder.name}
-        table.writerow(about | told | dict(_pairs(job)))
-    folder = jobs[0].folder.parent
-    folder.mkdir(parents=True, exist_ok=True)
+        rows[job.number] = about | dict(_pairs(job)) | told
+    keys = dict.fromkeys(key for row in rows.values() for key in row)
+    columns = ["job", "state", *(key for key in keys if key not in RESULTS), *RESULTS]
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(columns)), restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows[number] for number in sorted(rows))
     write_whole(folder / RUNS_FILE, text.getvalue().encode())
+
+
+def _rows_before(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [dict(row) for row in csv.DictReader(file)]
 
 
 def say(text: str) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import ray
@@ -20,7 +21,7 @@ from omegaconf import DictConfig
 from ray.exceptions import RayError, TaskCancelledError
 
 from rlx.acting.ray_cluster import Cluster
-from rlx.jobs import CONSOLE_FILE, Job
+from rlx.jobs import CONSOLE_FILE, POLL_S, Job
 from rlx.sweeping import GPU_SHARE
 
 OWN_STORE_BYTES = 1 << 30  # of a cluster that is started for the sweep
@@ -132,8 +133,10 @@ def _run(
             start_new_session=True,
         )
     try:
-        return process.wait()
-    except BaseException:  # cancelled
+        while (status := process.poll()) is None:
+            sleep(POLL_S)  # a cancelled task wakes up only in Python
+        return status
+    except BaseException:
         process.send_signal(signal.SIGTERM)
         try:
             return process.wait(grace_s)

@@ -104,7 +104,8 @@ class Sweep:
                 continue
             command = [*command_line(self._config), *overrides, *more, *also(cfg)]
             where = [f"hydra.run.dir={quote(str(folder))}", f"hydra.job.num={number}"]
-            own = tuple(text for text in overrides if text.partition("=")[0] in varying)
+            last = _last_of_each(overrides)
+            own = tuple(text for key, text in last.items() if key in varying)
             job = Job(
                 number=number,
                 overrides=own,
@@ -156,9 +157,14 @@ def _varying(batch: Sequence[Sequence[str]]) -> set[str]:
     """The keys whose values differ between jobs; of a single job, all of them."""
     values: dict[str, set[str]] = {}
     for overrides in batch:
-        for text in overrides:
-            values.setdefault(text.partition("=")[0], set()).add(text)
+        for key, text in _last_of_each(overrides).items():
+            values.setdefault(key, set()).add(text)
     return {key for key, seen in values.items() if len(seen) > 1 or len(batch) == 1}
+
+
+def _last_of_each(overrides: Sequence[str]) -> dict[str, str]:
+    """{key: override}: the last one counts."""
+    return {text.partition("=")[0]: text for text in overrides}
 
 
 def _refuse_changes(folder: Path, cfg: DictConfig) -> None:
@@ -209,7 +215,9 @@ def _sum_up(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> None:
 def _as_return(one: Outcome, job: Job, cfg: DictConfig) -> JobReturn:
     """For Hydra's sweepers: the run's summary, or an exception for who asks for it."""
     failed = one.error is not None
-    value: Any = JobFailed(f"rlx: {job.label}: {one.error}") if failed else dict(one.summary)
+    value: Any = JobFailed(f"rlx: {job.label}: {one.error}")
+    if not failed:
+        value = {**one.summary, "state": one.state}
     return JobReturn(
         overrides=list(job.overrides),
         cfg=cfg,

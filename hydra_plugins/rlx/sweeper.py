@@ -1,0 +1,49 @@
+"""Hydra's sweeper of rlx: `hydra/sweeper=rlx_optuna`; settings: conf/hydra/sweeper/."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+
+class OptunaSweeper(Sweeper):
+    """Trials of a study, through whichever launcher; rlx's own can also end hopeless ones."""
+
+    def __init__(self, *, params: Mapping[str, Any] | None, **settings: Any) -> None:
+        """params: overrides of every trial, from a file; the command line's come after them."""
+        self._params, self._settings = dict(params or {}), settings
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        from hydra.core.plugins import Plugins
+
+        self._config, self._loader = config, hydra_context.config_loader
+        self._launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from rlx.jobs import say
+        from rlx.search import Search
+
+        given = dict(text.partition("=")[::2] for text in arguments)
+        params = {key: value for key, value in self._params.items() if key not in given}
+        folder = Path(self._config.hydra.sweep.dir)
+        search = Search(
+            folder=folder,
+            arguments=[*(f"{key}={value}" for key, value in params.items()), *arguments],
+            loader=self._loader,
+            **self._settings,
+        )
+        OmegaConf.save(self._config, folder / "multirun.yaml")
+        if (sweep := getattr(self._launcher, "sweep", None)) is not None:
+            sweep.watch = search.is_hopeless
+        elif self._settings["pruner"] != "none":
+            say("trials are not pruned: that takes hydra/launcher=rlx or rlx_ray")
+        return search.run(self._launcher.launch)
