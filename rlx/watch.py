@@ -94,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True  # a body may follow, and is not read
         self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "only GET")
 
-    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _only_get
+    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _only_get
 
     def _refuse(self, status: HTTPStatus, says: str) -> None:
         self._answer_json({"error": says}, status)
@@ -117,7 +117,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Security-Policy", self.server.policy)
         self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Polls are not told."""

@@ -18,7 +18,7 @@ LAYERS = [
     {"types", "problems", "_paths", "provenance", "seeding"},
     {"trees", "interfaces", "ops", "hints", "targets", "flops"},
     {"config", "optimizers", "metrics", "statistics"},
-    {"networks", "replay", "envs", "progress"},
+    {"networks", "replay", "envs", "progress", "watch_runs"},
     {"checkpoint", "nonfinite", "shares"},
     {"agents", "acting", "learner"},
     {"evaluate"},
