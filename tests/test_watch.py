@@ -138,7 +138,9 @@ def ended(live, tmp_path_factory):
 
 @pytest.fixture
 def copied(ended, tmp_path):
-    return Path(shutil.copytree(ended, tmp_path / "runs"))
+    folder = Path(shutil.copytree(ended, tmp_path / "runs"))
+    (folder / "finished" / ".hydra" / "config.yaml").touch()  # as if it had just begun
+    return folder
 
 
 def add_row(folder: Path, *, end: str = "\n", **changes: Any) -> None:
@@ -274,8 +276,10 @@ def test_states_that_only_the_process_shows(copied):
     set_status(run, updated_at=old)
     assert state() == ("silent", f"process {os.getpid()} told nothing for 12 minutes")
     gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+    os.waitid(os.P_PID, gone.pid, os.WEXITED | os.WNOWAIT)
     set_status(run, pid=gone.pid, updated_at=now.isoformat())
+    assert state()[0] == "died"  # ended, though nobody asked yet how
+    gone.wait()
     assert state()[0] == "died"
     set_status(run, host=f"not-{platform.node()}")  # of which this machine knows nothing
     assert state() == ("running", "")
