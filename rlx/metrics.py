@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import platform
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -374,6 +375,7 @@ def write_status(
     about = {
         "train_return": row.get("train/return_mean"),
         "pid": os.getpid(),
+        "host": platform.node(),
         "updated_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "error": error,
     }

@@ -18,7 +18,7 @@ LAYERS = [
     {"types", "problems", "_paths", "provenance", "seeding"},
     {"trees", "interfaces", "ops", "hints", "targets", "flops"},
     {"config", "optimizers", "metrics", "statistics"},
-    {"networks", "replay", "envs", "progress"},
+    {"networks", "replay", "envs", "progress", "watch_runs"},
     {"checkpoint", "nonfinite", "shares"},
     {"agents", "acting", "learner"},
     {"evaluate"},
@@ -28,13 +28,13 @@ LAYERS = [
     {"learner_process"},
     {"ray_learners"},
     {"api"},
-    {"train", "report", "bench"},
+    {"train", "report", "bench", "diff", "watch"},
     {"ray_bench", "replay_bench"},
     {"learner_bench"},
 ]
 ENTRY_POINTS = {"evaluate", "report", "bench", "train"}  # may import api inside a function
 
-HYDRA = {"config", "composing", "api", "train", "evaluate", "report", "bench"}
+HYDRA = {"config", "composing", "api", "train", "evaluate", "report", "bench", "diff"}
 HOMES = {
     "ray": {f"acting/ray_{name}" for name in ("actors", "cluster", "fleet", "logs", "pool")}
     | {"ray_learners", "learner_process"},

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -380,7 +381,7 @@ def test_status_and_summary(tmp_path: Path) -> None:
     row = {"env_steps": 9, "updates": 3, "acting/env_steps_per_s": 5.0, "learner/loss": 1.0}
     m.write_status(tmp_path, "failed", row, "ValueError: no")
     status = json.loads((tmp_path / m.STATUS_FILE).read_text())
-    assert status["pid"] == os.getpid()
+    assert (status["pid"], status["host"]) == (os.getpid(), platform.node())
     assert status["updated_at"].endswith("+00:00")
     told = ("state", "env_steps", "updates", "frames", "env_steps_per_s", "error")
     assert [status[k] for k in told] == ["failed", 9, 3, None, 5.0, "ValueError: no"]

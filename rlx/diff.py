@@ -1,0 +1,260 @@
+"""What differs between two runs: `python -m rlx.diff RUN_A RUN_B`.
+
+Settings, code, versions, machine, and what the runs came to. Of a resumed run the newest part
+counts. The exit status is 0 if the settings are the same, 1 if any differs, 2 for bad input;
+`rlx.diff.compare(RUN_A, RUN_B)` gives the same rows to Python.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from rlx.metrics import STATUS_FILE, SUMMARY_FILE
+from rlx.problems import ConfigError, refuse, show
+
+JSON = dict[str, Any]
+
+CONFIGURATION, CODE, VERSIONS, MACHINE, RESULT = SECTIONS = (
+    *("configuration", "code", "versions", "machine", "result"),
+)
+RESULTS = ("state", "env_steps", "updates", "wall_s", "train_return", "evaluation_return")
+HOW_IT_BEGAN = ("resume",)  # settings that say nothing about what a run does
+WIDTH = 100  # columns, where the output is no terminal
+GAP = "  "
+DIFF = "git.diff"
+
+
+class Absent:
+    """Stands for a value that one of the runs has not got."""
+
+    def __repr__(self) -> str:
+        return "-"
+
+
+ABSENT = Absent()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One thing that differs."""
+
+    section: str  # of SECTIONS
+    name: str  # agent.optimizer.learning_rate, git, jax, evaluation_return
+    a: Any
+    b: Any
+
+
+def compare(run_a: Path | str, run_b: Path | str) -> list[Row]:
+    """All that differs between the runs in two folders, in the order of SECTIONS.
+
+    Raises ConfigError, of one line, for a folder that holds no run or one that cannot be read.
+    """
+    one, other = describe(Path(run_a)), describe(Path(run_b))
+    rows = []
+    for section in SECTIONS:
+        a, b = one[section], other[section]
+        for name in dict.fromkeys([*a, *b]):
+            values = a.get(name, ABSENT), b.get(name, ABSENT)
+            if _differ(*values):
+                rows.append(Row(section=section, name=name, a=values[0], b=values[1]))
+    return _by_group(rows)
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return a != b or isinstance(a, bool) != isinstance(b, bool)  # 1 and 1.0 are the same setting
+
+
+def _by_group(rows: list[Row]) -> list[Row]:
+    """The rows of each group of settings side by side, single settings first."""
+    groups = dict.fromkeys(_group(row) for row in rows)
+    order = {group: number for number, group in enumerate(groups)} | {(CONFIGURATION, ""): -1}
+    return sorted(rows, key=lambda row: order[_group(row)])
+
+
+def _group(row: Row) -> tuple[str, str]:
+    """agent of agent.optimizer.learning_rate; sections but that of settings are one group."""
+    return row.section, row.name.rpartition(".")[0] and row.name.partition(".")[0]
+
+
+# --- what is known of a run ----------------------------------------------------------------------
+
+
+def describe(run: Path) -> dict[str, JSON]:
+    """Section -> name -> value of one run."""
+    settings = read_settings(run)
+    files = sorted(run.glob("env*.json"), key=_number)
+    env = _read_json(files[-1]) if files else {}
+    summary = _read_json(run / STATUS_FILE) | _read_json(run / SUMMARY_FILE)
+    summary |= {"state": _read_json(run / STATUS_FILE).get("state", ABSENT)}
+    results = {name: summary[name] for name in RESULTS if name in summary}
+    fingerprint = {k: v for k, v in summary.items() if k == "params_sha256"}
+    return {
+        CONFIGURATION: settings,
+        CODE: {"git": env.pop("git", ABSENT), DIFF: _changes(run, files)},
+        VERSIONS: dict(_leaves(env.pop("versions", {}))),
+        MACHINE: dict(_leaves(env)),
+        RESULT: results | {"resumes": max(0, len(files) - 1)} | fingerprint,
+    }
+
+
+def read_settings(run: Path) -> JSON:
+    """Dotted name -> value, as the run was last started; ConfigError where no run is."""
+    first = run / ".hydra" / "config.yaml"
+    if not first.is_file():
+        says = "no run is there (no .hydra/config.yaml); give the folder of one, as under outputs/"
+        raise refuse("run", says, given=str(run))
+    resumes = sorted(run.glob(".hydra/resume-*/config.yaml"), key=lambda p: _number(p.parent))
+    path = resumes[-1] if resumes else first
+    try:
+        cfg = OmegaConf.load(path)
+        tree: Any = OmegaConf.to_container(cfg)
+        with suppress(OmegaConfBaseException):  # Hydra's own section is not in the file
+            tree = OmegaConf.to_container(cfg, resolve=True)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        says = f"cannot be read ({str(error).splitlines()[0]}); restore the file"
+        raise refuse("run", says, given=str(path)) from error
+    return {k: v for k, v in _leaves(tree) if k not in HOW_IT_BEGAN}
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values; lists and empty mappings are values."""
+    if not isinstance(tree, Mapping) or (prefix and not tree):
+        yield prefix, tree
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _number(path: Path) -> int:
+    """3 of env-3.json and of resume-3; 0 of env.json."""
+    digits = path.stem.rpartition("-")[2]
+    return int(digits) if digits.isdigit() else 0
+
+
+def _changes(run: Path, files: Sequence[Path]) -> str:
+    """The uncommitted changes that belong to the newest env.json."""
+    name = files[-1].stem.replace("env", "git") if files else "git"
+    path = run / f"{name}.diff"
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
+def _read_json(path: Path) -> JSON:
+    """A file's object; {} where there is none; ConfigError where it is none."""
+    try:
+        read = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise refuse("run", f"cannot be read ({error})", given=str(path)) from error
+    if not isinstance(read, dict):
+        raise refuse("run", "holds no JSON object", given=str(path))
+    return read
+
+
+# --- printing ------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Row], columns: int) -> str:
+    """Aligned text: a heading for each section, a blank line between groups of settings."""
+    name_width = max((len(row.name) for row in rows), default=0)
+    room = max(12, (columns - name_width - 2 - 2 * len(GAP)) // 2)
+    pairs = [(row, *shorten(*_texts(row), room)) for row in rows]
+    a_width = max((len(a) for _, a, _ in pairs), default=0)
+    lines: list[str] = []
+    for section, members in groupby(pairs, key=lambda pair: pair[0].section):
+        lines += ["", section] if lines else [section]
+        for number, (_, group) in enumerate(groupby(members, key=lambda pair: _group(pair[0]))):
+            lines += [""] if number else []
+            for row, a, b in group:
+                lines.append(f"  {row.name:<{name_width}}{GAP}{a:<{a_width}}{GAP}{b}".rstrip())
+    return "\n".join(lines)
+
+
+def _texts(row: Row) -> tuple[str, str]:
+    a, b = _text(row.name, row.a), _text(row.name, row.b)
+    if row.name == DIFF:
+        return (a, b) if a != b else (f"{a}", f"{b}, others")
+    return (a, b) if a != b else (repr(row.a), repr(row.b))  # floats that are nearly the same
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, Absent):
+        return "-"
+    if name == DIFF:
+        return _size_of_diff(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | dict):
+        return json.dumps(value, default=str)
+    return f"{value:_}" if type(value) is int else show(value)
+
+
+def _size_of_diff(diff: str) -> str:
+    """What is in a git.diff, in a word: '+12 -3 lines in 2 files'."""
+    if not diff:
+        return "no changes"
+    lines = diff.splitlines()
+    added = sum(line.startswith("+") and not line.startswith("+++") for line in lines)
+    taken = sum(line.startswith("-") and not line.startswith("---") for line in lines)
+    files = sum(line.startswith("diff --git") for line in lines)
+    return f"+{added} -{taken} lines in {files} file{'s' * (files != 1)}"
+
+
+def shorten(a: str, b: str, width: int) -> tuple[str, str]:
+    """Both texts in at most `width` columns each, cut so that their difference stays in sight."""
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    same = min(len(a), len(b)) if same is None else same
+    start = same - width // 2 if max(len(a), len(b)) > width else 0
+    return _cut(a, start, width), _cut(b, start, width)
+
+
+def _cut(text: str, start: int, width: int) -> str:
+    """`width` columns of a text from `start`, with an ellipsis where something is left out."""
+    text = " ".join(text.split("\n"))
+    if len(text) <= width:
+        return text
+    start = max(0, min(start, len(text) - width))
+    shown = text[start : start + width]
+    shown = shown if start == 0 else "…" + shown[1:]
+    return shown if start + width == len(text) else shown[:-1] + "…"
+
+
+def main() -> None:
+    """`RUN_A RUN_B`."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    if len(arguments) != 2:
+        got = " ".join(arguments) or "nothing"
+        print(f"rlx.diff: got {got}; accepted: RUN_A RUN_B, folders of two runs", file=sys.stderr)
+        sys.exit(2)
+    try:
+        rows = compare(*arguments)
+    except ConfigError as error:
+        print(f"rlx.diff: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"A  {arguments[0]}\nB  {arguments[1]}\n")
+    changed = any(row.section == CONFIGURATION for row in rows)
+    if not changed:
+        print("no setting differs" + "\n" * bool(rows))
+    columns = shutil.get_terminal_size((WIDTH, 24)).columns if sys.stdout.isatty() else WIDTH
+    if rows:
+        print(table(rows, columns))
+    sys.exit(int(changed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""What can be seen of runs from their folders, while they work: states, counts, rates, curves.
+
+It only reads, and of metrics.jsonl only what was added since it last looked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlx.metrics import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, bottleneck
+
+JSON = dict[str, Any]
+Curve = list[list[float]]  # [env steps], [values]
+
+CONFIG_FILE = ".hydra/config.yaml"
+OVERRIDES_FILE = ".hydra/overrides.yaml"
+MARKS = (STATUS_FILE, METRICS_FILE, CONFIG_FILE)  # any of them makes a folder a run
+DEPTH = 6  # folders below the given one that are searched
+SILENT_S = 300.0  # a running process that told nothing for so long is called silent
+START_S = 300.0  # a folder without any status is starting for so long
+RATE_ROWS = 10  # the remaining time is told from the rate over so many rows
+TRAIN, EVALUATION = "train/return_mean", "evaluation/return_mean"
+ENV_STEPS_PER_S, UPDATES_PER_S = "acting/env_steps_per_s", "learner/updates_per_s"
+ROW_NAMES = {  # what the page calls them
+    "env_steps_per_s": ENV_STEPS_PER_S,
+    "updates_per_s": UPDATES_PER_S,
+    "train_return": TRAIN,
+    "actors_ready": "acting/actors_ready",
+    "actors_wanted": "acting/actors_wanted",
+    "restarts": "acting/restarts",
+}
+KEPT = ("env_steps", "wall_s", TRAIN, EVALUATION)  # columns that every run keeps
+SMALL, LARGE = 48, 600  # points of a curve
+TAIL = 64  # bytes before the offset by which a file is known again
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+# --- all runs ------------------------------------------------------------------------------------
+
+
+class Runs:
+    """All runs below a folder. For several threads: one looks at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._lock = folder, threading.Lock()
+        self._runs: dict[str, Run] = {}
+
+    def all(self) -> list[JSON]:
+        """What is known of each run now, by name."""
+        with self._lock:
+            self._find()
+            for run in self._runs.values():
+                run.poll()
+            return [run.brief() for run in self._runs.values()]
+
+    def one(self, name: str, metrics: Sequence[str]) -> JSON | None:
+        """A run with curves of these metrics; None where no run has this name."""
+        with self._lock:
+            if name not in self._runs:
+                self._find()
+            if (run := self._runs.get(name)) is None:
+                return None
+            run.poll()
+            return run.full(metrics)
+
+    def _find(self) -> None:
+        found = {path.relative_to(self._folder).as_posix(): path for path in find(self._folder)}
+        self._runs = {
+            name: self._runs.get(name) or Run(found[name], name) for name in sorted(found)
+        }
+
+
+def find(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """The runs in a folder and below it; what is inside a run, hidden or a link is not searched."""
+    if any((folder / mark).is_file() for mark in MARKS):
+        yield folder
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:  # it went away, or may not be read
+        return
+    for entry in entries:
+        if depth and entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+            yield from find(Path(entry.path), depth - 1)
+
+
+# --- one run -------------------------------------------------------------------------------------
+
+
+class RowsFile:
+    """Columns of a growing metrics.jsonl; reads what was added, and anew what was rewritten."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._names = list(KEPT)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._offset, self._tail, self._seen = 0, b"", (-1, -1)
+        self.columns = {name: array("d") for name in self._names}
+        self.last: JSON = {}
+
+    def keep(self, names: Sequence[str]) -> None:
+        """From now on these columns, too."""
+        new = [name for name in names if name not in self.columns]
+        if new:
+            self._names += new
+            self._forget()
+            self.poll()
+
+    def poll(self) -> None:
+        """Takes the rows that were added; a last line that has no end yet waits for it."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            self._forget()
+            return
+        if (found.st_size, found.st_mtime_ns) == self._seen:
+            return
+        with self._path.open("rb") as file:
+            if found.st_size < self._offset or self._read_tail(file) != self._tail:
+                self._forget()
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                self._take(line)
+            self._tail = self._read_tail(file)
+        self._seen = (found.st_size, found.st_mtime_ns)
+
+    def _read_tail(self, file: Any) -> bytes:
+        """The bytes before the offset: others, where a resume took rows away and wrote new ones."""
+        begin = max(0, self._offset - TAIL)
+        file.seek(begin)
+        return bytes(file.read(self._offset - begin))
+
+    def _take(self, line: bytes) -> None:
+        try:
+            row = json.loads(line)
+        except ValueError:  # half of a line that a killed run left
+            return
+        if isinstance(row, dict) and number(row.get("env_steps")) is not None:
+            for name, column in self.columns.items():
+                value = number(row.get(name))
+                column.append(math.nan if value is None else value)
+            self.last = row
+
+    def curve(self, name: str, points: int) -> Curve:
+        """Env steps and values where there is one: of neighbours the mean, at most `points`."""
+        pairs = zip(self.columns["env_steps"], self.columns[name], strict=True)
+        return thin([(x, y) for x, y in pairs if not math.isnan(y)], points)
+
+    def newest(self, name: str) -> float | None:
+        """The last value that is one."""
+        column = self.columns[name]
+        return next((value for value in reversed(column) if not math.isnan(value)), None)
+
+    def rate(self) -> float | None:
+        """Env steps per second over the last rows."""
+        env_steps, wall_s = (self.columns[name][-RATE_ROWS:] for name in ("env_steps", "wall_s"))
+        seconds = wall_s[-1] - wall_s[0] if len(wall_s) > 1 else 0.0
+        if seconds > 0:
+            return float((env_steps[-1] - env_steps[0]) / seconds)
+        return number(self.last.get(ENV_STEPS_PER_S))
+
+
+class Run:
+    """One folder, as it was when it was last polled."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._name, self._folder = name, folder
+        self._rows = RowsFile(folder / METRICS_FILE)
+        self._files: dict[Path, tuple[int, Any]] = {}  # path -> when it was changed, what it holds
+        self._about: JSON = {}
+
+    def poll(self) -> None:
+        """Reads what changed."""
+        self._rows.poll()
+        status, settings = self._object(STATUS_FILE), self._settings()
+        state, note = self._state(status)
+        row = self._rows.last
+        told = self._object(SUMMARY_FILE) | status | row  # the later, the newer
+        evaluation = self._rows.newest(EVALUATION)
+        if evaluation is None:
+            evaluation = number(told.get("evaluation_return"))
+        self._about = {
+            "name": self._name,
+            "state": state,
+            "note": note,
+            "age_s": age_s(status),
+            "total_env_steps": number(settings.get("total_env_steps")),
+            **{name: number(told.get(name)) for name in ("env_steps", "updates", "wall_s")},
+            **{short: number(row.get(name)) for short, name in ROW_NAMES.items()},
+            "evaluation_return": evaluation,
+            "left_s": self._left_s(settings) if state == "running" else None,
+            "bottleneck": bottleneck({k: number(v) for k, v in row.items()}),
+            "env": _named(settings, "env", "id"),
+            "agent": _named(settings, "agent", "_target_").rpartition(".")[2],
+            "seed": number(settings.get("seed")),
+            "overrides": self._overrides(),
+        }
+
+    def brief(self) -> JSON:
+        """For the list of all runs."""
+        curves = {"train": TRAIN, "evaluation": EVALUATION}
+        return self._about | {key: self._rows.curve(of, SMALL) for key, of in curves.items()}
+
+    def full(self, metrics: Sequence[str]) -> JSON:
+        """With the names of all metrics, and the curves of these; unknown ones are left out."""
+        numbers = [name for name, value in self._rows.last.items() if number(value) is not None]
+        names = list(dict.fromkeys([TRAIN, EVALUATION, *numbers]))
+        known = [name for name in metrics if name in names]
+        self._rows.keep(known)
+        curves = {name: self._rows.curve(name, LARGE) for name in known}
+        return self._about | {"metrics": names, "curves": curves}
+
+    def _state(self, status: JSON) -> tuple[str, str]:
+        """What the run does, by its own word and by what can be seen of its process; and why."""
+        state = status.get("state")
+        if not isinstance(state, str):
+            if time.time() - changed_at(self._folder / CONFIG_FILE) < START_S:
+                return "starting", ""
+            return "died", "it left no status.json: it ended before its first env step"
+        if state not in ("starting", "running"):
+            return state, str(status.get("error") or "")
+        pid, host, age = status.get("pid"), status.get("host"), age_s(status)
+        is_here = host in (None, platform.node())
+        if is_here and isinstance(pid, int) and not is_alive(pid):
+            return "died", f"process {pid} is gone; resume={self._folder} goes on"
+        if age is not None and age > SILENT_S:
+            where = "" if is_here else f" on {host}"
+            return "silent", f"process {pid}{where} told nothing for {age / 60:.0f} minutes"
+        return state, ""
+
+    def _left_s(self, settings: JSON) -> float | None:
+        """Seconds to whichever of the run's limits comes first."""
+        limits = []
+        for limit, done, rate in (
+            ("total_env_steps", "env_steps", self._rows.rate()),
+            ("stop_after_updates", "updates", number(self._rows.last.get(UPDATES_PER_S))),
+            ("stop_after_s", "wall_s", 1.0),
+        ):
+            end, now = number(settings.get(limit)), number(self._rows.last.get(done))
+            if end is not None and now is not None and rate:
+                limits.append(max(0.0, (end - now) / rate))
+        return min(limits, default=None)
+
+    def _settings(self) -> JSON:
+        """Those that the run was last started with."""
+        resumes = self._folder.glob(".hydra/resume-*/config.yaml")
+        path = max(resumes, key=changed_at, default=self._folder / CONFIG_FILE)
+        read = self._read(path, load_yaml)
+        return read if isinstance(read, dict) else {}
+
+    def _overrides(self) -> list[str]:
+        """What its command line said."""
+        read = self._read(self._folder / OVERRIDES_FILE, load_yaml)
+        return [str(text) for text in read] if isinstance(read, list) else []
+
+    def _object(self, name: str) -> JSON:
+        read = self._read(self._folder / name, json.loads)
+        return read if isinstance(read, dict) else {}
+
+    def _read(self, path: Path, parse: Callable[[bytes], Any]) -> Any:
+        """What a small file holds, read again when it changed; None for none and for a bad one."""
+        try:
+            changed = path.stat().st_mtime_ns
+            known = self._files.get(path)
+            if known is None or known[0] != changed:
+                self._files[path] = known = (changed, parse(path.read_bytes()))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            return None
+        return known[1]
+
+
+# --- small parts ---------------------------------------------------------------------------------
+
+
+def load_yaml(data: bytes) -> Any:
+    """YAML of plain values."""
+    return yaml.load(data, LOADER)
+
+
+def number(value: Any) -> float | None:
+    """A finite number as it is, None for anything else that a file may hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+
+
+def age_s(status: Mapping[str, Any]) -> float | None:
+    """Seconds since a status.json was written, by its own clock."""
+    try:
+        told = datetime.fromisoformat(status["updated_at"]).timestamp()
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        return None
+    return max(0.0, time.time() - told)
+
+
+def changed_at(path: Path) -> float:
+    """When a file was last written, in seconds since 1970; 0 where there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number runs here, and does more than wait for its end."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return True
+    return state not in ("Z", "X")
+
+
+def _named(settings: Mapping[str, Any], group: str, key: str) -> str:
+    node = settings.get(group)
+    return str(node.get(key) or "") if isinstance(node, dict) else ""
+
+
+def thin(pairs: Sequence[tuple[float, float]], points: int) -> Curve:
+    """At most so many points: the mean of each stretch of neighbours; the last one as it is."""
+    if len(pairs) <= points:
+        return [[x for x, _ in pairs], [y for _, y in pairs]]
+    count, body = points - 1, pairs[:-1]
+    ends = [len(body) * i // count for i in range(count + 1)]
+    parts = [body[begin:end] for begin, end in pairwise(ends)]
+    means = [tuple(math.fsum(v) / len(p) for v in zip(*p, strict=True)) for p in parts]
+    return [list(values) for values in zip(*means, pairs[-1], strict=True)]
