@@ -43,8 +43,9 @@ img { max-width: min(100%, 46rem); height: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #e4e4e4;
   vertical-align: top; }
-th { border-bottom: 2px solid #999; } td.n, th.n { text-align: right; white-space: nowrap; }
-td.long { min-width: 16rem; }
+th { border-bottom: 2px solid #999; }
+td, th { white-space: nowrap; } td.n, th.n { text-align: right; }
+td.long { white-space: normal; min-width: 16rem; }
 .bad { border-left: 4px solid #D55E00; padding-left: .8rem; }
 """
 
@@ -55,6 +56,7 @@ def notes(given: Study) -> dict[str, str]:
     of_all = f"{plural(finished)} of {every} finished and count"
     interval = "IQM: the mean without the lowest and the highest quarter (of fewer than 4 runs: "
     interval += "the mean); in brackets its 95 % bootstrap interval over seeds."
+    returns = ", ".join(f"{name} ({text})" for name, text in SCORES.items())
     conditions = "; ".join(f"{title}: {text}" for title, text in atari.PUBLISHED.values())
     return {
         "unfinished": f"{plural(every - finished)} of {every}, which no final score includes.",
@@ -64,7 +66,7 @@ def notes(given: Study) -> dict[str, str]:
         "speed": f"Means over runs, from the first row of metrics to the last; {plural(every)}.",
         "atari": f"{of_all}. Means over runs. {conditions}. Empty: not in the source; the sources "
         "are in rlx/atari_scores.csv. Their budgets and protocols differ from each other.",
-        "runs": f"{count(given.runs)}. The last three columns are mean returns.",
+        "runs": f"{count(given.runs)}. Last come mean returns: {returns}.",
     }
 
 

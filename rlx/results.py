@@ -178,8 +178,9 @@ def find(root: Path) -> list[Path]:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts 2 before 10."""
-    return [(int(part) if part.isdecimal() else -1, part) for part in path.parts]
+    """Sorts 2 before 10, and resume-2 before resume-10."""
+    ends = [(part, part.rpartition("-")[2]) for part in path.parts]
+    return [(int(end) if end.isdecimal() else -1, part) for part, end in ends]
 
 
 def _read(path: Path, root: Path) -> Run:

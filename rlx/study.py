@@ -151,10 +151,17 @@ def tables(given: Study) -> dict[str, pd.DataFrame]:
         "improvement": improvement,
         "speed": speed,
         "atari": atari_table,
-        "runs": lambda s: run_rows(s.runs, s.settings),
+        "runs": all_runs,
     }
     found = {name: pd.DataFrame(make(given)) for name, make in makers.items()}
     return {name: table for name, table in found.items() if len(table)}
+
+
+def all_runs(given: Study) -> list[dict[str, Any]]:
+    """Every run; without the columns that nobody has a value in."""
+    rows = run_rows(given.runs, given.settings)
+    empty = [name for name in rows[0] if all(row[name] is None for row in rows)]
+    return [{name: row[name] for name in row if name not in empty} for row in rows]
 
 
 def unfinished(given: Study) -> list[dict[str, Any]]:
@@ -277,14 +284,14 @@ def atari_table(given: Study) -> list[dict[str, Any]]:
     for task in given.tasks if given.is_atari else ():
         name = atari.game(task) or ""
         known = atari.scores()[name]
-        row: dict[str, Any] = {"game": name, "random": known["random"], "human": known["human"]}
-        row |= {title: known.get(key) for key, (title, _) in atari.PUBLISHED.items()}
+        row: dict[str, Any] = {"game": name}
         for label in given.groups:
             found = given.scores(label).get(task, np.array([]))
             ours = float(found.mean()) if len(found) else None
             of_human = None if ours is None else 100 * atari.human_normalized(name, ours)
             row |= {f"{label}: runs": len(found), label: ours, f"{label}: % of human": of_human}
-        rows.append(row)
+        published = {title: known.get(key) for key, (title, _) in atari.PUBLISHED.items()}
+        rows.append(row | {"random": known["random"], "human": known["human"]} | published)
     return rows
 
 
