@@ -108,7 +108,7 @@ def test_the_page_opens_in_a_browser(reported, tmp_path):
 def test_groups_are_chosen_by_name_and_misspelt_ones_refused(sweep, tmp_path):
     assert list(study.study(sweep, ["seed"]).groups) == ["seed=0", "seed=1"]
     assert list(study.study(sweep, []).groups) == ["all runs"]
-    with pytest.raises(ConfigError, match=r"group=agent\.nstep .*exploration, seed"):
+    with pytest.raises(ConfigError, match=r"group=agent\.nstep: no such .*exploration, seed"):
         study.study(sweep, ["agent.nstep"])
     for arguments in (("runs=/nowhere",), (f"runs={sweep}", "group=x"), (f"runs={sweep}", "by=x")):
         done = report(*arguments)
