@@ -308,18 +308,25 @@ class Curve:
 
 
 def curve(runs: Sequence[Run], metric: str, x: str) -> Curve | None:
-    """Interpolates runs on a common grid, from none of them beyond its own first and last value."""
+    """Interpolates runs on a common grid; a run ends half a row of metrics beyond its last value.
+
+    (Runs that stop at 402 and 406 env steps both have a value at 406.)
+    """
     points = [_points(run, metric, x) for run in runs]
     points = [(steps, values) for steps, values in points if len(steps)]
     if not points:
         return None
     low, high = min(steps[0] for steps, _ in points), max(steps[-1] for steps, _ in points)
     grid = np.linspace(low, high, POINTS)
-    on_grid = np.array(
-        [np.interp(grid, steps, values, left=np.nan, right=np.nan) for steps, values in points]
-    )
+    on_grid = np.array([_on_grid(grid, steps, values) for steps, values in points])
     found = iqm_curve([on_grid], seed=BOOTSTRAP_SEED, resamples=1000)
     return Curve(x=grid, found=found, runs=np.isfinite(on_grid).sum(axis=0))
+
+
+def _on_grid(grid: np.ndarray, steps: np.ndarray, values: np.ndarray) -> np.ndarray:
+    slack = float(np.median(np.diff(steps))) / 2 if len(steps) > 1 else 0.0
+    is_known = (grid >= steps[0] - slack) & (grid <= steps[-1] + slack)
+    return np.where(is_known, np.interp(grid, steps, values), np.nan)
 
 
 def _points(run: Run, metric: str, x: str) -> tuple[np.ndarray, np.ndarray]:
