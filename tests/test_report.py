@@ -79,6 +79,21 @@ def test_the_page_needs_nothing_beside_it(reported):
     assert 'name="viewport"' in text
 
 
+def test_each_table_and_figure_says_how_many_runs_are_in_it(reported):
+    text = (reported[1] / "report.html").read_text()
+    told = re.findall(r"<h[12]>[^<]*</h[12]><p>(.*?)</p>|<figcaption>(.*?)</figcaption>", text)
+    assert len(told) == 6 + 5
+    for parts in told:
+        assert re.search(r"\d runs? of 4|\b4 runs", "".join(parts)), parts
+
+
+def test_the_rather_better_group_stands_first(reported):
+    (row,) = table(reported[1] / "improvement.csv")
+    scores = {r["group"]: float(r["mean"]) for r in table(reported[1] / "scores.csv")}
+    assert float(row["probability"]) >= 0.5
+    assert scores[row["group"]] >= scores[row["is better than"]]
+
+
 def test_figures_are_files_and_frames_are_drawn_only_where_they_differ(reported):
     names = sorted(path.stem for path in reported[1].glob("*.png"))
     assert names == ["curves_env_steps", "improvement", "profile", "stages", "throughput"]
