@@ -1,14 +1,37 @@
-"""What is in recorded experience: `python -m rlx.report dataset=DIR`."""
+"""What runs came to, or what is in recorded experience.
+
+    python -m rlx.report runs=DIR         a page with curves, scores and speed of all runs below DIR
+    python -m rlx.report dataset=DIR      what experience that was recorded there holds
+
+Options of runs=DIR:
+
+    group=agent.n_step,network   settings that make groups; without: all that vary, but seed, env.id
+    out=DIR/report               where report.html, report.md, *.png and *.csv go
+
+The page holds its pictures and needs nothing beside it. pip install 'rlx[report]'
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlx.metrics import write_whole
+from rlx.problems import ConfigError
 from rlx.replay.experience import files, read, read_layout
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from rlx.study import Study
+
+ACCEPTED = (("dataset",), ("runs", "group", "out"))
+
+# --- recorded experience -------------------------------------------------------------------------
 
 
 def describe(folder: Path) -> list[tuple[str, str]]:
@@ -54,18 +77,79 @@ def _episodes(returns: np.ndarray, env_steps: np.ndarray) -> str:
     )
 
 
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def report_runs(folder: Path, by: Sequence[str] | None = None, out: Path | None = None) -> Path:
+    """Writes the report of all runs below a folder and shows its tables; the page's path.
+
+    Raises ValueError where there is no run, ConfigError for an unknown setting in `by`.
+    """
+    from rlx.report_figures import draw, need_matplotlib
+    from rlx.report_page import markdown, page
+    from rlx.study import study, tables
+
+    need_matplotlib()
+    given = study(folder, by)
+    found = tables(given)
+    target = out or folder / "report"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        pictures = draw(given, target)
+        for name, table in found.items():
+            write_whole(target / f"{name}.csv", table.to_csv(index=False).encode())
+        write_whole(target / "report.md", markdown(given, found, pictures).encode())
+        write_whole(target / "report.html", page(given, found, pictures).encode())
+    except OSError as error:
+        raise ValueError(
+            f"{target} cannot be written ({error.strerror}); give another out="
+        ) from error
+    _show_runs(given, found)
+    return target / "report.html"
+
+
+def _show_runs(given: Study, found: dict[str, pd.DataFrame]) -> None:
+    from rlx.report_page import HEADINGS, plain_table
+    from rlx.study import count
+
+    print(count(given.runs))
+    for name in ("unfinished", "scores", "human_normalized", "improvement", "speed"):
+        if name in found:
+            print(f"\n{HEADINGS[name]}\n{plain_table(found[name])}")
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
 def main() -> None:
-    """`dataset=DIR`."""
+    """`runs=DIR`, `dataset=DIR`; the module's docstring lists the options."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
     given = dict(text.partition("=")[::2] for text in sys.argv[1:])
-    if given.keys() != {"dataset"}:
+    known = next((keys for keys in ACCEPTED if keys[0] in given), ())
+    if not known or not given.keys() <= set(known) or not all(given.values()):
         got = " ".join(sys.argv[1:]) or "nothing"
-        print(f"rlx.report: got {got}; accepted: dataset=DIR", file=sys.stderr)
+        accepted = "dataset=DIR, or runs=DIR with group=SETTING,... and out=DIR"
+        print(f"rlx.report: got {got}; accepted: {accepted}", file=sys.stderr)
         sys.exit(2)
     try:
-        found = describe(Path(given["dataset"]))
-    except ValueError as error:
-        print(f"rlx.report: {error}", file=sys.stderr)
+        _dataset(Path(given["dataset"])) if "dataset" in given else _runs(given)
+    except (ValueError, ImportError, ConfigError) as error:
+        problems = error.problems if isinstance(error, ConfigError) else [error]
+        for problem in problems:
+            print(f"rlx.report: {problem}", file=sys.stderr)
         sys.exit(2)
+
+
+def _runs(given: dict[str, str]) -> None:
+    by = given["group"].split(",") if "group" in given else None
+    out = Path(given["out"]) if "out" in given else None
+    print(f"\n{report_runs(Path(given['runs']), by, out)}")
+
+
+def _dataset(folder: Path) -> None:
+    found = describe(folder)
     width = max(len(name) for name, _ in found)
     for name, value in found:
         print(f"{name:<{width}}  {value}")

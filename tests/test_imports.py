@@ -15,10 +15,13 @@ FILES = sorted((ROOT / "rlx").rglob("*.py"))
 
 # A module imports only from lower layers, or from its own package.
 LAYERS = [
-    {"types", "problems", "_paths", "provenance", "seeding"},
+    {"types", "problems", "_paths", "provenance", "seeding", "atari"},
     {"trees", "interfaces", "ops", "hints", "targets", "flops"},
     {"config", "optimizers", "metrics", "statistics"},
-    {"networks", "replay", "envs", "progress", "watch_runs"},
+    {"networks", "replay", "envs", "progress", "results", "watch_runs"},
+    {"study"},
+    {"report_figures"},
+    {"report_page"},
     {"checkpoint", "nonfinite", "shares"},
     {"agents", "acting", "learner"},
     {"evaluate"},

@@ -1,0 +1,258 @@
+"""Finished, running and failed runs as tables: `rlx.results.load("multirun/2026-11-20")`.
+
+`load` gives one row per row of metrics, `runs` one row per run; both are pandas DataFrames and
+list every run that was begun below a folder, whatever became of it. pip install 'rlx[report]'
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rlx.metrics import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, read_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+JSON = dict[str, Any]
+
+SEED = "seed"
+IGNORED = ("resume",)  # settings that say nothing about what was learnt
+COUNTS = ("env_steps", "frames", "updates", "wall_s")
+# Where a run's score may come from, the best first.
+SCORES: Mapping[str, str] = {
+    "evaluation.json": "mean return of the newest evaluation in evaluation.json",
+    "evaluation": "mean return of the run's own last evaluation",
+    "training": "mean return of the last episodes of training",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one run's folder says."""
+
+    name: str  # relative to the folder that was searched
+    path: Path
+    state: str  # of status.json; "died": it says running, and no process is; "not begun": none is
+    error: str | None
+    settings: Mapping[str, Any]  # dotted name -> value
+    choices: Mapping[str, str]  # group -> the YAML chosen, where Hydra wrote it down
+    overrides: frozenset[str]  # settings that were named on the command line
+    rows: Sequence[JSON]
+    summary: JSON
+    evaluations: Sequence[JSON]  # of evaluation.json, the newest last
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """The final mean returns, by the names of SCORES; None where there is none."""
+        newest = self.evaluations[-1].get("mean") if self.evaluations else None
+        return {
+            "evaluation.json": newest,
+            "evaluation": self.summary.get("evaluation_return"),
+            "training": self.summary.get("train_return"),
+        }
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def load(folder: Path | str) -> pd.DataFrame:
+    """One row per row of metrics of every run below a folder (or of the run that it is).
+
+    Columns: run, state, the settings that vary between the runs, and the metrics. A run without
+    metrics has one row without them. Raises ValueError where there is no run.
+    """
+    pd = need_pandas()
+    found = read(folder)
+    settings = varying(found)
+    rows = [
+        {"run": run.name, "state": run.state} | _shown(run, settings) | row
+        for run in found
+        for row in (run.rows or [{}])
+    ]
+    return pd.DataFrame(rows)
+
+
+def runs(folder: Path | str) -> pd.DataFrame:
+    """One row per run below a folder, failed ones too.
+
+    Columns: run, state, error, the settings that vary, the counts of the last row of metrics, and
+    the final mean returns by where they come from (SCORES). ValueError where there is no run.
+    """
+    pd = need_pandas()
+    found = read(folder)
+    return pd.DataFrame(run_rows(found, varying(found)))
+
+
+def run_rows(found: Sequence[Run], settings: Iterable[str]) -> list[JSON]:
+    """What `runs` puts into a row, in its order."""
+    settings = list(settings)
+    rows = []
+    for run in found:
+        last = run.rows[-1] if run.rows else {}
+        about: JSON = {"run": run.name, "state": run.state, "error": run.error}
+        rows.append(about | _shown(run, settings) | {k: last.get(k) for k in COUNTS} | run.scores)
+    return rows
+
+
+def need_pandas() -> Any:
+    """The module, or an ImportError that says what to install."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("pandas is not installed; pip install 'rlx[report]'") from error
+    return pandas
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def varying(found: Sequence[Run]) -> list[str]:
+    """The settings and group choices that are not the same in all runs; choices come first.
+
+    A setting that follows from the groups chosen, and that nobody named, is left out.
+    """
+    known = [run.choices for run in found]
+    groups = [g for g in _names(known) if all(known) and len({c.get(g) for c in known}) > 1]
+    named = frozenset[str]().union(*(run.overrides for run in found))
+    settings = [
+        name
+        for name in _names(run.settings for run in found)
+        if name not in IGNORED
+        and len({value_of(run, name) for run in found}) > 1
+        and (name == SEED or name in named or not _follows(found, name, groups))
+    ]
+    return [*groups, *settings]
+
+
+def value_of(run: Run, name: str) -> Any:
+    """A setting's value, or a group's choice; lists as text, None where the run has none."""
+    value = run.settings.get(name, run.choices.get(name))
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def _follows(found: Sequence[Run], name: str, groups: Sequence[str]) -> bool:
+    """Whether the choices of groups tell a setting's value."""
+    values: dict[tuple[Any, ...], set[Any]] = {}
+    for run in found:
+        chosen = tuple(run.choices.get(group) for group in groups)
+        values.setdefault(chosen, set()).add(value_of(run, name))
+    return bool(groups) and all(len(several) == 1 for several in values.values())
+
+
+def _names(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for mapping in mappings for name in mapping))
+
+
+def _shown(run: Run, settings: Iterable[str]) -> JSON:
+    return {name: value_of(run, name) for name in settings}
+
+
+# --- reading folders -----------------------------------------------------------------------------
+
+
+def read(folder: Path | str) -> list[Run]:
+    """Every run below a folder, in the order of their names; a ValueError if there is none."""
+    root = Path(folder)
+    paths = find(root)
+    if not paths:
+        raise ValueError(f"{folder} has no run in it (no .hydra/config.yaml below it)")
+    return [_read(path, root) for path in paths]
+
+
+def find(root: Path) -> list[Path]:
+    """The folders of runs at or below a folder; what lies inside of a run is not searched."""
+    found = []
+    for place, folders, _ in os.walk(root):
+        if (Path(place) / ".hydra" / "config.yaml").is_file():
+            found.append(Path(place))
+            folders.clear()
+    return sorted(found, key=lambda path: _natural(path.relative_to(root)))
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sorts 2 before 10, and resume-2 before resume-10."""
+    ends = [(part, part.rpartition("-")[2]) for part in path.parts]
+    return [(int(end) if end.isdecimal() else -1, part) for part, end in ends]
+
+
+def _read(path: Path, root: Path) -> Run:
+    status, hydra = _json(path / STATUS_FILE), path / ".hydra"
+    state, error = _state(path, status)
+    rows: list[JSON] = []
+    try:
+        rows = read_rows(path / METRICS_FILE) if (path / METRICS_FILE).exists() else []
+    except ValueError as broken:
+        error = str(broken)
+    resumed = sorted(hydra.glob("resume-*/config.yaml"), key=lambda file: _natural(file.parent))
+    config = _yaml((resumed or [hydra / "config.yaml"])[-1])
+    choices = _yaml(hydra / "hydra.yaml").get("hydra", {}).get("runtime", {}).get("choices", {})
+    overrides = _yaml(hydra / "overrides.yaml")
+    return Run(
+        name=path.relative_to(root).as_posix() if path != root else path.resolve().name,
+        path=path,
+        state=state,
+        error=error,
+        settings=dict(_flat(config)),
+        choices={k: v for k, v in choices.items() if not k.startswith("hydra/")},
+        overrides=frozenset(text.partition("=")[0].lstrip("+~") for text in overrides),
+        rows=rows,
+        summary=_json(path / SUMMARY_FILE),
+        evaluations=_json(path / "evaluation.json").get("evaluations", []),
+    )
+
+
+def _state(path: Path, status: JSON) -> tuple[str, str | None]:
+    """(state, error), where a process that is gone cannot have said so itself."""
+    state = status.get("state")
+    if state in ("starting", "running", None) and not _is_held(path / ".lock"):
+        if state is None:
+            return "not begun", "no status.json: refused or stopped before it began"
+        return "died", f"said {state} at {status.get('updated_at')}, and its process is gone"
+    return state or "starting", status.get("error")
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process is at work in the folder."""
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _json(path: Path) -> JSON:
+    """What a file holds; {} where it is not there, or is no object."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _yaml(path: Path) -> Any:
+    """What a file holds; {} where it is not there, is empty, or cannot be read."""
+    try:
+        return (
+            yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+        )
+    except (OSError, yaml.YAMLError):
+        return {}

@@ -1,0 +1,127 @@
+"""Runs as tables, from a real sweep with a failed run in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlx import results
+from rlx.metrics import read_rows
+
+
+def begun(folder: Path, state: str | None = None, **settings) -> Path:
+    """What a run leaves that was killed early: its configuration, and perhaps a state."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(settings))
+    if state:
+        (folder / "status.json").write_text(json.dumps({"state": state, "error": None}))
+    return folder
+
+
+def copied(run: Path, folder: Path) -> Path:
+    """A run's folder without its checkpoints, to be changed."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    return folder
+
+
+def test_every_row_of_every_run_is_there_with_what_varies(sweep):
+    table = results.load(sweep)
+    assert list(table)[:5] == ["run", "state", "exploration", "seed", "env_steps"]
+    assert sorted(set(table["run"])) == ["0", "1", "2", "3"]
+    for run, exploration, seed in (("0", "ladder", 0), ("1", "ladder", 1), ("2", "constant", 0)):
+        rows, mine = read_rows(sweep / run / "metrics.jsonl"), table[table["run"] == run]
+        assert len(rows) == 8
+        assert mine["env_steps"].tolist() == [row["env_steps"] for row in rows]
+        assert mine["learner/loss"].dropna().tolist() == [
+            row["learner/loss"] for row in rows if row["learner/loss"] is not None
+        ]
+        assert set(mine["exploration"]) == {exploration}
+        assert set(mine["seed"]) == {seed}
+        assert set(mine["state"]) == {"finished"}
+
+
+def test_a_runs_own_folder_is_a_table_of_that_run(sweep):
+    table = results.load(sweep / "2")
+    assert set(table["run"]) == {"2"}
+    assert list(table)[:3] == ["run", "state", "env_steps"]  # nothing varies in one run
+
+
+def test_failed_runs_are_listed_with_their_error(sweep):
+    table = results.runs(sweep).set_index("run")
+    assert table["state"].tolist() == ["finished", "finished", "finished", "failed"]
+    assert table.loc["3", "error"].startswith("NonFinite: ")
+    summary = json.loads((sweep / "0" / "summary.json").read_text())
+    assert table.loc["0", "evaluation"] == summary["evaluation_return"]
+    assert table.loc["0", "training"] == summary["train_return"]
+    assert table.loc["0", "env_steps"] == summary["env_steps"]
+    assert 0 < table.loc["3", "env_steps"] < summary["env_steps"]
+
+
+def test_the_newest_evaluation_counts(sweep, tmp_path):
+    run = copied(sweep / "0", tmp_path / "run")
+    (run / "evaluation.json").write_text('{"evaluations": [{"mean": 1.0}, {"mean": 2.5}]}')
+    assert results.runs(tmp_path)["evaluation.json"].tolist() == [2.5]
+
+
+def test_runs_without_a_process_or_a_state_are_listed(tmp_path):
+    begun(tmp_path / "a", "running", seed=0)
+    begun(tmp_path / "b", seed=1)
+    working = begun(tmp_path / "c" / "10", "running", seed=2)
+    begun(tmp_path / "c" / "9", "interrupted", seed=3)
+    with (working / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        table = results.runs(tmp_path)
+    assert table["run"].tolist() == ["a", "b", "c/9", "c/10"]
+    assert table["state"].tolist() == ["died", "not begun", "interrupted", "running"]
+    assert "process is gone" in table["error"][0]
+    assert len(results.load(tmp_path)) == 4  # without metrics, but there
+
+
+def test_a_damaged_metrics_file_is_told_and_hides_no_run(sweep, tmp_path):
+    run = copied(sweep / "0", tmp_path / "run")
+    (run / "metrics.jsonl").write_bytes(b"{broken\n" + (run / "metrics.jsonl").read_bytes())
+    table = results.runs(tmp_path)
+    assert "line 1: not a row of metrics" in table["error"][0]
+
+
+def test_settings_are_those_of_the_last_resume(tmp_path):
+    run = begun(tmp_path / "run", total_env_steps=10)
+    for number in (2, 10):
+        later = run / ".hydra" / f"resume-{number}" / "config.yaml"
+        later.parent.mkdir()
+        later.write_text(f"total_env_steps: {number}\nresume: {run}\n")
+    (found,) = results.read(tmp_path)
+    assert found.settings["total_env_steps"] == 10
+
+
+def test_settings_that_follow_from_a_choice_are_left_out_unless_named(tmp_path):
+    for number, name in enumerate(("mlp", "gru")):
+        run = begun(tmp_path / name, network={"core": {"units": number}}, rate=number, seed=number)
+        choices = {"hydra": {"runtime": {"choices": {"network": name, "hydra/env": name}}}}
+        (run / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(choices))
+        (run / ".hydra" / "overrides.yaml").write_text(f"- +rate={number}\n- network={name}\n")
+    assert results.varying(results.read(tmp_path)) == ["network", "rate", "seed"]
+    (tmp_path / "gru" / ".hydra" / "hydra.yaml").unlink()
+    assert results.varying(results.read(tmp_path)) == ["network.core.units", "rate", "seed"]
+
+
+def test_lists_that_vary_can_be_grouped_by(tmp_path):
+    begun(tmp_path / "a", layers=[8], same=[1])
+    begun(tmp_path / "b", layers=[8, 8], same=[1])
+    table = results.runs(tmp_path)
+    assert table.groupby("layers").size().to_dict() == {"[8]": 1, "[8, 8]": 1}
+    assert "same" not in table
+
+
+def test_a_folder_without_runs_and_a_missing_pandas_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="has no run in it"):
+        results.load(tmp_path)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"pip install 'rlx\[report\]'"):
+        results.load(tmp_path)
