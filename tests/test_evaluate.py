@@ -307,7 +307,7 @@ def test_every_option_is_explained_and_has_a_default(capsys):
         (["run=x", "epsiodes=3"], ["epsiodes=3: no such setting; did you mean episodes?"]),
         (["run=x", "episodes=1.5"], ["episodes=1.5: accepted: an int >= 1"]),
         (["run=x", "epsilon=2"], ["epsilon=2: accepted: a float >= 0 and <= 1 or null"]),
-        (["run=x", "record=maybe"], ["record=maybe: accepted: true or false"]),
+        (["run=x", "record=maybe"], ["record=maybe: accepted: true or false or grid"]),
         (["run=x", "oops"], ["oops: write key=value; --help lists the keys"]),
         (
             ["run=x", "seed=[1", "envs=0"],
@@ -383,7 +383,7 @@ def test_a_failed_recording_leaves_no_file(tmp_path, agent, weights, monkeypatch
     monkeypatch.setattr(EnvPoolLanes, "render", render)
     with (
         pytest.raises(ConfigError, match=r"^record=true: no picture$"),
-        evaluate.Recorder(tmp_path, "x", 30.0) as recorder,
+        evaluate.Film(tmp_path, "x", 30.0) as film,
     ):
-        play(agent, weights, watch=recorder, render=True)
+        play(agent, weights, watch=evaluate.Recorder(film), render=True)
     assert os.listdir(tmp_path) == []

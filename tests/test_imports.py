@@ -16,7 +16,7 @@ FILES = sorted((ROOT / "rlx").rglob("*.py"))
 # A module imports only from lower layers, or from its own package.
 LAYERS = [
     {"types", "problems", "_paths", "provenance", "seeding"},
-    {"trees", "interfaces", "ops", "hints", "targets", "flops"},
+    {"trees", "interfaces", "ops", "hints", "targets", "flops", "tiles"},
     {"config", "optimizers", "metrics", "statistics"},
     {"networks", "replay", "envs", "progress"},
     {"checkpoint", "nonfinite", "shares"},
@@ -28,11 +28,17 @@ LAYERS = [
     {"learner_process"},
     {"ray_learners"},
     {"api"},
-    {"train", "report", "bench"},
+    {"train", "report", "bench", "export"},
     {"ray_bench", "replay_bench"},
     {"learner_bench"},
 ]
-ENTRY_POINTS = {"evaluate", "report", "bench", "train"}  # may import api inside a function
+ENTRY_POINTS = {
+    "evaluate",
+    "export",
+    "report",
+    "bench",
+    "train",
+}  # may import api inside a function
 
 HYDRA = {"config", "composing", "api", "train", "evaluate", "report", "bench"}
 HOMES = {
@@ -43,8 +49,9 @@ HOMES = {
     "omegaconf": HYDRA,
 }
 DEVICE_CALLS = {"jit", "pmap", "device_put"}
-DEVICE_HOMES = {"learner", "acting/policy", "replay/device", "evaluate"} | {
-    f"{what}bench" for what in ("", "replay_", "learner_")
+DEVICE_HOMES = {"learner", "acting/policy", "acting/player", "replay/device"} | {
+    *("evaluate", "export"),
+    *(f"{what}bench" for what in ("", "replay_", "learner_")),
 }
 WITHOUT_JAX = {
     *("types", "seeding", "interfaces"),
