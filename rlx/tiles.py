@@ -6,6 +6,7 @@ per action, above or below the mean of all actions. Bars keep one scale within a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ import numpy as np
 WIDTH, HEIGHT = 320, 240  # pixels of a tile's picture
 LINE, BARS, EDGE = 18, 64, 6  # pixels of a line of text, of the bars, around both
 PANEL = 2 * EDGE + 2 * LINE + BARS + LINE
-FONT = 13
-LEAST = 44  # pixels that an action needs to have its Q-value written beside its number
+FONT, SMALL = 13, 10
+LEAST = 60  # pixels that an action needs to have its Q-value written beside its number
+NARROW = 24  # with fewer its number is written smaller
 
 BACKGROUND, PAPER, TEXT, DIM = (24, 24, 27), (39, 39, 42), (244, 244, 245), (161, 161, 170)
 BAR, CHOSEN, ENDED = (113, 113, 122), (250, 204, 21), (74, 222, 128)
@@ -60,13 +62,12 @@ def tile(seen: Seen) -> np.ndarray:
     picture = _fitted(Image.fromarray(seen.picture))
     image.paste(picture, ((WIDTH - picture.width) // 2, (HEIGHT - picture.height) // 2))
     draw = ImageDraw.Draw(image)
-    draw.fontmode = "L"
     draw.rectangle((1, HEIGHT, WIDTH - 2, HEIGHT + PANEL - 2), fill=PAPER)
     _lines(draw, seen)
     if seen.values is not None:
         _bars(draw, seen, seen.values)
-    if seen.ended:
-        draw.rectangle((0, 0, WIDTH - 1, HEIGHT + PANEL - 1), outline=ENDED, width=2)
+    edge = {"outline": ENDED, "width": 2} if seen.ended else {"outline": BACKGROUND, "width": 1}
+    draw.rectangle((0, 0, WIDTH - 1, HEIGHT + PANEL - 1), **edge)
     return np.asarray(image)
 
 
@@ -108,15 +109,28 @@ def _bars(draw: Any, seen: Seen, values: np.ndarray) -> None:
         inset = min(column * 0.2, 16)
         across = (left + inset, left + column - inset)
         draw.rectangle((across[0], middle - max(high, 0), across[1], middle - min(high, 0)), colour)
-        said = f"{i}: {_number(value)}" if column >= LEAST + 16 else str(i)
+        said = f"{i}: {_number(value)}" if column >= LEAST else str(i)
         place = (left + column / 2, top + BARS)
-        _text(draw, place, said, CHOSEN if i == seen.action else DIM, "ma")
+        size = SMALL if column < NARROW else FONT
+        _text(draw, place, said, CHOSEN if i == seen.action else DIM, "ma", size)
 
 
-def _text(draw: Any, place: tuple[float, float], text: str, colour: Colour, at: str = "la") -> None:
+def _text(
+    draw: Any,
+    place: tuple[float, float],
+    text: str,
+    colour: Colour,
+    at: str = "la",
+    size: int = FONT,
+) -> None:
+    draw.text(place, text, fill=colour, font=_font(size), anchor=at)
+
+
+@functools.cache
+def _font(size: int) -> Any:
     from PIL import ImageFont
 
-    draw.text(place, text, fill=colour, font=ImageFont.load_default(FONT), anchor=at)
+    return ImageFont.load_default(size)
 
 
 def _number(value: float) -> str:

@@ -185,22 +185,6 @@ def test_an_asynchronous_environment_plays_each_lane_as_it_would_alone(agent, we
 
 # --- a real run ----------------------------------------------------------------------------------
 
-SMALL = [
-    *("agent.burn_in=2", "agent.unroll=4", "agent.n_step=2", "agent.stride=2"),
-    *("agent.block_rows=2", "learner.batch_size=4"),
-    *("replay.min_sequences=4", "replay.capacity=2000"),
-    *("acting.envs_per_actor=4", "acting.env_steps_per_request=8", "total_env_steps=500"),
-    *("evaluation.final_episodes=10", "evaluation.epsilon=0.1", "checkpoint.every_env_steps=200"),
-    *("logging.console=off", "logging.tensorboard=false"),
-]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "trained"
-    rlx.run(rlx.compose(SMALL), folder)
-    return folder
-
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:

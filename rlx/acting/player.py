@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx import trees
-from rlx.envs.common import Leaf, Outside, describe
+from rlx.envs.common import NARROWED, Leaf, Outside, describe
 from rlx.interfaces import Agent
 from rlx.types import Array, NetInput, Params
 
@@ -92,6 +92,7 @@ def read_observation(outside: Outside, given: Any) -> tuple[dict[str, np.ndarray
         if not shaped or array.dtype.name not in accepted_dtypes(leaf) or 0 in array.shape[:1]:
             raise ValueError(f"observation{_at(outside, name)} is {describe(array)}; {_told(leaf)}")
         lanes.add(len(array) if array.ndim > fits else None)
+        array = array.astype(leaf.spec.dtype, copy=False)
         arrays[name] = array if array.ndim > fits else array[None]
     if len(lanes) > 1:
         told = ", ".join(f"{name} {describe(np.asarray(flat[name]))}" for name in arrays)
@@ -100,8 +101,9 @@ def read_observation(outside: Outside, given: Any) -> tuple[dict[str, np.ndarray
 
 
 def accepted_dtypes(leaf: Leaf) -> list[str]:
-    """As the environment has it, and as rlx stores it."""
-    return sorted({leaf.source.dtype, leaf.spec.dtype})
+    """As the environment has it, as rlx stores it, and the 64 bits of which rlx makes that."""
+    wide = [name for name, stored in NARROWED.items() if stored == leaf.spec.dtype]
+    return sorted({leaf.source.dtype, leaf.spec.dtype, *wide})
 
 
 def _by_name(outside: Outside, given: Any) -> dict[str, Any]:
@@ -204,6 +206,8 @@ class Player:
         shapes = state_shapes(self._agent, 1 if lanes is None else lanes)
         leaves = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
         key = jax.random.PRNGKey(secrets.randbits(31) if seed is None else seed)
+        # On the device, as the states that follow are: else it would be compiled twice.
+        leaves, key = jax.device_put((leaves, key), self._device)
         return State(leaves=leaves, key=key, lanes=lanes, player=self)
 
     def _check_state(self, state: Any, lanes: int | None, seed: int | None) -> None:

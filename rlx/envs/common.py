@@ -66,7 +66,7 @@ class Leaf:
         if self.components is not None:
             array = array.take(np.asarray(self.components), axis=1)
         array = array.astype(self.spec.dtype)
-        return array if self.scale is None else array * np.asarray(self.scale, np.float32)
+        return array if self.scale is None else array * np.asarray(self.scale, np.float32)[None]
 
 
 @dataclass(frozen=True, kw_only=True)
