@@ -189,11 +189,10 @@ def _bytes(exported: jax.export.Exported) -> bytes:
 
 
 def _zipped(files: Mapping[str, bytes]) -> bytes:
-    """The same bytes for the same files: without the time."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
         for name, data in files.items():
-            file.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
+            file.writestr(name, data)
     return buffer.getvalue()
 
 
