@@ -66,8 +66,8 @@ def tile(seen: Seen) -> np.ndarray:
     _lines(draw, seen)
     if seen.values is not None:
         _bars(draw, seen, seen.values)
-    edge = {"outline": ENDED, "width": 2} if seen.ended else {"outline": BACKGROUND, "width": 1}
-    draw.rectangle((0, 0, WIDTH - 1, HEIGHT + PANEL - 1), **edge)
+    edge, width = (ENDED, 2) if seen.ended else (BACKGROUND, 1)
+    draw.rectangle((0, 0, WIDTH - 1, HEIGHT + PANEL - 1), outline=edge, width=width)
     return np.asarray(image)
 
 
