@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,6 +22,7 @@ from rlx.targets import resolve
 from rlx.types import Params, Weights
 
 if TYPE_CHECKING:
+    from rlx.acting.player import Player, State
     from rlx.checkpoint import Restored
 
 __all__ = ["Loaded", "compose", "load", "make", "run"]
@@ -156,6 +157,42 @@ class Loaded:
         """The parameters that act, as NumPy arrays."""
         return self.agent.acting_params(self.restore(which).state)
 
+    def act(
+        self,
+        observation: Any,
+        state: State | None = None,
+        *,
+        reward: Any = None,
+        first: Any = None,
+        epsilon: float = 0.0,
+        seed: int | None = None,
+        which: str | Path = "latest",
+    ) -> tuple[Any, State]:
+        """(action, state) for an observation as the environment itself gives it.
+
+            action, state = run.act(observation)  # an episode begins
+            action, state = run.act(observation, state, reward=reward)  # it goes on
+
+        One unbatched observation (an array, or a dict of leaves) gives an int. A batch [N, *] of
+        N environments gives i32[N] and takes reward [N] and `first` bool[N] as well: where this
+        observation is an episode's first one, so that reward and state before it do not count.
+        `epsilon`: the share of random actions, drawn from `seed` (null: from chance), which is
+        given where a state is not. `which`: read once, when it is first asked for. ValueError
+        for what does not fit the environment.
+        """
+        key = str(which)
+        if key not in self._players:
+            from rlx.acting.player import Player
+            from rlx.envs.common import outside_of
+
+            outside = outside_of(self.family, self.agent.spec)
+            self._players[key] = Player(
+                agent=self.agent, outside=outside, params=self.params(which)
+            )
+        return self._players[key].act(
+            observation, state, reward=reward, first=first, epsilon=epsilon, seed=seed
+        )
+
     def evaluate(
         self,
         *,
@@ -164,29 +201,40 @@ class Loaded:
         epsilon: float | None = None,
         envs: int | None = None,
         seed: int = 0,
-        record: bool = False,
+        record: bool | Literal["grid"] = False,
         record_fps: float = 30.0,
+        grid: int = 9,
     ) -> dict[str, Any]:
         """Plays episodes with a checkpoint's parameters; `rlx.evaluate` explains the arguments."""
-        from rlx.evaluate import Recorder, evaluate
+        from rlx.evaluate import Film, GridRecorder, Recorder, evaluate
 
         settings, restored = plain(self.cfg)["evaluation"], self.restore(which)
         version, name = restored.meta["updates"], f"evaluation-{restored.env_steps}"
+        lanes = settings["envs"] if envs is None else envs
+        name += "-grid" if record == "grid" else ""
         folder = self.output_dir / "videos"
-        with Recorder(folder, name, record_fps) if record else nullcontext() as recorder:
+        with Film(folder, name, record_fps) if record else nullcontext() as film:
+            recorder: Recorder | GridRecorder | None = None
+            if film is not None:
+                count = min(grid, lanes, episodes)
+                recorder = GridRecorder(film, count) if record == "grid" else Recorder(film)
             result = evaluate(
                 agent=self.agent,
                 weights=Weights(version=version, params=self.agent.acting_params(restored.state)),
                 family=self.family,
                 episodes=episodes,
-                lanes=settings["envs"] if envs is None else envs,
+                lanes=lanes,
                 epsilon=settings["epsilon"] if epsilon is None else epsilon,
                 seed=seed,
                 recorder=recorder,
             )
         about = {"checkpoint": str(restored.path), "env_steps": restored.env_steps}
-        video = str(recorder.path) if recorder else None
+        video = str(film.path) if film else None
         return {**about, "updates": version, **result, "video": video}
+
+    @cached_property
+    def _players(self) -> dict[str, Player]:
+        return {}
 
     @cached_property
     def _built(self) -> tuple[EnvFamily, Agent]:

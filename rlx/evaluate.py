@@ -11,6 +11,9 @@ too much. They are played on the CPU, beside whatever trains on the GPUs. Option
     seed=0             of environments and random actions; the same seed gives the same returns
     record=false       true: a video of the first episode, DIR/videos/evaluation-<env steps>.mp4,
                        or .gif where imageio finds no ffmpeg; needs pip install rlx[video]
+                       grid: of the first episodes side by side, with the Q-value of each action,
+                       the chosen one and the return so far, DIR/videos/...-grid.mp4
+    grid=9             episodes in that grid; at most envs and episodes
     record_fps=30      frames per second of that video, one per env step
     output=null        the file to write; null: DIR/evaluation.json
 
@@ -30,11 +33,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import jax
 import numpy as np
 
+from rlx import tiles
 from rlx.acting.actor import InputTracker
 from rlx.acting.policy import Policy
 from rlx.interfaces import Agent, Env, EnvFamily
@@ -42,7 +46,7 @@ from rlx.metrics import write_json
 from rlx.problems import ConfigError, Problem, refuse
 from rlx.seeding import spawn_int
 from rlx.statistics import summarize
-from rlx.types import Episode, Range, Timestep, Weights
+from rlx.types import Array, Carry, Episode, NetInput, Range, Timestep, Weights
 
 log = logging.getLogger(__name__)
 
@@ -100,11 +104,13 @@ def run_episodes(
     epsilon: float,
     seed: int,
     watch: Watch | None = None,
+    acted: Acted | None = None,
     render: bool = False,
 ) -> list[Episode]:
     """The `episodes` episodes that started first, in the order in which they started.
 
-    `watch` sees the environment, its answer and who started what, after every step.
+    `watch` sees the environment, its answer and who started what, after every step; `acted` then
+    sees the actions chosen for that answer, i32[n], and the agent's record of them.
     """
     env = _open(family, lanes, seed, render)
     policy = Policy(
@@ -122,8 +128,10 @@ def run_episodes(
                 return starts.finished()
             index = tracker.index(timestep.lane)
             subset = None if isinstance(index, slice) else timestep.lane
-            action, _ = policy.act(tracker.inputs(timestep, index), subset, exploration[index])
+            action, acting = policy.act(tracker.inputs(timestep, index), subset, exploration[index])
             tracker.acted(index, action)
+            if acted is not None:
+                acted(action, acting)
             timestep = env.step(action, timestep.lane)
             starts.ended(env.episodes())
     finally:
@@ -146,6 +154,7 @@ def _open(family: EnvFamily, lanes: int, seed: int, render: bool) -> Env:
 
 
 Watch = Callable[[Env, Timestep, "Starts"], None]
+Acted = Callable[[np.ndarray, Any], None]
 
 
 class Starts:
@@ -181,12 +190,12 @@ def evaluate(
     lanes: int,
     epsilon: float,
     seed: int,
-    recorder: Recorder | None = None,
+    recorder: Recorder | GridRecorder | None = None,
 ) -> JSON:
     """Plays that many episodes; their statistics, returns and settings, ready for JSON."""
     lanes = min(lanes, episodes)
     finished = run_episodes(
-        agent=agent,
+        agent=with_values(agent) if isinstance(recorder, GridRecorder) else agent,
         weights=weights,
         family=family,
         episodes=episodes,
@@ -194,6 +203,7 @@ def evaluate(
         epsilon=epsilon,
         seed=seed,
         watch=recorder,
+        acted=recorder.acted if isinstance(recorder, GridRecorder) else None,
         render=recorder is not None,
     )
     returns = [episode.ret for episode in finished]
@@ -211,11 +221,8 @@ def evaluate(
 # --- videos --------------------------------------------------------------------------------------
 
 
-class Recorder:
-    """Writes the episode that started first as a video, one frame per env step.
-
-    Give it to `run_episodes` as `watch`, in a `with` block, which puts the whole file in place.
-    """
+class Film:
+    """A video file, one picture per env step; a `with` block puts the whole file in place."""
 
     def __init__(self, folder: Path, name: str, fps: float) -> None:
         imageio = _imageio()
@@ -226,23 +233,15 @@ class Recorder:
         self.path = folder / f"{name}{suffix}"
         self._temporary = self.path.with_name(f".{self.path.name}")
         self._writer = imageio.get_writer(self._temporary, mode="I", **options)
-        self._frames, self._complete = 0, False
+        self._pictures = 0
 
-    def __call__(self, env: Any, timestep: Timestep, starts: Starts) -> None:
-        """Adds a frame while lane 0 plays its first episode, whose number is 0."""
-        if self._complete or 0 not in timestep.lane:
-            return
-        try:
-            self._writer.append_data(env.render(0))
-        except ValueError as error:
-            raise _not_recorded(str(error)) from error
-        self._frames += 1
-        self._complete = bool(starts.number[0] != 0)
-        if self._frames == VIDEO_FRAMES and not self._complete:
-            log.warning("%s: cut after %d frames.", self.path, VIDEO_FRAMES)
-            self._complete = True
+    def add(self, picture: np.ndarray) -> bool:
+        """Whether it is full with this picture, uint8[H, W, 3]."""
+        self._writer.append_data(picture)
+        self._pictures += 1
+        return self._pictures >= VIDEO_FRAMES
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Film:
         return self
 
     def __exit__(
@@ -253,6 +252,139 @@ class Recorder:
             self._temporary.replace(self.path)
         else:
             self._temporary.unlink(missing_ok=True)
+
+
+class Recorder:
+    """Shows the episode that started first; give it to `run_episodes` as `watch`."""
+
+    def __init__(self, film: Film) -> None:
+        self._film, self._complete = film, False
+
+    def __call__(self, env: Any, timestep: Timestep, starts: Starts) -> None:
+        """Adds a picture while lane 0 plays its first episode, whose number is 0."""
+        if self._complete or 0 not in timestep.lane:
+            return
+        full = self._film.add(_picture(env, 0))
+        self._complete = bool(starts.number[0] != 0)
+        if full and not self._complete:
+            _tell_cut(self._film)
+            self._complete = True
+
+
+class GridRecorder:
+    """Shows the episodes that started first, side by side, with the values of their actions.
+
+    Give `run_episodes` it as `watch` and its `acted` as `acted`, and the agent `with_values`.
+    An episode that has ended keeps its last picture until all have.
+    """
+
+    def __init__(self, film: Film, count: int) -> None:
+        """count: episodes, no more than there are lanes: each is its lane's first one."""
+        self._film = film
+        self._seen: list[tiles.Seen | None] = [None] * count
+        self._tiles = [np.zeros((tiles.HEIGHT + tiles.PANEL, tiles.WIDTH, 3), np.uint8)] * count
+        self._rows: list[tuple[int, int]] = []  # (lane, its row in the answer), to be acted in
+        self._complete = False
+
+    def __call__(self, env: Any, timestep: Timestep, starts: Starts) -> None:
+        """Takes pictures of the episodes under way; what they show is complete when acted."""
+        self._rows = []
+        if self._complete:
+            return
+        changed = False
+        for row, lane in enumerate(timestep.lane.tolist()):
+            if lane >= len(self._seen) or _ended(self._seen[lane]):
+                continue
+            ended = bool(starts.number[lane] != lane)
+            self._seen[lane] = self._next(env, lane, float(timestep.reward[row]), ended)
+            changed = True
+            if ended:
+                self._draw(lane)
+            else:
+                self._rows.append((lane, row))
+        if all(map(_ended, self._seen)):
+            self._add()
+            self._complete = True
+        elif changed and not self._rows:
+            self._add()
+
+    def acted(self, action: np.ndarray, acting: Any) -> None:
+        """action i32[n], acting f32[n, A] of `with_values` or another agent's own record."""
+        for lane, row in self._rows:
+            seen = self._seen[lane]
+            assert seen is not None
+            values = acting[row] if isinstance(acting, np.ndarray) else None
+            spread = 0.0 if values is None else float(np.abs(values - values.mean()).max())
+            self._seen[lane] = dataclasses.replace(
+                seen,
+                values=values,
+                action=int(action[row]),
+                spread=max(seen.spread, spread),
+            )
+            self._draw(lane)
+        if self._rows:
+            self._add()
+
+    def _next(self, env: Any, lane: int, reward: float, ended: bool) -> tiles.Seen:
+        before = self._seen[lane]
+        return tiles.Seen(
+            picture=_picture(env, lane),
+            title=f"episode {lane}",
+            ret=before.ret + reward if before else 0.0,
+            env_step=before.env_step + 1 if before else 0,
+            values=None,
+            action=None,
+            spread=before.spread if before else 0.0,
+            ended=ended,
+        )
+
+    def _draw(self, lane: int) -> None:
+        seen = self._seen[lane]
+        assert seen is not None
+        self._tiles[lane] = tiles.tile(seen)
+
+    def _add(self) -> None:
+        if self._film.add(tiles.grid(self._tiles)) and not all(map(_ended, self._seen)):
+            _tell_cut(self._film)
+            self._complete, self._rows = True, []
+
+
+def _ended(seen: tiles.Seen | None) -> bool:
+    return seen is not None and seen.ended
+
+
+def _tell_cut(film: Film) -> None:
+    log.warning("%s: cut after %d frames.", film.path, VIDEO_FRAMES)
+
+
+def _picture(env: Any, lane: int) -> np.ndarray:
+    try:
+        picture: np.ndarray = env.render(lane)
+    except ValueError as error:
+        raise _not_recorded(str(error)) from error
+    return picture
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WithValues:
+    """An agent whose record of acting time is every action's value, f32[N, A]."""
+
+    agent: Any
+
+    def initial_carry(self, batch: int) -> Carry:
+        return self.agent.initial_carry(batch)
+
+    def act(
+        self, params: Any, inputs: NetInput, carry: Carry, key: Array, exploration: Array
+    ) -> tuple[Array, Array, Carry]:
+        values, _ = self.agent.values(params, inputs, carry)  # XLA computes what is common once
+        action, _, carry = self.agent.act(params, inputs, carry, key, exploration)
+        return action, values, carry
+
+
+def with_values(agent: Agent) -> Any:
+    """The same, for acting alone; an agent that has no values of actions as it is."""
+    return WithValues(agent=agent) if hasattr(agent, "values") else agent
 
 
 def _imageio() -> Any:
@@ -287,7 +419,8 @@ class Options:
     envs: Annotated[int, Range(ge=1)] | None
     which: str
     seed: Annotated[int, Range(ge=0)]
-    record: bool
+    record: bool | Literal["grid"]
+    grid: Annotated[int, Range(ge=1)]
     record_fps: Annotated[float, Range(gt=0)]
     output: str | None
 
@@ -299,6 +432,7 @@ DEFAULTS: Mapping[str, Any] = {
     "which": "latest",
     "seed": 0,
     "record": False,
+    "grid": 9,
     "record_fps": 30.0,
     "output": None,
 }
@@ -335,6 +469,7 @@ def evaluate_run(options: Options) -> JSON:
         envs=options.envs,
         seed=options.seed,
         record=options.record,
+        grid=options.grid,
         record_fps=options.record_fps,
     )
     write_json(output, {"evaluations": [*read_evaluations(output), result]})
@@ -344,9 +479,22 @@ def evaluate_run(options: Options) -> JSON:
 
 def parse(arguments: Sequence[str]) -> Options:
     """Options of `key=value` texts; raises a ConfigError with every problem."""
+    return read_options(Options, DEFAULTS, PATHS, arguments)
+
+
+T = TypeVar("T")
+
+
+def read_options(
+    cls: type[T], defaults: Mapping[str, Any], paths: Sequence[str], arguments: Sequence[str]
+) -> T:
+    """A command's options of `key=value` texts; raises a ConfigError with every problem.
+
+    paths: the keys whose values are taken as they stand.
+    """
     from rlx.config import read
 
-    given: JSON = dict(DEFAULTS)
+    given: JSON = dict(defaults)
     problems: list[Problem] = []
     for text in arguments:
         key, equals, value = text.partition("=")
@@ -354,11 +502,11 @@ def parse(arguments: Sequence[str]) -> Options:
             problems.append(Problem(path=text, says="write key=value; --help lists the keys"))
             continue
         try:
-            given[key] = _value(key, value)
+            given[key] = _value(value, as_it_stands=key in paths)
         except ValueError as error:
             problems.append(Problem(path=key, given=value, says=str(error)))
     try:
-        options = read(Options, given)
+        options = read(cls, given)
     except ConfigError as error:
         problems += error.problems
     if problems:
@@ -366,13 +514,13 @@ def parse(arguments: Sequence[str]) -> Options:
     return options
 
 
-def _value(key: str, text: str) -> Any:
+def _value(text: str, *, as_it_stands: bool) -> Any:
     """The value as YAML reads it; paths as they stand, since run=0 may be a folder."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    if key in PATHS:
+    if as_it_stands:
         return None if text in ("null", "") else text
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)

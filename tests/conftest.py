@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # What one test has compiled no other one, nor a run that a test starts, compiles again.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rlx-tests-")
@@ -26,3 +27,23 @@ def sweep(tmp_path_factory):
     from tests import sweeps
 
     return sweeps.make(tmp_path_factory.mktemp("sweep"))
+
+
+SMALL = [
+    *("agent.burn_in=2", "agent.unroll=4", "agent.n_step=2", "agent.stride=2"),
+    *("agent.block_rows=2", "learner.batch_size=4"),
+    *("replay.min_sequences=4", "replay.capacity=2000"),
+    *("acting.envs_per_actor=4", "acting.env_steps_per_request=8", "total_env_steps=500"),
+    *("evaluation.final_episodes=10", "evaluation.epsilon=0.1", "checkpoint.every_env_steps=200"),
+    *("logging.console=off", "logging.tensorboard=false"),
+]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small finished run of the default task; copy it to write into it."""
+    import rlx
+
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    rlx.run(rlx.compose(SMALL), folder)
+    return folder

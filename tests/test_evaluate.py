@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import rlx
-from rlx import evaluate, metrics
+from rlx import evaluate, metrics, tiles
 from rlx.agents.r2d2 import R2D2
 from rlx.envs.envpool import EnvPool, EnvPoolLanes
 from rlx.evaluate import run_episodes
@@ -185,22 +185,6 @@ def test_an_asynchronous_environment_plays_each_lane_as_it_would_alone(agent, we
 
 # --- a real run ----------------------------------------------------------------------------------
 
-SMALL = [
-    *("agent.burn_in=2", "agent.unroll=4", "agent.n_step=2", "agent.stride=2"),
-    *("agent.block_rows=2", "learner.batch_size=4"),
-    *("replay.min_sequences=4", "replay.capacity=2000"),
-    *("acting.envs_per_actor=4", "acting.env_steps_per_request=8", "total_env_steps=500"),
-    *("evaluation.final_episodes=10", "evaluation.epsilon=0.1", "checkpoint.every_env_steps=200"),
-    *("logging.console=off", "logging.tensorboard=false"),
-]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "trained"
-    rlx.run(rlx.compose(SMALL), folder)
-    return folder
-
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
@@ -307,7 +291,7 @@ def test_every_option_is_explained_and_has_a_default(capsys):
         (["run=x", "epsiodes=3"], ["epsiodes=3: no such setting; did you mean episodes?"]),
         (["run=x", "episodes=1.5"], ["episodes=1.5: accepted: an int >= 1"]),
         (["run=x", "epsilon=2"], ["epsilon=2: accepted: a float >= 0 and <= 1 or null"]),
-        (["run=x", "record=maybe"], ["record=maybe: accepted: true or false"]),
+        (["run=x", "record=maybe"], ["record=maybe: accepted: true or false or grid"]),
         (["run=x", "oops"], ["oops: write key=value; --help lists the keys"]),
         (
             ["run=x", "seed=[1", "envs=0"],
@@ -383,7 +367,102 @@ def test_a_failed_recording_leaves_no_file(tmp_path, agent, weights, monkeypatch
     monkeypatch.setattr(EnvPoolLanes, "render", render)
     with (
         pytest.raises(ConfigError, match=r"^record=true: no picture$"),
-        evaluate.Recorder(tmp_path, "x", 30.0) as recorder,
+        evaluate.Film(tmp_path, "x", 30.0) as film,
     ):
-        play(agent, weights, watch=recorder, render=True)
+        play(agent, weights, watch=evaluate.Recorder(film), render=True)
     assert os.listdir(tmp_path) == []
+
+
+# --- grids ---------------------------------------------------------------------------------------
+
+
+def test_a_grid_shows_what_is_played_and_why(agent, weights, tmp_path, monkeypatch):
+    from PIL import Image
+
+    family = dataclasses.replace(CARTPOLE, max_episode_steps=15)
+    monkeypatch.setattr(evaluate, "_has_ffmpeg", lambda: False)
+    shown: list[tiles.Seen] = []
+    draw = tiles.tile
+    monkeypatch.setattr(tiles, "tile", lambda seen: (shown.append(seen), draw(seen))[1])
+    with evaluate.Film(tmp_path, "grid", 30.0) as film:
+        grid = evaluate.GridRecorder(film, 3)
+        found = run_episodes(
+            agent=evaluate.with_values(agent),
+            weights=weights,
+            family=family,
+            episodes=5,
+            lanes=4,
+            epsilon=0.0,
+            seed=7,
+            watch=grid,
+            acted=grid.acted,
+            render=True,
+        )
+    assert found == play(agent, weights, family=family, episodes=5, lanes=4, seed=7)
+    for lane in range(3):
+        mine = [seen for seen in shown if seen.title == f"episode {lane}"]
+        *before, last = mine
+        assert [seen.env_step for seen in mine] == list(range(found[lane].env_steps + 1))
+        assert [seen.ret for seen in mine] == [float(n) for n in range(len(mine))]
+        assert last.ended
+        assert last.values is None
+        assert last.ret == found[lane].ret
+        for seen in before:
+            assert seen.values is not None
+            assert seen.values.shape == (2,)
+            assert seen.action == seen.values.argmax()
+            assert not seen.ended
+        spreads = [np.abs(s.values - s.values.mean()).max() for s in before if s.values is not None]
+        np.testing.assert_allclose([s.spread for s in before], np.maximum.accumulate(spreads))
+    assert len({episode.env_steps for episode in found[:3]}) > 1  # one waits for another
+    with Image.open(film.path) as image:
+        assert image.size == (2 * tiles.WIDTH, 2 * (tiles.HEIGHT + tiles.PANEL))
+        duration_ms = 0
+        for number in range(image.n_frames):
+            image.seek(number)
+            duration_ms += image.info["duration"]
+        last_picture = np.asarray(image.convert("RGB")).astype(int)
+    assert duration_ms == 30 * (max(e.env_steps for e in found[:3]) + 1)  # GIFs count in 10 ms
+    distance = np.abs(last_picture - tiles.ENDED).max(-1)
+    for row, column in ((0, 0), (0, 1), (1, 0)):  # all have ended
+        edge = distance[row * (tiles.HEIGHT + tiles.PANEL), column * tiles.WIDTH :][: tiles.WIDTH]
+        assert edge.max() < 40
+    assert distance[tiles.HEIGHT + tiles.PANEL, tiles.WIDTH :].min() > 40  # there is no fourth
+
+
+def test_the_command_records_a_grid_and_cuts_what_is_too_long(run, monkeypatch, caplog):
+    monkeypatch.setattr(evaluate, "_has_ffmpeg", lambda: False)
+    monkeypatch.setattr(evaluate, "VIDEO_FRAMES", 4)
+    with caplog.at_level(logging.WARNING):
+        evaluate.main([f"run={run}", "episodes=2", "record=grid", "grid=7"])
+    (found,) = saved(run)
+    assert found["video"] == str(run / "videos" / f"evaluation-{found['env_steps']}-grid.gif")
+    assert os.listdir(run / "videos") == [Path(found["video"]).name]
+    assert caplog.text.count("cut after 4 frames") == 1
+    assert found["returns"] == rlx.load(run).evaluate(episodes=2)["returns"]
+
+
+def test_an_agent_without_values_has_a_grid_without_bars(agent, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "_has_ffmpeg", lambda: False)
+    shown: list[tiles.Seen] = []
+    draw = tiles.tile
+    monkeypatch.setattr(tiles, "tile", lambda seen: (shown.append(seen), draw(seen))[1])
+    family = dataclasses.replace(CARTPOLE, max_episode_steps=3)
+    assert evaluate.with_values(WITHOUT_VALUES) is WITHOUT_VALUES
+    with evaluate.Film(tmp_path, "grid", 30.0) as film:
+        grid = evaluate.GridRecorder(film, 1)
+        play(
+            agent,
+            weights,
+            family=family,
+            episodes=1,
+            lanes=1,
+            watch=grid,
+            acted=grid.acted,
+            render=True,
+        )
+    assert [seen.values for seen in shown] == [None] * 4
+    assert [seen.action is None for seen in shown] == [False, False, False, True]
+
+
+WITHOUT_VALUES = object()

@@ -15,8 +15,8 @@ FILES = sorted((ROOT / "rlx").rglob("*.py"))
 
 # A module imports only from lower layers, or from its own package.
 LAYERS = [
-    {"types", "problems", "_paths", "provenance", "seeding", "atari"},
-    {"trees", "interfaces", "ops", "hints", "targets", "flops"},
+    {"types", "problems", "_paths", "provenance", "seeding", "atari", "xla", "child"},
+    {"trees", "interfaces", "ops", "hints", "targets", "flops", "tiles"},
     {"config", "optimizers", "metrics", "statistics"},
     {"networks", "replay", "envs", "progress", "results", "watch_runs"},
     {"study"},
@@ -31,23 +31,29 @@ LAYERS = [
     {"learner_process"},
     {"ray_learners"},
     {"api"},
-    {"train", "report", "bench", "diff", "watch"},
+    {"jobs"},
+    {"train", "report", "bench", "diff", "watch", "export", "sweeping"},
+    {"ray_jobs", "search"},
     {"ray_bench", "replay_bench"},
     {"learner_bench"},
 ]
-ENTRY_POINTS = {"evaluate", "report", "bench", "train"}  # may import api inside a function
+# These may import api inside a function.
+ENTRY_POINTS = {"evaluate", "export", "report", "bench", "train"}
 
-HYDRA = {"config", "composing", "api", "train", "evaluate", "report", "bench", "diff"}
+HYDRA = {"config", "composing", "api", "train", "evaluate", "report", "bench", "diff"} | {
+    *("sweeping", "ray_jobs", "search"),
+}
 HOMES = {
     "ray": {f"acting/ray_{name}" for name in ("actors", "cluster", "fleet", "logs", "pool")}
-    | {"ray_learners", "learner_process"},
+    | {"ray_learners", "learner_process", "ray_jobs"},
     "envpool": {"envs/envpool"},
     "hydra": HYDRA,
     "omegaconf": HYDRA,
 }
 DEVICE_CALLS = {"jit", "pmap", "device_put"}
-DEVICE_HOMES = {"learner", "acting/policy", "replay/device", "evaluate"} | {
-    f"{what}bench" for what in ("", "replay_", "learner_")
+DEVICE_HOMES = {"learner", "acting/policy", "acting/player", "replay/device"} | {
+    *("evaluate", "export"),
+    *(f"{what}bench" for what in ("", "replay_", "learner_")),
 }
 WITHOUT_JAX = {
     *("types", "seeding", "interfaces"),

@@ -111,11 +111,16 @@ class R2D2:
         self, params: Params, inputs: NetInput, carry: Carry, key: Array, exploration: Array
     ) -> tuple[Array, QActing, Carry]:
         """inputs [N, ...], epsilon f32[N] -> (action i32[N], its Q and the largest Q, carry)."""
+        q, carry = self.values(params, inputs, carry)
+        action = common.epsilon_greedy(key, q, exploration)
+        acting = QActing(q=common.take_action(q, action), q_max=q.max(axis=-1))
+        return action, acting, carry
+
+    def values(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
+        """inputs [N, ...] -> (Q of every action f32[N, A], carry)."""
         inputs = self._transformed(common.add_time(inputs))
         q, carry = self.network.apply(params, inputs, carry)
-        action = common.epsilon_greedy(key, q[0], exploration)
-        acting = QActing(q=common.take_action(q[0], action), q_max=q[0].max(axis=-1))
-        return action, acting, carry
+        return q[0], carry
 
     def first_td(self, rows: Row) -> np.ndarray:
         """f32[M, T] from the Q-values of acting time, the online network as its own target.

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rlx.types import ArraySpec, BoxSpec, DiscreteSpec, EnvSpec, Episode, Timestep
+from rlx.types import Array, ArraySpec, BoxSpec, DiscreteSpec, EnvSpec, Episode, Timestep
 
 # float64 and int64 leaves become 32-bit: the replay and JAX's default hold no more, and doubling
 # every stored observation for digits that the network never sees would be waste.
@@ -60,6 +60,42 @@ class Leaf:
         """Without the lane axis."""
         shape = self.source.shape if self.components is None else (len(self.components),)
         return ArraySpec(shape=shape, dtype=NARROWED.get(self.source.dtype, self.source.dtype))
+
+    def read(self, array: Array) -> Array:
+        """What `Reader` makes of this array [n, *], NumPy's or JAX's."""
+        if self.components is not None:
+            array = array.take(np.asarray(self.components), axis=1)
+        array = array.astype(self.spec.dtype)
+        return array if self.scale is None else array * np.asarray(self.scale, np.float32)[None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outside:
+    """What an environment itself gives and takes, for agents that are used without rlx's lanes."""
+
+    leaves: tuple[Leaf, ...]  # those that the network reads
+    ignored: tuple[str, ...]  # names of those that the settings leave out
+    action_start: int  # the number of the first action; rlx counts from 0
+
+
+def outside(sources: Sequence[Source], leaves: Sequence[Leaf], action_start: int) -> Outside:
+    """Of all sources and those selected."""
+    read = {leaf.source.name for leaf in leaves}
+    ignored = tuple(source.name for source in sources if source.name not in read)
+    return Outside(leaves=tuple(leaves), ignored=ignored, action_start=action_start)
+
+
+def outside_of(family: Any, spec: EnvSpec) -> Outside:
+    """A family's own account of it; for one that gives none, as rlx sees the environment."""
+    if hasattr(family, "outside"):
+        told: Outside = family.outside()
+        return told
+    sources = [
+        Source(name=name, path=(), shape=leaf.shape, dtype=leaf.dtype)
+        for name, leaf in sorted(spec.observation.items())
+    ]
+    leaves = [Leaf(source=source, components=None, scale=None) for source in sources]
+    return outside(sources, leaves, 0)
 
 
 def select(

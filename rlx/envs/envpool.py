@@ -30,6 +30,7 @@ import numpy as np
 from rlx.envs.common import (
     Leaf,
     OneThread,
+    Outside,
     Reader,
     Source,
     Stream,
@@ -37,6 +38,7 @@ from rlx.envs.common import (
     check_lanes_and_seeds,
     leaf_name,
     nearest,
+    outside,
     select,
 )
 from rlx.types import BoxSpec, DiscreteSpec, EnvSpec, Episode, Range, Timestep
@@ -111,6 +113,11 @@ class EnvPool:
             action=_action_spec(self.id, raw),
             frames_per_env_step=config["frame_skip"] if _is_atari(config) else 1,
         )
+
+    def outside(self) -> Outside:
+        """What one environment gives and takes without our adapter; frames are single there too."""
+        sources = _sources(self._raw_spec())
+        return outside(sources, self._select(sources), 0)
 
     def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> EnvPoolLanes:
         """`lanes` copies, seeded one by one (int32 each); `render` allows `render(lane)`.

@@ -20,6 +20,7 @@ from gymnasium.vector import AutoresetMode
 from rlx.envs.common import (
     Leaf,
     OneThread,
+    Outside,
     Reader,
     Source,
     Stream,
@@ -27,6 +28,7 @@ from rlx.envs.common import (
     check_lanes_and_seeds,
     leaf_name,
     nearest,
+    outside,
     select,
 )
 from rlx.types import BoxSpec, DiscreteSpec, EnvSpec, Episode, Range, Timestep
@@ -79,10 +81,14 @@ class Gymnasium:
         """Found from one throw-away lane. Raises ValueError (nearest ids) for an unknown id."""
         return self._describe()[0]
 
+    def outside(self) -> Outside:
+        """What one environment gives and takes without our adapter."""
+        return self._describe()[2]
+
     def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> GymnasiumLanes:
         """`lanes` copies, seeded one by one (int32 each); `render` allows `render(lane)`."""
         checked = check_lanes_and_seeds(lanes, seeds)
-        spec, reader, start = self._describe()
+        spec, reader, own = self._describe()
         kwargs: dict[str, Any] = {"autoreset_mode": AutoresetMode.NEXT_STEP}
         if self.vector == "async":
             kwargs["context"] = "spawn"  # a forked copy of a process with threads can hang
@@ -98,7 +104,7 @@ class Gymnasium:
             spec=spec,
             reader=reader,
             seeds=checked,
-            action_start=start,
+            action_start=own.action_start,
             render=render,
         )
 
@@ -113,19 +119,20 @@ class Gymnasium:
             kwargs["render_mode"] = "rgb_array"
         return kwargs | {"disable_env_checker": True}
 
-    def _describe(self) -> tuple[EnvSpec, Reader, int]:
-        """The spec, the reader of observations and the number of the first action."""
+    def _describe(self) -> tuple[EnvSpec, Reader, Outside]:
+        """The spec, the reader of observations and what the environment itself gives and takes."""
         if problems := self.problems():
             raise ValueError("; ".join(problems))
         env = _made(lambda: gymnasium.make(self.id, **self._make_kwargs(render=False)), self.id)
         try:
             action, start = _action_spec(self.id, env.action_space)
-            leaves = self._select(_sources(self.id, env.observation_space))
+            sources = _sources(self.id, env.observation_space)
+            leaves = self._select(sources)
         finally:
             env.close()
         observation = {leaf.source.name: leaf.spec for leaf in leaves}
         spec = EnvSpec(id=self.id, observation=observation, action=action, frames_per_env_step=1)
-        return spec, Reader(leaves), start
+        return spec, Reader(leaves), outside(sources, leaves, start)
 
 
 class GymnasiumLanes:
@@ -153,6 +160,7 @@ class GymnasiumLanes:
         self._render = render
         self._stream = Stream(lanes=self.lanes, spec=spec, least_in_flight=self.lanes)
         self._sent: tuple[np.ndarray, np.ndarray] | None = None
+        self._pictures: Any = None  # of all lanes, until the next answer: they come together
         self._one_thread = OneThread("one gymnasium environment")
 
     def reset(self) -> Timestep:
@@ -197,7 +205,9 @@ class GymnasiumLanes:
             raise ValueError("this environment was made without pictures; use make(render=True)")
         check_lane(lane, self.lanes)
         with self._one_thread:
-            picture = np.asarray(_made(self._vector.render, self.spec.id)[lane])
+            if self._pictures is None:
+                self._pictures = _made(self._vector.render, self.spec.id)
+            picture = np.asarray(self._pictures[lane])
         if picture.ndim != 3 or picture.dtype != np.uint8:
             raise ValueError(f"{self.spec.id!r} draws {picture.dtype}{list(picture.shape)}, no RGB")
         return picture
@@ -218,6 +228,7 @@ class GymnasiumLanes:
         lane: np.ndarray,
     ) -> Timestep:
         """Of arrays [N, *] in the order of the lanes, in the order of `lane`."""
+        self._pictures = None
         observation = self._read(raw)
         if not np.array_equal(lane, self._all_lanes()):
             observation = {name: array[lane] for name, array in observation.items()}

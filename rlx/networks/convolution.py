@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -48,7 +49,8 @@ def convolve_all(
     whole = jax.checkpoint(whole) if remat else whole
     chunks = functools.partial(_by_chunks, **how, remat=remat)
     layers = list(zip(kernels, biases, strict=True))
-    if len(images) <= CHUNK:  # acting: nothing to divide, and nothing to differentiate
+    n = images.shape[0]  # of no known size in what rlx.export writes for any number of lanes
+    if jax.export.is_symbolic_dim(n) or n <= CHUNK:  # acting: there is nothing to divide
         return whole(images, layers)
     result: Array = lax.platform_dependent(images, layers, cpu=chunks, default=whole)
     return result

@@ -1,0 +1,283 @@
+"""A trained agent in plain Python: one environment, or N side by side, of anybody's making.
+
+The caller keeps what the network must be told of the step before (`State`), so there is nothing to
+reset and no state that two environments could share. `act_in_lanes` is the same as a pure function
+of dicts of arrays: `rlx.export` writes it to a file.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlx import trees
+from rlx.envs.common import NARROWED, Leaf, Outside, describe
+from rlx.interfaces import Agent
+from rlx.types import Array, NetInput, Params
+
+trees.register()
+
+NO_ACTION = -1
+CARRY = "carry/"  # begins the names of the carry's leaves in a state
+
+Arrays = dict[str, Array]
+
+
+# --- pure ----------------------------------------------------------------------------------------
+
+
+def state_shapes(agent: Agent, lanes: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaves of a state of so many lanes; they may have any values where `first`."""
+    one = trees.flatten(jax.eval_shape(lambda: agent.initial_carry(1)))
+    carry = {CARRY + name: (leaf.shape[1:], leaf.dtype) for name, leaf in one.items()}
+    leaves = {"action": ((), jnp.int32), "time": ((), jnp.int32), **carry}
+    return {
+        name: jax.ShapeDtypeStruct((lanes, *shape), dtype)
+        for name, (shape, dtype) in leaves.items()
+    }
+
+
+def act_in_lanes(
+    agent: Agent,
+    outside: Outside,
+    params: Params,
+    observation: Mapping[str, Array],
+    reward: Array,
+    first: Array,
+    state: Mapping[str, Array],
+    key: Array,
+    epsilon: Array,
+) -> tuple[Array, Arrays]:
+    """observation [N, *] as the environment gives it, reward f32[N], first bool[N], epsilon f32[N].
+
+    Returns (action i32[N] as the environment takes it, state). `state` and `reward` of a lane are
+    not read where it is `first`; `key` is consumed.
+    """
+    like = jax.eval_shape(lambda: agent.initial_carry(1))
+    carry = {name.removeprefix(CARRY): x for name, x in state.items() if name.startswith(CARRY)}
+    inputs = NetInput(
+        observation={
+            leaf.source.name: leaf.read(observation[leaf.source.name]) for leaf in outside.leaves
+        },
+        prev_action=jnp.where(first, NO_ACTION, state["action"]),
+        prev_reward=jnp.where(first, 0.0, reward),
+        time=jnp.where(first, 0, state["time"] + 1),
+        first=first,
+    )
+    action, _, new = agent.act(params, inputs, trees.unflatten(like, carry), key, epsilon)
+    after = {CARRY + name: x for name, x in trees.flatten(new).items()}
+    return action + outside.action_start, {"action": action, "time": inputs.time, **after}
+
+
+# --- what is given -------------------------------------------------------------------------------
+
+
+def read_observation(outside: Outside, given: Any) -> tuple[dict[str, np.ndarray], int | None]:
+    """(leaves [N, *], N), or ([1, *], None) of one unbatched observation; ValueError if neither."""
+    flat = _by_name(outside, given)
+    arrays, lanes = {}, set()
+    for leaf in outside.leaves:
+        name = leaf.source.name
+        array = np.asarray(flat[name])
+        fits = len(leaf.source.shape)
+        shaped = array.shape[array.ndim - fits :] == leaf.source.shape and array.ndim <= fits + 1
+        if not shaped or array.dtype.name not in accepted_dtypes(leaf) or 0 in array.shape[:1]:
+            raise ValueError(f"observation{_at(outside, name)} is {describe(array)}; {_told(leaf)}")
+        lanes.add(len(array) if array.ndim > fits else None)
+        array = array.astype(leaf.spec.dtype, copy=False)
+        arrays[name] = array if array.ndim > fits else array[None]
+    if len(lanes) > 1:
+        told = ", ".join(f"{name} {describe(np.asarray(flat[name]))}" for name in arrays)
+        raise ValueError(f"observation has {told}; give all leaves of one lane, or all of N lanes")
+    return arrays, lanes.pop()
+
+
+def accepted_dtypes(leaf: Leaf) -> list[str]:
+    """As the environment has it, as rlx stores it, and the 64 bits of which rlx makes that."""
+    wide = [name for name, stored in NARROWED.items() if stored == leaf.spec.dtype]
+    return sorted({leaf.source.dtype, leaf.spec.dtype, *wide})
+
+
+def _by_name(outside: Outside, given: Any) -> dict[str, Any]:
+    """The arrays by leaf name; refuses other names than the environment's."""
+    names = [leaf.source.name for leaf in outside.leaves]
+    if not isinstance(given, Mapping):
+        if len(names) == 1 and not outside.ignored:
+            return {names[0]: given}
+        told = describe(given)
+        raise ValueError(f"observation is {told}; give a dict of {', '.join(names)}")
+    flat = _flat(given)
+    missing = [name for name in names if name not in flat]
+    unknown = [name for name in flat if name not in names and name not in outside.ignored]
+    if missing or unknown:
+        raise ValueError(
+            f"observation has {', '.join(flat) or 'no leaves'}; accepted: a dict of "
+            f"{', '.join(names)}" + _ignored(outside)
+        )
+    return flat
+
+
+def _ignored(outside: Outside) -> str:
+    return f" ({', '.join(outside.ignored)} may be there, too)" if outside.ignored else ""
+
+
+def _flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in given.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}/") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _at(outside: Outside, name: str) -> str:
+    return "" if len(outside.leaves) == 1 else f" {name!r}"
+
+
+def _told(leaf: Leaf) -> str:
+    shape = ", ".join(map(str, leaf.source.shape))
+    batch = ", ".join(map(str, ("N", *leaf.source.shape)))
+    dtype = leaf.source.dtype
+    other = [name for name in accepted_dtypes(leaf) if name != dtype]
+    also = f" (or {other[0]})" if other else ""
+    return f"accepted: {dtype}[{shape}], or {dtype}[{batch}] of N environments{also}"
+
+
+# --- in use --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class State:
+    """What an agent remembers of an episode, or of N. Opaque; never changed, so it may be kept."""
+
+    leaves: Mapping[str, Array]
+    key: Array
+    lanes: int | None  # None: of one unbatched environment
+    player: Player
+
+
+class Player:
+    """Acts with one checkpoint's parameters, on the CPU; compiled once for each number of lanes."""
+
+    def __init__(self, *, agent: Agent, outside: Outside, params: Params) -> None:
+        self._agent, self._outside = agent, outside
+        self._device = jax.local_devices(backend="cpu")[0]
+        self._params = jax.device_put(params, self._device)
+        self._compiled = jax.jit(functools.partial(_act_and_split, agent, outside))
+
+    def act(
+        self,
+        observation: Any,
+        state: State | None,
+        *,
+        reward: Any = None,
+        first: Any = None,
+        epsilon: float = 0.0,
+        seed: int | None = None,
+    ) -> tuple[Any, State]:
+        """As `rlx.api.Loaded.act` says."""
+        arrays, lanes = read_observation(self._outside, observation)
+        n = 1 if lanes is None else lanes
+        if not 0 <= epsilon <= 1:
+            raise ValueError(f"epsilon is {epsilon!r}; accepted: 0 .. 1")
+        with jax.default_device(self._device):
+            if state is None:
+                _refuse_of_no_episode(reward=reward, first=first)
+                state = self._begin(lanes, seed)
+                rewards, firsts = np.zeros(n, np.float32), np.ones(n, bool)
+            else:
+                self._check_state(state, lanes, seed)
+                rewards, firsts = _rewards(reward, lanes), _firsts(first, lanes)
+            each = np.full(n, epsilon, np.float32)
+            action, leaves, key = self._compiled(
+                self._params, arrays, rewards, firsts, state.leaves, state.key, each
+            )
+        after = State(leaves=leaves, key=key, lanes=lanes, player=self)
+        return (int(action[0]) if lanes is None else np.asarray(action)), after
+
+    def _begin(self, lanes: int | None, seed: int | None) -> State:
+        shapes = state_shapes(self._agent, 1 if lanes is None else lanes)
+        leaves = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+        key = jax.random.PRNGKey(secrets.randbits(31) if seed is None else seed)
+        # On the device, as the states that follow are: else it would be compiled twice.
+        leaves, key = jax.device_put((leaves, key), self._device)
+        return State(leaves=leaves, key=key, lanes=lanes, player=self)
+
+    def _check_state(self, state: Any, lanes: int | None, seed: int | None) -> None:
+        if not isinstance(state, State):
+            raise ValueError(f"state is {describe(state)}; give what act returned, or None")
+        if state.player is not self:
+            raise ValueError("state is of another run or checkpoint; begin with state=None")
+        if state.lanes != lanes:
+            raise ValueError(
+                f"state is of {_count(state.lanes)}, observation of {_count(lanes)}; "
+                "keep a state for each, or begin with state=None"
+            )
+        if seed is not None:
+            raise ValueError(f"seed is {seed}, with a state; give it where state=None")
+
+
+def _act_and_split(
+    agent: Agent,
+    outside: Outside,
+    params: Params,
+    observation: Arrays,
+    reward: Array,
+    first: Array,
+    state: Arrays,
+    key: Array,
+    epsilon: Array,
+) -> tuple[Array, Arrays, Array]:
+    key, used = jax.random.split(key)
+    action, state = act_in_lanes(
+        agent, outside, params, observation, reward, first, state, used, epsilon
+    )
+    return action, state, key
+
+
+def _count(lanes: int | None) -> str:
+    return "one unbatched environment" if lanes is None else f"a batch of {lanes}"
+
+
+def _refuse_of_no_episode(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} is given without a state; an episode begins, leave it out")
+
+
+def _rewards(reward: Any, lanes: int | None) -> np.ndarray:
+    """f32[N] of what the last actions earned."""
+    wanted = "a number" if lanes is None else f"{lanes} numbers"
+    if reward is None:
+        begin = " (where an episode begins: state=None)" if lanes is None else ""
+        raise ValueError(f"reward is missing; give {wanted}, what the last action earned{begin}")
+    array = np.asarray(reward)
+    shape: Sequence[int] = () if lanes is None else (lanes,)
+    if array.dtype.kind not in "fiu" or array.shape != shape or not np.isfinite(array).all():
+        raise ValueError(f"reward is {_shown(array)}; give {wanted}, what the last action earned")
+    return array.astype(np.float32).reshape(-1)
+
+
+def _firsts(first: Any, lanes: int | None) -> np.ndarray:
+    """bool[N]: which lanes begin an episode with this observation."""
+    if lanes is None:
+        if first is not None:
+            raise ValueError("first is for batches; one environment begins with state=None")
+        return np.zeros(1, bool)
+    array = np.asarray(first)
+    if first is None or array.dtype != bool or array.shape != (lanes,):
+        given = "missing" if first is None else describe(array)
+        raise ValueError(f"first is {given}; give bool[{lanes}]: where an episode begins here")
+    return array
+
+
+def _shown(array: np.ndarray) -> str:
+    scalar = array.ndim == 0 and array.dtype.kind in "fiu" and not math.isfinite(array)
+    return str(array) if scalar else describe(array)

@@ -1,0 +1,239 @@
+"""A trained agent as one file that runs without rlx: `python -m rlx.export run=DIR`.
+
+Options:
+
+    run=DIR            the folder of a run (required)
+    out=null           the file to write; null: DIR/agent.zip. One that is there is replaced
+    which=latest       latest | best | the folder of a checkpoint
+    batch=symbolic     how many environments one call acts in: any number, or just so many
+    platforms=cpu      what it can run on, of cpu, cuda, rocm and tpu: platforms=cpu,cuda
+
+The file needs jax, numpy and flatbuffers where it is used, not rlx; so does writing it
+(pip install 'rlx[export]'). It holds
+
+    act.jax_export     the greedy policy with its parameters, as `jax.export` serialises it:
+                       action, state = act(observation, reward, first, state), dicts of arrays
+    agent.json         what goes in and comes out (names, shapes, dtypes), the environment, the
+                       checkpoint, and the versions that wrote it
+
+docs/using.md shows the ten lines that run it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import io
+import json
+import logging
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from rlx.acting.player import act_in_lanes, state_shapes
+from rlx.envs.common import Outside, outside_of
+from rlx.evaluate import read_options
+from rlx.interfaces import Agent
+from rlx.metrics import write_whole
+from rlx.problems import ConfigError, refuse
+from rlx.types import Array, DiscreteSpec, Params, Range
+
+if TYPE_CHECKING:
+    from rlx.api import Loaded
+
+JSON = dict[str, Any]
+
+FORMAT = 1  # of agent.json
+FUNCTION, DESCRIPTION = "act.jax_export", "agent.json"
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+BATCH = "batch"  # the name of a symbolic number of environments
+PACKAGES = ("rlx", "jax", "jaxlib", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line takes; the module's docstring explains it."""
+
+    run: str
+    out: str | None
+    which: str
+    batch: Literal["symbolic"] | Annotated[int, Range(ge=1)]
+    platforms: str
+
+
+DEFAULTS: Mapping[str, Any] = {
+    "out": None,
+    "which": "latest",
+    "batch": "symbolic",
+    "platforms": "cpu",
+}
+TEXTS = ("run", "out", "which", "platforms")
+
+
+def export(
+    run: Loaded,
+    *,
+    which: str | Path = "latest",
+    batch: int | None = None,
+    platforms: Sequence[str] = ("cpu",),
+) -> bytes:
+    """The bytes of the file; batch None: any number of environments."""
+    _check(platforms)
+    restored = run.restore(which)
+    agent, params = run.agent, run.agent.acting_params(restored.state)
+    outside = outside_of(run.family, agent.spec)
+    lanes = jax.export.symbolic_shape(BATCH)[0] if batch is None else batch
+    inputs = input_shapes(agent, outside, lanes)
+    exported = _exported(agent, outside, params, inputs, platforms)
+    about = {
+        "format": FORMAT,
+        "call": "action, state = act(observation, reward, first, state)",
+        "env_id": agent.spec.id,
+        "batch": BATCH if batch is None else batch,
+        "inputs": {name: _described(part) for name, part in inputs.items()},
+        "outputs": {
+            "action": {**_described(inputs["state"]["action"]), **_limits(agent, outside)},
+            "state": _described(inputs["state"]),
+        },
+        "initial_state": "zeros; where `first` is true neither state nor reward is read",
+        "platforms": list(platforms),
+        "checkpoint": {
+            "name": restored.path.name,
+            "env_steps": restored.env_steps,
+            "updates": restored.meta["updates"],
+        },
+        "calling_convention_version": exported.calling_convention_version,
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+    return _zipped({DESCRIPTION: json.dumps(about, indent=2).encode(), FUNCTION: _bytes(exported)})
+
+
+def input_shapes(agent: Agent, outside: Outside, lanes: Any) -> dict[str, Any]:
+    """What the exported function takes, in this order."""
+
+    def each(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((lanes, *shape), dtype)
+
+    return {
+        "observation": {
+            leaf.source.name: each(leaf.source.shape, _narrowed(leaf.source.dtype))
+            for leaf in outside.leaves
+        },
+        "reward": each((), np.float32),
+        "first": each((), bool),
+        "state": state_shapes(agent, lanes),
+    }
+
+
+def _exported(
+    agent: Agent, outside: Outside, params: Params, inputs: JSON, platforms: Sequence[str]
+) -> jax.export.Exported:
+    def act(observation: Any, reward: Array, first: Array, state: Any) -> Any:
+        key, greedy = jax.random.PRNGKey(0), jnp.zeros(first.shape, jnp.float32)
+        return act_in_lanes(agent, outside, params, observation, reward, first, state, key, greedy)
+
+    try:
+        return jax.export.export(jax.jit(act), platforms=tuple(platforms))(*inputs.values())
+    except Exception as error:  # it is anybody's network
+        line = str(error).strip().split("\n")[0] or type(error).__name__
+        raise refuse("batch", f"jax.export cannot write this agent so: {line}") from error
+
+
+def _check(platforms: Sequence[str]) -> None:
+    """Raises a ConfigError for what would fail after the work is done."""
+    unknown = [name for name in platforms if name not in PLATFORMS]
+    if unknown or not platforms:
+        says = f"accepted: one or more of {', '.join(PLATFORMS)}, with commas between"
+        raise refuse("platforms", says, given=",".join(platforms))
+    try:
+        importlib.import_module("flatbuffers")
+    except ImportError as error:
+        says = "jax.export needs flatbuffers, which is not installed; pip install 'rlx[export]'"
+        raise refuse("export", says) from error
+
+
+def _narrowed(dtype: str) -> np.dtype:
+    """As JAX takes it: 64-bit arrays are given as they are and become 32-bit there."""
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+
+
+def _limits(agent: Agent, outside: Outside) -> JSON:
+    action, start = agent.spec.action, outside.action_start
+    return {"low": start, "high": start + action.n - 1} if isinstance(action, DiscreteSpec) else {}
+
+
+def _described(tree: Any) -> JSON:
+    if isinstance(tree, Mapping):
+        return {name: _described(leaf) for name, leaf in tree.items()}
+    shape = [size if isinstance(size, int) else BATCH for size in tree.shape]
+    return {"shape": shape, "dtype": np.dtype(tree.dtype).name}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return None
+
+
+def _bytes(exported: jax.export.Exported) -> bytes:
+    return bytes(exported.serialize())
+
+
+def _zipped(files: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in files.items():
+            file.writestr(name, data)
+    return buffer.getvalue()
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console script `rlx-export`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    logging.basicConfig(level=logging.WARNING, format="rlx: %(message)s")
+    jax.config.update("jax_platforms", "cpu")  # a GPU's memory is not touched
+    try:
+        print(export_run(read_options(Options, DEFAULTS, TEXTS, arguments)))
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"rlx.export: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+def export_run(options: Options) -> Path:
+    """Writes the file; its path."""
+    from rlx import api
+
+    platforms = [name for name in options.platforms.split(",") if name]
+    _check(platforms)
+    run = api.load(options.run)
+    out = Path(options.out or run.output_dir / "agent.zip")
+    if out.is_dir() or not out.parent.is_dir():
+        says = "cannot be written; give out=FILE in a folder that exists"
+        raise refuse("out", says, given=str(out))
+    batch = None if options.batch == "symbolic" else int(options.batch)
+    data = export(run, which=options.which, batch=batch, platforms=platforms)
+    try:
+        write_whole(out, data)
+    except OSError as error:
+        raise refuse("out", f"cannot be written ({error})", given=str(out)) from error
+    return out
+
+
+if __name__ == "__main__":
+    main()
