@@ -173,6 +173,8 @@ def test_actions_that_do_not_count_from_zero():
         action, state = act.act(observation, state, reward=0.0 if state else None)
         moved, told = other.act(observation, told, reward=0.0 if told else None)
         assert moved == action + 5
+        for name, leaf in state.leaves.items():  # the network itself counts from 0
+            np.testing.assert_array_equal(leaf, told.leaves[name])
 
 
 def test_leaves_of_a_dict_are_found_by_name_and_others_left():
