@@ -6,8 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# What one test has compiled no other one, nor a run that a test starts, compiles again.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rlx-tests-")
+# What one test has compiled no other one, nor a run that a test starts, compiles again. The workers
+# of pytest-xdist have the folder from the process that starts them.
+COMPILED = os.environ.get("RLX_TESTS_COMPILED") or tempfile.mkdtemp(prefix="rlx-tests-")
+os.environ["RLX_TESTS_COMPILED"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,9 +18,23 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import pytest
 
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+# With real processes, kills and deadlines, which other tests beside them would disturb.
+ALONE = {
+    *("acting", "test_bench", "test_large_snapshot", "test_learner_group", "test_learning"),
+    *("test_process", "test_ray_run", "test_run", "test_sweeps", "test_watch"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {item.path.stem, item.path.parent.name} & ALONE:
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")
