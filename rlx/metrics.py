@@ -382,6 +382,27 @@ def write_status(
     write_json(Path(output_dir) / STATUS_FILE, {"state": state} | counters | rates | about)
 
 
+def is_gone(status: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote a status.json has ended, as far as this machine can tell."""
+    pid, host = status.get("pid"), status.get("host")
+    return isinstance(pid, int) and host in (None, platform.node()) and not is_alive(pid)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number runs here, and does more than wait for its end."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return True
+    return state not in ("Z", "X")
+
+
 def write_summary(
     output_dir: Path | str,
     *,

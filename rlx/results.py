@@ -6,7 +6,6 @@ list every run that was begun below a folder, whatever became of it. pip install
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rlx.metrics import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, read_rows
+from rlx.metrics import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, is_gone, read_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -185,7 +184,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 def _read(path: Path, root: Path) -> Run:
     status, hydra = _json(path / STATUS_FILE), path / ".hydra"
-    state, error = _state(path, status)
+    state, error = _state(status)
     rows: list[JSON] = []
     try:
         rows = read_rows(path / METRICS_FILE) if (path / METRICS_FILE).exists() else []
@@ -209,26 +208,14 @@ def _read(path: Path, root: Path) -> Run:
     )
 
 
-def _state(path: Path, status: JSON) -> tuple[str, str | None]:
+def _state(status: JSON) -> tuple[str, str | None]:
     """(state, error), where a process that is gone cannot have said so itself."""
     state = status.get("state")
-    if state in ("starting", "running", None) and not _is_held(path / ".lock"):
-        if state is None:
-            return "not begun", "no status.json: refused or stopped before it began"
+    if state is None:
+        return "not begun", "no status.json: refused or stopped before it began"
+    if state in ("starting", "running") and is_gone(status):
         return "died", f"said {state} at {status.get('updated_at')}, and its process is gone"
-    return state or "starting", status.get("error")
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a process is at work in the folder."""
-    try:
-        with lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    return state, status.get("error")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from rlx.metrics import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, bottleneck
+from rlx.metrics import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, bottleneck, is_gone
 
 JSON = dict[str, Any]
 Curve = list[list[float]]  # [env steps], [values]
@@ -238,11 +238,10 @@ class Run:
         if state not in ("starting", "running"):
             return state, str(status.get("error") or "")
         pid, host, age = status.get("pid"), status.get("host"), age_s(status)
-        is_here = host in (None, platform.node())
-        if is_here and isinstance(pid, int) and not is_alive(pid):
+        if is_gone(status):
             return "died", f"process {pid} is gone; resume={self._folder} goes on"
         if age is not None and age > SILENT_S:
-            where = "" if is_here else f" on {host}"
+            where = "" if host in (None, platform.node()) else f" on {host}"
             return "silent", f"process {pid}{where} told nothing for {age / 60:.0f} minutes"
         return state, ""
 
@@ -320,21 +319,6 @@ def changed_at(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this number runs here, and does more than wait for its end."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # another user's
-        return True
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return True
-    return state not in ("Z", "X")
 
 
 def _named(settings: Mapping[str, Any], group: str, key: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,13 +71,16 @@ def test_the_newest_evaluation_counts(sweep, tmp_path):
 
 
 def test_runs_without_a_process_or_a_state_are_listed(tmp_path):
-    begun(tmp_path / "a", "running", seed=0)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    died = begun(tmp_path / "a", "running", seed=0)
     begun(tmp_path / "b", seed=1)
     working = begun(tmp_path / "c" / "10", "running", seed=2)
     begun(tmp_path / "c" / "9", "interrupted", seed=3)
-    with (working / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        table = results.runs(tmp_path)
+    for folder, pid in ((died, ended.pid), (working, os.getpid())):
+        path = folder / "status.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": pid}))
+    table = results.runs(tmp_path)
     assert table["run"].tolist() == ["a", "b", "c/9", "c/10"]
     assert table["state"].tolist() == ["died", "not begun", "interrupted", "running"]
     assert "process is gone" in table["error"][0]
