@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Literal, get_args
@@ -24,6 +25,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 
 from rlx import trees
+from rlx.boards import open_boards
 from rlx.types import Episode, Params, Range
 
 log = logging.getLogger(__name__)
@@ -73,8 +75,16 @@ class Logging:
     every_env_steps: Annotated[int, Range(ge=1)]
     window_episodes: Annotated[int, Range(ge=1)]
     tensorboard: bool
+    wandb: str | None
     console: Literal["auto", "rich", "plain", "off"]
     console_every_s: Annotated[float, Range(ge=0)]
+
+    def __post_init__(self) -> None:
+        if self.wandb is not None and find_spec("wandb") is None:
+            raise ValueError(
+                f"logging.wandb={self.wandb}, but wandb is not installed; "
+                "pip install 'rlx[wandb]', or set logging.wandb=null."
+            )
 
 
 def is_wall_clock(name: str) -> bool:
@@ -108,7 +118,12 @@ class Metrics:
         self._means: dict[str, _Mean] = {}
         self._window: deque[tuple[float, int]] = deque(maxlen=settings.window_episodes)
         self._episodes = (self.last_row or {}).get("train/episodes") or 0
-        self._board = _open_board(folder, resume_env_steps) if settings.tensorboard else None
+        self._boards = open_boards(
+            folder,
+            tensorboard=settings.tensorboard,
+            wandb=settings.wandb,
+            resume_env_steps=resume_env_steps,
+        )
 
     def episodes(self, episodes: Iterable[Episode]) -> None:
         """Takes finished episodes, in the order in which they ended."""
@@ -172,9 +187,8 @@ class Metrics:
     def close(self) -> None:
         """Closes the files; may be called twice."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        while self._boards:
+            self._boards.pop().close()
 
     def __enter__(self) -> Metrics:
         return self
@@ -201,11 +215,8 @@ class Metrics:
 
     def _write(self, row: JSON) -> None:
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        if self._board is None:
-            return
-        for name, value in row.items():
-            if isinstance(value, int | float) and name != "env_steps":
-                self._board.add_scalar(name, value, row["env_steps"])
+        for board in self._boards:
+            board.add(row)
 
 
 class _Mean:
@@ -267,14 +278,6 @@ def _clean(value: Any) -> Any:
         return value.item()
     number = _number(value)
     return number if math.isfinite(number) else None
-
-
-def _open_board(folder: Path, resume_env_steps: int | None) -> Any:
-    from tensorboardX import SummaryWriter
-
-    # purge_step hides what the board drew after the checkpoint, as the discarded rows are.
-    purge = None if resume_env_steps is None else resume_env_steps + 1
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
 
 
 # --- reading rows --------------------------------------------------------------------------------

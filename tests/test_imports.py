@@ -15,7 +15,7 @@ FILES = sorted((ROOT / "rlx").rglob("*.py"))
 
 # A module imports only from lower layers, or from its own package.
 LAYERS = [
-    {"types", "problems", "_paths", "provenance", "seeding", "atari", "xla", "child"},
+    {"types", "problems", "_paths", "provenance", "seeding", "atari", "xla", "child", "boards"},
     {"trees", "interfaces", "ops", "hints", "targets", "flops", "tiles"},
     {"config", "optimizers", "metrics", "statistics"},
     {"networks", "replay", "envs", "progress", "results", "watch_runs"},

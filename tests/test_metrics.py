@@ -21,7 +21,12 @@ from rlx import metrics as m
 from rlx.types import Episode
 
 SETTINGS = m.Logging(
-    every_env_steps=100, window_episodes=3, tensorboard=False, console="off", console_every_s=1.0
+    every_env_steps=100,
+    window_episodes=3,
+    tensorboard=False,
+    wandb=None,
+    console="off",
+    console_every_s=1.0,
 )
 
 
@@ -267,7 +272,8 @@ def test_state_continues_the_window_and_the_open_interval(tmp_path: Path) -> Non
 WRITER = """
 import sys, time
 from rlx import metrics as m
-settings = m.Logging(every_env_steps=1, window_episodes=3, tensorboard=False, console="off",
+settings = m.Logging(every_env_steps=1, window_episodes=3, tensorboard=False, wandb=None, 
+    console="off",
                      console_every_s=1.0)
 metrics = m.Metrics(sys.argv[1], settings, 0)
 for n in range(10**9):
@@ -407,3 +413,37 @@ def test_params_sha256_sees_names_dtypes_shapes_and_bits() -> None:
     digests = {m.params_sha256(base), m.params_sha256({"b": {"v": w}, "a": jnp.ones(2)})}
     digests |= {m.params_sha256(base | {"b": {"w": other}}) for other in others}
     assert len(digests) == 5
+
+
+WANDB = """
+import sys
+from rlx import metrics as m
+settings = m.Logging(every_env_steps=1, window_episodes=3, tensorboard=False, wandb="mine",
+                     console="off", console_every_s=1.0)
+resumed = int(sys.argv[2]) if len(sys.argv) > 2 else None
+with m.Metrics(sys.argv[1], settings, resumed) as metrics:
+    metrics.record("mine/number", 4.25)
+    metrics.row((resumed or 0) + 7, 28, 3, 1.0)
+"""
+
+
+def test_weights_and_biases_gets_the_rows_offline_and_goes_on_after_a_resume(tmp_path) -> None:
+    pytest.importorskip("wandb", reason="the extra 'wandb' is not installed")
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    ids = []
+    for resumed in ([], ["7"]):
+        command = [sys.executable, "-c", WANDB, str(tmp_path), *resumed]
+        subprocess.run(command, check=True, timeout=120, env=environment)
+        ids.append((tmp_path / "wandb_id").read_text())
+    assert ids[0] == ids[1]
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert files
+    assert all(b"mine/number" in file.read_bytes() for file in files)
+
+
+def test_weights_and_biases_that_is_not_installed_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(m, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"logging.wandb=mine, but wandb .* pip install 'rlx\[wandb"
+    ):
+        dataclasses.replace(SETTINGS, wandb="mine")
