@@ -20,8 +20,7 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not alone" -n 2
-	$(BIN)/python -m pytest -m "not slow and alone"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 setup: $(STAMP)
 

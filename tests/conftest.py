@@ -24,17 +24,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-# With real processes, kills and deadlines, which other tests beside them would disturb.
-ALONE = {
-    *("acting", "test_bench", "test_large_snapshot", "test_learner_group", "test_learning"),
-    *("test_process", "test_ray_run", "test_run", "test_sweeps", "test_watch"),
-}
+# With Ray, or with bars on speed: one after the other, in one of pytest-xdist's workers.
+IN_TURN = {"acting", "test_bench", "test_learner_group", "test_ray_run", "test_sweeps"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if {item.path.stem, item.path.parent.name} & ALONE:
-            item.add_marker(pytest.mark.alone)
+        if {item.path.stem, item.path.parent.name} & IN_TURN:
+            item.add_marker(pytest.mark.xdist_group("in turn"))
 
 
 @pytest.fixture(scope="session")
