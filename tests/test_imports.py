@@ -18,7 +18,7 @@ LAYERS = [
     {"types", "problems", "_paths", "provenance", "seeding", "atari", "xla", "child", "boards"},
     {"trees", "interfaces", "ops", "hints", "targets", "flops", "tiles"},
     {"config", "optimizers", "metrics", "statistics"},
-    {"networks", "replay", "envs", "progress", "results", "watch_runs"},
+    {"networks", "replay", "envs", "progress", "results", "watch_runs", "notebook"},
     {"study"},
     {"report_figures"},
     {"report_page"},
