@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, Protocol
 
+from rlx.folders import read_object
 from rlx.metrics import STATUS_FILE, SUMMARY_FILE, write_whole
 
 CONSOLE_FILE = "console.log"
@@ -139,10 +139,12 @@ def _book(one: _Live, status: int | str, outcomes: dict[int, Outcome]) -> None:
 
 def outcome(job: Job, status: int | str) -> Outcome:
     """What a job came to, from its exit status and its folder."""
-    summary = _read(job.folder / SUMMARY_FILE)
+    summary = read_object(job.folder / SUMMARY_FILE)
     if status == 0 and summary:
         return Outcome(state=str(summary.get("state")), summary=summary, error=None)
-    told = _read(job.folder / STATUS_FILE).get("error") or _last_line(job.folder / CONSOLE_FILE)
+    told = read_object(job.folder / STATUS_FILE).get("error") or _last_line(
+        job.folder / CONSOLE_FILE
+    )
     if isinstance(status, str):
         why = status
     elif status < 0:
@@ -247,14 +249,6 @@ def _sigterm_interrupts() -> Iterator[None]:
 def _pairs(job: Job) -> list[tuple[str, str]]:
     pairs = (text.partition("=") for text in job.overrides)
     return [(key.lstrip("+~"), value) for key, _, value in pairs]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _last_line(path: Path) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from rlx.folders import flat, read_object
 from rlx.metrics import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, is_gone, read_rows
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def _read(path: Path, root: Path) -> Run:
-    status, hydra = _json(path / STATUS_FILE), path / ".hydra"
+    status, hydra = read_object(path / STATUS_FILE), path / ".hydra"
     state, error = _state(status)
     rows: list[JSON] = []
     try:
@@ -199,12 +200,12 @@ def _read(path: Path, root: Path) -> Run:
         path=path,
         state=state,
         error=error,
-        settings=dict(_flat(config)),
+        settings=flat(config),
         choices={k: v for k, v in choices.items() if not k.startswith("hydra/")},
         overrides=frozenset(text.partition("=")[0].lstrip("+~") for text in overrides),
         rows=rows,
-        summary=_json(path / SUMMARY_FILE),
-        evaluations=_json(path / "evaluation.json").get("evaluations", []),
+        summary=read_object(path / SUMMARY_FILE),
+        evaluations=read_object(path / "evaluation.json").get("evaluations", []),
     )
 
 
@@ -216,23 +217,6 @@ def _state(status: JSON) -> tuple[str, str | None]:
     if state in ("starting", "running") and is_gone(status):
         return "died", f"said {state} at {status.get('updated_at')}, and its process is gone"
     return state, status.get("error")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _json(path: Path) -> JSON:
-    """What a file holds; {} where it is not there, or is no object."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _yaml(path: Path) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rlx.composing import quote
 from rlx.config import check, plain
+from rlx.folders import flat
 from rlx.jobs import Job, Outcome, Start, Watch, outcome, record, run_jobs, say
 from rlx.problems import ConfigError, Problem, refuse, show
 
@@ -183,17 +184,6 @@ def _refuse_changes(folder: Path, cfg: DictConfig) -> None:
                 for key in changed
             ]
         )
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"agent.n_step": 3, ...} of a nested configuration."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
 
 
 def _of_job(problem: Problem, number: int) -> Problem:

@@ -15,7 +15,18 @@ FILES = sorted((ROOT / "rlx").rglob("*.py"))
 
 # A module imports only from lower layers, or from its own package.
 LAYERS = [
-    {"types", "problems", "_paths", "provenance", "seeding", "atari", "xla", "child", "boards"},
+    {
+        "types",
+        "problems",
+        "_paths",
+        "provenance",
+        "seeding",
+        "atari",
+        "xla",
+        "child",
+        "boards",
+        "folders",
+    },
     {"trees", "interfaces", "ops", "hints", "targets", "flops", "tiles"},
     {"config", "optimizers", "metrics", "statistics"},
     {"networks", "replay", "envs", "progress", "results", "watch_runs", "notebook"},
