@@ -1,5 +1,6 @@
 # make train   sets up .venv once and runs the default run (see conf/config.yaml)
-# make test    sets up .venv once, then lint, format, types and tests
+# make test    sets up .venv once, then lint, format, types, tests and notebooks (small)
+# make notebooks  sets up .venv once and executes every notebook at its full size, some minutes each
 # make setup   only the set-up;  make clean   removes .venv and caches, never outputs
 
 ARGS ?=
@@ -10,7 +11,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13)
 PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: train test setup clean
+.PHONY: train test notebooks setup clean
 .DELETE_ON_ERROR:
 
 train: $(STAMP)
@@ -20,14 +21,17 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	RLX_SMALL=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --nbmake tests notebooks
+
+notebooks: $(STAMP)
+	$(BIN)/python -m pytest -v --nbmake --nbmake-timeout=1200 notebooks
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "rlx needs Python 3.11, 3.12 or 3.13: make PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[test,video,figures]' -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[test,video,figures,notebook]' -c constraints.txt
 	touch $@
 
 clean:

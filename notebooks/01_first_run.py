@@ -12,7 +12,7 @@
 # # A first run
 #
 # Compose a configuration, train with a figure that moves, evaluate, and watch an episode.
-# `pip install 'rlx[notebook,video]'`
+# `pip install 'rlx[notebook]'`
 
 # %%
 import os

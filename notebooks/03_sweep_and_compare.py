@@ -12,7 +12,7 @@
 # # A sweep, and an honest comparison
 #
 # Launch a sweep from Python, load what it left, and compare: all seeds, intervals, and how many runs
-# there were. `pip install 'rlx[notebook,report]'`
+# there were. `pip install 'rlx[notebook]'`
 
 # %%
 import os
