@@ -19,6 +19,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 import rlx
 from rlx import notebook
 
@@ -31,7 +33,7 @@ folder = Path(tempfile.mkdtemp(prefix="rlx-")) / "first"
 
 # %%
 cfg = rlx.compose(["env=cartpole_memory", "seed=1"])
-print(cfg.agent)
+print(OmegaConf.to_yaml(cfg.agent))
 
 # %%
 try:

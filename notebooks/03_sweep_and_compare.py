@@ -21,6 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+
 from rlx import results, statistics
 
 SMALL = "RLX_SMALL" in os.environ  # set where these notebooks are only tested
@@ -53,7 +55,14 @@ runs[["run", "state", "network", "seed", "env_steps", "evaluation"]]
 
 # %%
 rows = results.load(folder)
-rows.groupby("network")["env_steps"].max()
+colours = {"mlp_lstm": "#4477aa", "mlp": "#cc6677"}
+figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+for (network, seed), run in rows.groupby(["network", "seed"]):
+    label = network if seed == 0 else "_"
+    axes.plot(run["env_steps"], run["train/return_mean"], color=colours[network], label=label)
+axes.set(xlabel="env steps", ylabel="mean return in training", title="Every seed")
+axes.legend(frameon=False)
+plt.show()
 
 # %% [markdown]
 # With so few runs a mean says little by itself. The interquartile mean and its bootstrap interval say how
@@ -65,6 +74,8 @@ scores = {name: group["evaluation"].to_numpy() for name, group in runs.groupby("
 for name, values in scores.items():
     low, high = statistics.iqm_interval(values, seed=0)
     print(f"{name}: {len(values)} runs, IQM {statistics.iqm(values):.1f} ({low:.1f} .. {high:.1f})")
+better = statistics.probability_of_improvement([scores["mlp_lstm"]], [scores["mlp"]], seed=0)
+print(f"a run with memory is the better one: {better.value:.2f} ({better.low:.2f} .. {better.high:.2f})")
 
 # %% [markdown]
 # The same as a page, with learning curves and figures as files: `python -m rlx.report runs=FOLDER`.
