@@ -293,7 +293,7 @@ def test_evaluation_in_an_actor_of_its_own_lets_training_go_on(tmp_path, monkeyp
         return found
 
     monkeypatch.setattr(RayEvaluator, "poll", polled)
-    monkeypatch.setattr(Loop, "finished", lambda self: len(results) > 2 or finished(self))
+    monkeypatch.setattr(Loop, "finished", lambda self: len(results) > 1 or finished(self))
     run(
         tmp_path,
         *RAY,
@@ -302,8 +302,10 @@ def test_evaluation_in_an_actor_of_its_own_lets_training_go_on(tmp_path, monkeyp
         "stop_after_s=120",
         "logging.every_env_steps=200",
         "checkpoint.every_env_steps=1_000_000",
+        "env.max_episode_steps=30",
         "evaluation.where=actor",
         "evaluation.every_env_steps=1000",
+        "evaluation.episodes=4",
         "evaluation.final_episodes=0",
     )
     rows = read_rows(tmp_path / "metrics.jsonl")
