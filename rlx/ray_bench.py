@@ -106,6 +106,21 @@ class Rooflines:
         self._fleet.close()
 
 
+def make_rooflines(agent: Any, family: Any, *, instances: int) -> Rooflines:
+    """So many, each with the lanes of an actor of `make_pool`, all ready."""
+    return Rooflines(
+        Plan(
+            family=family,
+            agent=agent,
+            exploration=build(bench.settings("exploration", "ladder"), "exploration"),
+            seed=0,
+            instances=instances,
+            envs_per_actor=bench.settings("acting", "ray_pool")["envs_per_actor"],
+            device="cpu",
+        )
+    )
+
+
 def make_pool(setup: bench.Setup, agent: Any, family: Any, **changes: Any) -> RayPool:
     """The pool of conf/acting/ray_pool.yaml with these settings changed, all actors ready."""
     pool: RayPool = build(
@@ -156,17 +171,8 @@ def bench_ray(setup: bench.Setup, seconds: float) -> list[dict[str, Any]]:
 def _against_roofline(
     setup: bench.Setup, agent: Any, family: Any, seconds: float, prefix: str
 ) -> list[dict[str, Any]]:
-    lanes = bench.settings("acting", "ray_pool")["envs_per_actor"]
-    plan = Plan(
-        family=family,
-        agent=agent,
-        exploration=build(bench.settings("exploration", "ladder"), "exploration"),
-        seed=0,
-        instances=ACTORS,
-        envs_per_actor=lanes,
-        device="cpu",
-    )
-    rooflines, pool = Rooflines(plan), make_pool(setup, agent, family, instances=ACTORS)
+    rooflines = make_rooflines(agent, family, instances=ACTORS)
+    pool = make_pool(setup, agent, family, instances=ACTORS)
     rates: dict[str, list[float]] = {"roofline": [], "pool": []}
     for _ in range(max(1, round(seconds / (2 * SLICE_S)))):
         rates["roofline"].append(rooflines.rate(SLICE_S))
