@@ -27,6 +27,7 @@ import numpy as np
 
 import rlx
 from rlx import ops, trees
+from rlx.agents import common
 from rlx.assemble import assemble
 from rlx.config import plain
 from rlx.replay.prioritized import sequence_priority
@@ -168,9 +169,9 @@ def trained_q(observation):
     """[T + n]: as the update unrolls it."""
     inputs = dataclasses.replace(time_major.inputs, observation={"observation": observation})
     stacked, _ = agent.network.stack_frames(inputs, one.carry)
-    before, after = (jax.tree.map(lambda x: x[part], stacked) for part in (slice(4), slice(4, None)))
-    _, core = agent.network.unroll(params, before, one.carry.core)
-    q, _ = agent.network.unroll(params, after, jax.lax.stop_gradient(core))
+    burn_in, trained = common.window(stacked, 0, 4), common.window(stacked, 4, None)
+    _, core = agent.network.unroll(params, burn_in, one.carry.core)
+    q, _ = agent.network.unroll(params, trained, jax.lax.stop_gradient(core))
     return q[:, 0].max(axis=-1)
 
 
@@ -224,7 +225,9 @@ np.testing.assert_allclose(targets, [by_hand(t)[0] for t in range(T)], rtol=1e-5
 figure, axes = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
 for t in range(T):
     if not valid[t]:
-        axes.text(t + 4, t + 4, "not trained", color="#999999", ha="center", va="center", fontsize=8)
+        axes.text(
+            t + 4, t + 4, "not trained", color="#999999", ha="center", va="center", fontsize=8
+        )
         continue
     last = by_hand(t)[1]
     axes.plot([t + 4, last + 4], [t + 4, t + 4], color="#bbbbbb", lw=1, zorder=0)
@@ -233,8 +236,15 @@ for t in range(T):
 for row in np.flatnonzero(~valid) + 4:
     axes.axvspan(row - 0.5, row + 0.5, color="#eeeeee", zorder=-1)
     axes.text(row, 11.9, "last observation", ha="center", va="bottom", fontsize=8, color="#666666")
-axes.legend([summed, value_at], ["reward is summed", "value is bootstrapped"], frameon=False, loc="upper right")
-axes.set(xlabel="row of the sequence", ylabel="target of row", xticks=range(4, 15), yticks=range(4, 12))
+axes.legend(
+    [summed, value_at],
+    ["reward is summed", "value is bootstrapped"],
+    frameon=False,
+    loc="upper right",
+)
+axes.set(
+    xlabel="row of the sequence", ylabel="target of row", xticks=range(4, 15), yticks=range(4, 12)
+)
 axes.set(ylim=(12, 3.5), title="n-step targets, n = 3")
 plt.show()
 

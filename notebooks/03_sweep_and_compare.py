@@ -75,7 +75,9 @@ for name, values in scores.items():
     low, high = statistics.iqm_interval(values, seed=0)
     print(f"{name}: {len(values)} runs, IQM {statistics.iqm(values):.1f} ({low:.1f} .. {high:.1f})")
 better = statistics.probability_of_improvement([scores["mlp_lstm"]], [scores["mlp"]], seed=0)
-print(f"a run with memory is the better one: {better.value:.2f} ({better.low:.2f} .. {better.high:.2f})")
+print(
+    f"a run with memory is the better one: {better.value:.2f} ({better.low:.2f} .. {better.high:.2f})"
+)
 
 # %% [markdown]
 # The same as a page, with learning curves and figures as files: `python -m rlx.report runs=FOLDER`.

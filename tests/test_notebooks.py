@@ -36,8 +36,8 @@ def test_the_two_halves_of_a_notebook_agree_and_nothing_of_a_machine_is_kept(scr
 
 RUN = """
 import rlx
-cfg = rlx.compose(["total_env_steps=100_000_000", "logging.console=off", "logging.tensorboard=false"])
-summary = rlx.run(cfg, {folder!r})
+given = ["total_env_steps=100_000_000", "logging.console=off", "logging.tensorboard=false"]
+summary = rlx.run(rlx.compose(given), {folder!r})
 """
 TELL = "print(summary['state'], summary['env_steps'])"
 
@@ -53,9 +53,8 @@ def test_stopping_a_cell_ends_its_run_with_a_checkpoint_and_the_kernel_goes_on(t
         assert reply["parent_header"]["msg_id"] == message
         assert reply["content"]["status"] == "ok"  # no KeyboardInterrupt through the cell
         told = []
-        client.execute_interactive(
-            TELL, timeout=PATIENCE_S, output_hook=lambda out: told.append(out["content"].get("text"))
-        )
+        hear = lambda out: told.append(out["content"].get("text"))  # noqa: E731
+        client.execute_interactive(TELL, timeout=PATIENCE_S, output_hook=hear)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
