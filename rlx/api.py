@@ -254,15 +254,22 @@ def load(run_dir: Path | str) -> Loaded:
     return Loaded(cfg=cfg, output_dir=Path(run_dir))
 
 
-def make(choice: str, *, config_dir: Path | str | None = None, **given: Any) -> Any:
+def make(
+    choice: str,
+    *,
+    config_dir: Path | str | None = None,
+    extra_dir: Path | str | None = None,
+    **given: Any,
+) -> Any:
     """One object by name: `make("agent=r2d2", unroll=4, network=network, spec=spec)`.
 
-    Keywords are settings, which replace those of the YAML, or what the run would supply.
+    Keywords are settings, which replace those of the YAML, or what the run would supply; the
+    folders are those of `compose`.
     """
     group = choice.partition("=")[0]
     if group not in ROLES:
         raise refuse(group, f"no such group; {did_you_mean(group, ROLES)}")
-    node = compose([choice], config_dir=config_dir)[group]
+    node = compose([choice], config_dir=config_dir, extra_dir=extra_dir)[group]
     cls, why = resolve(node["_target_"])
     if cls is None:
         raise refuse(f"{group}._target_", why, given=str(node["_target_"]))

@@ -229,6 +229,8 @@ def test_a_users_own_folder_is_searched_and_named(tmp_path):
     (mine / "mine.yaml").write_text("defaults: [ray_pool, _self_]\ninstances: 0\n")
     cfg = rlx.compose(["acting=mine"], extra_dir=tmp_path / "my conf")
     assert cfg.acting.envs_per_actor == 32
+    with pytest.raises(ConfigError, match=r"acting\.instances=0: accepted: an int >= 1"):
+        rlx.make("acting=mine", extra_dir=tmp_path / "my conf")
     with pytest.raises(ConfigError) as error:
         config.check(cfg)
     assert str(error.value).startswith(f"acting.instances=0 ({mine}/mine.yaml): ")
