@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rlx.composing import quote
 from rlx.config import check, plain
 from rlx.folders import flat
-from rlx.jobs import Job, Outcome, Start, Watch, outcome, record, run_jobs, say
+from rlx.jobs import RUNS_FILE, Job, Outcome, Start, Watch, outcome, record, run_jobs, say
 from rlx.problems import ConfigError, Problem, refuse, show
 
 # Hydra's own settings that are the sweep's and not its jobs'.
@@ -98,7 +98,8 @@ class Sweep:
                 with open_dict(cfg):
                     cfg.hydra.job.num, cfg.hydra.job.id = number, str(number)
                 check(cfg)
-                folder = Path(cfg.hydra.sweep.dir).absolute() / str(cfg.hydra.sweep.subdir)
+                sweep = Path(cfg.hydra.sweep.dir).absolute()
+                folder = sweep / str(cfg.hydra.sweep.subdir)
                 done, more = self._before(folder, cfg, skip_done)
             except ConfigError as error:
                 problems += [_of_job(problem, number) for problem in error.problems]
@@ -111,6 +112,7 @@ class Sweep:
                 number=number,
                 overrides=own,
                 folder=folder,
+                sweep=sweep,
                 command=(*command, "hydra.mode=RUN", *where),
             )
             if done is not None:
@@ -130,7 +132,7 @@ class Sweep:
             says = "holds runs already; hydra.launcher.skip_done=true goes on with that sweep, or "
             raise refuse("hydra.sweep.dir", says + "give another folder", given=str(folder.parent))
         _refuse_changes(folder, cfg)
-        job = Job(number=0, overrides=(), folder=folder, command=())
+        job = Job(number=0, overrides=(), folder=folder, sweep=folder.parent, command=())
         found = outcome(job, 0)
         if found.state == "finished":
             return found, []
@@ -199,7 +201,7 @@ def _sum_up(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> None:
     for one in outcomes:
         counts[one.state] = counts.get(one.state, 0) + 1
     told = ", ".join(f"{count} {state}" for state, count in counts.items())
-    say(f"{len(jobs)} jobs: {told}; {jobs[0].folder.parent / 'runs.csv'}")
+    say(f"{len(jobs)} jobs: {told}; {jobs[0].sweep / RUNS_FILE}")
 
 
 def _as_return(one: Outcome, job: Job, cfg: DictConfig) -> JobReturn:

@@ -138,7 +138,8 @@ def test_a_trial_that_falls_behind_is_hopeless(tmp_path):
     verdicts = []
 
     def launch(batch, first) -> list[JobReturn]:
-        job = Job(number=first, overrides=(), folder=tmp_path / str(first), command=())
+        own = {"folder": tmp_path / str(first), "sweep": tmp_path}
+        job = Job(number=first, overrides=(), command=(), **own)
         job.folder.mkdir()
         value = 1.0 if first == 7 else 10.0
         rows = [{"env_steps": 100, "evaluation/return_mean": None}]

@@ -32,6 +32,7 @@ def job(folder: Path, number: int, code: str) -> Job:
         number=number,
         overrides=(f"seed={number}",),
         folder=own,
+        sweep=folder,
         command=(sys.executable, "-c", begin + code),
     )
 
@@ -78,6 +79,10 @@ def test_a_job_that_fails_or_is_killed_loses_only_itself(tmp_path):
     assert "the env broke" in (tmp_path / "1" / "console.log").read_text()
 
 
+def test_slots_without_a_job_cost_nothing(tmp_path):
+    assert run_jobs([job(tmp_path, 0, FINISHES % 1)], local, slots=10**12, grace_s=5)
+
+
 def test_no_more_jobs_run_at_once_than_there_are_slots(tmp_path):
     mark = "import time, os; t = time.time(); time.sleep(0.4); "
     mark += "open('times', 'w').write(f'{t} {time.time()} {os.environ[\"SLOT\"]}')\n"
@@ -108,6 +113,35 @@ def test_done_jobs_are_left_and_hopeless_ones_ended(tmp_path):
     more = [job(tmp_path, 3, FINISHES % 4)]  # a later batch
     run_jobs(more, local, slots=1, grace_s=5)
     assert [row["job"] for row in table(tmp_path)] == ["0", "1", "2", "3"]
+
+
+def test_what_an_earlier_run_left_tells_nothing_of_this_one(tmp_path):
+    made = [job(tmp_path, 0, "print('no GPU'); raise SystemExit(2)"), job(tmp_path, 1, "pass")]
+    for one in made:
+        one.folder.mkdir()
+        (one.folder / "status.json").write_text('{"error": "of yesterday"}')
+        (one.folder / "summary.json").write_text('{"state": "finished"}')
+        (one.folder / "console.log").write_text("of yesterday\n")
+    found = run_jobs(made, local, slots=2, grace_s=5)
+    assert [one.error for one in found] == ["ended with status 2: no GPU", "ended with status 0"]
+
+
+def test_a_signal_without_a_name_ends_only_its_job(tmp_path):
+    made = [job(tmp_path, 0, "import os; os.kill(os.getpid(), 40)"), job(tmp_path, 1, FINISHES % 1)]
+    found = run_jobs(made, local, slots=1, grace_s=5)
+    assert [one.error for one in found] == ["was killed by signal 40", None]
+
+
+def test_a_table_that_is_broken_or_cannot_be_written_ends_no_sweep(tmp_path, capsys):
+    text = "job,state,seed,folder\n7,finished,7,7\n8,finished,8,8,too,many\nx,y\n\xff\n"
+    (tmp_path / "runs.csv").write_bytes(text.encode("latin-1"))
+    run_jobs([job(tmp_path, 0, FINISHES % 1)], local, slots=1, grace_s=5)
+    assert [row["job"] for row in table(tmp_path)] == ["0", "7", "8"]
+    (tmp_path / "runs.csv").unlink()
+    (tmp_path / "runs.csv").mkdir()
+    found = run_jobs([job(tmp_path, 1, FINISHES % 1)], local, slots=1, grace_s=5)
+    assert found[0].state == "finished"
+    assert "runs.csv cannot be written" in capsys.readouterr().err
 
 
 DRIVER = """
@@ -199,8 +233,8 @@ def test_jobs_as_ray_tasks_are_lost_singly_and_never_started_again(tmp_path, mon
                 os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
         return one.number == 3 and (one.folder / "pid").exists()
 
-    shares = {"cpus": 0.5, "gpus": 0, "resources": {}, "environment": {"MINE": "1"}}
-    with cluster_of_sweep(None, **shares, grace_s=20) as cluster:
+    shares = {"cpus": 0.5, "gpus": 0, "resources": {}, "environment": {"MINE": "1"}, "grace_s": 20}
+    with cluster_of_sweep(None, **shares) as cluster:
         found = run_jobs(made, cluster.start, slots=2, grace_s=20, watch=kill_a_task)
     assert [one.state for one in found] == ["finished", "failed", "failed", "pruned"]
     assert found[1].error == "ended with status 1: ValueError: the env broke"
@@ -272,3 +306,9 @@ def test_the_last_line_of_a_console_is_told(tmp_path):
     (tmp_path / "console.log").write_text("one\n\nlast words\n\n")
     assert jobs._last_line(tmp_path / "console.log") == "last words"
     assert jobs._last_line(tmp_path / "none.log") == ""
+    (tmp_path / "console.log").write_text("last words\n" + "\r".join(f"{i} %" for i in range(9)))
+    assert jobs._last_line(tmp_path / "console.log") == "8 %"
+    with (tmp_path / "console.log").open("ab") as file:
+        file.truncate(1 << 33)  # a sparse file of 8 GB
+        file.write(b"\nand still\n")
+    assert jobs._last_line(tmp_path / "console.log") == "and still"
