@@ -8,13 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hydra.core.utils import JobStatus
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf
 
+from hydra_plugins.rlx.launcher import ProcessLauncher
 from rlx import jobs
+from rlx.api import only_one
+from rlx.composing import compose, quote
 from rlx.jobs import Job, LocalProcess, Outcome, run_jobs
-from rlx.sweeping import share_of_cores, share_of_gpus
+from rlx.problems import ConfigError
+from rlx.sweeping import JobFailed, Refused, Sweep, share_of_cores, share_of_gpus
 from tests.test_run import TINY
 
 FINISHES = """
@@ -209,6 +217,26 @@ def test_slots_share_cores_and_gpus():
     assert share_of_gpus(1, ["2", "5"], 1) == {"CUDA_VISIBLE_DEVICES": "5"}
     half = {"CUDA_VISIBLE_DEVICES": "2", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.450"}
     assert share_of_gpus(2, ["2", "5"], 2) == half
+    assert share_of_gpus(0, ["2", "5"], 1, slots=3) == half  # more jobs than was said
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"grace_s": -1},
+        {"grace_s": "soon"},
+        {"gpus": 0},
+        {"environment": "A=1"},
+        {"jobs_per_gpu": None},
+        {"n_jobs": True},
+    ],
+)
+def test_settings_of_a_launcher_are_refused_before_anything_begins(bad):
+    given = {"n_jobs": 2, "cpus_per_job": None, "gpus": None, "jobs_per_gpu": 1}
+    given |= {"skip_done": False, "grace_s": 60, "environment": {}}
+    launcher = ProcessLauncher(**(given | bad))
+    with pytest.raises(Refused, match=rf"^rlx: hydra.launcher.{next(iter(bad))}="):
+        launcher.setup(hydra_context=HydraContext(None, None), task_function=None, config=None)
 
 
 def test_jobs_as_ray_tasks_are_lost_singly_and_never_started_again(tmp_path, monkeypatch):
@@ -235,6 +263,10 @@ def test_jobs_as_ray_tasks_are_lost_singly_and_never_started_again(tmp_path, mon
 
     shares = {"cpus": 0.5, "gpus": 0, "resources": {}, "environment": {"MINE": "1"}, "grace_s": 20}
     with cluster_of_sweep(None, **shares) as cluster:
+        for nobody_has in ({"gpus": 9}, {"resources": {"foo": 1}}):
+            refused = pytest.raises(ConfigError, match="a run would never begin; the cluster has 0")
+            with refused, cluster_of_sweep(None, **(shares | nobody_has)):
+                pass
         found = run_jobs(made, cluster.start, slots=2, grace_s=20, watch=kill_a_task)
     assert [one.state for one in found] == ["finished", "failed", "failed", "pruned"]
     assert found[1].error == "ended with status 1: ValueError: the env broke"
@@ -242,6 +274,107 @@ def test_jobs_as_ray_tasks_are_lost_singly_and_never_started_again(tmp_path, mon
     assert (tmp_path / "2" / "begun").read_text() == "x"
     until(lambda: is_gone(int((tmp_path / "2" / "pid").read_text())), "the end of a lost job")
     assert found[3].summary["state"] == "interrupted"
+
+
+# --- sweeps of programs that only look like runs ---
+
+
+class Given:
+    """A sweep as Hydra hands it over, and launches of it; each job leaves what a run leaves."""
+
+    def __init__(self, folder: Path, monkeypatch, *overrides: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["rlx-train"])
+        self.folder = folder / "sweep"
+        self.common = [f"hydra.sweep.dir={quote(str(self.folder))}", *overrides]
+        self.started: list[Job] = []
+
+    def sweep(self) -> Sweep:
+        return Sweep(self._load([]), self._load)
+
+    def _load(self, given: list[str]) -> DictConfig:
+        return compose([*self.common, *given], keep_hydra=True)
+
+    def launch(self, *batch: str, sweep: Sweep | None = None, code: str = FINISHES % 1, **how):
+        how = {"skip_done": False, "also": lambda cfg: []} | how
+
+        def start(one: Job, slot: int) -> LocalProcess:
+            (one.folder / "env.json").write_text("{}")
+            saved = [text for text in one.command if text.startswith(("seed=", "acting"))]
+            (one.folder / ".hydra").mkdir(exist_ok=True)
+            OmegaConf.save(compose(saved), one.folder / ".hydra" / "config.yaml")
+            self.started.append(one)
+            chdir = f"import os; os.chdir({str(one.folder)!r})\n"
+            return local(replace(one, command=(sys.executable, "-c", chdir + code)), slot)
+
+        each = [text.split() for text in batch]
+        sweep = sweep or self.sweep()
+        return sweep.launch(each, len(sweep._jobs), start, slots=lambda _: 2, grace_s=5, **how)
+
+
+def test_jobs_that_would_share_a_folder_are_refused(tmp_path, monkeypatch):
+    given = Given(tmp_path, monkeypatch, "hydra.sweep.subdir=n${agent.n_step}/run")
+    with pytest.raises(Refused, match=r"subdir.*jobs 0 and 2 would share .*n3/run"):
+        given.launch("agent.n_step=3", "agent.n_step=1", "agent.n_step=3 seed=1")
+    assert not given.started
+    given.launch("agent.n_step=3", "agent.n_step=1")
+    assert [row["folder"] for row in table(given.folder)] == ["n3/run", "n1/run"]
+
+
+def test_only_one_sweep_is_at_work_in_a_folder(tmp_path, monkeypatch):
+    given = Given(tmp_path, monkeypatch)
+    given.sweep()
+    with only_one(given.folder), pytest.raises(Refused, match="another process is at work in it"):
+        given.launch("seed=0")
+    given.launch("seed=0", code="raise SystemExit(1)")
+    held = only_one(given.folder / "0")  # a run that outlives its sweep
+    with held, pytest.raises(Refused, match=r"sweep/0: another process is at work"):
+        given.launch("seed=0", skip_done=True)
+    given.launch("seed=0", skip_done=True)
+    assert "resume=auto" in given.started[-1].command
+
+
+def test_a_sweep_goes_on_on_another_cluster(tmp_path, monkeypatch):
+    given, batch = Given(tmp_path, monkeypatch), ["acting=ray_pool seed=0"]
+    for port in (1, 2):
+        also = [f"acting.address='10.0.0.1:{port}'"]
+        how = {"skip_done": port == 2, "also": lambda _, also=also: also}
+        given.launch(*batch, code="1 / 0", **how)
+    assert len(given.started) == 2
+    (given.folder / "0" / ".hydra" / "config.yaml").write_text("a: [")
+    with pytest.raises(Refused, match=r"0/.hydra/config.yaml cannot be read"):
+        given.launch(*batch, skip_done=True)
+
+
+def test_a_run_that_was_interrupted_is_no_success(tmp_path, monkeypatch, capsys):
+    interrupted = FINISHES.replace("finished", "interrupted") % 1
+    given = Given(tmp_path, monkeypatch)
+    found = given.launch("seed=0", "seed=1", code=interrupted)
+    assert [one.status for one in found] == [JobStatus.FAILED] * 2
+    with pytest.raises(JobFailed, match=r"job 1 \(seed=1\): interrupted"):
+        _ = found[1].return_value
+    assert "job 0 (seed=0) interrupted: skip_done=true goes on" in capsys.readouterr().err
+
+
+def test_a_bad_trial_of_a_search_fails_and_the_others_run(tmp_path, monkeypatch):
+    given = Given(tmp_path, monkeypatch)
+    sweep = given.sweep()
+    sweep.searched = frozenset({"seed", "agent.n_step"})
+    with pytest.raises(Refused, match=r"seed=-1 \(command line, job 0\)"):  # there is no good one
+        given.launch("seed=-1", sweep=sweep)
+    found = given.launch("seed=-1 agent.n_step=1", "seed=1 agent.n_step=1", sweep=sweep)
+    assert [one.status.name for one in found] == ["FAILED", "COMPLETED"]
+    assert given.launch("seed=-2", sweep=sweep)[0].status == JobStatus.FAILED
+    assert [row["state"] for row in table(given.folder)] == [
+        *("not started", "finished", "not started"),
+    ]
+    assert table(given.folder)[2]["error"].startswith("seed=-2")
+    assert [row["agent.n_step"] for row in table(given.folder)] == ["1", "1", ""]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "sweep").write_text("in the way")
+    with pytest.raises(Refused, match=r"^rlx: hydra.sweep.dir=.*cannot be written"):
+        Given(tmp_path, monkeypatch).sweep()
 
 
 # --- whole sweeps --------------------------------------------------------------------------------
