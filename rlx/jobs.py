@@ -28,6 +28,7 @@ RUNS_FILE = "runs.csv"
 RESULTS = ("evaluation_return", "env_steps", "wall_s", "error", "folder")  # its last columns
 TAIL_BYTES = 1 << 16  # of a console, where its last line is looked for
 POLL_S = 0.2
+TOGETHER_S = 5.0  # SIGTERMs that come within it are one
 KILL_S = 10.0  # after SIGKILL a process is gone by then
 
 
@@ -296,10 +297,14 @@ def _wait(processes: Sequence[Running], limit_s: float) -> None:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends a sweep as Ctrl-C does."""
+    """SIGTERM ends a sweep as Ctrl-C does; soon after another it is the same (timeout sends two)."""
+    told_at: float | None = None
 
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        nonlocal told_at
+        before, told_at = told_at, monotonic()
+        if before is None or told_at - before > TOGETHER_S:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

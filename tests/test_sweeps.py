@@ -21,6 +21,7 @@ from rlx import jobs
 from rlx.api import only_one
 from rlx.composing import compose, quote
 from rlx.jobs import Job, LocalProcess, Outcome, run_jobs
+from rlx.loop import stop_on_signals
 from rlx.problems import ConfigError
 from rlx.sweeping import JobFailed, Refused, Sweep, share_of_cores, share_of_gpus
 from tests.test_run import TINY
@@ -208,6 +209,19 @@ def test_jobs_end_with_a_sweep_that_is_killed(tmp_path):
     until(lambda: is_gone(pids[0]), "the polite job's end")
     assert json.loads((tmp_path / "0" / "summary.json").read_text())["state"] == "interrupted"
     os.kill(pids[1], signal.SIGKILL)  # SIGTERM is all that a job is sent
+
+
+def test_a_run_that_a_batch_system_and_its_sweep_tell_to_end_still_saves():
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with jobs._sigterm_interrupts():
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # does not kill the runs that are ending
 
 
 def test_slots_share_cores_and_gpus():
