@@ -297,7 +297,7 @@ def _wait(processes: Sequence[Running], limit_s: float) -> None:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends a sweep as Ctrl-C does; soon after another it is the same (timeout sends two)."""
+    """SIGTERM ends a sweep as Ctrl-C does; one soon after it (timeout sends two) is the same."""
     told_at: float | None = None
 
     def interrupt(*_: object) -> None:

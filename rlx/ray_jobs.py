@@ -119,7 +119,7 @@ class RayTask:
         try:
             status: int = ray.get(self._ref)
         except TaskCancelledError:
-            return "was stopped before it began"
+            return "was stopped before its end"
         except RayError as error:
             return f"was lost ({type(error).__name__}); it isn't started again"
         return status
@@ -139,6 +139,8 @@ def _run(
     grace_s: float,
 ) -> int:
     """In the task: the job's exit status. The process ends with this one, however that ends."""
+    # ray.cancel interrupts by it; of a sweep that a script started with &, Ray inherits "ignored".
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     become = [sys.executable, "-m", "rlx.child", str(os.getpid()), ""]
     with (Path(folder) / CONSOLE_FILE).open("ab") as console:
         process = subprocess.Popen(

@@ -276,7 +276,9 @@ def test_jobs_as_ray_tasks_are_lost_singly_and_never_started_again(tmp_path, mon
         return one.number == 3 and (one.folder / "pid").exists()
 
     shares = {"cpus": 0.5, "gpus": 0, "resources": {}, "environment": {"MINE": "1"}, "grace_s": 20}
+    heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of what a script starts with &
     with cluster_of_sweep(None, **shares) as cluster:
+        signal.signal(signal.SIGINT, heeded)
         for nobody_has in ({"gpus": 9}, {"resources": {"foo": 1}}):
             refused = pytest.raises(ConfigError, match="a run would never begin; the cluster has 0")
             with refused, cluster_of_sweep(None, **(shares | nobody_has)):
