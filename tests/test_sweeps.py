@@ -30,7 +30,7 @@ FINISHES = """
 import json
 json.dump({"state": "finished", "evaluation_return": %s}, open("summary.json", "w"))
 """
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 def job(folder: Path, number: int, code: str) -> Job:
