@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Loaded", "compose", "load", "make", "run"]
 
+LOCK_FILE = ".lock"
+
 
 def run(
     cfg: DictConfig | Mapping[str, Any], output_dir: Path | str | None = None
@@ -73,14 +75,17 @@ def refuse_chance(settings: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the system frees however a process ends."""
-    with (folder / ".lock").open("w") as file:
+def only_one(folder: Path, key: str = "output_dir", name: str = LOCK_FILE) -> Iterator[None]:
+    """Holds the folder's lock, which the system frees however a process ends.
+
+    key: the setting that a ConfigError names where another process holds it.
+    """
+    with (folder / name).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             says = "another process is at work in it; wait for its end, or give another folder"
-            raise refuse("output_dir", says, given=str(folder)) from error
+            raise refuse(key, says, given=str(folder)) from error
         yield
 
 

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,9 @@ from rlx.metrics import STATUS_FILE, SUMMARY_FILE, write_whole
 CONSOLE_FILE = "console.log"
 RUNS_FILE = "runs.csv"
 RESULTS = ("evaluation_return", "env_steps", "wall_s", "error", "folder")  # its last columns
+TAIL_BYTES = 1 << 16  # of a console, where its last line is looked for
 POLL_S = 0.2
+TOGETHER_S = 5.0  # SIGTERMs that come within it are one
 KILL_S = 10.0  # after SIGKILL a process is gone by then
 
 
@@ -36,6 +39,7 @@ class Job:
     number: int
     overrides: tuple[str, ...]  # what it has of its own
     folder: Path
+    sweep: Path  # the folder of all, where runs.csv is
     command: tuple[str, ...]
 
     @property
@@ -51,6 +55,11 @@ class Outcome:
     state: str  # finished, interrupted, failed, not started
     summary: Mapping[str, Any]  # of summary.json; empty if there is none
     error: str | None  # in one line
+
+    @property
+    def is_well(self) -> bool:
+        """Not of a run that was interrupted: it has not come to its end."""
+        return self.state in ("finished", "pruned")
 
 
 class Running(Protocol):
@@ -69,11 +78,30 @@ Start = Callable[[Job, int], Running]  # (job, slot): raises OSError if it canno
 Watch = Callable[[Job], bool]  # of a running job, now and then: whether it is to end early
 
 
+@dataclass(frozen=True, kw_only=True)
+class Before:
+    """What an earlier run had left in a job's folder, which tells nothing of this one."""
+
+    stamps: Mapping[str, tuple[int, ...]]  # by name, of status.json and summary.json
+    console_bytes: int
+
+    @classmethod
+    def of(cls, folder: Path) -> Before:
+        """As the folder is now."""
+        stamps = {name: _stamp(folder / name) for name in (STATUS_FILE, SUMMARY_FILE)}
+        console = folder / CONSOLE_FILE
+        return cls(stamps=stamps, console_bytes=console.stat().st_size if console.exists() else 0)
+
+
+NOTHING_BEFORE = Before(stamps={}, console_bytes=0)
+
+
 @dataclass(kw_only=True)
 class _Live:
     job: Job
     process: Running
     began: float
+    before: Before
     asked: float | None = None  # when it was asked to end early
 
 
@@ -95,6 +123,7 @@ def run_jobs(
     outcomes: dict[int, Outcome] = dict(done or {})
     waiting = [job for job in jobs if job.number not in outcomes]
     live: dict[int, _Live] = {}  # by slot
+    slots = min(slots, len(waiting))
     record(jobs, outcomes)
     with _sigterm_interrupts():
         try:
@@ -130,40 +159,71 @@ def _heed(one: _Live, watch: Watch, grace_s: float) -> None:
 
 
 def _book(one: _Live, status: int | str, outcomes: dict[int, Outcome]) -> None:
-    found = outcome(one.job, status)
+    found = outcome(one.job, status, one.before)
     if one.asked is not None and found.state != "finished":
         found = Outcome(state="pruned", summary=found.summary, error=None)
     outcomes[one.job.number] = found
     _tell(one.job, found, monotonic() - one.began)
 
 
-def outcome(job: Job, status: int | str) -> Outcome:
-    """What a job came to, from its exit status and its folder."""
-    summary = read_object(job.folder / SUMMARY_FILE)
+def outcome(job: Job, status: int | str, before: Before = NOTHING_BEFORE) -> Outcome:
+    """What a job came to, from its exit status and what is new in its folder."""
+    summary = _new_object(job.folder / SUMMARY_FILE, before)
     if status == 0 and summary:
         return Outcome(state=str(summary.get("state")), summary=summary, error=None)
-    told = read_object(job.folder / STATUS_FILE).get("error") or _last_line(
-        job.folder / CONSOLE_FILE
+    told = _new_object(job.folder / STATUS_FILE, before).get("error") or _last_line(
+        job.folder / CONSOLE_FILE, before.console_bytes
     )
     if isinstance(status, str):
         why = status
     elif status < 0:
-        why = f"was killed by {signal.Signals(-status).name}"
+        why = f"was killed by {_signal_name(-status)}"
     else:
         why = f"ended with status {status}"
     return Outcome(state="failed", summary={}, error=f"{why}: {told}" if told else why)
 
 
+def _new_object(path: Path, before: Before) -> dict[str, Any]:
+    return {} if _stamp(path) == before.stamps.get(path.name) else read_object(path)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Another one after each writing; no clock is asked, as that of a file server may be wrong."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {number}"
+
+
 def record(jobs: Sequence[Job], outcomes: Mapping[int, Outcome]) -> None:
-    """Writes runs.csv beside the jobs' folders: one line for each job, those of before included."""
-    folder = jobs[0].folder.parent
+    """Writes the sweep's runs.csv: one line for each job, those of before included.
+
+    A disk that is full is no reason to end what runs: it is said, and the next one may be written.
+    """
+    try:
+        _record(jobs, outcomes)
+    except OSError as error:
+        say(f"{jobs[0].sweep / RUNS_FILE} cannot be written: {error}")
+
+
+def _record(jobs: Sequence[Job], outcomes: Mapping[int, Outcome]) -> None:
+    folder = jobs[0].sweep
     folder.mkdir(parents=True, exist_ok=True)
     rows = {int(row["job"]): row for row in _rows_before(folder / RUNS_FILE)}
     for job in jobs:
         found = outcomes.get(job.number) or Outcome(state="", summary={}, error=None)
         told = {name: found.summary.get(name) for name in ("evaluation_return", "env_steps")}
         told |= {"wall_s": found.summary.get("wall_s"), "error": found.error}
-        about = {"job": job.number, "state": found.state, "folder": job.folder.name}
+        about = {"job": job.number, "state": found.state}
+        about |= {"folder": os.path.relpath(job.folder, folder)}
         rows[job.number] = about | dict(_pairs(job)) | told
     keys = dict.fromkeys(key for row in rows.values() for key in row)
     columns = ["job", "state", *(key for key in keys if key not in RESULTS), *RESULTS]
@@ -175,10 +235,12 @@ def record(jobs: Sequence[Job], outcomes: Mapping[int, Outcome]) -> None:
 
 
 def _rows_before(path: Path) -> list[dict[str, Any]]:
+    """Of an earlier sweep; what is no row of ours, as after an edit, is left out."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [dict(row) for row in csv.DictReader(file)]
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = [{key: row[key] for key in row if key} for row in csv.DictReader(file)]
+    return [row for row in rows if (row.get("job") or "").isdecimal()]
 
 
 def say(text: str) -> None:
@@ -191,7 +253,8 @@ def _begin(
 ) -> None:
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        live[slot] = _Live(job=job, process=start(job, slot), began=monotonic())
+        before = Before.of(job.folder)
+        live[slot] = _Live(job=job, process=start(job, slot), began=monotonic(), before=before)
     except OSError as error:
         outcomes[job.number] = Outcome(state="not started", summary={}, error=str(error))
         say(f"{job.label} could not be started: {error}")
@@ -234,10 +297,14 @@ def _wait(processes: Sequence[Running], limit_s: float) -> None:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends a sweep as Ctrl-C does."""
+    """SIGTERM ends a sweep as Ctrl-C does; one soon after it (timeout sends two) is the same."""
+    told_at: float | None = None
 
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        nonlocal told_at
+        before, told_at = told_at, monotonic()
+        if before is None or told_at - before > TOGETHER_S:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -251,9 +318,12 @@ def _pairs(job: Job) -> list[tuple[str, str]]:
     return [(key.lstrip("+~"), value) for key, _, value in pairs]
 
 
-def _last_line(path: Path) -> str:
+def _last_line(path: Path, begin: int = 0) -> str:
+    """Of what stands after `begin`; a job may have written gigabytes, so only the end is read."""
     try:
-        lines = path.read_text(errors="replace").split("\n")
+        with path.open("rb") as file:
+            file.seek(max(begin, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = re.split(r"[\r\n]", file.read().decode(errors="replace"))
     except OSError:
         return ""
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")

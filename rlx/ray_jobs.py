@@ -22,6 +22,7 @@ from ray.exceptions import RayError, TaskCancelledError
 
 from rlx.acting.ray_cluster import Cluster
 from rlx.jobs import CONSOLE_FILE, POLL_S, Job
+from rlx.problems import refuse
 from rlx.sweeping import GPU_SHARE
 
 OWN_STORE_BYTES = 1 << 30  # of a cluster that is started for the sweep
@@ -77,6 +78,11 @@ def cluster_of_sweep(address: str | None, **shares: Any) -> Iterator[SweepCluste
         address=address, store_bytes=OWN_STORE_BYTES, setting="hydra.launcher.address"
     )
     try:
+        asked = {f"resources.{key}": (key, value) for key, value in shares["resources"].items()}
+        asked["gpus_per_job"] = "GPU", shares["gpus"]
+        if cluster.is_own:  # another one's machines may be on their way
+            asked["cpus_per_job"] = "CPU", shares["cpus"]
+        _refuse_unmet(asked)
         yield SweepCluster(**shares)
     finally:
         cluster.close()
@@ -87,6 +93,18 @@ def _needs(cfg: DictConfig) -> float:
     actors = cfg.acting.get("instances", 0) * cfg.acting.get("cpus_per_actor", 0)
     learners = cfg.learner.processes if cfg.learner.processes > 1 else 0
     return float(actors + learners * cfg.learner.group.cpus_per_learner)
+
+
+def _refuse_unmet(asked: Mapping[str, tuple[str, float]]) -> None:
+    """Raises ConfigError for a job's resources that all machines together have not got.
+
+    Ray would let it wait for them without an end.
+    """
+    have = ray.cluster_resources()
+    for name, (resource, amount) in asked.items():
+        if amount > have.get(resource, 0.0):
+            says = f"a run would never begin; the cluster has {have.get(resource, 0.0):g} in all"
+            raise refuse(f"hydra.launcher.{name}", says, given=f"{amount:g}")
 
 
 class RayTask:
@@ -101,7 +119,7 @@ class RayTask:
         try:
             status: int = ray.get(self._ref)
         except TaskCancelledError:
-            return "was stopped before it began"
+            return "was stopped before its end"
         except RayError as error:
             return f"was lost ({type(error).__name__}); it isn't started again"
         return status
@@ -121,6 +139,8 @@ def _run(
     grace_s: float,
 ) -> int:
     """In the task: the job's exit status. The process ends with this one, however that ends."""
+    # ray.cancel interrupts by it; of a sweep that a script started with &, Ray inherits "ignored".
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     become = [sys.executable, "-m", "rlx.child", str(os.getpid()), ""]
     with (Path(folder) / CONSOLE_FILE).open("ab") as console:
         process = subprocess.Popen(

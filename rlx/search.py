@@ -6,16 +6,21 @@ what its run writes into metrics.jsonl, so that runs know nothing of the search.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
 
 from rlx.jobs import Job, say
 from rlx.metrics import METRICS_FILE, read_rows
+from rlx.problems import show
 from rlx.sweeping import Refused
 
 try:
@@ -25,7 +30,7 @@ except ImportError as error:
         "rlx: hydra/sweeper=rlx_optuna needs Optuna: pip install 'rlx[optuna]'"
     ) from error
 
-STUDY_FILE = "study.db"
+STUDY, STUDY_FILE = "rlx", "study.db"
 REPORTED = "evaluation/return_mean"
 GIVEN = "overrides"  # the study's attribute that says what was searched
 SAMPLERS = ("tpe", "random", "gp")
@@ -55,12 +60,12 @@ class Search:
         _refuse("direction", direction, ("maximize", "minimize"))
         _refuse("sampler", sampler, SAMPLERS)
         _refuse("pruner", pruner, PRUNERS)
-        for name, number in {"n_trials": n_trials, "batch": batch}.items():
-            if number < 1:
-                raise Refused(f"rlx: hydra.sweeper.{name}={number}: must be at least 1")
+        _refuse_numbers(1, n_trials=n_trials, batch=batch)
+        _refuse_numbers(0, seed=seed, max_failures=0 if max_failures is None else max_failures)
         self._folder, self._metric = folder, metric
         self._n_trials, self._batch, self._max_failures = n_trials, batch, max_failures
-        overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
+        overrides = {o.get_key_element(): o for o in parsed}.values()  # the last one counts
         self._space = {
             o.get_key_element(): distribution(o) for o in overrides if o.is_sweep_override()
         }
@@ -69,14 +74,16 @@ class Search:
             raise Refused(
                 f"rlx: {says}'agent.optimizer.learning_rate=tag(log,interval(1e-5,1e-2))'"
             )
-        self._fixed = [
-            f"{o.get_key_element()}={o.get_value_element_as_str()}"
-            for o in overrides
-            if not o.is_sweep_override()
-        ]
+        self._fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
         self._study = self._open(direction, sampler, pruner, seed, sorted(arguments))
         self._trials: dict[int, Any] = {}  # under way, by number
         self._seen: dict[int, int] = {}  # bytes of metrics.jsonl that were read
+        self._reported: dict[int, int] = {}  # env steps of the last report
+
+    @property
+    def searched(self) -> frozenset[str]:
+        """The keys whose values are searched."""
+        return frozenset(self._space)
 
     def run(self, launch: Launch) -> Any:
         """Asks for trials, runs them a batch at a time, and tells what they came to."""
@@ -87,6 +94,11 @@ class Search:
             overrides = [[*self._fixed, *_as_overrides(trial.params)] for trial in trials]
             try:
                 returns = launch(overrides, trials[0].number)
+            except Refused:
+                self._forget_lost()
+                if len(self._study.get_trials(deepcopy=False)) == len(trials):
+                    self._forget_all()
+                raise
             except BaseException:
                 self._forget_lost()
                 raise
@@ -104,9 +116,12 @@ class Search:
         if trial is None or not path.exists() or path.stat().st_size == self._seen.get(job.number):
             return False
         self._seen[job.number] = path.stat().st_size
-        told = [row for row in read_rows(path) if row.get(REPORTED) is not None]
+        last = self._reported.get(job.number, -1)
+        rows = [row for row in read_rows(path) if row.get(REPORTED) is not None]
+        told = [row for row in rows if row["env_steps"] > last]  # Optuna warns of those of before
         for row in told:
             trial.report(row[REPORTED], row["env_steps"])
+            self._reported[job.number] = row["env_steps"]
         return bool(told) and trial.should_prune()
 
     def _open(
@@ -114,14 +129,18 @@ class Search:
     ) -> optuna.Study:
         self._folder.mkdir(parents=True, exist_ok=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._storage = optuna.storages.get_storage(_address(self._folder.absolute() / STUDY_FILE))
         study = optuna.create_study(
-            storage=f"sqlite:///{self._folder.absolute() / STUDY_FILE}",
-            study_name="rlx",
+            storage=self._storage,
+            study_name=STUDY,
             load_if_exists=True,
             direction=direction,
-            sampler=_sampler(sampler, seed),
             pruner=_pruner(pruner),
         )
+        # A study that goes on draws other numbers than those it began with.
+        begun = len(study.get_trials(deepcopy=False))
+        entropy = np.random.SeedSequence([seed, begun]).generate_state(1)[0]
+        study.sampler = _sampler(sampler, int(entropy) if begun else seed)
         before = study.user_attrs.setdefault(GIVEN, arguments)
         if before != arguments:
             gone, new = sorted({*before} - {*arguments}), sorted({*arguments} - {*before})
@@ -137,11 +156,14 @@ class Search:
         failed = found.status != JobStatus.COMPLETED
         summary = {} if failed else found.return_value
         value = summary.get(self._metric)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            value = None
         if summary.get("state") == "pruned":
             self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         elif failed or value is None:
             if not failed:
-                say(f"trial {trial.number} has no {self._metric} in its summary: counted as failed")
+                says = f"has no number {self._metric} in its summary: counted as failed"
+                say(f"trial {trial.number} {says}")
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
             self._study.tell(trial, float(value))
@@ -150,6 +172,10 @@ class Search:
         """Trials that were under way when a search ended count as failed."""
         for trial in self._in_state("RUNNING"):
             self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+
+    def _forget_all(self) -> None:
+        """Of a study in which nothing could begin: it may be given other settings then."""
+        optuna.delete_study(study_name=STUDY, storage=self._storage)
 
     def _ended(self) -> list[Any]:
         return [
@@ -176,23 +202,40 @@ class Search:
 def distribution(override: Override) -> optuna.distributions.BaseDistribution:
     """What Hydra's grammar says of a value, as Optuna's: the same values."""
     value: Any = override.value()
+    try:
+        return _distribution(override, value)
+    except ValueError as error:
+        says = f"cannot be searched: {str(error).rstrip('.')}"
+        raise Refused(f"rlx: {override.input_line}: {says}") from None
+
+
+def _distribution(override: Override, value: Any) -> optuna.distributions.BaseDistribution:
     log = isinstance(value, IntervalSweep | RangeSweep) and "log" in value.tags
+    if isinstance(value, RangeSweep):
+        if not value.step:
+            raise ValueError("its step is 0")
+        if log and (value.step != 1 or not isinstance(value.start, int)):
+            raise ValueError("on a logarithmic scale a range has integers and step 1")
     if isinstance(value, IntervalSweep):
         low, high = value.start or 0, value.end or 0
         if isinstance(low, int) and isinstance(high, int):
             return optuna.distributions.IntDistribution(low, high, log=log)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("its ends must be finite")
         return optuna.distributions.FloatDistribution(float(low), float(high), log=log)
-    texts = list(override.sweep_string_iterator())
-    if isinstance(value, RangeSweep) and not value.shuffle:
+    texts = list(dict.fromkeys(override.sweep_string_iterator()))
+    if not texts:
+        raise ValueError("there is no value in it")
+    if isinstance(value, RangeSweep):
         numbers = [float(text) for text in texts]
         low, high, step = min(numbers), max(numbers), abs(value.step)
         if all(isinstance(x, int) for x in (value.start, value.stop, value.step)):
-            whole = 1 if log else int(step)
-            return optuna.distributions.IntDistribution(int(low), int(high), log=log, step=whole)
-        return optuna.distributions.FloatDistribution(
-            low, high, step=None if log else step, log=log
-        )
-    return optuna.distributions.CategoricalDistribution(texts)
+            return optuna.distributions.IntDistribution(
+                int(low), int(high), log=log, step=int(step)
+            )
+        return optuna.distributions.FloatDistribution(low, high, step=step)
+    # The order says nothing here; a study that goes on must find the one it began with.
+    return optuna.distributions.CategoricalDistribution(sorted(texts) if value.shuffle else texts)
 
 
 def figures(study: optuna.Study, folder: Path) -> list[Path]:
@@ -202,7 +245,7 @@ def figures(study: optuna.Study, folder: Path) -> list[Path]:
     except ImportError:
         say("no figures: pip install 'rlx[figures]'")
         return []
-    done = [trial for trial in study.get_trials(deepcopy=False) if trial.value is not None]
+    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
     history, importance = figure.subplots(1, 2)
     _draw_history(history, study, done)
@@ -244,6 +287,19 @@ def _as_overrides(params: Mapping[str, Any]) -> list[str]:
     return [f"{key}={value}" for key, value in params.items()]
 
 
+def as_text(value: Any) -> str:
+    """A value of a YAML file in the grammar of the command line."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
+
+
+def _address(path: Path) -> str:
+    """A file as SQLAlchemy and Optuna take it, to whom some characters of a name mean more."""
+    special = {ord(character): f"%{ord(character):02X}" for character in "%?{}"}
+    return f"sqlite:///{str(path).translate(special)}"
+
+
 def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
@@ -263,3 +319,10 @@ def _refuse(name: str, given: str, accepted: Sequence[str]) -> None:
     if given not in accepted:
         says = f"accepted: {', '.join(accepted)}"
         raise Refused(f"rlx: hydra.sweeper.{name}={given}: {says}")
+
+
+def _refuse_numbers(least: int, **given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            says = f"must be an integer of at least {least}"
+            raise Refused(f"rlx: hydra.sweeper.{name}={show(value)}: {says}")

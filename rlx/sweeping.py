@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from yaml import YAMLError
 
+from rlx.api import LOCK_FILE, only_one
 from rlx.composing import quote
 from rlx.config import check, plain
 from rlx.folders import flat
-from rlx.jobs import Job, Outcome, Start, Watch, outcome, record, run_jobs, say
+from rlx.jobs import RUNS_FILE, Job, Outcome, Start, Watch, outcome, record, run_jobs, say
 from rlx.problems import ConfigError, Problem, refuse, show
 
 # Hydra's own settings that are the sweep's and not its jobs'.
@@ -44,9 +48,12 @@ class Sweep:
     def __init__(self, config: DictConfig, load: Callable[[list[str]], DictConfig]) -> None:
         """config: the sweep's own, with Hydra's section; load: overrides -> one job's."""
         self.watch: Watch = lambda job: False  # a sweeper that prunes sets its own
+        self.searched: frozenset[str] = frozenset()  # a search's keys; the sweeper sets them
         self._config, self._load = config, load
         self._jobs: list[Job] = []
         self._outcomes: dict[int, Outcome] = {}
+        self._folder = Path(config.hydra.sweep.dir).absolute()
+        make_folder(self._folder)
 
     def launch(
         self,
@@ -63,21 +70,31 @@ class Sweep:
 
         slots: how many at once, from their configurations. also: further overrides of each.
         """
-        try:
+        with refused_in_lines(), only_one(self._folder, "hydra.sweep.dir"):
             composed = self._compose(batch, first, skip_done, also)
-        except ConfigError as error:
-            lines = "\n".join(f"rlx: {problem}" for problem in error.problems)
-            raise Refused(lines) from None
+            return self._run(composed, start, slots, grace_s)
+
+    def _run(
+        self,
+        composed: Sequence[Composed],
+        start: Start,
+        slots: Callable[[Sequence[DictConfig]], int],
+        grace_s: float,
+    ) -> list[JobReturn]:
         self._jobs += [job for job, _ in composed]
+        to_run = [cfg for job, cfg in composed if job.number not in self._outcomes]
         found = run_jobs(
             self._jobs,
             start,
-            slots=slots([cfg for _, cfg in composed]),
+            slots=slots(to_run) if to_run else 1,
             grace_s=grace_s,
             done=self._outcomes,
             watch=self.watch,
         )
         self._outcomes = {job.number: one for job, one in zip(self._jobs, found, strict=True)}
+        if len(composed) > 1:  # again, as many lines may lie between
+            for one, _ in composed:
+                tell_again(one, self._outcomes[one.number])
         _sum_up(self._jobs, found)
         return [_as_return(self._outcomes[job.number], job, cfg) for job, cfg in composed]
 
@@ -88,53 +105,98 @@ class Sweep:
         skip_done: bool,
         also: Callable[[DictConfig], list[str]],
     ) -> list[Composed]:
-        """All jobs of a batch, each checked as a single run is; raises ConfigError of all."""
+        """All jobs of a batch, each checked as a single run is; raises ConfigError of all.
+
+        In a search those with bad settings are failed jobs, unless there was never a good one.
+        """
         problems: list[Problem] = []
+        refused: dict[int, list[Problem]] = {}
         composed: list[Composed] = []
-        varying = _varying(batch)
+        varying = self.searched or _varying(batch)
         for number, overrides in enumerate(batch, start=first):
+            cfg = self._load(list(overrides))
+            with open_dict(cfg):
+                cfg.hydra.job.num, cfg.hydra.job.id = number, str(number)
+            command, more = [*command_line(self._config), *overrides], []
+            folder = self._folder / str(cfg.hydra.sweep.subdir)
             try:
-                cfg = self._load(list(overrides))
-                with open_dict(cfg):
-                    cfg.hydra.job.num, cfg.hydra.job.id = number, str(number)
+                _refuse_shared(folder, number, [*self._jobs, *(job for job, _ in composed)])
                 check(cfg)
-                folder = Path(cfg.hydra.sweep.dir).absolute() / str(cfg.hydra.sweep.subdir)
-                done, more = self._before(folder, cfg, skip_done)
+                more = also(cfg)
+            except ConfigError as error:
+                refused[number] = [_of_job(problem, number) for problem in error.problems]
+            try:
+                done, on = self._before(folder, cfg, skip_done, more)
             except ConfigError as error:
                 problems += [_of_job(problem, number) for problem in error.problems]
                 continue
-            command = [*command_line(self._config), *overrides, *more, *also(cfg)]
             where = [f"hydra.run.dir={quote(str(folder))}", f"hydra.job.num={number}"]
             last = _last_of_each(overrides)
-            own = tuple(text for key, text in last.items() if key in varying)
             job = Job(
                 number=number,
-                overrides=own,
+                overrides=tuple(text for key, text in last.items() if key in varying),
                 folder=folder,
-                command=(*command, "hydra.mode=RUN", *where),
+                sweep=self._folder,
+                command=(*command, *on, *more, "hydra.mode=RUN", *where),
             )
             if done is not None:
                 self._outcomes[number] = done
             composed.append((job, cfg))
+        if not self.searched or (len(refused) == len(batch) and not self._jobs):
+            problems = [*(one for found in refused.values() for one in found), *problems]
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
+        for job, _ in composed:
+            if job.number in refused:
+                told = "; ".join(map(str, refused[job.number]))
+                self._outcomes[job.number] = Outcome(state="not started", summary={}, error=told)
+                say(f"{job.label} is refused: {told}")
         return composed
 
     def _before(
-        self, folder: Path, cfg: DictConfig, skip_done: bool
+        self, folder: Path, cfg: DictConfig, skip_done: bool, also: Sequence[str]
     ) -> tuple[Outcome | None, list[str]]:
         """The outcome of a run that ended there already, or what makes one go on there."""
         if not (folder / "env.json").exists():
             return None, []
         if not skip_done:
             says = "holds runs already; hydra.launcher.skip_done=true goes on with that sweep, or "
-            raise refuse("hydra.sweep.dir", says + "give another folder", given=str(folder.parent))
-        _refuse_changes(folder, cfg)
-        job = Job(number=0, overrides=(), folder=folder, command=())
+            raise refuse("hydra.sweep.dir", says + "give another folder", given=str(self._folder))
+        with only_one(folder, "hydra.sweep.dir"):  # a run may outlive its sweep for a while
+            pass
+        _refuse_changes(folder, cfg, [text.partition("=")[0] for text in also])
+        job = Job(number=0, overrides=(), folder=folder, sweep=self._folder, command=())
         found = outcome(job, 0)
         if found.state == "finished":
             return found, []
         return None, ["resume=auto"]
+
+
+@contextmanager
+def refused_in_lines() -> Iterator[None]:
+    """Turns a ConfigError into what Hydra prints as it is."""
+    try:
+        yield
+    except ConfigError as error:
+        raise Refused("\n".join(f"rlx: {problem}" for problem in error.problems)) from None
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a sweep's folder; raises Refused where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK_FILE).touch()
+    except OSError as error:
+        says = f"cannot be written ({error.strerror}); give another"
+        raise Refused(f"rlx: hydra.sweep.dir={folder}: {says}") from None
+
+
+def _refuse_shared(folder: Path, number: int, jobs: Sequence[Job]) -> None:
+    """Raises ConfigError where two jobs of a sweep would write into one folder."""
+    for job in jobs:
+        if job.folder == folder and job.number != number:
+            says = f"jobs {job.number} and {number} would share {folder}; name all that varies, or "
+            raise refuse("hydra.sweep.subdir", says + "leave it at the job's number")
 
 
 def command_line(config: DictConfig) -> list[str]:
@@ -168,12 +230,21 @@ def _last_of_each(overrides: Sequence[str]) -> dict[str, str]:
     return {text.partition("=")[0]: text for text in overrides}
 
 
-def _refuse_changes(folder: Path, cfg: DictConfig) -> None:
-    """Raises ConfigError where a job's configuration is not the one that its folder has."""
-    saved = OmegaConf.load(folder / ".hydra" / "config.yaml")
+def _refuse_changes(folder: Path, cfg: DictConfig, given: Sequence[str]) -> None:
+    """Raises ConfigError where a job's configuration is not the one that its folder has.
+
+    given: keys that the launcher sets, such as the address of this time's cluster.
+    """
+    path = folder / ".hydra" / "config.yaml"
+    try:
+        saved = OmegaConf.load(path)
+    except (OSError, ValueError, YAMLError) as error:
+        says = f"{path} cannot be read ({str(error).splitlines()[0]}); restore or move that folder"
+        raise refuse("hydra.sweep.dir", says, given=str(folder.parent)) from error
     assert isinstance(saved, DictConfig)
     before, now = flat(plain(saved)), flat(plain(cfg))
-    changed = [key for key in before | now if before.get(key) != now.get(key) and key != "resume"]
+    free = ("resume", *given)
+    changed = [key for key in before | now if before.get(key) != now.get(key) and key not in free]
     says = (
         f"was {{}} in {folder}; a sweep goes on as it was: change it back, or give another folder"
     )
@@ -193,19 +264,25 @@ def _of_job(problem: Problem, number: int) -> Problem:
     return Problem(path=problem.path, says=problem.says, given=problem.given, source=source)
 
 
+def tell_again(job: Job, found: Outcome) -> None:
+    """Says a job's name and what came of it, if it did not come to its end."""
+    if not found.is_well:
+        say(f"{job.label} {found.state}: {found.error or 'skip_done=true goes on with it'}")
+
+
 def _sum_up(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> None:
     record(jobs, {job.number: one for job, one in zip(jobs, outcomes, strict=True)})
     counts: dict[str, int] = {}
     for one in outcomes:
         counts[one.state] = counts.get(one.state, 0) + 1
     told = ", ".join(f"{count} {state}" for state, count in counts.items())
-    say(f"{len(jobs)} jobs: {told}; {jobs[0].folder.parent / 'runs.csv'}")
+    say(f"{len(jobs)} jobs: {told}; {jobs[0].sweep / RUNS_FILE}")
 
 
 def _as_return(one: Outcome, job: Job, cfg: DictConfig) -> JobReturn:
     """For Hydra's sweepers: the run's summary, or an exception for who asks for it."""
-    failed = one.error is not None
-    value: Any = JobFailed(f"rlx: {job.label}: {one.error}")
+    failed = not one.is_well
+    value: Any = JobFailed(f"rlx: {job.label}: {one.error or one.state}")
     if not failed:
         value = {**one.summary, "state": one.state}
     return JobReturn(
@@ -229,13 +306,18 @@ def visible_gpus() -> list[str]:
     return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
-def share_of_gpus(slot: int, gpus: Sequence[str], jobs_per_gpu: int) -> dict[str, str]:
-    """Environment variables that give a job its GPU, and its part of the memory."""
+def share_of_gpus(
+    slot: int, gpus: Sequence[str], jobs_per_gpu: int, slots: int = 1
+) -> dict[str, str]:
+    """Environment variables that give a job its GPU, and its part of the memory.
+
+    slots: jobs at once; where they are more than jobs_per_gpu allows for, the parts are smaller.
+    """
     if not gpus:
         return {}
     share = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
-    if jobs_per_gpu > 1:
-        share["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{GPU_SHARE / jobs_per_gpu:.3f}"
+    if (sharing := max(jobs_per_gpu, -(-slots // len(gpus)))) > 1:
+        share["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{GPU_SHARE / sharing:.3f}"
     return share
 
 
@@ -245,9 +327,30 @@ def share_of_cores(slot: int, cores: Sequence[int], cpus_per_job: int) -> list[i
     return sorted({cores[(begin + i) % len(cores)] for i in range(min(cpus_per_job, len(cores)))})
 
 
-def refuse_shares(n_jobs: int | None, cpus_per_job: int | None, jobs_per_gpu: int) -> None:
-    """Raises Refused for numbers that no machine can be shared by."""
-    given = {"n_jobs": n_jobs, "cpus_per_job": cpus_per_job, "jobs_per_gpu": jobs_per_gpu}
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "count": (
+        lambda value: _is_number(value) and isinstance(value, int) and value >= 1,
+        "must be an integer of at least 1",
+    ),
+    "amount": (
+        lambda value: _is_number(value) and 0 <= value < math.inf,
+        "must be a number of at least 0",
+    ),
+    "list": (
+        lambda value: isinstance(value, Sequence) and not isinstance(value, str),
+        "must be a list, such as [0,1]",
+    ),
+    "mapping": (lambda value: isinstance(value, Mapping), "must be a mapping, such as {NAME:1}"),
+}
+
+
+def refuse_settings(kind: str, **given: Any) -> None:
+    """Raises Refused for settings of a launcher that are not of a kind (of KINDS)."""
+    fits, says = KINDS[kind]
     for name, value in given.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise Refused(f"rlx: hydra.launcher.{name}={value}: must be an integer of at least 1")
+        if not fits(value):
+            raise Refused(f"rlx: hydra.launcher.{name}={show(value)}: {says}")

@@ -32,15 +32,19 @@ class ProcessLauncher(Launcher):
     ) -> None:
         self._n_jobs, self._cpus_per_job = n_jobs, cpus_per_job
         self._gpus, self._jobs_per_gpu = gpus, jobs_per_gpu
-        self._skip_done, self._grace_s = skip_done, grace_s
-        self._environment = {str(key): str(value) for key, value in environment.items()}
+        self._skip_done, self._grace_s, self._environment = skip_done, grace_s, environment
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        from rlx.sweeping import Sweep, refuse_shares
+        from rlx.sweeping import Sweep, refuse_settings
 
-        refuse_shares(self._n_jobs, self._cpus_per_job, self._jobs_per_gpu)
+        refuse_settings("count", n_jobs=1 if self._n_jobs is None else self._n_jobs)
+        cpus = 1 if self._cpus_per_job is None else self._cpus_per_job
+        refuse_settings("count", cpus_per_job=cpus, jobs_per_gpu=self._jobs_per_gpu)
+        refuse_settings("list", gpus=[] if self._gpus is None else self._gpus)
+        refuse_settings("amount", grace_s=self._grace_s)
+        refuse_settings("mapping", environment=self._environment)
         loader = hydra_context.config_loader
         self.sweep = Sweep(config, lambda given: loader.load_sweep_config(config, given))
 
@@ -53,10 +57,12 @@ class ProcessLauncher(Launcher):
         cores = sorted(os.sched_getaffinity(0))
         gpus = visible_gpus() if self._gpus is None else [str(gpu) for gpu in self._gpus]
         slots = self._n_jobs or len(gpus) * self._jobs_per_gpu or 1
+        slots = min(slots, len(job_overrides))
         each = self._cpus_per_job or max(1, len(cores) // slots)
+        given = {str(key): str(value) for key, value in self._environment.items()}
 
         def start(job: Job, slot: int) -> Running:
-            environment = share_of_gpus(slot, gpus, self._jobs_per_gpu) | self._environment
+            environment = share_of_gpus(slot, gpus, self._jobs_per_gpu, slots) | given
             return LocalProcess(job, environment, share_of_cores(slot, cores, each))
 
         return self.sweep.launch(
@@ -85,16 +91,19 @@ class RayLauncher(Launcher):
         environment: Mapping[str, Any],
     ) -> None:
         self._address, self._n_jobs = address, n_jobs
-        self._cpus, self._gpus, self._resources = cpus_per_job, gpus_per_job, dict(resources)
-        self._skip_done, self._grace_s = skip_done, grace_s
-        self._environment = {str(key): str(value) for key, value in environment.items()}
+        self._cpus, self._gpus, self._resources = cpus_per_job, gpus_per_job, resources
+        self._skip_done, self._grace_s, self._environment = skip_done, grace_s, environment
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        from rlx.sweeping import Sweep, refuse_shares
+        from rlx.sweeping import Sweep, refuse_settings
 
-        refuse_shares(self._n_jobs, None, 1)
+        refuse_settings("count", n_jobs=1 if self._n_jobs is None else self._n_jobs)
+        amounts = {"cpus_per_job": self._cpus, "gpus_per_job": self._gpus}
+        refuse_settings("amount", grace_s=self._grace_s, **amounts)
+        refuse_settings("mapping", resources=self._resources, environment=self._environment)
+        refuse_settings("amount", **{f"resources.{k}": v for k, v in self._resources.items()})
         loader = hydra_context.config_loader
         self.sweep = Sweep(config, lambda given: loader.load_sweep_config(config, given))
 
@@ -102,15 +111,19 @@ class RayLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         from rlx.ray_jobs import cluster_of_sweep
+        from rlx.sweeping import refused_in_lines
 
-        with cluster_of_sweep(
-            self._address,
-            cpus=self._cpus,
-            gpus=self._gpus,
-            resources=self._resources,
-            environment=self._environment,
-            grace_s=self._grace_s,
-        ) as cluster:
+        with (
+            refused_in_lines(),
+            cluster_of_sweep(
+                self._address,
+                cpus=self._cpus,
+                gpus=self._gpus,
+                resources=self._resources,
+                environment={str(key): str(value) for key, value in self._environment.items()},
+                grace_s=self._grace_s,
+            ) as cluster,
+        ):
             return self.sweep.launch(
                 job_overrides,
                 initial_job_idx,

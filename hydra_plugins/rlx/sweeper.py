@@ -29,21 +29,25 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
+        from rlx.api import only_one
         from rlx.jobs import say
-        from rlx.search import Search
+        from rlx.search import Search, as_text
+        from rlx.sweeping import make_folder, refused_in_lines
 
         given = dict(text.partition("=")[::2] for text in arguments)
-        params = {key: value for key, value in self._params.items() if key not in given}
-        folder = Path(self._config.hydra.sweep.dir)
-        search = Search(
-            folder=folder,
-            arguments=[*(f"{key}={value}" for key, value in params.items()), *arguments],
-            loader=self._loader,
-            **self._settings,
-        )
-        OmegaConf.save(self._config, folder / "multirun.yaml")
-        if (sweep := getattr(self._launcher, "sweep", None)) is not None:
-            sweep.watch = search.is_hopeless
-        elif self._settings["pruner"] != "none":
-            say("trials are not pruned: that takes hydra/launcher=rlx or rlx_ray")
-        return search.run(self._launcher.launch)
+        params = {key: as_text(v) for key, v in self._params.items() if key not in given}
+        folder = Path(self._config.hydra.sweep.dir).absolute()
+        make_folder(folder)
+        with refused_in_lines(), only_one(folder, "hydra.sweep.dir", ".search.lock"):
+            search = Search(
+                folder=folder,
+                arguments=[*(f"{key}={value}" for key, value in params.items()), *arguments],
+                loader=self._loader,
+                **self._settings,
+            )
+            OmegaConf.save(self._config, folder / "multirun.yaml")
+            if (sweep := getattr(self._launcher, "sweep", None)) is not None:
+                sweep.watch, sweep.searched = search.is_hopeless, search.searched
+            elif self._settings["pruner"] != "none":
+                say("trials are not pruned: that takes hydra/launcher=rlx or rlx_ray")
+            return search.run(self._launcher.launch)
