@@ -193,8 +193,24 @@ def test_xlas_own_convolutions_are_asked_for_where_they_are_known(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
     xla.prepare()  # the user's own choice
     assert os.environ["XLA_FLAGS"] == "--xla_cpu_experimental_ynn_fusion_type="
+    if asked:  # in actors on Ray, too, whose environment is given to them
+        assert xla.fast_convolutions() == ["--xla_cpu_experimental_ynn_fusion_type="]
     monkeypatch.setattr(xla, "version", lambda _: "9.9")
     assert xla.fast_convolutions() == []
+
+
+def test_flags_in_a_file_are_kept(monkeypatch, tmp_path):
+    """XLA takes what does not begin with a flag for a file's name, and ends if there is none."""
+    path = tmp_path / "flags"
+    path.write_text("--xla_dump_to=/nowhere\n--xla_a=1\n")
+    monkeypatch.setenv("XLA_FLAGS", str(path))
+    xla.add_flag("--xla_a=2")
+    assert os.environ["XLA_FLAGS"] == str(path)
+    xla.add_flag("--xla_b=2")
+    assert os.environ["XLA_FLAGS"].split() == ["--xla_dump_to=/nowhere", "--xla_a=1", "--xla_b=2"]
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "none"))
+    xla.add_flag("--xla_b=2")  # it is XLA that says what is wrong
+    assert os.environ["XLA_FLAGS"] == str(tmp_path / "none")
 
 
 def test_the_flag_does_what_it_is_for():
