@@ -64,7 +64,8 @@ class AverageNorm(NamedTuple):
 def clip_by_average_norm(ratio: float) -> optax.GradientTransformation:
     """Scales gradients down to `ratio` times the moving average of their global norm.
 
-    The first update is as it is. One spike moves the average by what is left of it only.
+    The first is as it is, and all before it that were zero: no average could rise from there. One
+    spike moves the average by what is left of it only.
     """
 
     def init(params: Params) -> AverageNorm:
@@ -77,7 +78,7 @@ def clip_by_average_norm(ratio: float) -> optax.GradientTransformation:
         del params
         norm = optax.tree.norm(grads)
         seen = 1.0 - NORM_DECAY**state.updates
-        limit = jnp.where(state.updates > 0, ratio * state.average / seen, jnp.inf)
+        limit = jnp.where(state.average > 0, ratio * state.average / seen, jnp.inf)
         kept = jnp.minimum(norm, limit)
         scale = jnp.where(norm > limit, limit / norm, 1.0)
         grads = jax.tree.map(lambda x: x * scale.astype(x.dtype), grads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -15,15 +16,38 @@ KNOWN_BY = ("0.10.1", "0.10.2")  # jaxlib: XLA ends the process at a flag that i
 
 def add_flag(flag: str) -> None:
     """Adds to XLA_FLAGS, unless that flag is there already, with whatever value."""
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    name = flag.partition("=")[0]
-    if name not in [other.partition("=")[0] for other in flags]:
-        os.environ["XLA_FLAGS"] = " ".join([*flags, flag])
+    given = _given()
+    if given is not None and not _of_name(_name(flag), given):
+        os.environ["XLA_FLAGS"] = f"{given} {flag}".strip()
 
 
 def fast_convolutions() -> list[str]:
-    """Flags for fast convolutions on CPUs, as far as this jaxlib knows them."""
-    return [OWN_CONVOLUTIONS] if version("jaxlib") in KNOWN_BY else []
+    """Flags for fast convolutions on CPUs, as far as this jaxlib knows them.
+
+    They are for processes with an environment of their own, too: what the user set is kept.
+    """
+    if version("jaxlib") not in KNOWN_BY:
+        return []
+    return _of_name(_name(OWN_CONVOLUTIONS), _given() or "")[-1:] or [OWN_CONVOLUTIONS]
+
+
+def _given() -> str | None:
+    """The flags of XLA_FLAGS, which may name a file of them; None if that cannot be read."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if not given.strip() or given.lstrip().startswith("-"):
+        return given
+    try:
+        return Path(given).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None  # XLA says so
+
+
+def _of_name(name: str, flags: str) -> list[str]:
+    return [flag for flag in flags.split() if _name(flag) == name]
+
+
+def _name(flag: str) -> str:
+    return flag.partition("=")[0]
 
 
 def prepare(settings: Mapping[str, Any] | None = None) -> None:

@@ -196,3 +196,13 @@ def test_networks_say_what_does_not_fit():
     with pytest.raises(ValueError, match="one number per layer"):
         parts.network(parts.IMAGE, torso=torso).init(jax.random.PRNGKey(0))
     assert MLP(layers=()).layers == ()
+
+
+@pytest.mark.parametrize("shape", [(7, 7, 3), (84, 84, 3), (1, 11, 84), (1, 36, 35)])
+def test_images_that_leave_nothing_are_refused(shape):
+    spec = dataclasses.replace(
+        parts.IMAGE, observation={"image": ArraySpec(shape=shape, dtype="uint8")}
+    )
+    torso = NatureCNN(channels=(32, 64, 64), kernels=(8, 4, 3), strides=(4, 2, 1), remat=False)
+    with pytest.raises(ValueError, match=r"kernels=.*smaller.*height"):
+        parts.network(spec, stack={}, torso=torso).init(jax.random.PRNGKey(0))

@@ -105,6 +105,7 @@ class NatureCNN(Torso, kw_only=True):
                 f"{self.channels}, {self.kernels}, {self.strides}."
             )
         image, others = split_images(observation)
+        self._check_size(image.shape[1:])
         kernels, biases, inputs = [], [], image.shape[1]
         for i, (outputs, size) in enumerate(zip(self.channels, self.kernels, strict=True)):
             layer = ConvParams(size=size, inputs=inputs, outputs=outputs, name=f"Conv_{i}")
@@ -115,6 +116,18 @@ class NatureCNN(Torso, kw_only=True):
         x = convolve_all(image, kernels, biases, self.strides, dtype, remat=self.remat)
         x = x.reshape(x.shape[0], -1)
         return jnp.concatenate([x, flat_leaves(others, dtype)], axis=-1) if others else x
+
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        """Refuses images of which the layers leave nothing: the network would not see them."""
+        sides = shape[1:]
+        for size, stride in zip(self.kernels, self.strides, strict=True):
+            if min(sides) < size:
+                raise ValueError(
+                    f"network.torso: kernels={self.kernels} with strides={self.strides} need more "
+                    f"than {shape}; a layer of {size} x {size} gets {sides[0]} x {sides[1]}, which "
+                    "is smaller. Images are [channels, height, width]; choose other layers."
+                )
+            sides = tuple((side - size) // stride + 1 for side in sides)
 
 
 class ResidualBlock(nn.Module, kw_only=True):

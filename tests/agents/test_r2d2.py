@@ -251,6 +251,12 @@ def test_gradients_are_clipped_by_the_moving_average_of_their_norm():
     third = 2 * (weights[0] * 1.0 + weights[1] * 1.0 + weights[2] * 1.5) / sum(weights)
     np.testing.assert_allclose(norms[:4], [1.0, 1.0, 1.5, third], rtol=1e-5)
     assert third < norms[4] < 1.5 * third
+    state, norms = clip.init({}), []
+    for norm in (0.0, 0.0, 3.0, 50.0):  # as long as nothing was seen nothing is clipped
+        clipped, state = clip.update({"a": jnp.array([norm])}, state)
+        norms.append(float(clipped["a"][0]))
+    assert norms[2] == 3.0
+    assert 0 < norms[3] < 50
     moved, _ = (
         parts.adam(max_grad_norm_ratio=2.0)
         .build()
