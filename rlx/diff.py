@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from rlx.metrics import STATUS_FILE, SUMMARY_FILE
-from rlx.problems import ConfigError, refuse, show
+from rlx.problems import or_exit, refuse, show
 
 JSON = dict[str, Any]
 
@@ -241,11 +241,8 @@ def main() -> None:
         got = " ".join(arguments) or "nothing"
         print(f"rlx.diff: got {got}; accepted: RUN_A RUN_B, folders of two runs", file=sys.stderr)
         sys.exit(2)
-    try:
+    with or_exit("rlx.diff"):
         rows = compare(*arguments)
-    except ConfigError as error:
-        print(f"rlx.diff: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"A  {arguments[0]}\nB  {arguments[1]}\n")
     changed = any(row.section == CONFIGURATION for row in rows)
     if not changed:

@@ -43,7 +43,7 @@ from rlx.acting.actor import InputTracker
 from rlx.acting.policy import Policy
 from rlx.interfaces import Agent, Env, EnvFamily
 from rlx.metrics import write_json
-from rlx.problems import ConfigError, Problem, refuse
+from rlx.problems import ConfigError, Problem, or_exit, refuse
 from rlx.seeding import spawn_int
 from rlx.statistics import summarize
 from rlx.types import Array, Carry, Episode, NetInput, Range, Timestep, Weights
@@ -447,12 +447,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     logging.basicConfig(level=logging.WARNING, format="rlx: %(message)s")
     jax.config.update("jax_platforms", "cpu")  # a GPU's memory is not touched
-    try:
+    with or_exit("rlx"):
         evaluate_run(parse(arguments))
-    except ConfigError as error:
-        for problem in error.problems:
-            print(f"rlx: {problem}", file=sys.stderr)
-        sys.exit(2)
 
 
 def evaluate_run(options: Options) -> JSON:

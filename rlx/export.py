@@ -43,7 +43,7 @@ from rlx.envs.common import Outside, outside_of
 from rlx.evaluate import read_options
 from rlx.interfaces import Agent
 from rlx.metrics import write_whole
-from rlx.problems import ConfigError, refuse
+from rlx.problems import or_exit, refuse
 from rlx.types import Array, DiscreteSpec, Params, Range
 
 if TYPE_CHECKING:
@@ -207,12 +207,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     logging.basicConfig(level=logging.WARNING, format="rlx: %(message)s")
     jax.config.update("jax_platforms", "cpu")  # a GPU's memory is not touched
-    try:
+    with or_exit("rlx.export"):
         print(export_run(read_options(Options, DEFAULTS, TEXTS, arguments)))
-    except ConfigError as error:
-        for problem in error.problems:
-            print(f"rlx.export: {problem}", file=sys.stderr)
-        sys.exit(2)
 
 
 def export_run(options: Options) -> Path:

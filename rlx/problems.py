@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +55,21 @@ class Sources:
         while path and path not in self.names:
             path = path.rpartition(".")[0]
         return self.names.get(path, "")
+
+
+@contextmanager
+def or_exit(program: str, *also: type[Exception]) -> Iterator[None]:
+    """For a command line: says each problem of a ConfigError in a line, and exits with status 2.
+
+    also: further exceptions of one line that mean the same.
+    """
+    refusals: tuple[type[Exception], ...] = (ConfigError, *also)
+    try:
+        yield
+    except refusals as error:
+        for problem in getattr(error, "problems", [error]):
+            print(f"{program}: {problem}", file=sys.stderr)
+        sys.exit(2)
 
 
 def refuse(path: str, says: str, *, given: str = "", source: str = "") -> ConfigError:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlx.metrics import write_whole
-from rlx.problems import ConfigError
+from rlx.problems import or_exit
 from rlx.replay.experience import files, read, read_layout
 
 if TYPE_CHECKING:
@@ -133,13 +133,8 @@ def main() -> None:
         accepted = "dataset=DIR, or runs=DIR with group=SETTING,... and out=DIR"
         print(f"rlx.report: got {got}; accepted: {accepted}", file=sys.stderr)
         sys.exit(2)
-    try:
+    with or_exit("rlx.report", ValueError, ImportError):
         _dataset(Path(given["dataset"])) if "dataset" in given else _runs(given)
-    except (ValueError, ImportError, ConfigError) as error:
-        problems = error.problems if isinstance(error, ConfigError) else [error]
-        for problem in problems:
-            print(f"rlx.report: {problem}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _runs(given: dict[str, str]) -> None:

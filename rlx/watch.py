@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qs
 
-from rlx.problems import ConfigError, did_you_mean, refuse
+from rlx.problems import did_you_mean, or_exit, refuse
 from rlx.watch_runs import Runs
 
 DEFAULTS = {"runs": "outputs", "port": "8080", "host": "127.0.0.1"}
@@ -173,12 +173,9 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
-    try:
+    with or_exit("rlx.watch"):
         runs, host, port = parse(sys.argv[1:])
         server = open_server(runs, host, port)
-    except ConfigError as error:
-        print(f"rlx.watch: {error}", file=sys.stderr)
-        sys.exit(2)
     with server:
         print(f"rlx.watch: {runs} at {server.url} (Ctrl-C ends it)", flush=True)
         try:
