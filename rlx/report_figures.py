@@ -289,27 +289,24 @@ def stages(given: Study) -> tuple[Any, str, str] | None:
     _legend(figure, axes)
     number = sum(number for _, _, number in known.values())
     caption = (
-        f"Mean over {plural(number)} of {len(given.runs)}, as far as all of a group have rows. "
-        "The largest area is the bottleneck."
+        f"Mean over {plural(number)} of {len(given.runs)}, at each point over those that came so "
+        "far. The largest area is the bottleneck."
     )
     return figure, "Where the time goes", caption
 
 
 def _times(runs: Sequence[Run]) -> tuple[np.ndarray, dict[str, np.ndarray], int] | None:
-    """(env steps, stage -> share, number of runs), where every run of the group has rows."""
+    """(env steps, stage -> mean share of the runs that have rows there, number of runs)."""
     known = [run for run in runs if len(run.rows) > 1]
     if not known:
         return None
-    begin = max(run.rows[0]["env_steps"] for run in known)
-    end = min(run.rows[-1]["env_steps"] for run in known)
-    if begin >= end:
-        return None
-    grid = np.linspace(begin, end, 100)
+    steps = [np.array([row["env_steps"] for row in run.rows]) for run in known]
+    grid = np.linspace(min(each[0] for each in steps), max(each[-1] for each in steps), 100)
+    is_there = np.array([(grid >= each[0]) & (grid <= each[-1]) for each in steps])
+    weights = is_there / np.maximum(1, is_there.sum(axis=0))
     shares = {}
     for stage in STAGES:
-        each = []
-        for run in known:
-            steps = [row["env_steps"] for row in run.rows]
-            each.append(np.interp(grid, steps, [row.get(f"time/{stage}") or 0 for row in run.rows]))
-        shares[stage] = np.mean(each, axis=0)
+        values = ([row.get(f"time/{stage}") or 0 for row in run.rows] for run in known)
+        on_grid = [np.interp(grid, x, y) for x, y in zip(steps, values, strict=True)]
+        shares[stage] = (weights * on_grid).sum(axis=0)
     return grid, shares, len(known)

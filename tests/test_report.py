@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlx import atari, study
+from rlx import atari, report_figures, results, study
 from rlx.metrics import read_rows
 from rlx.problems import ConfigError
 from rlx.report import report_runs
@@ -236,3 +236,14 @@ def test_tables_keep_what_is_in_a_cell():
     given = pd.DataFrame({"name": ["a|b\nc"], "x": [1234.5], "x_low": [0.12345], "x_high": [2.0]})
     assert markdown_table(given).splitlines()[-1] == "| a\\|b c | 1,234 [0.1235, 2] |"
     assert plain_table(given.drop(columns="name")).splitlines()[-1] == "1,234 [0.1235, 2]"
+
+
+def test_a_run_that_failed_early_does_not_shorten_where_the_time_goes(tmp_path):
+    for name, last, share in (("long", 8, 0.2), ("short", 2, 0.6)):
+        folder = begun(tmp_path / name)
+        rows = ({"env_steps": 100 * i, "time/acting": share} for i in range(last + 1))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps, shares, number = report_figures._times(results.read(tmp_path))
+    assert (steps[0], steps[-1], number) == (0, 800, 2)
+    np.testing.assert_allclose(shares["acting"][steps <= 200], 0.4)
+    np.testing.assert_allclose(shares["acting"][steps > 200], 0.2)
