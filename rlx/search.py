@@ -259,20 +259,24 @@ def _draw_history(axes: Any, study: optuna.Study, done: Sequence[Any]) -> None:
     numbers, values = [t.number for t in done], [t.value for t in done]
     better = max if study.direction == optuna.study.StudyDirection.MAXIMIZE else min
     best = [better(values[: i + 1]) for i in range(len(values))]
-    pruned = [t.number for t in study.get_trials(deepcopy=False) if t.state.name == "PRUNED"]
-    failed = [t.number for t in study.get_trials(deepcopy=False) if t.state.name == "FAIL"]
+    every = study.get_trials(deepcopy=False)
+    pruned, failed = (
+        [trial.number for trial in every if trial.state.name == state]
+        for state in ("PRUNED", "FAIL")
+    )
     axes.plot(numbers, values, "o", color="#4477aa", label="trial")
     axes.step(numbers, best, where="post", color="#222222", label="best so far")
-    for name, which, mark in (("pruned", pruned, "|"), ("failed", failed, "x")):
+    for name, which, mark in (("pruned", pruned, "v"), ("failed", failed, "x")):
         if which:
             low = min(values)
-            axes.plot(which, [low] * len(which), mark, color="#cc6677", label=f"{name} (no value)")
-    axes.set(title=f"{len(done)} trials with a value", xlabel="trial", ylabel="value")
-    axes.legend(frameon=False)
+            axes.plot(which, [low] * len(which), mark, color="#cc6677", label=name)
+    title = f"{len(done)} of {len(every)} trials have a value"
+    axes.set(title=title, xlabel="trial", ylabel="value")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
 def _draw_importance(axes: Any, study: optuna.Study, done: Sequence[Any]) -> None:
-    axes.set(title="importance of the settings (PED-ANOVA)", xlabel="share")
+    axes.set(title="importance (PED-ANOVA)", xlabel="share")
     if len(done) < 4 or len({trial.value for trial in done}) < 2:
         axes.text(0.5, 0.5, "too few trials to tell", ha="center", transform=axes.transAxes)
         axes.set_axis_off()
