@@ -25,7 +25,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 # With Ray, or with bars on speed: one after the other, in one of pytest-xdist's workers.
-IN_TURN = {"acting", "test_bench", "test_learner_group", "test_ray_run", "test_sweeps"}
+IN_TURN = {"acting", "test_bench", "test_learner_group", "test_ray_run"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
