@@ -56,6 +56,7 @@ def live(folder: Path | str, *, every_s: float = 1.0) -> Iterator[None]:
 def png(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Returns and rates over env steps, as a picture."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     returns, rates = figure.subplots(1, 2)
@@ -75,6 +76,7 @@ def png(rows: Sequence[Mapping[str, Any]]) -> bytes:
     if rows:
         figure.suptitle(bottleneck(rows[-1]).partition(":")[0], fontsize=9, color="#666666")
     for axes in (returns, rates):
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50k
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     file = io.BytesIO()
