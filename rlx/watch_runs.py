@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from rlx.folders import number
 from rlx.metrics import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, bottleneck, is_gone
 
 JSON = dict[str, Any]
@@ -85,7 +86,7 @@ class Runs:
 
 def find(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     """The runs in a folder and below it; what is inside a run, hidden or a link is not searched."""
-    if any((folder / mark).is_file() for mark in MARKS):
+    if any(os.path.isfile(folder / mark) for mark in MARKS):  # of Path's, some errors go through
         yield folder
         return
     try:
@@ -125,11 +126,12 @@ class RowsFile:
         """Takes the rows that were added; a last line that has no end yet waits for it."""
         try:
             found = self._path.stat()
-        except OSError:
+            if (found.st_size, found.st_mtime_ns) != self._seen:
+                self._read(found)
+        except OSError:  # there is none, or it may not be read
             self._forget()
-            return
-        if (found.st_size, found.st_mtime_ns) == self._seen:
-            return
+
+    def _read(self, found: os.stat_result) -> None:
         with self._path.open("rb") as file:
             if found.st_size < self._offset or self._read_tail(file) != self._tail:
                 self._forget()
@@ -292,16 +294,6 @@ class Run:
 def load_yaml(data: bytes) -> Any:
     """YAML of plain values."""
     return yaml.load(data, LOADER)
-
-
-def number(value: Any) -> float | None:
-    """A finite number as it is, None for anything else that a file may hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:  # an integer of hundreds of digits
-        return None
 
 
 def age_s(status: Mapping[str, Any]) -> float | None:
