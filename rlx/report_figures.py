@@ -135,7 +135,7 @@ def _short(value: float, _: Any = None) -> str:
 def learning(given: Study, x: str) -> tuple[Any, str, str] | None:
     """Returns over env steps or frames, a panel for each task."""
     if x == "frames" and all(
-        row["frames"] == row["env_steps"] for r in given.runs for row in r.rows
+        row.get("frames") in (None, row["env_steps"]) for r in given.runs for row in r.rows
     ):
         return None  # they would be the same picture
     figure, axes = _panels(len(given.tasks))

@@ -6,6 +6,7 @@ Only finished runs have a final score; all runs have curves, as far as they came
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlx import atari
+from rlx.folders import number
 from rlx.metrics import STAGES, bottleneck
 from rlx.problems import refuse
 from rlx.results import SCORES, SEED, Run, need_pandas, read, run_rows, value_of, varying
@@ -259,8 +261,8 @@ def speed(given: Study) -> list[dict[str, Any]]:
         known = [run for run in runs if len(run.rows) > 1]
         if known:
             rates = {
-                "env steps/s": np.mean([_rate(run, "env_steps") for run in known]),
-                "updates/s": np.mean([_rate(run, "updates") for run in known]),
+                "env steps/s": _rate(known, "env_steps"),
+                "updates/s": _rate(known, "updates"),
             }
             most = {f"time/{s}": _mean(known, f"time/{s}") for s in STAGES}
             rows.append(
@@ -269,9 +271,16 @@ def speed(given: Study) -> list[dict[str, Any]]:
     return rows
 
 
-def _rate(run: Run, name: str) -> float:
-    first, last = run.rows[0], run.rows[-1]
-    return (last[name] - first[name]) / max(last["wall_s"] - first["wall_s"], 1e-9)
+def _rate(runs: Sequence[Run], name: str) -> float:
+    """The mean over the runs whose rows tell it; NaN where none does."""
+    rates = []
+    for run in runs:
+        first, last = run.rows[0], run.rows[-1]
+        n, s = number(first.get(name)), number(first.get("wall_s"))
+        m, t = number(last.get(name)), number(last.get("wall_s"))
+        if n is not None and s is not None and m is not None and t is not None:
+            rates.append((m - n) / max(t - s, 1e-9))
+    return float(np.mean(rates)) if rates else math.nan
 
 
 def _mean(runs: Sequence[Run], name: str) -> float:
