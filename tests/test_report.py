@@ -247,3 +247,29 @@ def test_a_run_that_failed_early_does_not_shorten_where_the_time_goes(tmp_path):
     assert (steps[0], steps[-1], number) == (0, 800, 2)
     np.testing.assert_allclose(shares["acting"][steps <= 200], 0.4)
     np.testing.assert_allclose(shares["acting"][steps > 200], 0.2)
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib warns where no room is left for the axes
+def test_many_groups_leave_room_for_their_curves(sweep, tmp_path):
+    for number in range(24):
+        run = copied(sweep / "0", tmp_path / str(number))
+        config = run / ".hydra" / "config.yaml"
+        text = config.read_text()
+        rate = 0.00044303752452182633 + number / 1e6
+        text = re.sub(r"(\n +learning_rate: ).*", rf"\g<1>{rate}${{a}}$", text, count=1)
+        config.write_text(text)
+    given = study.study(tmp_path, ["agent.optimizer.learning_rate", "agent.n_step", "seed"])
+    assert len(given.groups) == 24
+    with report_figures._style():
+        for make in (
+            lambda given: report_figures.learning(given, "env_steps"),
+            report_figures.better,
+        ):
+            figure, _, _ = make(given)
+            figure.savefig(tmp_path / "picture.png")
+            (ax,) = figure.axes
+            assert ax.get_position().height * figure.get_figheight() > 1.8  # inches
+            assert ax.get_position().width * figure.get_figwidth() > 1.8
+        figure, _, caption = report_figures.stages(given)
+    assert len(figure.axes) == 12
+    assert "The first 12 of 24 groups." in caption
