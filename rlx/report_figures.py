@@ -14,7 +14,7 @@ import numpy as np
 from rlx.metrics import STAGES
 from rlx.results import Run
 from rlx.statistics import Estimate
-from rlx.study import CURVES, Curve, Study, curve, improvement, plural, profiles, task_of
+from rlx.study import CURVES, Curve, Study, curve, plural, profiles, task_of
 
 # Okabe and Ito's colours, which the colour-blind tell apart; lines change their dashes after them.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -257,7 +257,7 @@ def better(given: Study) -> tuple[Any, str, str] | None:
     """The probability that a run of one group beats one of another."""
     from matplotlib.figure import Figure
 
-    every = improvement(given)
+    every = given.improvements
     pairs = every[:PAIRS]
     if not pairs:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations
@@ -86,6 +86,11 @@ class Study:
         several = all(len(_points(run, CURVES[0], "env_steps")[0]) >= 3 for run in began)
         return CURVES[0] if began and several else CURVES[1]
 
+    @cached_property
+    def improvements(self) -> list[dict[str, Any]]:
+        """The rows of `improvement`, which a table and a figure show."""
+        return improvement(self)
+
     def scores(self, label: str) -> dict[str, np.ndarray]:
         """task -> f64[runs], the final scores of a group, for the tasks that have any."""
         found: dict[str, list[float]] = {}
@@ -146,11 +151,11 @@ def plural(number: int, what: str = "run") -> str:
 def tables(given: Study) -> dict[str, pd.DataFrame]:
     """name -> table, without empty ones; columns X_low and X_high are the 95 % interval of X."""
     pd = need_pandas()
-    makers = {
+    makers: dict[str, Callable[[Study], list[dict[str, Any]]]] = {
         "unfinished": unfinished,
         "scores": scores,
         "human_normalized": human_normalized,
-        "improvement": improvement,
+        "improvement": lambda given: given.improvements,
         "speed": speed,
         "atari": atari_table,
         "runs": all_runs,

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlx import atari, report_figures, results, study
+from rlx import atari, report_figures, report_page, results, study
 from rlx.metrics import read_rows
 from rlx.problems import ConfigError
 from rlx.report import report_runs
-from rlx.report_page import markdown_table, page, plain_table
+from rlx.report_page import markdown, markdown_table, page, plain_table
 from tests.sweeps import TASK
 from tests.test_results import begun, copied
 
@@ -273,3 +273,12 @@ def test_many_groups_leave_room_for_their_curves(sweep, tmp_path):
         figure, _, caption = report_figures.stages(given)
     assert len(figure.axes) == 12
     assert "The first 12 of 24 groups." in caption
+
+
+def test_a_long_table_is_cut_on_the_page_which_says_so(sweep, monkeypatch):
+    given = study.study(sweep)
+    found = study.tables(given)
+    monkeypatch.setattr(report_page, "ROWS", 3)
+    for text in (page(given, found, []), markdown(given, found, [])):
+        assert text.count("The first 3 of 4 rows; runs.csv has them all.") == 1
+    assert len(markdown_table(found["runs"]).splitlines()) == 2 + 3
