@@ -113,6 +113,7 @@ class RowsFile:
         self._offset, self._tail, self._seen = 0, b"", (-1, -1)
         self.columns = {name: array("d") for name in self._names}
         self.last: JSON = {}
+        self.names: dict[str, None] = {}  # of metrics that some row has a number of, in order
 
     def keep(self, names: Sequence[str]) -> None:
         """From now on these columns, too."""
@@ -160,6 +161,8 @@ class RowsFile:
                 value = number(row.get(name))
                 column.append(math.nan if value is None else value)
             self.last = row
+            new = (name for name in row if name not in self.names)
+            self.names |= {name: None for name in new if number(row[name]) is not None}
 
     def curve(self, name: str, points: int) -> Curve:
         """Env steps and values where there is one: of neighbours the mean, at most `points`."""
@@ -223,8 +226,7 @@ class Run:
 
     def full(self, metrics: Sequence[str]) -> JSON:
         """With the names of all metrics, and the curves of these; unknown ones are left out."""
-        numbers = [name for name, value in self._rows.last.items() if number(value) is not None]
-        names = list(dict.fromkeys([TRAIN, EVALUATION, *numbers]))
+        names = list(dict.fromkeys([TRAIN, EVALUATION, *self._rows.names]))
         known = [name for name in metrics if name in names]
         self._rows.keep(known)
         curves = {name: self._rows.curve(name, LARGE) for name in known}

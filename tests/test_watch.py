@@ -311,6 +311,16 @@ def test_files_that_hold_anything_do_not_stop_the_others(copied, serve, name, co
     assert runs["finished"]["state"] in ("finished", "starting")
 
 
+def test_metrics_are_known_by_any_row_and_not_by_the_last_alone(copied):
+    path = copied / "finished" / "metrics.jsonl"
+    last = json.loads(path.read_bytes().splitlines()[-1])
+    row = dict.fromkeys(last) | {"env_steps": last["env_steps"] + 1}  # without an update
+    path.write_bytes(path.read_bytes() + json.dumps(row).encode() + b"\n")
+    run = Runs(copied).one("finished", ["learner/loss"])
+    assert "learner/loss" in run["metrics"]
+    assert run["curves"]["learner/loss"][1]
+
+
 def test_what_may_not_be_read_does_not_stop_the_others(tmp_path, monkeypatch):
     for name in ("folder", "open"):
         (tmp_path / name).mkdir()
