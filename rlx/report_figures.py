@@ -181,7 +181,7 @@ def _group_lines(ax: Any, given: Study, task: str | None, metric: str, x: str) -
         found = curve(runs, metric, x)
         if found is not None:
             drawn += (number := _has(runs, metric))
-            _line(ax, found, _name(label, number, style), style)
+            _line(ax, found, number, _name(label, number, style), style)
     ax.xaxis.set_major_formatter(_short)
     ax.yaxis.set_major_formatter(_short)
     ax.margins(x=0.01)
@@ -192,9 +192,9 @@ def _has(runs: Sequence[Run], metric: str) -> int:
     return sum(any(row.get(metric) is not None for row in run.rows) for run in runs)
 
 
-def _line(ax: Any, found: Curve, label: str, style: dict[str, Any]) -> None:
+def _line(ax: Any, found: Curve, runs: int, label: str, style: dict[str, Any]) -> None:
     """Solid where all runs have a value, thin and dashed elsewhere; no band around one run."""
-    value, whole, several = found.found.value, found.runs == found.runs.max(), found.runs > 1
+    value, whole, several = found.found.value, found.runs == runs, found.runs > 1
     marker = "o" if np.isfinite(value).sum() == 1 else None
     ax.plot(found.x, np.where(whole, value, np.nan), label=label, lw=2, marker=marker, **style)
     partly = ~whole

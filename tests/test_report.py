@@ -282,3 +282,14 @@ def test_a_long_table_is_cut_on_the_page_which_says_so(sweep, monkeypatch):
     for text in (page(given, found, []), markdown(given, found, [])):
         assert text.count("The first 3 of 4 rows; runs.csv has them all.") == 1
     assert len(markdown_table(found["runs"]).splitlines()) == 2 + 3
+
+
+def test_a_line_is_solid_only_where_all_runs_have_a_value(sweep, tmp_path):
+    for name, later in (("a", 0), ("b", 10_000)):
+        run = copied(sweep / "0", tmp_path / name)
+        rows = [r | {"env_steps": r["env_steps"] + later} for r in read_rows(run / "metrics.jsonl")]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figure, _, _ = report_figures.learning(study.study(tmp_path), "env_steps")
+    solid, dashed = figure.axes[0].get_lines()
+    assert np.isnan(solid.get_ydata()).all()
+    assert np.isfinite(dashed.get_ydata()).any()
