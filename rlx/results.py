@@ -210,7 +210,8 @@ def _read(path: Path, root: Path) -> Run:
         choices={k: str(v) for k, v in choices.items() if not k.startswith("hydra/")},
         overrides=frozenset(
             str(text).partition("=")[0].lstrip("+~")
-            for text in _yaml(hydra / "overrides.yaml", list)
+            for named in (hydra, *(file.parent for file in resumed))
+            for text in _yaml(named / "overrides.yaml", list)
         ),
         rows=rows,
         summary=read_object(path / SUMMARY_FILE),

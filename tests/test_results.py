@@ -151,6 +151,12 @@ def test_settings_that_follow_from_a_choice_are_left_out_unless_named(tmp_path):
         (run / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(choices))
         (run / ".hydra" / "overrides.yaml").write_text(f"- +rate={number}\n- network={name}\n")
     assert results.varying(results.read(tmp_path)) == ["network", "rate", "seed"]
+    resume = run / ".hydra" / "resume-1"
+    resume.mkdir()
+    shutil.copy(run / ".hydra" / "config.yaml", resume)
+    (resume / "overrides.yaml").write_text("- resume=x\n- network.core.units=64\n")
+    varying = results.varying(results.read(tmp_path))
+    assert varying == ["network", "network.core.units", "rate", "seed"]
     (tmp_path / "gru" / ".hydra" / "hydra.yaml").unlink()
     assert results.varying(results.read(tmp_path)) == ["network.core.units", "rate", "seed"]
 
