@@ -403,7 +403,7 @@ def _has_ffmpeg() -> bool:
 
 
 def _not_recorded(why: str) -> ConfigError:
-    return refuse("record", why.strip().split("\n")[0], given="true")
+    return refuse("record", why.strip().split("\n")[0])
 
 
 # --- the command line ----------------------------------------------------------------------------

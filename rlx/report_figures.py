@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from rlx.metrics import STAGES
 from rlx.results import Run
 from rlx.statistics import Estimate
-from rlx.study import CURVES, Curve, Study, curve, improvement, plural, profiles, task_of
+from rlx.study import CURVES, Curve, Study, curve, plural, profiles, task_of
 
 # Okabe and Ito's colours, which the colour-blind tell apart; lines change their dashes after them.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -34,11 +35,15 @@ STYLE = {
     "ytick.color": "#444444",
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # settings may have $ in them
 }
 TITLES = {CURVES[0]: "evaluation return, mean", CURVES[1]: "training return, mean"}
 UNITS = {"env_steps": "env steps", "frames": "emulator frames"}
+LINES = len(PALETTE) * len(DASHES)  # of groups that are told apart; further ones are grey
+FURTHER = "further groups, which are in the tables"
 PAIRS = 15  # of groups, in the figure of improvements
 STAGES_SHOWN = 6
+PANELS = 12  # of groups, in the figure of stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,20 +109,35 @@ def _panels(number: int, height: float = 3.4) -> tuple[Any, list[Any]]:
 def _colors(given: Study) -> dict[str, dict[str, Any]]:
     """label -> how its line is drawn, the same in every figure."""
     size = len(PALETTE)
+    further = {"color": GREY, "linestyle": "-", "zorder": 1}
     return {
-        label: {"color": PALETTE[i % size], "linestyle": DASHES[i // size % len(DASHES)]}
+        label: {"color": PALETTE[i % size], "linestyle": DASHES[i // size]}
+        if i < LINES
+        else further
         for i, label in enumerate(given.groups)
     }
 
 
+def _name(label: str, runs: int, style: dict[str, Any]) -> str:
+    """What the legend calls a group's line."""
+    return FURTHER if style["color"] == GREY else f"{label} ({plural(runs)})"
+
+
+def _wrapped(text: str, columns: int) -> str:
+    return textwrap.fill(text, columns, break_on_hyphens=False)
+
+
 def _legend(figure: Any, axes: Sequence[Any]) -> None:
-    """One legend below all axes; one column where names are long."""
+    """One legend below all axes, for which the figure grows; one column where names are long."""
+    width = int(12 * figure.get_figwidth()) - 6  # characters
     entries: dict[str, Any] = {}
     for ax in axes:
         handles, labels = ax.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
+        entries |= dict(zip((_wrapped(name, width) for name in labels), handles, strict=True))
     if entries:
         columns = max(1, min(3, int(90 / (8 + max(map(len, entries))))))
+        rows = sum(1 + name.count("\n") for name in entries) / columns
+        figure.set_figheight(figure.get_figheight() + 0.2 * max(0, rows - 3))
         figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)
 
 
@@ -135,7 +155,7 @@ def _short(value: float, _: Any = None) -> str:
 def learning(given: Study, x: str) -> tuple[Any, str, str] | None:
     """Returns over env steps or frames, a panel for each task."""
     if x == "frames" and all(
-        row["frames"] == row["env_steps"] for r in given.runs for row in r.rows
+        row.get("frames") in (None, row["env_steps"]) for r in given.runs for row in r.rows
     ):
         return None  # they would be the same picture
     figure, axes = _panels(len(given.tasks))
@@ -161,7 +181,7 @@ def _group_lines(ax: Any, given: Study, task: str | None, metric: str, x: str) -
         found = curve(runs, metric, x)
         if found is not None:
             drawn += (number := _has(runs, metric))
-            _line(ax, found, f"{label} ({plural(number)})", style)
+            _line(ax, found, number, _name(label, number, style), style)
     ax.xaxis.set_major_formatter(_short)
     ax.yaxis.set_major_formatter(_short)
     ax.margins(x=0.01)
@@ -172,9 +192,9 @@ def _has(runs: Sequence[Run], metric: str) -> int:
     return sum(any(row.get(metric) is not None for row in run.rows) for run in runs)
 
 
-def _line(ax: Any, found: Curve, label: str, style: dict[str, Any]) -> None:
+def _line(ax: Any, found: Curve, runs: int, label: str, style: dict[str, Any]) -> None:
     """Solid where all runs have a value, thin and dashed elsewhere; no band around one run."""
-    value, whole, several = found.found.value, found.runs == found.runs.max(), found.runs > 1
+    value, whole, several = found.found.value, found.runs == runs, found.runs > 1
     marker = "o" if np.isfinite(value).sum() == 1 else None
     ax.plot(found.x, np.where(whole, value, np.nan), label=label, lw=2, marker=marker, **style)
     partly = ~whole
@@ -216,7 +236,7 @@ def profile(given: Study) -> tuple[Any, str, str] | None:
     for ax, (name, taus, found) in zip(axes, panels, strict=True):
         for label, shares in found.items():
             number = sum(len(scores) for scores in given.scores(label).values())
-            _shares(ax, taus, shares, f"{label} ({plural(number)})", styles[label])
+            _shares(ax, taus, shares, _name(label, number, styles[label]), styles[label])
         ax.set(xlabel=f"τ: {name}", ylabel="share of runs above τ", ylim=(-0.02, 1.02))
         ax.xaxis.set_major_formatter(_short)
     _legend(figure, axes)
@@ -237,11 +257,14 @@ def better(given: Study) -> tuple[Any, str, str] | None:
     """The probability that a run of one group beats one of another."""
     from matplotlib.figure import Figure
 
-    every = improvement(given)
+    every = given.improvements
     pairs = every[:PAIRS]
     if not pairs:
         return None
-    figure = Figure(figsize=(6.4, 1.3 + 0.62 * len(pairs)))
+    sides = [(row["group"], f"over {row['is better than']}  ({row['runs']} runs)") for row in pairs]
+    names = ["\n".join(_wrapped(side, 48) for side in both) for both in sides]
+    lines = max(1 + name.count("\n") for name in names)
+    figure = Figure(figsize=(6.4, 1.3 + (0.3 + 0.16 * lines) * len(pairs)))
     ax, colors = figure.subplots(), _colors(given)
     for y, row in enumerate(pairs):
         color = colors[row["group"]]["color"]
@@ -250,7 +273,6 @@ def better(given: Study) -> tuple[Any, str, str] | None:
             ax.plot(ends, [y, y], color=color, lw=5, alpha=0.3)
         ax.plot(row["probability"], y, "o", color=color, ms=7)
     ax.axvline(0.5, color="#666666", lw=1)
-    names = [f"{row['group']}\nover {row['is better than']}  ({row['runs']} runs)" for row in pairs]
     ax.set_yticks(range(len(pairs)), names, fontsize=8.5)
     ax.set(xlim=(-0.02, 1.02), ylim=(len(pairs) - 0.5, -0.5), xlabel="probability of improvement")
     ax.grid(visible=False, axis="y")
@@ -271,9 +293,10 @@ def better(given: Study) -> tuple[Any, str, str] | None:
 def stages(given: Study) -> tuple[Any, str, str] | None:
     """Shares of the loop's time, stacked, a panel for each group."""
     found = {label: _times(runs) for label, runs in given.groups.items()}
-    known = {label: times for label, times in found.items() if times is not None}
-    if not known:
+    every = {label: times for label, times in found.items() if times is not None}
+    if not every:
         return None
+    known = dict(list(every.items())[:PANELS])
     totals = {s: sum(shares[s].mean() for _, shares, _ in known.values()) for s in STAGES}
     most = sorted(totals, key=lambda stage: -totals[stage])[:STAGES_SHOWN]
     figure, axes = _panels(len(known), height=3.0)
@@ -282,15 +305,17 @@ def stages(given: Study) -> tuple[Any, str, str] | None:
         layers = [*(100 * shares[stage] for stage in most), 100 * rest]
         colors = [*PALETTE[:STAGES_SHOWN], GREY]
         ax.stackplot(x, layers, labels=[*most, "all others"], colors=colors, alpha=0.85, lw=0)
-        ax.set(title=f"{label} ({plural(number)})", xlabel=UNITS["env_steps"], ylim=(0, 100))
+        title = _wrapped(f"{label} ({plural(number)})", 40)
+        ax.set(title=title, xlabel=UNITS["env_steps"], ylim=(0, 100))
         ax.set_ylabel("% of the loop's time")
         ax.xaxis.set_major_formatter(_short)
         ax.margins(x=0)
     _legend(figure, axes)
     number = sum(number for _, _, number in known.values())
+    left_off = f" The first {PANELS} of {len(every)} groups." if len(every) > PANELS else ""
     caption = (
         f"Mean over {plural(number)} of {len(given.runs)}, at each point over those that came so "
-        "far. The largest area is the bottleneck."
+        f"far. The largest area is the bottleneck.{left_off}"
     )
     return figure, "Where the time goes", caption
 

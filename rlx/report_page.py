@@ -32,6 +32,7 @@ FIGURES: Mapping[str, tuple[str, ...]] = {
     "improvement": ("improvement",),
     "speed": ("throughput", "stages"),
 }
+ROWS = 500  # of a table, on the page; its file has them all
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; padding: 1rem;
   max-width: 60rem; }
@@ -50,8 +51,18 @@ td.long { white-space: normal; min-width: 16rem; }
 """
 
 
-def notes(given: Study) -> dict[str, str]:
+def notes(given: Study, tables: Mapping[str, pd.DataFrame]) -> dict[str, str]:
     """table -> the line that stands under its heading, which says how many runs are in it."""
+    cut = {name: len(table) for name, table in tables.items() if len(table) > ROWS}
+    return {
+        name: text + f" The first {ROWS} of {cut[name]:,} rows; {name}.csv has them all."
+        if name in cut
+        else text
+        for name, text in _notes(given).items()
+    }
+
+
+def _notes(given: Study) -> dict[str, str]:
     every, finished = len(given.runs), len(given.finished)
     of_all = f"{plural(finished)} of {every} finished and count"
     interval = "IQM: the mean without the lowest and the highest quarter (of fewer than 4 runs: "
@@ -77,7 +88,7 @@ def page(given: Study, tables: Mapping[str, pd.DataFrame], pictures: Sequence[Pi
     for name, heading in HEADINGS.items():
         drawn = [_figure(p) for p in pictures if p.path.stem in FIGURES.get(name, ())]
         if name in tables:
-            note = html.escape(notes(given)[name])
+            note = html.escape(notes(given, tables)[name])
             inside = f"<h2>{heading}</h2><p>{note}</p>{_html(tables[name])}"
             drawn.insert(0, f'<div class="bad">{inside}</div>' if name == "unfinished" else inside)
         body += drawn
@@ -93,7 +104,7 @@ def markdown(given: Study, tables: Mapping[str, pd.DataFrame], pictures: Sequenc
     lines = [f"# rlx: {given.folder.resolve().name}", *_about(given)]
     for name, heading in HEADINGS.items():
         if name in tables:
-            lines += [f"## {heading}", notes(given)[name], markdown_table(tables[name])]
+            lines += [f"## {heading}", notes(given, tables)[name], markdown_table(tables[name])]
         for picture in pictures:
             if picture.path.stem in FIGURES.get(name, ()):
                 lines += [f"![{picture.title}]({picture.path.name})", picture.caption]
@@ -123,7 +134,7 @@ def shown(table: pd.DataFrame) -> tuple[list[str], list[list[str]], list[bool]]:
     names = [n for n in table if not n.endswith(("_low", "_high"))]
     has = [f"{name}_low" in table for name in names]
     rows = []
-    for _, row in table.iterrows():
+    for _, row in table.head(ROWS).iterrows():
         cells = [_cell(row[name]) for name in names]
         for place in (i for i, has_interval in enumerate(has) if has_interval and cells[i]):
             low, high = (_cell(row[f"{names[place]}_{side}"]) for side in ("low", "high"))

@@ -11,19 +11,21 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from rlx.folders import flat, read_object
+from rlx.folders import flat, number, read_object
 from rlx.metrics import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, is_gone, read_rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
 JSON = dict[str, Any]
+T = TypeVar("T")
 
 SEED = "seed"
+CHOICES = "hydra.runtime.choices."  # begins the names of group choices in hydra.yaml
 IGNORED = ("resume",)  # settings that say nothing about what was learnt
 COUNTS = ("env_steps", "frames", "updates", "wall_s")
 # Where a run's score may come from, the best first.
@@ -54,9 +56,9 @@ class Run:
         """The final mean returns, by the names of SCORES; None where there is none."""
         newest = self.evaluations[-1].get("mean") if self.evaluations else None
         return {
-            "evaluation.json": newest,
-            "evaluation": self.summary.get("evaluation_return"),
-            "training": self.summary.get("train_return"),
+            "evaluation.json": number(newest),
+            "evaluation": number(self.summary.get("evaluation_return")),
+            "training": number(self.summary.get("train_return")),
         }
 
 
@@ -171,7 +173,8 @@ def find(root: Path) -> list[Path]:
     """The folders of runs at or below a folder; what lies inside of a run is not searched."""
     found = []
     for place, folders, _ in os.walk(root):
-        if (Path(place) / ".hydra" / "config.yaml").is_file():
+        # Not Path's is_file, which lets some errors through: a folder of somebody else's.
+        if os.path.isfile(os.path.join(place, ".hydra", "config.yaml")):
             found.append(Path(place))
             folders.clear()
     return sorted(found, key=lambda path: _natural(path.relative_to(root)))
@@ -188,24 +191,33 @@ def _read(path: Path, root: Path) -> Run:
     state, error = _state(status)
     rows: list[JSON] = []
     try:
-        rows = read_rows(path / METRICS_FILE) if (path / METRICS_FILE).exists() else []
-    except ValueError as broken:
+        rows = read_rows(path / METRICS_FILE)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as broken:
         error = str(broken)
     resumed = sorted(hydra.glob("resume-*/config.yaml"), key=lambda file: _natural(file.parent))
-    config = _yaml((resumed or [hydra / "config.yaml"])[-1])
-    choices = _yaml(hydra / "hydra.yaml").get("hydra", {}).get("runtime", {}).get("choices", {})
-    overrides = _yaml(hydra / "overrides.yaml")
+    config = _yaml((resumed or [hydra / "config.yaml"])[-1], dict)
+    about = flat(_yaml(hydra / "hydra.yaml", dict))
+    choices = {k.removeprefix(CHOICES): v for k, v in about.items() if k.startswith(CHOICES)}
+    evaluations = read_object(path / "evaluation.json").get("evaluations")
     return Run(
         name=path.relative_to(root).as_posix() if path != root else path.resolve().name,
         path=path,
         state=state,
         error=error,
         settings=flat(config),
-        choices={k: v for k, v in choices.items() if not k.startswith("hydra/")},
-        overrides=frozenset(text.partition("=")[0].lstrip("+~") for text in overrides),
+        choices={k: str(v) for k, v in choices.items() if not k.startswith("hydra/")},
+        overrides=frozenset(
+            str(text).partition("=")[0].lstrip("+~")
+            for named in (hydra, *(file.parent for file in resumed))
+            for text in _yaml(named / "overrides.yaml", list)
+        ),
         rows=rows,
         summary=read_object(path / SUMMARY_FILE),
-        evaluations=read_object(path / "evaluation.json").get("evaluations", []),
+        evaluations=[e for e in evaluations if isinstance(e, dict)]
+        if isinstance(evaluations, list)
+        else [],
     )
 
 
@@ -219,11 +231,11 @@ def _state(status: JSON) -> tuple[str, str | None]:
     return state, status.get("error")
 
 
-def _yaml(path: Path) -> Any:
-    """What a file holds; {} where it is not there, is empty, or cannot be read."""
+def _yaml(path: Path, kind: type[T]) -> T:
+    """What a file holds; an empty one of its kind if it is of another, or cannot be read."""
     try:
-        return (
-            yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
-        )
-    except (OSError, yaml.YAMLError):
-        return {}
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        found = yaml.load(path.read_bytes(), Loader=loader)
+    except (OSError, ValueError, yaml.YAMLError):
+        found = None
+    return found if isinstance(found, kind) else kind()

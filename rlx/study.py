@@ -6,8 +6,9 @@ Only finished runs have a final score; all runs have curves, as far as they came
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlx import atari
+from rlx.folders import number
 from rlx.metrics import STAGES, bottleneck
 from rlx.problems import refuse
 from rlx.results import SCORES, SEED, Run, need_pandas, read, run_rows, value_of, varying
@@ -84,6 +86,11 @@ class Study:
         several = all(len(_points(run, CURVES[0], "env_steps")[0]) >= 3 for run in began)
         return CURVES[0] if began and several else CURVES[1]
 
+    @cached_property
+    def improvements(self) -> list[dict[str, Any]]:
+        """The rows of `improvement`, which a table and a figure show."""
+        return improvement(self)
+
     def scores(self, label: str) -> dict[str, np.ndarray]:
         """task -> f64[runs], the final scores of a group, for the tasks that have any."""
         found: dict[str, list[float]] = {}
@@ -144,11 +151,11 @@ def plural(number: int, what: str = "run") -> str:
 def tables(given: Study) -> dict[str, pd.DataFrame]:
     """name -> table, without empty ones; columns X_low and X_high are the 95 % interval of X."""
     pd = need_pandas()
-    makers = {
+    makers: dict[str, Callable[[Study], list[dict[str, Any]]]] = {
         "unfinished": unfinished,
         "scores": scores,
         "human_normalized": human_normalized,
-        "improvement": improvement,
+        "improvement": lambda given: given.improvements,
         "speed": speed,
         "atari": atari_table,
         "runs": all_runs,
@@ -259,8 +266,8 @@ def speed(given: Study) -> list[dict[str, Any]]:
         known = [run for run in runs if len(run.rows) > 1]
         if known:
             rates = {
-                "env steps/s": np.mean([_rate(run, "env_steps") for run in known]),
-                "updates/s": np.mean([_rate(run, "updates") for run in known]),
+                "env steps/s": _rate(known, "env_steps"),
+                "updates/s": _rate(known, "updates"),
             }
             most = {f"time/{s}": _mean(known, f"time/{s}") for s in STAGES}
             rows.append(
@@ -269,9 +276,16 @@ def speed(given: Study) -> list[dict[str, Any]]:
     return rows
 
 
-def _rate(run: Run, name: str) -> float:
-    first, last = run.rows[0], run.rows[-1]
-    return (last[name] - first[name]) / max(last["wall_s"] - first["wall_s"], 1e-9)
+def _rate(runs: Sequence[Run], name: str) -> float:
+    """The mean over the runs whose rows tell it; NaN where none does."""
+    rates = []
+    for run in runs:
+        first, last = run.rows[0], run.rows[-1]
+        n, s = number(first.get(name)), number(first.get("wall_s"))
+        m, t = number(last.get(name)), number(last.get("wall_s"))
+        if n is not None and s is not None and m is not None and t is not None:
+            rates.append((m - n) / max(t - s, 1e-9))
+    return float(np.mean(rates)) if rates else math.nan
 
 
 def _mean(runs: Sequence[Run], name: str) -> float:

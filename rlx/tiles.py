@@ -105,7 +105,8 @@ def _bars(draw: Any, seen: Seen, values: np.ndarray) -> None:
     for i, (value, above) in enumerate(zip(values, values - values.mean(), strict=True)):
         left = EDGE + i * column
         colour = CHOSEN if i == seen.action else BAR
-        high = round(half * float(above) / max(seen.spread, 1e-9))
+        share = float(above) / max(seen.spread, 1e-9)
+        high = round(half * share) if math.isfinite(share) else 0
         inset = min(column * 0.2, 16)
         across = (left + inset, left + column - inset)
         draw.rectangle((across[0], middle - max(high, 0), across[1], middle - min(high, 0)), colour)
@@ -136,4 +137,4 @@ def _font(size: int) -> Any:
 def _number(value: float) -> str:
     """Three or four digits, however large."""
     value = float(value)
-    return f"{value:.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.3g}"

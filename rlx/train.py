@@ -7,6 +7,7 @@ Compose, check, run. Everything here is about the command line; the training loo
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ from rlx import _paths, api, composing
 from rlx.config import ROLES, check, remember
 from rlx.problems import ConfigError, Problem, RunFailed, refuse
 
+RESUMED = ".hydra/resume-"  # and a number: where Hydra writes the settings of a resume
 VERSION = {"execution_whitelist": ("rlx.*",)} if composing.HYDRA_14 else composing.VERSION
 
 
@@ -48,6 +50,9 @@ def job(cfg: DictConfig) -> Any:
     try:
         summary = api.run(remember(cfg, sources), running.runtime.output_dir)
     except (ConfigError, RunFailed) as error:
+        if isinstance(error, ConfigError) and str(running.output_subdir).startswith(RESUMED):
+            # Nothing began with these settings, so nobody shall read them as the run's.
+            shutil.rmtree(Path(running.runtime.output_dir) / running.output_subdir)
         if running.mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise  # the sweep's other jobs go on
         if isinstance(error, ConfigError):
@@ -145,7 +150,7 @@ def _resume_argv(folder: Path, args: Any) -> list[str]:
         composing.search(_paths.config_dir()),
         "hydra/job_logging=rlx",
         f"hydra.run.dir={composing.quote(str(folder))}",
-        f"hydra.output_subdir=.hydra/resume-{number}",
+        f"hydra.output_subdir={RESUMED}{number}",
         f"resume={composing.quote(str(folder))}",
         *values,
     ]

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from rlx.folders import number
 from rlx.metrics import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, bottleneck, is_gone
 
 JSON = dict[str, Any]
@@ -85,7 +86,7 @@ class Runs:
 
 def find(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     """The runs in a folder and below it; what is inside a run, hidden or a link is not searched."""
-    if any((folder / mark).is_file() for mark in MARKS):
+    if any(os.path.isfile(folder / mark) for mark in MARKS):  # of Path's, some errors go through
         yield folder
         return
     try:
@@ -112,6 +113,7 @@ class RowsFile:
         self._offset, self._tail, self._seen = 0, b"", (-1, -1)
         self.columns = {name: array("d") for name in self._names}
         self.last: JSON = {}
+        self.names: dict[str, None] = {}  # of metrics that some row has a number of, in order
 
     def keep(self, names: Sequence[str]) -> None:
         """From now on these columns, too."""
@@ -125,11 +127,12 @@ class RowsFile:
         """Takes the rows that were added; a last line that has no end yet waits for it."""
         try:
             found = self._path.stat()
-        except OSError:
+            if (found.st_size, found.st_mtime_ns) != self._seen:
+                self._read(found)
+        except OSError:  # there is none, or it may not be read
             self._forget()
-            return
-        if (found.st_size, found.st_mtime_ns) == self._seen:
-            return
+
+    def _read(self, found: os.stat_result) -> None:
         with self._path.open("rb") as file:
             if found.st_size < self._offset or self._read_tail(file) != self._tail:
                 self._forget()
@@ -158,6 +161,8 @@ class RowsFile:
                 value = number(row.get(name))
                 column.append(math.nan if value is None else value)
             self.last = row
+            new = (name for name in row if name not in self.names)
+            self.names |= {name: None for name in new if number(row[name]) is not None}
 
     def curve(self, name: str, points: int) -> Curve:
         """Env steps and values where there is one: of neighbours the mean, at most `points`."""
@@ -221,8 +226,7 @@ class Run:
 
     def full(self, metrics: Sequence[str]) -> JSON:
         """With the names of all metrics, and the curves of these; unknown ones are left out."""
-        numbers = [name for name, value in self._rows.last.items() if number(value) is not None]
-        names = list(dict.fromkeys([TRAIN, EVALUATION, *numbers]))
+        names = list(dict.fromkeys([TRAIN, EVALUATION, *self._rows.names]))
         known = [name for name in metrics if name in names]
         self._rows.keep(known)
         curves = {name: self._rows.curve(name, LARGE) for name in known}
@@ -292,16 +296,6 @@ class Run:
 def load_yaml(data: bytes) -> Any:
     """YAML of plain values."""
     return yaml.load(data, LOADER)
-
-
-def number(value: Any) -> float | None:
-    """A finite number as it is, None for anything else that a file may hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:  # an integer of hundreds of digits
-        return None
 
 
 def age_s(status: Mapping[str, Any]) -> float | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlx import _paths, api, train
+from rlx import _paths, api, results, train
 from tests import standins
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,6 +193,17 @@ def test_resume_keeps_the_runs_configuration_and_folder(conf):
     done = command(conf, "resume='my out'", "acting.instnaces=3", "seed=x")
     assert done.returncode == 2
     assert "did you mean acting.instances?" in done.stderr
+
+
+def test_a_refused_resume_leaves_no_settings_that_no_run_had(conf):
+    assert command(conf, "hydra.run.dir=out", "total_env_steps=3").returncode == 0
+    out = conf.parent / "out"
+    with api.only_one(out):
+        done = command(conf, "resume=out", "total_env_steps=5")
+    assert done.returncode == 2
+    assert "another process is at work in it" in done.stderr
+    assert not list((out / ".hydra").glob("resume-*"))
+    assert results.read(out)[0].settings["total_env_steps"] == 3
 
 
 def test_resume_refuses_other_groups_sweeps_and_folders_without_a_run(conf, monkeypatch):

@@ -342,17 +342,18 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(capsys, caplog, run):
     assert f"{newest / 'meta.json'}: damaged" in line
 
 
-def test_recording_needs_imageio(capsys, run, monkeypatch):
+@pytest.mark.parametrize("record", ["true", "grid"])
+def test_recording_needs_imageio(capsys, run, monkeypatch, record):
     monkeypatch.setitem(sys.modules, "imageio.v2", None)
-    (line,) = refused(capsys, f"run={run}", "record=true")
-    assert line == "rlx: record=true: imageio is not installed; pip install rlx[video]"
+    (line,) = refused(capsys, f"run={run}", f"record={record}")
+    assert line == "rlx: record: imageio is not installed; pip install rlx[video]"
 
 
 def test_recording_needs_an_environment_that_draws(agent, weights):
     catch = dataclasses.replace(CARTPOLE, id="Catch-v0")
-    with pytest.raises(ConfigError, match=r"record=true: env.id='Catch-v0' cannot be rendered"):
+    with pytest.raises(ConfigError, match=r"record: env.id='Catch-v0' cannot be rendered"):
         play(agent, weights, family=catch, render=True)
-    with pytest.raises(ConfigError, match=r"record=true: .*unexpected keyword argument 'render'"):
+    with pytest.raises(ConfigError, match=r"record: .*unexpected keyword argument 'render'"):
         play(agent, weights, family=Unordered(), render=True)
 
 
@@ -366,7 +367,7 @@ def test_a_failed_recording_leaves_no_file(tmp_path, agent, weights, monkeypatch
     drawn: list[np.ndarray] = []
     monkeypatch.setattr(EnvPoolLanes, "render", render)
     with (
-        pytest.raises(ConfigError, match=r"^record=true: no picture$"),
+        pytest.raises(ConfigError, match=r"^record: no picture$"),
         evaluate.Film(tmp_path, "x", 30.0) as film,
     ):
         play(agent, weights, watch=evaluate.Recorder(film), render=True)

@@ -293,6 +293,23 @@ def test_what_a_state_needs_beside_it(lanes, given, said):
         act.act(observation, state, **given)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"epsilon": "0.1"}, r"epsilon is '0.1'; accepted: 0 \.\. 1"),
+        ({"epsilon": None}, r"epsilon is None; accepted: 0 \.\. 1"),
+        ({"epsilon": np.array([0.1, 0.2])}, r"epsilon is array\(\[0.1, 0.2\]\); accepted"),
+        ({"epsilon": float("nan")}, r"epsilon is nan; accepted: 0 \.\. 1"),
+        ({"seed": 1.5}, "seed is 1.5; accepted: a whole number"),
+        ({"seed": "3"}, "seed is '3'; accepted: a whole number"),
+        ({"seed": 2**70}, f"seed is {2**70}; accepted: a whole number"),
+    ],
+)
+def test_what_an_episode_cannot_begin_with(given, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        player(CARTPOLE).act(np.zeros(4, np.float32), None, **given)
+
+
 def test_a_state_of_something_else():
     act, one, two = player(CARTPOLE), np.zeros(4, np.float32), np.zeros((2, 4), np.float32)
     _, state = act.act(one, None)

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlx import atari, report_figures, results, study
+from rlx import atari, report_figures, report_page, results, study
 from rlx.metrics import read_rows
 from rlx.problems import ConfigError
 from rlx.report import report_runs
-from rlx.report_page import markdown_table, page, plain_table
+from rlx.report_page import markdown, markdown_table, page, plain_table
 from tests.sweeps import TASK
 from tests.test_results import begun, copied
 
@@ -247,3 +247,49 @@ def test_a_run_that_failed_early_does_not_shorten_where_the_time_goes(tmp_path):
     assert (steps[0], steps[-1], number) == (0, 800, 2)
     np.testing.assert_allclose(shares["acting"][steps <= 200], 0.4)
     np.testing.assert_allclose(shares["acting"][steps > 200], 0.2)
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib warns where no room is left for the axes
+def test_many_groups_leave_room_for_their_curves(sweep, tmp_path):
+    for number in range(24):
+        run = copied(sweep / "0", tmp_path / str(number))
+        config = run / ".hydra" / "config.yaml"
+        text = config.read_text()
+        rate = 0.00044303752452182633 + number / 1e6
+        text = re.sub(r"(\n +learning_rate: ).*", rf"\g<1>{rate}${{a}}$", text, count=1)
+        config.write_text(text)
+    given = study.study(tmp_path, ["agent.optimizer.learning_rate", "agent.n_step", "seed"])
+    assert len(given.groups) == 24
+    with report_figures._style():
+        for make in (
+            lambda given: report_figures.learning(given, "env_steps"),
+            report_figures.better,
+        ):
+            figure, _, _ = make(given)
+            figure.savefig(tmp_path / "picture.png")
+            (ax,) = figure.axes
+            assert ax.get_position().height * figure.get_figheight() > 1.8  # inches
+            assert ax.get_position().width * figure.get_figwidth() > 1.8
+        figure, _, caption = report_figures.stages(given)
+    assert len(figure.axes) == 12
+    assert "The first 12 of 24 groups." in caption
+
+
+def test_a_long_table_is_cut_on_the_page_which_says_so(sweep, monkeypatch):
+    given = study.study(sweep)
+    found = study.tables(given)
+    monkeypatch.setattr(report_page, "ROWS", 3)
+    for text in (page(given, found, []), markdown(given, found, [])):
+        assert text.count("The first 3 of 4 rows; runs.csv has them all.") == 1
+    assert len(markdown_table(found["runs"]).splitlines()) == 2 + 3
+
+
+def test_a_line_is_solid_only_where_all_runs_have_a_value(sweep, tmp_path):
+    for name, later in (("a", 0), ("b", 10_000)):
+        run = copied(sweep / "0", tmp_path / name)
+        rows = [r | {"env_steps": r["env_steps"] + later} for r in read_rows(run / "metrics.jsonl")]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figure, _, _ = report_figures.learning(study.study(tmp_path), "env_steps")
+    solid, dashed = figure.axes[0].get_lines()
+    assert np.isnan(solid.get_ydata()).all()
+    assert np.isfinite(dashed.get_ydata()).any()

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from rlx import results
+from rlx import report_figures, results, study
 from rlx.metrics import read_rows
 
 
@@ -94,6 +95,45 @@ def test_a_damaged_metrics_file_is_told_and_hides_no_run(sweep, tmp_path):
     assert "line 1: not a row of metrics" in table["error"][0]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", None),
+        (".hydra/config.yaml", "[1]"),
+        (".hydra/hydra.yaml", "[1]"),
+        (".hydra/hydra.yaml", "hydra:"),
+        (".hydra/hydra.yaml", "hydra: {runtime: {choices: {agent: [1]}}}"),
+        (".hydra/overrides.yaml", "5"),
+        (".hydra/overrides.yaml", "[1, [2]]"),
+        ("evaluation.json", '{"evaluations": [3]}'),
+        ("evaluation.json", '{"evaluations": {"a": 3}}'),
+        ("summary.json", '{"evaluation_return": NaN, "train_return": "x"}'),
+    ],
+)
+def test_files_that_hold_anything_hide_no_run(tmp_path, name, content):
+    run, _ = (begun(tmp_path / which, "finished", seed=1) for which in "ab")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).mkdir() if content is None else (run / name).write_text(content)
+    table = results.runs(tmp_path)
+    assert table["run"].tolist() == ["a", "b"]
+    assert table[["evaluation.json", "evaluation", "training"]].isna().all(axis=None)
+    assert (table["error"][0] is not None) == (content is None)
+
+
+def test_a_folder_that_may_not_be_read_hides_no_other(sweep, tmp_path, monkeypatch):
+    copied(sweep / "0", tmp_path / "open")
+    (tmp_path / "closed").mkdir()
+    real = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if tmp_path / "closed" in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert results.runs(tmp_path)["run"].tolist() == ["open"]
+
+
 def test_settings_are_those_of_the_last_resume(tmp_path):
     run = begun(tmp_path / "run", total_env_steps=10)
     for number in (2, 10):
@@ -111,6 +151,12 @@ def test_settings_that_follow_from_a_choice_are_left_out_unless_named(tmp_path):
         (run / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(choices))
         (run / ".hydra" / "overrides.yaml").write_text(f"- +rate={number}\n- network={name}\n")
     assert results.varying(results.read(tmp_path)) == ["network", "rate", "seed"]
+    resume = run / ".hydra" / "resume-1"
+    resume.mkdir()
+    shutil.copy(run / ".hydra" / "config.yaml", resume)
+    (resume / "overrides.yaml").write_text("- resume=x\n- network.core.units=64\n")
+    varying = results.varying(results.read(tmp_path))
+    assert varying == ["network", "network.core.units", "rate", "seed"]
     (tmp_path / "gru" / ".hydra" / "hydra.yaml").unlink()
     assert results.varying(results.read(tmp_path)) == ["network.core.units", "rate", "seed"]
 
@@ -129,3 +175,19 @@ def test_a_folder_without_runs_and_a_missing_pandas_are_refused(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"pip install 'rlx\[report\]'"):
         results.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["wall_s", "updates", "frames"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_rows_of_another_version_make_tables_without_what_they_lack(
+    sweep, tmp_path, name, is_there
+):
+    run = copied(sweep / "0", tmp_path / "run")
+    rows = [{k: v for k, v in row.items() if k != name} for row in read_rows(run / "metrics.jsonl")]
+    rows = [row | {name: None} if is_there else row for row in rows]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = study.study(tmp_path)
+    (speed,) = study.speed(given)
+    assert np.isnan(speed["updates/s"]) == (name != "frames")
+    assert np.isnan(speed["env steps/s"]) == (name == "wall_s")
+    assert report_figures.learning(given, "frames") is None

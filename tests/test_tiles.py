@@ -84,3 +84,10 @@ def test_a_grid_is_about_as_wide_as_high(count, shape):
     assert whole.shape == (shape[0] * 4, shape[1] * 5, 3)
     last = divmod(count - 1, shape[1])
     assert (whole[last[0] * 4, last[1] * 5] == count).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_have_no_bar(value):
+    picture = tile(seen(values=np.array([value, 1.0], np.float32), spread=value))
+    assert picture.shape == (HEIGHT + PANEL, WIDTH, 3)

@@ -311,6 +311,34 @@ def test_files_that_hold_anything_do_not_stop_the_others(copied, serve, name, co
     assert runs["finished"]["state"] in ("finished", "starting")
 
 
+def test_metrics_are_known_by_any_row_and_not_by_the_last_alone(copied):
+    path = copied / "finished" / "metrics.jsonl"
+    last = json.loads(path.read_bytes().splitlines()[-1])
+    row = dict.fromkeys(last) | {"env_steps": last["env_steps"] + 1}  # without an update
+    path.write_bytes(path.read_bytes() + json.dumps(row).encode() + b"\n")
+    run = Runs(copied).one("finished", ["learner/loss"])
+    assert "learner/loss" in run["metrics"]
+    assert run["curves"]["learner/loss"][1]
+
+
+def test_what_may_not_be_read_does_not_stop_the_others(tmp_path, monkeypatch):
+    for name in ("folder", "open"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "status.json").write_text('{"state": "finished"}')
+    (tmp_path / "folder" / "metrics.jsonl").mkdir()  # as one of another user: open fails
+    (tmp_path / "closed").mkdir()
+    real = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if tmp_path / "closed" in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    found = {run["name"]: run["state"] for run in Runs(tmp_path).all()}
+    assert found == {"folder": "finished", "open": "finished"}
+
+
 def test_runs_are_found_where_hydra_puts_them_and_none_inside_another(tmp_path):
     for name in ("2026-11-20/12-00-00", "multi/2026/0", "a/learners/0", ".hidden/run", "a"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)

@@ -185,8 +185,10 @@ class Player:
         """As `rlx.api.Loaded.act` says."""
         arrays, lanes = read_observation(self._outside, observation)
         n = 1 if lanes is None else lanes
-        if not 0 <= epsilon <= 1:
+        if not (_is_number(epsilon, "fiu") and 0 <= epsilon <= 1):
             raise ValueError(f"epsilon is {epsilon!r}; accepted: 0 .. 1")
+        if seed is not None and not (_is_number(seed, "iu") and -(2**63) <= seed < 2**63):
+            raise ValueError(f"seed is {seed!r}; accepted: a whole number of 64 bits")
         with jax.default_device(self._device):
             if state is None:
                 _refuse_of_no_episode(reward=reward, first=first)
@@ -240,6 +242,11 @@ def _act_and_split(
         agent, outside, params, observation, reward, first, state, used, epsilon
     )
     return action, state, key
+
+
+def _is_number(value: Any, kinds: str) -> bool:
+    """Whether it is one number, of these kinds of NumPy's."""
+    return np.ndim(value) == 0 and np.asarray(value).dtype.kind in kinds
 
 
 def _count(lanes: int | None) -> str:
