@@ -105,7 +105,7 @@ def open_output(settings: Mapping[str, Any], output_dir: Path | str | None) -> P
     saved = folder / ".hydra" / "config.yaml"
     try:
         saved.parent.mkdir(parents=True, exist_ok=True)
-        if not (folder / "env.json").exists():  # else it is that of the run that was here
+        if not is_used(folder):  # else it is that of the run that was here
             OmegaConf.save(OmegaConf.create(dict(settings)), saved)
     except OSError as error:
         raise refuse(
@@ -114,9 +114,14 @@ def open_output(settings: Mapping[str, Any], output_dir: Path | str | None) -> P
     return folder
 
 
+def is_used(folder: Path) -> bool:
+    """Whether a run has been in that folder."""
+    return (folder / "env.json").exists()
+
+
 def refuse_used(folder: Path) -> None:
     """Raises a ConfigError where a run has been before."""
-    if (folder / "env.json").exists():
+    if is_used(folder):
         says = f"holds a run already; continue it with resume={folder}, or give another folder"
         raise refuse("output_dir", says, given=str(folder))
 

@@ -92,9 +92,13 @@ def prepare(argv: list[str]) -> list[str]:
     if cfg.hydra.mode == RunMode.MULTIRUN:  # as an experiment of sweeps/ says
         return argv
     check(cfg)
+    folder = Path(cfg.hydra.run.dir)
     if cfg.resume is None:
-        api.refuse_used(Path(cfg.hydra.run.dir))
-    _make_output(Path(cfg.hydra.run.dir))
+        api.refuse_used(folder)
+    _make_output(folder)
+    if cfg.resume == "auto" and api.is_used(folder):  # its own settings are kept as they were
+        at = argv.index(args.overrides[0]) if args.overrides else len(argv)
+        argv = [*argv[:at], _resume_subdir(folder), *argv[at:]]
     return argv
 
 
@@ -143,17 +147,24 @@ def _resume_argv(folder: Path, args: Any) -> list[str]:
         raise ConfigError(
             [Problem(path=k, given=v, source=source, says=says) for k, v in groups.items()]
         )
-    number = 1 + len(list((folder / ".hydra").glob("resume-*")))
     values = [text for text in args.overrides if text.partition("=")[0].lstrip("+") != "resume"]
     return [
         *("--config-path", str(folder / ".hydra"), "--config-name", "config"),
         composing.search(_paths.config_dir()),
         "hydra/job_logging=rlx",
         f"hydra.run.dir={composing.quote(str(folder))}",
-        f"hydra.output_subdir={RESUMED}{number}",
+        _resume_subdir(folder),
         f"resume={composing.quote(str(folder))}",
         *values,
     ]
+
+
+def _resume_subdir(folder: Path) -> str:
+    """Where Hydra shall write the settings of the next resume."""
+    before = (
+        int(path.name.rpartition("-")[2]) for path in (folder / ".hydra").glob("resume-[0-9]*")
+    )
+    return f"hydra.output_subdir={RESUMED}{1 + max(before, default=0)}"
 
 
 def _searchpath(running: DictConfig) -> list[str]:

@@ -206,6 +206,20 @@ def test_a_refused_resume_leaves_no_settings_that_no_run_had(conf):
     assert results.read(out)[0].settings["total_env_steps"] == 3
 
 
+def test_resume_auto_keeps_the_settings_that_the_run_began_with(conf):
+    given = ("hydra.run.dir=out", "resume=auto")
+    assert command(conf, *given, "total_env_steps=3").returncode == 0
+    out = conf.parent / "out"
+    first = (out / ".hydra" / "config.yaml").read_text()
+    assert command(conf, "--config-dir", str(conf), *given, "total_env_steps=5").returncode == 0
+    assert (out / ".hydra" / "config.yaml").read_text() == first
+    assert results.read(out)[0].settings["total_env_steps"] == 5
+    with api.only_one(out):
+        assert command(conf, *given, "total_env_steps=7").returncode == 2
+    assert (out / ".hydra" / "config.yaml").read_text() == first
+    assert results.read(out)[0].settings["total_env_steps"] == 5
+
+
 def test_resume_refuses_other_groups_sweeps_and_folders_without_a_run(conf, monkeypatch):
     (conf.parent / "run" / ".hydra").mkdir(parents=True)
     (conf.parent / "run" / ".hydra" / "config.yaml").write_text("seed: 0\n")
