@@ -372,6 +372,7 @@ def test_a_run_inside_a_running_event_loop_as_a_notebook_has_one(tmp_path, monke
     assert not ray.is_initialized()
 
 
+@pytest.mark.slow  # most of a minute; sweeps by rlx_ray are tested in test_sweeps
 def test_two_jobs_of_a_multirun_each_have_their_cluster(tmp_path):
     done = subprocess.run(
         [
