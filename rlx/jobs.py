@@ -14,7 +14,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
@@ -22,13 +22,13 @@ from typing import Any, Protocol
 
 from rlx.folders import read_object
 from rlx.metrics import STATUS_FILE, SUMMARY_FILE, write_whole
+from rlx.signals import sigterm_interrupts
 
 CONSOLE_FILE = "console.log"
 RUNS_FILE = "runs.csv"
 RESULTS = ("evaluation_return", "env_steps", "wall_s", "error", "folder")  # its last columns
 TAIL_BYTES = 1 << 16  # of a console, where its last line is looked for
 POLL_S = 0.2
-TOGETHER_S = 5.0  # SIGTERMs that come within it are one
 KILL_S = 10.0  # after SIGKILL a process is gone by then
 
 
@@ -125,7 +125,7 @@ def run_jobs(
     live: dict[int, _Live] = {}  # by slot
     slots = min(slots, len(waiting))
     record(jobs, outcomes)
-    with _sigterm_interrupts():
+    with sigterm_interrupts():
         try:
             while waiting or live:
                 for slot in range(slots):
@@ -293,24 +293,6 @@ def _wait(processes: Sequence[Running], limit_s: float) -> None:
     end = monotonic() + limit_s
     while monotonic() < end and any(process.poll() is None for process in processes):
         sleep(POLL_S)
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends a sweep as Ctrl-C does; one soon after it (timeout sends two) is the same."""
-    told_at: float | None = None
-
-    def interrupt(*_: object) -> None:
-        nonlocal told_at
-        before, told_at = told_at, monotonic()
-        if before is None or told_at - before > TOGETHER_S:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _pairs(job: Job) -> list[tuple[str, str]]:

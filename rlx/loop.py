@@ -7,7 +7,6 @@ waits for the update it has just started, only for the one before.
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -28,6 +27,7 @@ from rlx.problems import RunFailed
 from rlx.progress import Progress
 from rlx.replay.quota import Quota
 from rlx.replay.snapshots import Snapshots
+from rlx.signals import stop_on_signals
 from rlx.types import Batch, Episode, News, Rollout, Sample
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ T = TypeVar("T")
 
 WAIT_S = 0.2  # for actors, before the loop looks at its clocks and signals again
 CLOSE_TIMEOUT_S = 30.0
-TOGETHER_S = 5.0  # SIGTERMs that come within it are one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -553,34 +552,3 @@ class Loop:
             self._in_flight = InFlight(
                 keys=saved["pending_keys"], td=lambda: td, is_finite=lambda: True, batch=None
             )
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set; a second one interrupts at once.
-
-    Not a SIGTERM soon after another: batch systems send it to a sweep and its runs alike, the sweep
-    hands its own on, and of a sweep that is killed Linux may tell a run once for each thread.
-    """
-    stop, told_at = threading.Event(), -TOGETHER_S
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        nonlocal told_at
-        is_the_same = number == signal.SIGTERM and perf_counter() - told_at < TOGETHER_S
-        told_at = perf_counter()
-        if stop.is_set():
-            if is_the_same:
-                return
-            raise KeyboardInterrupt
-        log.warning("%s: stopping with a checkpoint", signal.Signals(number).name)
-        stop.set()
-
-    kept = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

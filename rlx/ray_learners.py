@@ -34,10 +34,10 @@ from rlx.checkpoint import Checkpointer
 from rlx.config import build
 from rlx.learner import Group
 from rlx.learner_process import LearnerProcess
-from rlx.loop import stop_on_signals
 from rlx.problems import ConfigError, RunFailed, refuse
 from rlx.progress import Progress
 from rlx.shares import log_file, share_of
+from rlx.signals import stop_on_signals
 
 log = logging.getLogger(__name__)
 

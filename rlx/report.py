@@ -85,11 +85,12 @@ def report_runs(folder: Path, by: Sequence[str] | None = None, out: Path | None 
 
     Raises ValueError where there is no run, ConfigError for an unknown setting in `by`.
     """
-    from rlx.report_figures import draw, need_matplotlib
+    from rlx.report_figures import draw
     from rlx.report_page import markdown, page
+    from rlx.results import need
     from rlx.study import study, tables
 
-    need_matplotlib()
+    need("matplotlib")
     given = study(folder, by)
     found = tables(given)
     target = out or folder / "report"

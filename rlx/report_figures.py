@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlx.metrics import STAGES
-from rlx.results import Run
+from rlx.results import Run, need
 from rlx.statistics import Estimate
 from rlx.study import CURVES, Curve, Study, curve, plural, profiles, task_of
 
@@ -77,18 +77,9 @@ def draw(given: Study, folder: Path) -> list[Picture]:
     return pictures
 
 
-def need_matplotlib() -> Any:
-    """The module, or an ImportError that says what to install."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("matplotlib is not installed; pip install 'rlx[report]'") from error
-    return matplotlib
-
-
 @contextmanager
 def _style() -> Iterator[None]:
-    with need_matplotlib().rc_context(STYLE):
+    with need("matplotlib").rc_context(STYLE):
         yield
 
 

@@ -6,6 +6,7 @@ list every run that was begun below a folder, whatever became of it. pip install
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,7 +72,7 @@ def load(folder: Path | str) -> pd.DataFrame:
     Columns: run, state, the settings that vary between the runs, and the metrics. A run without
     metrics has one row without them. Raises ValueError where there is no run.
     """
-    pd = need_pandas()
+    pd = need("pandas")
     found = read(folder)
     settings = varying(found)
     rows = [
@@ -88,7 +89,7 @@ def runs(folder: Path | str) -> pd.DataFrame:
     Columns: run, state, error, the settings that vary, the counts of the last row of metrics, and
     the final mean returns by where they come from (SCORES). ValueError where there is no run.
     """
-    pd = need_pandas()
+    pd = need("pandas")
     found = read(folder)
     return pd.DataFrame(run_rows(found, varying(found)))
 
@@ -104,13 +105,12 @@ def run_rows(found: Sequence[Run], settings: Iterable[str]) -> list[JSON]:
     return rows
 
 
-def need_pandas() -> Any:
-    """The module, or an ImportError that says what to install."""
+def need(library: str) -> Any:
+    """That module, or an ImportError that says what to install."""
     try:
-        import pandas
+        return importlib.import_module(library)
     except ImportError as error:
-        raise ImportError("pandas is not installed; pip install 'rlx[report]'") from error
-    return pandas
+        raise ImportError(f"{library} is not installed; pip install 'rlx[report]'") from error
 
 
 # --- settings ------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
+from rlx.folders import number
 from rlx.jobs import Job, say
 from rlx.metrics import METRICS_FILE, read_rows
 from rlx.problems import show
@@ -155,9 +156,7 @@ class Search:
     def _tell(self, trial: Any, found: JobReturn) -> None:
         failed = found.status != JobStatus.COMPLETED
         summary = {} if failed else found.return_value
-        value = summary.get(self._metric)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            value = None
+        value = number(summary.get(self._metric))
         if summary.get("state") == "pruned":
             self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         elif failed or value is None:

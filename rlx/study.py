@@ -21,7 +21,7 @@ from rlx import atari
 from rlx.folders import number
 from rlx.metrics import STAGES, bottleneck
 from rlx.problems import refuse
-from rlx.results import SCORES, SEED, Run, need_pandas, read, run_rows, value_of, varying
+from rlx.results import SCORES, SEED, Run, need, read, run_rows, value_of, varying
 from rlx.statistics import (
     Estimate,
     iqm,
@@ -150,7 +150,7 @@ def plural(number: int, what: str = "run") -> str:
 
 def tables(given: Study) -> dict[str, pd.DataFrame]:
     """name -> table, without empty ones; columns X_low and X_high are the 95 % interval of X."""
-    pd = need_pandas()
+    pd = need("pandas")
     makers: dict[str, Callable[[Study], list[dict[str, Any]]]] = {
         "unfinished": unfinished,
         "scores": scores,

@@ -42,6 +42,21 @@ def sweep(tmp_path_factory):
     return sweeps.make(tmp_path_factory.mktemp("sweep"))
 
 
+@pytest.fixture
+def closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that may not be looked into, which root's tests cannot make by its mode."""
+    folder, real = tmp_path / "closed", Path.is_file
+    folder.mkdir()
+
+    def is_file(path: Path) -> bool:
+        if folder in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    return folder
+
+
 SMALL = [
     *("agent.burn_in=2", "agent.unroll=4", "agent.n_step=2", "agent.stride=2"),
     *("agent.block_rows=2", "learner.batch_size=4"),

@@ -26,6 +26,7 @@ LAYERS = [
         "child",
         "boards",
         "folders",
+        "signals",
     },
     {"trees", "interfaces", "ops", "hints", "targets", "flops", "tiles"},
     {"config", "optimizers", "metrics", "statistics"},

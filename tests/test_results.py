@@ -120,17 +120,8 @@ def test_files_that_hold_anything_hide_no_run(tmp_path, name, content):
     assert (table["error"][0] is not None) == (content is None)
 
 
-def test_a_folder_that_may_not_be_read_hides_no_other(sweep, tmp_path, monkeypatch):
+def test_a_folder_that_may_not_be_read_hides_no_other(sweep, tmp_path, closed):
     copied(sweep / "0", tmp_path / "open")
-    (tmp_path / "closed").mkdir()
-    real = Path.is_file
-
-    def is_file(path: Path) -> bool:
-        if tmp_path / "closed" in path.parents:
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(Path, "is_file", is_file)
     assert results.runs(tmp_path)["run"].tolist() == ["open"]
 
 

@@ -21,8 +21,8 @@ from rlx import jobs
 from rlx.api import only_one
 from rlx.composing import compose, quote
 from rlx.jobs import Job, LocalProcess, Outcome, run_jobs
-from rlx.loop import stop_on_signals
 from rlx.problems import ConfigError
+from rlx.signals import sigterm_interrupts, stop_on_signals
 from rlx.sweeping import JobFailed, Refused, Sweep, share_of_cores, share_of_gpus
 from tests.test_run import TINY
 
@@ -218,7 +218,7 @@ def test_a_run_that_a_batch_system_and_its_sweep_tell_to_end_still_saves():
         assert stop.is_set()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    with jobs._sigterm_interrupts():
+    with sigterm_interrupts():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # does not kill the runs that are ending
