@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,7 @@ class Sweep:
         composed: list[Composed] = []
         varying = self.searched or _varying(batch)
         for number, overrides in enumerate(batch, start=first):
-            cfg = self._load(list(overrides))
-            with open_dict(cfg):
-                cfg.hydra.job.num, cfg.hydra.job.id = number, str(number)
-            command, more = [*command_line(self._config), *overrides], []
+            cfg, more = self._numbered(number, overrides), []
             folder = self._folder / str(cfg.hydra.sweep.subdir)
             try:
                 _refuse_shared(folder, number, [*self._jobs, *(job for job, _ in composed)])
@@ -130,28 +127,50 @@ class Sweep:
             except ConfigError as error:
                 problems += [_of_job(problem, number) for problem in error.problems]
                 continue
-            where = [f"hydra.run.dir={quote(str(folder))}", f"hydra.job.num={number}"]
-            last = _last_of_each(overrides)
-            job = Job(
-                number=number,
-                overrides=tuple(text for key, text in last.items() if key in varying),
-                folder=folder,
-                sweep=self._folder,
-                command=(*command, *on, *more, "hydra.mode=RUN", *where),
-            )
             if done is not None:
                 self._outcomes[number] = done
+            job = self._job(number, folder, overrides, [*on, *more], varying)
             composed.append((job, cfg))
         if not self.searched or (len(refused) == len(batch) and not self._jobs):
             problems = [*(one for found in refused.values() for one in found), *problems]
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
+        self._count_as_failed(refused, composed)
+        return composed
+
+    def _numbered(self, number: int, overrides: Sequence[str]) -> DictConfig:
+        cfg = self._load(list(overrides))
+        with open_dict(cfg):
+            cfg.hydra.job.num, cfg.hydra.job.id = number, str(number)
+        return cfg
+
+    def _job(
+        self,
+        number: int,
+        folder: Path,
+        overrides: Sequence[str],
+        more: Sequence[str],
+        varying: Collection[str],
+    ) -> Job:
+        """more: overrides that it is started with, and that are not its own."""
+        where = [f"hydra.run.dir={quote(str(folder))}", f"hydra.job.num={number}"]
+        last = _last_of_each(overrides)
+        return Job(
+            number=number,
+            overrides=tuple(text for key, text in last.items() if key in varying),
+            folder=folder,
+            sweep=self._folder,
+            command=(*command_line(self._config), *overrides, *more, "hydra.mode=RUN", *where),
+        )
+
+    def _count_as_failed(
+        self, refused: Mapping[int, Sequence[Problem]], composed: Sequence[Composed]
+    ) -> None:
         for job, _ in composed:
             if job.number in refused:
                 told = "; ".join(map(str, refused[job.number]))
                 self._outcomes[job.number] = Outcome(state="not started", summary={}, error=told)
                 say(f"{job.label} is refused: {told}")
-        return composed
 
     def _before(
         self, folder: Path, cfg: DictConfig, skip_done: bool, also: Sequence[str]
