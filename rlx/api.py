@@ -216,7 +216,8 @@ class Loaded:
         grid: int = 9,
     ) -> dict[str, Any]:
         """Plays episodes with a checkpoint's parameters; `rlx.evaluate` explains the arguments."""
-        from rlx.evaluate import Film, GridRecorder, Recorder, evaluate
+        from rlx.evaluate import evaluate
+        from rlx.films import Film, GridRecorder, Recorder
 
         settings, restored = plain(self.cfg)["evaluation"], self.restore(which)
         version, name = restored.meta["updates"], f"evaluation-{restored.env_steps}"

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import rlx
-from rlx import evaluate, metrics, tiles
+from rlx import evaluate, films, metrics, tiles
 from rlx.agents.r2d2 import R2D2
 from rlx.envs.envpool import EnvPool, EnvPoolLanes
 from rlx.evaluate import run_episodes
@@ -255,7 +255,7 @@ def test_a_loaded_run_gives_its_parts(run):
 def test_record_writes_the_first_episode(run, monkeypatch):
     from PIL import Image
 
-    monkeypatch.setattr(evaluate, "_has_ffmpeg", lambda: False)
+    monkeypatch.setattr(films, "_has_ffmpeg", lambda: False)
     evaluate.main([f"run={run}", "episodes=2", "record=true", "record_fps=20"])
     (found,) = saved(run)
     video = Path(found["video"])
@@ -368,9 +368,9 @@ def test_a_failed_recording_leaves_no_file(tmp_path, agent, weights, monkeypatch
     monkeypatch.setattr(EnvPoolLanes, "render", render)
     with (
         pytest.raises(ConfigError, match=r"^record: no picture$"),
-        evaluate.Film(tmp_path, "x", 30.0) as film,
+        films.Film(tmp_path, "x", 30.0) as film,
     ):
-        play(agent, weights, watch=evaluate.Recorder(film), render=True)
+        play(agent, weights, watch=films.Recorder(film), render=True)
     assert os.listdir(tmp_path) == []
 
 
@@ -381,14 +381,14 @@ def test_a_grid_shows_what_is_played_and_why(agent, weights, tmp_path, monkeypat
     from PIL import Image
 
     family = dataclasses.replace(CARTPOLE, max_episode_steps=15)
-    monkeypatch.setattr(evaluate, "_has_ffmpeg", lambda: False)
+    monkeypatch.setattr(films, "_has_ffmpeg", lambda: False)
     shown: list[tiles.Seen] = []
     draw = tiles.tile
     monkeypatch.setattr(tiles, "tile", lambda seen: (shown.append(seen), draw(seen))[1])
-    with evaluate.Film(tmp_path, "grid", 30.0) as film:
-        grid = evaluate.GridRecorder(film, 3)
+    with films.Film(tmp_path, "grid", 30.0) as film:
+        grid = films.GridRecorder(film, 3)
         found = run_episodes(
-            agent=evaluate.with_values(agent),
+            agent=films.with_values(agent),
             weights=weights,
             family=family,
             episodes=5,
@@ -432,8 +432,8 @@ def test_a_grid_shows_what_is_played_and_why(agent, weights, tmp_path, monkeypat
 
 
 def test_the_command_records_a_grid_and_cuts_what_is_too_long(run, monkeypatch, caplog):
-    monkeypatch.setattr(evaluate, "_has_ffmpeg", lambda: False)
-    monkeypatch.setattr(evaluate, "VIDEO_FRAMES", 4)
+    monkeypatch.setattr(films, "_has_ffmpeg", lambda: False)
+    monkeypatch.setattr(films, "VIDEO_FRAMES", 4)
     with caplog.at_level(logging.WARNING):
         evaluate.main([f"run={run}", "episodes=2", "record=grid", "grid=7"])
     (found,) = saved(run)
@@ -444,14 +444,14 @@ def test_the_command_records_a_grid_and_cuts_what_is_too_long(run, monkeypatch, 
 
 
 def test_an_agent_without_values_has_a_grid_without_bars(agent, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "_has_ffmpeg", lambda: False)
+    monkeypatch.setattr(films, "_has_ffmpeg", lambda: False)
     shown: list[tiles.Seen] = []
     draw = tiles.tile
     monkeypatch.setattr(tiles, "tile", lambda seen: (shown.append(seen), draw(seen))[1])
     family = dataclasses.replace(CARTPOLE, max_episode_steps=3)
-    assert evaluate.with_values(WITHOUT_VALUES) is WITHOUT_VALUES
-    with evaluate.Film(tmp_path, "grid", 30.0) as film:
-        grid = evaluate.GridRecorder(film, 1)
+    assert films.with_values(WITHOUT_VALUES) is WITHOUT_VALUES
+    with films.Film(tmp_path, "grid", 30.0) as film:
+        grid = films.GridRecorder(film, 1)
         play(
             agent,
             weights,

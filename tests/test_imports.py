@@ -36,6 +36,7 @@ LAYERS = [
     {"report_page"},
     {"checkpoint", "nonfinite", "shares"},
     {"agents", "acting", "learner"},
+    {"films"},
     {"evaluate"},
     {"ray_evaluator"},
     {"loop"},
