@@ -171,8 +171,8 @@ def trained_q(observation):
     stacked, _ = agent.network.stack_frames(inputs, one.carry)
     burn_in, trained = common.window(stacked, 0, 4), common.window(stacked, 4, None)
     _, core = agent.network.unroll(params, burn_in, one.carry.core)
-    q, _ = agent.network.unroll(params, trained, jax.lax.stop_gradient(core))
-    return q[:, 0].max(axis=-1)
+    features, _ = agent.network.unroll(params, trained, jax.lax.stop_gradient(core))
+    return agent.network.read(params, "head", agent.head, features)[:, 0].max(axis=-1)
 
 
 jacobian = jax.jacobian(trained_q)(time_major.inputs.observation["observation"])  # [T + n, L, 1, *]
@@ -258,13 +258,13 @@ plt.show()
 scalars = dataclasses.replace(
     batch.rows, inputs=dataclasses.replace(batch.rows.inputs, observation={})
 )
-first_td = agent.first_td(scalars)
+initial_priorities = agent.initial_priorities(scalars)
 before = learner.state().params
 output = learner.update(learner.put(sample.batch))
-td = learner.td(output)
+td = learner.priorities(output)
 print(f"TD errors {td.shape}: sequences, trained rows; {(td == -1).sum()} rows not valid")
-print(f"largest difference to those of acting time: {np.abs(td - first_td).max():.1e}")
-assert np.abs(td - first_td).max() < 1e-4
+print(f"largest difference to those of acting time: {np.abs(td - initial_priorities).max():.1e}")
+assert np.abs(td - initial_priorities).max() < 1e-4
 for name, metric in sorted(output.metrics.items()):
     print(f"{name:22} {float(np.asarray(metric)[0]):.4f}")
 
@@ -282,12 +282,12 @@ for name, leaf in trees.flatten(after).items():
 # 200 more updates, as the loop makes them, so that some sequences are understood better than others.
 
 # %%
-replay.update_td(sample.keys, td)
+replay.update_priorities(sample.keys, td)
 newest = dict(zip(sample.keys, td, strict=True))  # the last TD errors of each sequence
 for _ in range(200):
     sample = replay.sample(16)
-    td = learner.td(learner.update(learner.put(sample.batch)))
-    replay.update_td(sample.keys, td)
+    td = learner.priorities(learner.update(learner.put(sample.batch)))
+    replay.update_priorities(sample.keys, td)
     newest |= zip(sample.keys, td, strict=True)
 keys, td = np.array(list(newest)), np.stack(list(newest.values()))
 priority = sequence_priority(td, eta=0.9)

@@ -100,7 +100,7 @@ kwargs:
 # %% [markdown]
 # ## The network
 #
-# A recurrent network is torso, core and head, and any of them may be yours. This core is minGRU
+# A network is torso and core, an agent adds its head, and any of them may be yours. This core is minGRU
 # ([Feng et al. 2024](https://arxiv.org/abs/2410.01201)): its gate does not read the state, so that all rows of
 # a sequence are computed at once. A core has one duty: where `first` is true the state is zero before that row.
 
@@ -178,7 +178,7 @@ import numpy as np
 
 from rlx import ops
 from rlx.agents import common
-from rlx.agents.r2d2 import R2D2
+from rlx.agents.r2d2 import HEAD, R2D2
 from rlx.types import (
     Array, Batch, Carry, EnvSpec, NetInput, Params, QActing, Range, Row, Runtime,
     SequenceSpec, TrainState, UpdateOutput,
@@ -193,20 +193,25 @@ class AdvantageR2D2:
     r2d2: R2D2
     spec: Runtime[EnvSpec]
 
+    on_policy = False
+    samples = False
+
     def __post_init__(self) -> None:
         if self.r2d2.reward != "raw":  # else the sum would be clipped, not the reward
             raise ValueError(f"agent.r2d2.reward={self.r2d2.reward}: advantage learning needs raw.")
 
     # --- what differs ----------------------------------------------------------------------------
 
-    def first_td(self, rows: Row) -> np.ndarray:
-        return self.r2d2.first_td(self._widened(rows, rows.acting.q, rows.acting.q_max, np))
+    def initial_priorities(self, rows: Row) -> np.ndarray:
+        return self.r2d2.initial_priorities(self._widened(rows, rows.acting.q, rows.acting.q_max, np))
 
     def update(
         self, state: TrainState, batch: Batch, *, axis_name: str | None = None
     ) -> tuple[TrainState, UpdateOutput]:
         rows, carry = common.time_major(batch.rows), batch.carry
-        q, _ = self.r2d2.network.apply(state.target_params, rows.inputs, carry)  # [L, B, A]
+        net, target = self.r2d2.network, state.target_params
+        features, _ = net.apply(target, rows.inputs, carry)
+        q = net.read(target, HEAD, self.r2d2.head, features)  # [L, B, A]
         rows = self._widened(rows, common.take_action(q, rows.action), q.max(axis=-1), jnp)
         rows = replace(batch.rows, reward=rows.reward.T)
         return self.r2d2.update(state, replace(batch, rows=rows), axis_name=axis_name)
@@ -222,10 +227,6 @@ class AdvantageR2D2:
     @property
     def sequence(self) -> SequenceSpec:
         return self.r2d2.sequence
-
-    @property
-    def replay_kind(self) -> str:
-        return self.r2d2.replay_kind
 
     @property
     def acting_spec(self) -> QActing:

@@ -24,7 +24,7 @@ from rlx.acting.recorded import Recorded
 from rlx.checkpoint import Checkpointer, CheckpointError, Restored
 from rlx.config import build, prepare
 from rlx.evaluate import Evaluation
-from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers
+from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers, Prioritizing
 from rlx.learner import Learner
 from rlx.loop import Alone, Parts
 from rlx.problems import refuse
@@ -235,7 +235,7 @@ def make_replay(
         "row_spec": row_spec(agent.spec, agent.acting_spec),
         "carry_spec": carry_spec(agent),
         "lanes": lanes,
-        "first_td": agent.first_td,
+        **_priorities_of(agent),
         "seed": seed,
         "devices": devices,
     }
@@ -246,6 +246,11 @@ def make_replay(
         return ReplayProcess(make, ahead=own["prefetch"], batch_size=batch_size)
     except ValueError as error:
         raise refuse("replay", str(error)) from error
+
+
+def _priorities_of(agent: Agent) -> dict[str, Any]:
+    found = agent.initial_priorities if isinstance(agent, Prioritizing) else None
+    return {"initial_priorities": found}
 
 
 def _restore_replay(replay: Any, resumed: Restored) -> None:

@@ -46,6 +46,7 @@ BEST_FILE = "best.json"
 SEGMENTS = "segments"
 FORMAT = 2
 MAP_BYTES = 1 << 20  # arrays from this size on are mapped, not read, when restored
+ADDED = {"gradient_steps": "updates"}  # leaves that older checkpoints lack: equal to these then
 SHOWN = 5  # differing leaves named in an error
 
 _TEMPORARY = ".tmp-"
@@ -544,8 +545,12 @@ def _read_state(folder: Path, like_state: Any) -> Any:
 
     saved = json.loads((folder / "leaves.json").read_bytes())
     expected, rebuild = _flatten(like_state)
+    same_as = {path: old for path, old in ADDED.items() if path in expected and path not in saved}
+    saved |= {path: saved[old] for path, old in same_as.items() if old in saved}
     _compare(folder, saved, {path: _describe(leaf) for path, leaf in expected.items()})
-    stored = _read_orbax(folder / "state", [k for k, leaf in saved.items() if _size(leaf)])
+    there = [k for k, leaf in saved.items() if _size(leaf) and k not in same_as]
+    stored = _read_orbax(folder / "state", there)
+    stored |= {path: stored[old] for path, old in same_as.items()}
     leaves = []
     for path in expected:
         about = saved[path]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -69,19 +69,31 @@ class EnvFamily(Protocol):
 
 
 class Network(Protocol):
-    """Time-major: inputs [T, B, ...]."""
+    """A body (torso and core), to which an agent puts heads. Time-major: inputs [T, B, ...]."""
 
-    def init(self, key: Array) -> Params: ...
-    def apply(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Any, Carry]:
-        """`stack_frames`, then `unroll`: (output [T, B, ...], carry after the last row)."""
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether it remembers more than its stack of frames."""
+
+    def init(self, key: Array, heads: Mapping[str, Head], **further: tuple[Array, ...]) -> Params:
+        """Parameters of the body and of these heads; further: what a head reads beside features."""
+
+    def apply(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
+        """`stack_frames`, then `unroll`: (features f32[T, B, F], carry after the last row)."""
 
     def stack_frames(self, inputs: NetInput, carry: Carry) -> tuple[NetInput, Any]:
         """(inputs as `unroll` takes them, frames of the carry after the last row)."""
 
     def unroll(self, params: Params, stacked: NetInput, core: Any) -> tuple[Any, Any]:
-        """(output [T, B, ...], recurrent state after the last row)."""
+        """(features f32[T, B, F], recurrent state after the last row)."""
+
+    def read(self, params: Params, name: str, head: Head, features: Array, *further: Array) -> Any:
+        """What the head of that name says of features [..., F] and its further inputs."""
 
     def initial_carry(self, batch: int) -> Carry: ...
+
+
+Head = Any  # a flax module: (features, action spec, dtype, *further) -> its output
 
 
 class Agent(Protocol):
@@ -92,7 +104,13 @@ class Agent(Protocol):
     @property
     def sequence(self) -> SequenceSpec: ...
     @property
-    def replay_kind(self) -> str: ...
+    def on_policy(self) -> bool:
+        """Whether it learns only from rows that its newest weights have made, once."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether it draws actions from a distribution of its own; else only epsilon makes them."""
+
     @property
     def acting_spec(self) -> Any:
         """The agent's record of acting time, with ArraySpec leaves."""
@@ -103,14 +121,24 @@ class Agent(Protocol):
     def act(
         self, params: Params, inputs: NetInput, carry: Carry, key: Array, exploration: Array
     ) -> tuple[Array, Any, Carry]:
-        """inputs [N, ...] -> (action i32[N], acting record [N], carry)."""
+        """inputs [N, ...], exploration f32[N] -> (action [N, ...], acting record [N], carry).
 
-    def first_td(self, rows: Row) -> np.ndarray:
-        """f32[M, T] from the scalars of M sequences (observation {}), in NumPy; -1 = not valid."""
+        exploration: 0 is the best action it knows (the mode), 1 is as it samples; between them
+        the share of sampled actions. For agents that do not sample it is epsilon.
+        """
 
     def update(
         self, state: TrainState, batch: Batch, *, axis_name: str | None = None
-    ) -> tuple[TrainState, UpdateOutput]: ...
+    ) -> tuple[TrainState, UpdateOutput]:
+        """Learns from a batch in one compiled call: a gradient step, or epochs of minibatches."""
+
+
+@runtime_checkable
+class Prioritizing(Protocol):
+    """An agent whose sequences have priorities; its updates give their new ones."""
+
+    def initial_priorities(self, rows: Row) -> np.ndarray:
+        """f32[M, T] from the scalars of M sequences (observation {}), in NumPy; -1 = not valid."""
 
 
 class Ring(Protocol):
@@ -160,7 +188,7 @@ class Replay(Protocol):
     def sample(self, batch_size: int) -> Sample:
         """The arrays of a host's batch are overwritten after two more samples."""
 
-    def update_td(self, keys: np.ndarray, td: np.ndarray) -> None: ...
+    def update_priorities(self, keys: np.ndarray, td: np.ndarray) -> None: ...
     def flush(self) -> None:
         """What is recorded is on the disk when this returns."""
 
@@ -231,5 +259,5 @@ class Evaluator(Protocol):
     def close(self) -> None: ...
 
 
-FirstTD = Callable[[Row], np.ndarray]
+InitialPriorities = Callable[[Row], np.ndarray]
 Device = Literal["cpu", "learner"]

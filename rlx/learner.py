@@ -1,7 +1,7 @@
 """The one mutable owner of the TrainState: replicates, pmaps, donates, counts, publishes.
 
-The only module that knows the learner's devices. Nothing here waits for a device except `td`,
-`state` and `Published.weights`.
+The only module that knows the learner's devices. Nothing here waits for a device except
+`priorities`, `gradient_steps`, `state` and `Published.weights`.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Learner:
         return tuple(self._devices)
 
     def update(self, batch: Batch, largest_importance: float | None = None) -> UpdateOutput:
-        """One update, without waiting: td [D, B / D, T] and metrics [D] are futures.
+        """One update, without waiting: priorities [D, B / D, T] and metrics [D] are futures.
 
         largest_importance: what this batch's importance was divided by, where other processes'
         were divided by something else: it is divided by the largest of all.
@@ -139,19 +139,27 @@ class Learner:
         else:
             largest = np.full(len(self._devices), largest_importance, np.float32)
             self._state, output = self._update(self._state, batch, largest)
-        self._newest = output.td
+        self._newest = output.metrics[FINITE]
         self.updates += 1
         return output
+
+    @property
+    def gradient_steps(self) -> int:
+        """Made so far; waits for the last update."""
+        return int(np.asarray(self._state.gradient_steps.addressable_data(0))[0])
 
     @property
     def is_busy(self) -> bool:
         """Whether the last update has not ended yet."""
         return self._newest is not None and not self._newest.is_ready()
 
-    def td(self, output: UpdateOutput) -> np.ndarray:
-        """f32[B, T] of that update; waits for it."""
-        td = np.asarray(output.td)
-        return td.reshape(-1, td.shape[-1])
+    def priorities(self, output: UpdateOutput) -> np.ndarray | None:
+        """f32[B, T] of that update, for which it waits; None of an agent that keeps none."""
+        jax.block_until_ready(output)
+        if output.priorities is None:
+            return None
+        priorities = np.asarray(output.priorities)
+        return priorities.reshape(-1, priorities.shape[-1])
 
     def is_finite(self, output: UpdateOutput) -> bool:
         """Whether that update had finite losses and gradients; waits for it.
@@ -197,7 +205,8 @@ def _guarded(
         scale = largest / jax.lax.pmax(largest, AXIS)
         batch = replace(batch, importance=batch.importance * scale)
     new, output = update(state, batch, axis_name=AXIS)
-    measured = [jnp.isfinite(x).all() for x in (output.td, *output.metrics.values())]
+    said = jax.tree.leaves((output.priorities, output.metrics))
+    measured = [jnp.isfinite(x).all() for x in said]
     finite = jax.lax.pmin(jnp.stack(measured).all().astype(jnp.float32), AXIS)
     kept = jax.tree.map(lambda x, old: jnp.where(finite > 0, x, old), new, state)
     metrics = {**output.metrics, FINITE: finite}

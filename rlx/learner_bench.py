@@ -102,7 +102,7 @@ class Compiled:
 
     def work(self) -> float:
         self._state, output = self._update(self._state, self._batch)
-        jax.block_until_ready(output.td)
+        jax.block_until_ready(output.priorities)
         return 1
 
 
@@ -132,13 +132,13 @@ class LoopPath:
     def settle(self) -> None:
         while self._waiting:
             keys, output = self._waiting.pop()
-            self.heed(keys, self._learner.td(output))
+            self.heed(keys, np.asarray(self._learner.priorities(output)))
 
     def draw(self) -> tuple[np.ndarray, Batch]:
         """The same batch always."""
         return self._keys, self._batch
 
-    def heed(self, keys: np.ndarray, td: np.ndarray) -> None:
+    def heed(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         """Nobody needs the TD errors."""
 
     def close(self) -> None:
@@ -156,8 +156,8 @@ class FromReplay(LoopPath):
         sample = self._replay.sample(self._size)
         return sample.keys, sample.batch
 
-    def heed(self, keys: np.ndarray, td: np.ndarray) -> None:
-        self._replay.update_td(keys, td)
+    def heed(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+        self._replay.update_priorities(keys, priorities)
 
     def close(self) -> None:
         self._replay.close()

@@ -89,7 +89,7 @@ class InFlight:
     """An update that was started; asking what became of it waits for its end."""
 
     keys: np.ndarray  # i64[B] of its sequences
-    td: Callable[[], np.ndarray]
+    priorities: Callable[[], np.ndarray | None]  # None: the agent keeps none
     is_finite: Callable[[], bool]
     batch: Batch | None  # None: of a run before this process
 
@@ -252,7 +252,7 @@ class Loop:
         self._settle()
         self._in_flight = InFlight(
             keys=sample.keys,
-            td=partial(learner.td, output),
+            priorities=partial(learner.priorities, output),
             is_finite=partial(learner.is_finite, output),
             batch=sample.batch,
         )
@@ -383,7 +383,9 @@ class Loop:
         last = self._in_flight
         if last is None or not last.is_finite():
             return {}
-        return {"pending_keys": last.keys, "pending_td": last.td()}
+        if (priorities := last.priorities()) is None:
+            return {}
+        return {"pending_keys": last.keys, "pending_td": priorities}
 
     @property
     def wall_s(self) -> float:
@@ -444,10 +446,11 @@ class Loop:
             return
         self._in_flight = None
         with self._stages.measure("wait_learner"):
-            td = last.td()
+            priorities = last.priorities()
         if last.is_finite():
-            with self._stages.measure("sample"):
-                self.parts.replay.update_td(last.keys, td)
+            if priorities is not None:
+                with self._stages.measure("sample"):
+                    self.parts.replay.update_priorities(last.keys, priorities)
         else:
             self._heed_nonfinite(last)
         if self._published is not None:
@@ -515,6 +518,7 @@ class Loop:
             **self.parts.pool.stats(),
             **(self.parts.evaluator.stats() if self.parts.evaluator else {}),
             "replay/ratio": quota.ratio_so_far(replay.env_steps),
+            "learner/gradient_steps": float(self.parts.learner.gradient_steps),
             **({"learner/restarts": float(peers.restarts)} if peers.count > 1 else {}),
         }
 
@@ -548,7 +552,10 @@ class Loop:
         self._evaluated = meta["evaluation_return"]
         self._metrics.restore(meta["metrics"])
         saved = resumed.replay_state or {}
-        if (td := saved.get("pending_td")) is not None:
+        if (pending := saved.get("pending_td")) is not None:
             self._in_flight = InFlight(
-                keys=saved["pending_keys"], td=lambda: td, is_finite=lambda: True, batch=None
+                keys=saved["pending_keys"],
+                priorities=lambda: pending,
+                is_finite=lambda: True,
+                batch=None,
             )

@@ -27,15 +27,16 @@ def unrescale(x: Array, epsilon: float, xp: Any) -> Array:
 def n_step_return(
     reward: Array, discount: Array, valid: Array, value: Array, *, n: int, gamma: float, xp: Any
 ) -> Array:
-    """n-step returns of the first T of T + n consecutive rows.
+    """n-step returns of the first T of T + n - 1 (or more) consecutive rows.
 
-    reward, discount, valid, value: [T + n, ...]; row t holds r_{t+1}, 0 where t+1 is terminal, and
-    the value of x_t. The sum stops at the first row that is not valid (an episode's last
-    observation) and bootstraps from it: with discount 0 before it if the episode terminated. So a
-    truncated episode is bootstrapped, a terminated one is not, and nothing passes an end.
+    reward, discount, valid: [T + n - 1, ...] or longer; value: [T + n, ...]; row t holds
+    r_{t+1}, 0 where t+1 is terminal, and the value of x_t. The sum stops at the first row that is
+    not valid (an episode's last observation) and bootstraps from it: with discount 0 before it if
+    the episode terminated. So a truncated episode is bootstrapped, a terminated one is not, and
+    nothing passes an end.
     Returns [T, ...].
     """
-    rows = reward.shape[0] - n
+    rows = value.shape[0] - n
     result = value[n:]
     for k in range(n - 1, -1, -1):
         step = slice(k, k + rows)

@@ -179,7 +179,7 @@ def _measured(
         began = perf_counter()
         sample = replay.sample(size, buffers=buffers)
         jax.block_until_ready(sample.batch)
-        replay.update_td(sample.keys, td)
+        replay.update_priorities(sample.keys, td)
         latencies_s.append(perf_counter() - began)
         return float(size * length)
 
@@ -215,7 +215,7 @@ def _beside_a_driver(
             def work(replay: Any, wait: Callable[[float], None] = wait) -> float:
                 if replay is not None:
                     sample = replay.sample(size)
-                    replay.update_td(sample.keys, td)
+                    replay.update_priorities(sample.keys, td)
                 wait(TURN_S)
                 return 1.0
 

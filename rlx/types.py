@@ -86,6 +86,9 @@ class EnvSpec:
     observation: Mapping[str, ArraySpec]
     action: DiscreteSpec | BoxSpec
     frames_per_env_step: int
+    action_mask: str | None = (
+        None  # the observation leaf [A] that is not 0 where actions are allowed
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,9 +282,11 @@ class TrainState:
     """All that an update changes."""
 
     params: Params
-    target_params: Params
-    opt_state: Any
+    target_params: Params  # () for agents without targets
+    opt_state: Any  # of one optimiser, or a dict of several
+    statistics: Any  # running statistics (rlx.agents.statistics) by name; {} without any
     updates: Array  # i32[]
+    gradient_steps: Array  # i32[]: an update may make several, or one for each optimiser
     key: Array  # a PRNG key
 
 
@@ -289,5 +294,5 @@ class TrainState:
 class UpdateOutput:
     """What an update tells the host."""
 
-    td: Array  # f32[B, T]: absolute TD errors; -1 where the row is not valid
+    priorities: Array | None  # f32[B, T], >= 0, -1 where a row is not valid; None: none are kept
     metrics: Mapping[str, Array]  # f32[] each

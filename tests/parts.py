@@ -8,7 +8,7 @@ import numpy as np
 
 from rlx.agents.r2d2 import R2D2
 from rlx.networks.cores import GRU, LSTM, Core, Feedforward
-from rlx.networks.heads import Dueling
+from rlx.networks.heads import Dueling, Head
 from rlx.networks.recurrent import RecurrentNetwork
 from rlx.networks.torsos import MLP, NatureCNN, Torso
 from rlx.optimizers import Adam
@@ -58,7 +58,6 @@ def network(spec: EnvSpec = VECTOR, core: str = "lstm", **changes: Any) -> Recur
         "dense_before_core": None,
         "layer_norm": False,
         "core": CORES[core],
-        "head": Dueling(hidden=8),
         "stack": {"observation": 4} if image else {},
         "prev_action": True,
         "prev_reward": True,
@@ -66,6 +65,22 @@ def network(spec: EnvSpec = VECTOR, core: str = "lstm", **changes: Any) -> Recur
         "spec": spec,
     }
     return RecurrentNetwork(**settings | changes)
+
+
+HEAD = Dueling(hidden=8)
+
+
+def init(net: RecurrentNetwork, key: Any, head: Head = HEAD) -> Any:
+    """Parameters of a body and one head."""
+    import jax
+
+    return jax.jit(lambda key: net.init(key, {"head": head}))(key)
+
+
+def q_values(agent: Any, params: Any, inputs: NetInput, carry: Carry) -> tuple[Any, Carry]:
+    """(Q of every action [T, B, A], the carry after the last row) of an agent with one head."""
+    features, carry = agent.network.apply(params, inputs, carry)
+    return agent.network.read(params, "head", agent.head, features), carry
 
 
 def adam(**changes: Any) -> Adam:
@@ -99,6 +114,7 @@ def agent(net: RecurrentNetwork | None = None, **changes: Any) -> R2D2:
         "stored_state": True,
         "loss_over_time": "mean",
         "target_period_updates": 10,
+        "head": HEAD,
         "optimizer": adam(),
         "network": net,
         "spec": net.spec,

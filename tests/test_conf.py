@@ -76,7 +76,7 @@ def trace_update(agent: Any, batch_size: int) -> None:
     batch = jax.eval_shape(lambda: bench.zero_batch(agent, batch_size))
     state = jax.eval_shape(agent.init, jax.random.PRNGKey(0))
     new, output = jax.eval_shape(agent.update, state, batch)
-    assert output.td.shape == (batch_size, agent.sequence.unroll)
+    assert output.priorities.shape == (batch_size, agent.sequence.unroll)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, new)
     assert all(jax.tree.leaves(same))
 

@@ -38,7 +38,7 @@ def run(devices: int) -> tuple[list[np.ndarray], np.ndarray]:
         output = subject.update(subject.put(parts.batch(subject._agent, 8, seed=seed)))
     state = subject.state()
     leaves = jax.tree.leaves((state.params, state.target_params, state.opt_state))
-    return leaves, subject.td(output)
+    return leaves, subject.priorities(output)
 
 
 def test_any_number_of_devices_gives_the_same_parameters(tmp_path):
@@ -101,7 +101,7 @@ def test_a_released_batch_overwritten_with_255_changes_no_loss():
         for seed in range(UPDATES):
             batch = parts.batch(subject._agent, 8, seed=seed)
             output = subject.update(subject.put(batch))
-            subject.td(output)  # the update has finished: its buffers may be reused
+            subject.priorities(output)  # the update has finished: its buffers may be reused
             if overwrite:
                 jax.tree.map(lambda x: np.asarray(x).view(np.uint8).fill(255), batch.rows)
         losses.append(float(output.metrics["learner/loss"][0]))
@@ -146,12 +146,12 @@ def test_it_is_busy_until_its_last_update_has_ended():
     subject = learner()
     assert not subject.is_busy
     output = subject.update(subject.put(parts.batch(subject._agent, 8)))
-    subject.td(output)
+    subject.priorities(output)
     assert not subject.is_busy
     batch = subject.put(parts.batch(subject._agent, 512))
     outputs = [subject.update(batch) for _ in range(3)]
     assert subject.is_busy
-    subject.td(outputs[-1])
+    subject.priorities(outputs[-1])
     assert not subject.is_busy
 
 

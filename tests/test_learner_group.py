@@ -128,7 +128,7 @@ def update(subject: Learner, batches: list[tuple[Batch, float | None]]) -> list[
         output = subject.update(subject.put(batch), largest)
     state = subject.state()
     leaves = jax.tree.leaves((state.params, state.target_params, state.opt_state))
-    return [*leaves, subject.td(output)]
+    return [*leaves, subject.priorities(output)]
 
 
 def batches_of(rank: int, count: int) -> list[tuple[Batch, float | None]]:

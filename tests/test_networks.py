@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from rlx import trees
 from rlx.networks import cores
 from rlx.networks.cores import stack_frames
-from rlx.networks.heads import Plain
+from rlx.networks.heads import Head, Plain
 from rlx.networks.torsos import MLP, ImpalaResNet, NatureCNN, OneHotMLP
 from rlx.types import ArraySpec, DiscreteSpec, EnvSpec, NetInput
 from tests import parts
@@ -24,7 +25,7 @@ def rows(inputs: NetInput, t: int) -> NetInput:
 def test_unroll_of_T_equals_T_unrolls_of_1_with_resets(spec, core):
     net = parts.network(spec, core)
     rng = np.random.default_rng(0)
-    params = jax.jit(net.init)(jax.random.PRNGKey(0))
+    params = parts.init(net, jax.random.PRNGKey(0))
     inputs = parts.inputs(spec, 9, 3, rng=rng)
     assert inputs.first[1:].any()
     carry = parts.random_carry(net, 3, rng)
@@ -40,7 +41,7 @@ def test_unroll_of_T_equals_T_unrolls_of_1_with_resets(spec, core):
 def test_nothing_crosses_a_reset(core):
     net = parts.network(core=core)
     rng = np.random.default_rng(0)
-    params = jax.jit(net.init)(jax.random.PRNGKey(0))
+    params = parts.init(net, jax.random.PRNGKey(0))
     inputs = parts.inputs(parts.VECTOR, 6, 2, rng=rng)
     inputs.first[:] = False
     inputs.first[3] = True
@@ -57,7 +58,7 @@ def test_nothing_crosses_a_reset(core):
 @pytest.mark.parametrize("core", ["lstm", "gru"])
 def test_gradients_through_the_scan_are_those_of_steps_one_by_one(core):
     net, rng = parts.network(core=core), np.random.default_rng(0)
-    params = jax.jit(net.init)(jax.random.PRNGKey(0))
+    params = parts.init(net, jax.random.PRNGKey(0))
     inputs, carry = parts.inputs(parts.VECTOR, 7, 3, rng=rng), parts.random_carry(net, 3, rng)
     assert inputs.first[1:].any()
     assert not inputs.first[1:].all()
@@ -89,7 +90,7 @@ def test_gradients_through_the_scan_are_those_of_steps_one_by_one(core):
 
 def test_no_previous_action_is_all_zeros():
     net = parts.network()
-    params = jax.jit(net.init)(jax.random.PRNGKey(0))
+    params = parts.init(net, jax.random.PRNGKey(0))
     inputs = parts.inputs(parts.VECTOR, 1, 1, rng=np.random.default_rng(0))
     carry = net.initial_carry(1)
 
@@ -118,7 +119,7 @@ def test_the_core_reads_the_previous_action_and_reward_if_asked_to(name):
     changed = dataclasses.replace(inputs, **{name: getattr(inputs, name) + 1})
     for asked in (True, False):
         net = parts.network(**{name: asked})
-        params = jax.jit(net.init)(jax.random.PRNGKey(0))
+        params = parts.init(net, jax.random.PRNGKey(0))
         one, other = (net.apply(params, x, net.initial_carry(1))[0] for x in (inputs, changed))
         assert np.array_equal(one, other) is not asked
 
@@ -156,11 +157,11 @@ def test_torsos_and_options_build_and_run():
     for spec, changes in [
         (grid, {"torso": one_hot, "stack": {}}),
         (parts.IMAGE, {"torso": resnet, "dense_before_core": 16}),
-        (parts.VECTOR, {"layer_norm": True, "head": Plain(hidden=None)}),
+        (parts.VECTOR, {"layer_norm": True}),
         (parts.IMAGE, {"compute_dtype": "bfloat16"}),
     ]:
         net = parts.network(spec, **changes)
-        params = jax.jit(net.init)(jax.random.PRNGKey(0))
+        params = parts.init(net, jax.random.PRNGKey(0))
         if spec is grid:
             observation = {
                 "image": np.zeros((2, 3, 7, 7, 3), np.uint8),
@@ -176,7 +177,9 @@ def test_torsos_and_options_build_and_run():
             )
         else:
             inputs = parts.inputs(spec, 2, 3, rng=np.random.default_rng(0))
-        q, carry = jax.jit(net.apply)(params, inputs, net.initial_carry(3))
+        features, carry = jax.jit(net.apply)(params, inputs, net.initial_carry(3))
+        assert features.dtype == jnp.float32
+        q = net.read(params, "head", parts.HEAD, features)
         assert q.shape == (2, 3, spec.action.n)
         assert q.dtype == jnp.float32
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(carry.core))
@@ -188,13 +191,11 @@ def test_networks_say_what_does_not_fit():
         parts.network(stack={"pixels": 4})
     with pytest.raises(ValueError, match="is not an image"):
         parts.network(stack={"observation": 4})
-    with pytest.raises(ValueError, match="box action space"):
-        parts.network(parts.BOX).init(jax.random.PRNGKey(0))
     with pytest.raises(ValueError, match="exactly one leaf of three axes"):
-        parts.network(torso=parts.SMALL_CNN).init(jax.random.PRNGKey(0))
+        parts.init(parts.network(torso=parts.SMALL_CNN), jax.random.PRNGKey(0))
     torso = NatureCNN(channels=(4,), kernels=(8, 4), strides=(4, 2), remat=False)
     with pytest.raises(ValueError, match="one number per layer"):
-        parts.network(parts.IMAGE, torso=torso).init(jax.random.PRNGKey(0))
+        parts.init(parts.network(parts.IMAGE, torso=torso), jax.random.PRNGKey(0))
     assert MLP(layers=()).layers == ()
 
 
@@ -205,4 +206,51 @@ def test_images_that_leave_nothing_are_refused(shape):
     )
     torso = NatureCNN(channels=(32, 64, 64), kernels=(8, 4, 3), strides=(4, 2, 1), remat=False)
     with pytest.raises(ValueError, match=r"kernels=.*smaller.*height"):
-        parts.network(spec, stack={}, torso=torso).init(jax.random.PRNGKey(0))
+        parts.init(parts.network(spec, stack={}, torso=torso), jax.random.PRNGKey(0))
+
+
+class Further(Head, kw_only=True):
+    """Reads quantile fractions, an action and a key beside the features."""
+
+    @nn.compact
+    def __call__(self, x, action, dtype, fractions, taken, key):
+        noise = jax.random.normal(key, ())
+        cosine = jnp.stack([jnp.cos(k * fractions) for k in range(1, 5)], axis=-1)
+        x = jnp.concatenate([x, taken], axis=-1)
+        x = x[..., None, :] * nn.Dense(x.shape[-1], name="embedding")(cosine)
+        return noise + nn.Dense(action.n, dtype=dtype, name="values")(x)
+
+
+@pytest.mark.parametrize("core", ["lstm", "none"])
+def test_heads_read_further_inputs_and_several_share_a_body(core):
+    net, rng = parts.network(core=core), np.random.default_rng(0)
+    heads = {"plain": Plain(hidden=None), "quantiles": Further()}
+    example = (jnp.zeros((1, 1, 3)), jnp.zeros((1, 1, 2)), jax.random.PRNGKey(0))
+    params = net.init(jax.random.PRNGKey(0), heads, quantiles=example)
+    assert {"torso", "core", "plain", "quantiles"} <= params.keys()
+    inputs = parts.inputs(parts.VECTOR, 5, 2, rng=rng)
+    features, _ = net.apply(params, inputs, net.initial_carry(2))
+    taken, keys = rng.normal(size=(5, 2, 2)), jax.random.split(jax.random.PRNGKey(1))
+
+    def read(fractions, taken, key):
+        return net.read(params, "quantiles", heads["quantiles"], features, fractions, taken, key)
+
+    online = read(rng.random((5, 2, 8)), taken, keys[0])
+    assert online.shape == (5, 2, 8, 4)  # as many fractions as one asks for
+    fractions = rng.random((5, 2, 3))
+    one = read(fractions, taken, keys[0])
+    assert np.abs(one - read(fractions, taken + 1, keys[0])).max() > 1e-3
+    assert np.abs(one - read(fractions, taken, keys[1])).max() > 1e-3
+    assert net.read(params, "plain", heads["plain"], features).shape == (5, 2, 4)
+
+
+def test_two_whole_networks_have_parameters_of_their_own():
+    actor, critic = parts.network(core="none"), parts.network(core="lstm")
+    head = {"head": Plain(hidden=None)}
+    first, second = (
+        net.init(key, head)
+        for net, key in zip((actor, critic), jax.random.split(jax.random.PRNGKey(0)), strict=True)
+    )
+    assert not actor.is_recurrent
+    assert critic.is_recurrent
+    assert np.abs(first["head"]["q"]["kernel"] - second["head"]["q"]["kernel"]).max() > 1e-3

@@ -51,7 +51,7 @@ TINY = [
     "acting.env_steps_per_request=8",
     "network.torso.layers=[8]",
     "network.core.units=8",
-    "network.head.hidden=8",
+    "agent.head.hidden=8",
     "evaluation.episodes=4",
     "evaluation.final_episodes=4",
     "logging.every_env_steps=200",
@@ -674,20 +674,20 @@ def test_everything_is_closed_though_one_closing_fails(open_environments, monkey
 
 
 def test_a_td_error_that_is_not_finite_stops_the_run_and_names_the_keys(monkeypatch, tmp_path):
-    td, calls = Learner.td, []
+    priorities, calls = Learner.priorities, []
 
     def broken(learner: Learner, output: Any) -> np.ndarray:
         calls.append(output)
-        found = td(learner, output).copy()
+        found = priorities(learner, output).copy()
         found[1] = np.nan if len(calls) == 30 else found[1]
         return found
 
-    monkeypatch.setattr(Learner, "td", broken)
+    monkeypatch.setattr(Learner, "priorities", broken)
     with pytest.raises(FloatingPointError, match=r"keys \[\d+\] are not finite"):
         run(tmp_path)
     status = read(tmp_path, "status.json")
     assert status["state"] == "failed"
-    assert status["error"].startswith("FloatingPointError: TD errors of the sequences with keys [")
+    assert status["error"].startswith("FloatingPointError: Priorities of the sequences with keys [")
 
 
 # --- devices, threads, leftovers -----------------------------------------------------------------

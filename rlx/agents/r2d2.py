@@ -20,19 +20,16 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from rlx import ops, trees
+from rlx import trees
 from rlx.agents import common
 from rlx.interfaces import Network
-from rlx.networks.recurrent import zero_core
+from rlx.networks.heads import Head
 from rlx.optimizers import Adam
 from rlx.types import (
     Array,
-    ArraySpec,
     Batch,
     Carry,
-    DiscreteSpec,
     EnvSpec,
     NetInput,
     Params,
@@ -47,10 +44,12 @@ from rlx.types import (
 
 trees.register()
 
+HEAD = "head"  # its name among the parameters
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class R2D2:
-    """The algorithm as settings and pure functions; an interfaces.Agent."""
+    """The algorithm as settings and pure functions; an interfaces.Agent with priorities."""
 
     burn_in: Annotated[int, Range(ge=0)]  # rows unrolled without gradient
     unroll: Annotated[int, Range(ge=1)]  # trained rows T
@@ -64,16 +63,17 @@ class R2D2:
     stored_state: bool  # False: sequences start from a zero recurrent state (an ablation)
     loss_over_time: Literal["mean", "sum"]
     target_period_updates: Annotated[int, Range(ge=1)]
+    head: Head
     optimizer: Adam
     network: Runtime[Network]
     spec: Runtime[EnvSpec]
 
+    on_policy = False
+    samples = False
+    acting_spec = common.Q_ACTING
+
     def __post_init__(self) -> None:
-        if not isinstance(self.spec.action, DiscreteSpec):
-            raise ValueError(
-                f"agent r2d2 acts in discrete action spaces; {self.spec.id} has a box of shape "
-                f"{self.spec.action.shape}. Choose a discrete environment."
-            )
+        common.require_discrete("r2d2", self.spec)
         if self.stride % self.block_rows:
             raise ValueError(
                 f"agent.stride={self.stride} must be a multiple of "
@@ -90,15 +90,6 @@ class R2D2:
             block_rows=self.block_rows,
         )
 
-    @property
-    def replay_kind(self) -> str:
-        return "sequence"
-
-    @property
-    def acting_spec(self) -> QActing:
-        scalar = ArraySpec(shape=(), dtype="float32")
-        return QActing(q=scalar, q_max=scalar)
-
     # --- acting ----------------------------------------------------------------------------------
 
     def initial_carry(self, batch: int) -> Carry:
@@ -112,133 +103,75 @@ class R2D2:
     ) -> tuple[Array, QActing, Carry]:
         """inputs [N, ...], epsilon f32[N] -> (action i32[N], its Q and the largest Q, carry)."""
         q, carry = self.values(params, inputs, carry)
-        action = common.epsilon_greedy(key, q, exploration)
-        acting = QActing(q=common.take_action(q, action), q_max=q.max(axis=-1))
+        action, acting = common.act_by_values(q, inputs, self.spec, key, exploration)
         return action, acting, carry
 
     def values(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
         """inputs [N, ...] -> (Q of every action f32[N, A], carry)."""
-        inputs = self._transformed(common.add_time(inputs))
-        q, carry = self.network.apply(params, inputs, carry)
-        return q[0], carry
+        inputs = common.transform_inputs(common.add_time(inputs), self.reward)
+        features, carry = self.network.apply(params, inputs, carry)
+        return self._q(params, features)[0], carry
 
-    def first_td(self, rows: Row) -> np.ndarray:
-        """f32[M, T] from the Q-values of acting time, the online network as its own target.
-
-        rows: scalars [M, L] (observation {}). Equal to the learner's TD errors when its online
-        and target parameters are those that acted. -1 where a row is not valid.
-        """
-        trained = slice(self.burn_in, None)
-        reward, discount, valid, q, q_max = (
-            np.swapaxes(np.asarray(x)[:, trained], 0, 1)
-            for x in (rows.reward, rows.discount, rows.valid, rows.acting.q, rows.acting.q_max)
-        )
-        target = self._targets(reward, discount, valid, q_max, np)
-        td = np.abs(target - q[: self.unroll])
-        return np.where(valid[: self.unroll], td, -1).astype(np.float32).T
+    def initial_priorities(self, rows: Row) -> np.ndarray:
+        """f32[M, T] from the Q-values of acting time of rows [M, L] (observation {})."""
+        return common.acting_priorities(rows, self.burn_in, self.unroll, **self._target_settings)
 
     # --- learning --------------------------------------------------------------------------------
 
     def init(self, key: Array) -> TrainState:
         """`key` is consumed."""
         init_key, state_key = jax.random.split(key)
-        params = self.network.init(init_key)
-        return TrainState(
-            params=params,
-            target_params=params,
-            opt_state=self._optimizer().init(params),
-            updates=jnp.zeros((), jnp.int32),
-            key=state_key,
-        )
+        params = self.network.init(init_key, {HEAD: self.head})
+        return common.new_state(params, self.optimizer.build(), state_key, target_params=params)
 
     def update(
         self, state: TrainState, batch: Batch, *, axis_name: str | None = None
     ) -> tuple[TrainState, UpdateOutput]:
         """One gradient step on this device's share of the batch."""
-        rows = common.time_major(batch.rows)
-        carry = batch.carry if self.stored_state else zero_core(batch.carry)
-        inputs, _ = self.network.stack_frames(self._transformed(rows.inputs), carry)
-        target_q, _ = self.network.unroll(state.target_params, inputs, carry.core)
+        inputs, core = common.stacked_inputs(
+            self.network, batch, reward=self.reward, stored_state=self.stored_state
+        )
+        features, _ = self.network.unroll(state.target_params, inputs, core)
+        target_q = self._q(state.target_params, features)[self.burn_in :]
+        rows = common.window(common.time_major(batch.rows), self.burn_in, None)
 
         def loss(params: Params) -> tuple[Array, Any]:
-            q = self._trained_q(params, inputs, carry.core)
-            return self._loss(q, rows, target_q, batch.importance)
+            after = common.features_after(self.network, params, inputs, core, self.burn_in)
+            mask = common.allowed(common.window(inputs, self.burn_in, None), self.spec)
+            return self._loss(self._q(params, after), rows, target_q, mask, batch.importance)
 
-        grads, value, (td, metrics) = common.gradients(loss, state.params, axis_name)
-        params, opt_state = common.step_optimizer(self._optimizer(), state, grads)
-        updates = state.updates + 1
-        metrics = {
-            **common.mean_over_devices(metrics, axis_name),
-            "learner/loss": value,
-            "learner/grad_norm": optax.tree.norm(grads),
-        }
+        state, output = common.gradient_step(loss, self.optimizer.build(), state, axis_name)
         target = common.periodic_target(
-            params, state.target_params, updates, self.target_period_updates
+            state.params, state.target_params, state.updates, self.target_period_updates
         )
-        state = TrainState(
-            params=params,
-            target_params=target,
-            opt_state=opt_state,
-            updates=updates,
-            key=state.key,
-        )
-        return state, UpdateOutput(td=td, metrics=metrics)
+        return replace(state, target_params=target), output
 
-    def _trained_q(self, params: Params, inputs: NetInput, core: Any) -> Array:
-        """f32[T + n, B, A], after the burn-in: no gradient crosses its edge."""
-        if self.burn_in:
-            _, core = self.network.unroll(params, common.window(inputs, 0, self.burn_in), core)
-            core = jax.lax.stop_gradient(core)
-        q, _ = self.network.unroll(params, common.window(inputs, self.burn_in, None), core)
+    def _q(self, params: Params, features: Array) -> Array:
+        q: Array = self.network.read(params, HEAD, self.head, features)
         return q
 
     def _loss(
-        self, q: Array, rows: Row, target_q: Array, importance: Array
-    ) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-        """Importance-weighted 0.5 d^2: mean over a sequence's valid rows, mean over the batch."""
-        rows = common.window(rows, self.burn_in, None)  # T + n rows
-        target_q = target_q[self.burn_in :]
+        self, q: Array, rows: Row, target_q: Array, mask: Array | None, importance: Array
+    ) -> tuple[Array, tuple[Array, common.Metrics]]:
+        """Importance-weighted 0.5 d^2: mean over a sequence's valid rows, mean over the batch.
 
-        best = jnp.argmax(q if self.double_q else target_q, axis=-1)
+        q, target_q: f32[T + n, B, A].
+        """
+        best = jnp.argmax(common.masked(q if self.double_q else target_q, mask), axis=-1)
         value = common.take_action(target_q, best)
-        target = self._targets(rows.reward, rows.discount, rows.valid, value, jnp)
-
+        target = common.value_targets(rows, value, **self._target_settings)
         trained = common.window(rows, 0, self.unroll)
         q_taken = common.take_action(q[: self.unroll], trained.action)
         td = jax.lax.stop_gradient(target) - q_taken  # [T, B]
-        squared = jnp.where(trained.valid, 0.5 * jnp.square(td), 0.0)
-        per_sequence = squared.sum(axis=0)
-        if self.loss_over_time == "mean":
-            per_sequence /= jnp.maximum(1, trained.valid.sum(axis=0))
-        metrics = self._metrics(q_taken, td, trained)
-        absolute = jnp.where(trained.valid, jnp.abs(td), -1.0)
-        return jnp.mean(importance * per_sequence), (absolute.T, metrics)
+        losses = common.per_sequence(0.5 * jnp.square(td), trained.valid, self.loss_over_time)
+        metrics = common.value_metrics(q_taken, td, trained)
+        return jnp.mean(importance * losses), (common.row_priorities(td, trained.valid), metrics)
 
-    def _targets(self, reward: Array, discount: Array, valid: Array, q: Array, xp: Any) -> Array:
-        """h(n-step return of h^-1(q)): all [T + n, B] -> [T, B]."""
-        reward = ops.transform_reward(reward, self.reward, xp)
-        epsilon = self.rescale_epsilon
-        value = q if epsilon is None else ops.unrescale(q, epsilon, xp)
-        target = ops.n_step_return(
-            reward, discount, valid, value, n=self.n_step, gamma=self.discount, xp=xp
-        )
-        return target if epsilon is None else ops.rescale(target, epsilon, xp)
-
-    def _metrics(self, q: Array, td: Array, rows: Row) -> dict[str, Array]:
-        def mean(x: Array) -> Array:
-            return ops.masked_mean(x.ravel(), rows.valid.ravel(), jnp)
-
-        drift = jnp.where(rows.valid[0], jnp.abs(q[0] - rows.acting.q[0]), 0)
+    @property
+    def _target_settings(self) -> dict[str, Any]:
         return {
-            "learner/q_mean": mean(q),
-            "learner/td_mean": mean(jnp.abs(td)),
-            "learner/q_drift": drift.mean(),
+            "n": self.n_step,
+            "gamma": self.discount,
+            "reward": self.reward,
+            "rescale_epsilon": self.rescale_epsilon,
         }
-
-    def _transformed(self, inputs: NetInput) -> NetInput:
-        return replace(
-            inputs, prev_reward=ops.transform_reward(inputs.prev_reward, self.reward, jnp)
-        )
-
-    def _optimizer(self) -> optax.GradientTransformation:
-        return self.optimizer.build()

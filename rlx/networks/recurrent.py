@@ -1,7 +1,11 @@
-"""The network: frame stack -> torso -> core (with previous action and reward) -> head."""
+"""The body of a network: frame stack -> torso -> core (with previous action and reward).
+
+An agent puts its heads to it: functions of the features, and of whatever else they read.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -9,42 +13,60 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlx.networks.actions import encode_action
 from rlx.networks.cores import Core, initial_frames, stack_frames
 from rlx.networks.heads import Head
 from rlx.networks.torsos import Torso
-from rlx.types import Array, Carry, DiscreteSpec, EnvSpec, NetInput, Params, Range, Runtime
+from rlx.types import Array, Carry, EnvSpec, NetInput, Params, Range, Runtime
 
 
 class _Body(nn.Module):
-    """All that has parameters. Torso and head see [T * B, ...]; only the core sees time."""
+    """Torso and core. The torso sees [T * B, ...]; only the core sees time."""
 
     settings: RecurrentNetwork
-    actions: int
 
     @nn.compact
     def __call__(self, inputs: NetInput, core: Any) -> tuple[Array, Any]:
-        net, dtype = self.settings, jnp.dtype(self.settings.compute_dtype)
-        time, batch = inputs.first.shape
-        flat = {k: v.reshape(time * batch, *v.shape[2:]) for k, v in inputs.observation.items()}
-        x = net.torso.copy(name="torso")(flat, dtype)
-        if net.dense_before_core is not None:
-            x = nn.relu(nn.Dense(net.dense_before_core, dtype=dtype, name="dense_before_core")(x))
-        if net.layer_norm:
-            x = nn.LayerNorm(dtype=dtype, name="layer_norm")(x)
-        x = x.reshape(time, batch, -1)
-        extra = [x]
-        if net.prev_action:  # -1 (none) is all zeros
-            extra.append(nn.one_hot(inputs.prev_action, self.actions, dtype=dtype))
-        if net.prev_reward:
-            extra.append(inputs.prev_reward[..., None].astype(dtype))
-        x = jnp.concatenate(extra, axis=-1)
-        x, core = net.core.copy(name="core")(x, inputs.first, core, dtype)
-        return net.head.copy(name="head")(x, self.actions, dtype), core
+        return _features(self.settings, inputs, core)
+
+
+class _Whole(nn.Module):
+    """The body with heads, for the parameters of all of them; each has its name at the top."""
+
+    settings: RecurrentNetwork
+    heads: Mapping[str, Head]
+
+    @nn.compact
+    def __call__(self, inputs: NetInput, core: Any, further: Mapping[str, Any]) -> None:
+        x, _ = _features(self.settings, inputs, core)
+        action, dtype = self.settings.spec.action, jnp.dtype(self.settings.compute_dtype)
+        for name, head in self.heads.items():
+            head.copy(name=name)(x, action, dtype, *further.get(name, ()))
+
+
+def _features(net: RecurrentNetwork, inputs: NetInput, core: Any) -> tuple[Array, Any]:
+    """Inside a module's call: its submodules are made here."""
+    dtype = jnp.dtype(net.compute_dtype)
+    time, batch = inputs.first.shape
+    flat = {k: v.reshape(time * batch, *v.shape[2:]) for k, v in inputs.observation.items()}
+    x = net.torso.copy(name="torso")(flat, dtype)
+    if net.dense_before_core is not None:
+        x = nn.relu(nn.Dense(net.dense_before_core, dtype=dtype, name="dense_before_core")(x))
+    if net.layer_norm:
+        x = nn.LayerNorm(dtype=dtype, name="layer_norm")(x)
+    x = x.reshape(time, batch, -1)
+    extra = [x]
+    if net.prev_action:
+        extra.append(encode_action(inputs.prev_action, net.spec.action, dtype))
+    if net.prev_reward:
+        extra.append(inputs.prev_reward[..., None].astype(dtype))
+    x = jnp.concatenate(extra, axis=-1)
+    return net.core.copy(name="core")(x, inputs.first, core, dtype)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RecurrentNetwork:
-    """Action values over time; an interfaces.Network. Time-major: inputs [T, B, ...].
+    """Features over time; an interfaces.Network. Time-major: inputs [T, B, ...].
 
     With `core: Feedforward` it has no memory but the stack. An unroll over T rows equals T unrolls
     of one row, resets included.
@@ -54,7 +76,6 @@ class RecurrentNetwork:
     dense_before_core: Annotated[int, Range(ge=1)] | None  # SEED RL puts 512 here, the paper none
     layer_norm: bool  # after the torso
     core: Core
-    head: Head
     stack: dict[str, Annotated[int, Range(ge=1)]]  # leaf -> frames the torso sees at once
     prev_action: bool  # one-hot, into the core (R2D2, section 2.3)
     prev_reward: bool  # after the agent's transform, into the core
@@ -75,11 +96,20 @@ class RecurrentNetwork:
                 "stack image leaves only (a recurrent core remembers the rest)."
             )
 
-    def init(self, key: Array) -> Params:
-        """Fresh parameters; `key` is consumed."""
-        shapes = self.spec.observation
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether it remembers more than its stack of frames."""
+        return bool(jax.tree.leaves(jax.eval_shape(lambda: self.core.initial_carry(1))))
+
+    def init(self, key: Array, heads: Mapping[str, Head], **further: tuple[Array, ...]) -> Params:
+        """Fresh parameters of the body and of these heads, by name; `key` is consumed.
+
+        further: by the head's name, examples [1, 1, ...] of what it reads beside the features.
+        """
         row = NetInput(
-            observation={k: jnp.zeros((1, 1, *s.shape), s.dtype) for k, s in shapes.items()},
+            observation={
+                k: jnp.zeros((1, 1, *s.shape), s.dtype) for k, s in self.spec.observation.items()
+            },
             prev_action=jnp.zeros((1, 1), jnp.int32),
             prev_reward=jnp.zeros((1, 1), jnp.float32),
             time=jnp.zeros((1, 1), jnp.int32),
@@ -87,13 +117,14 @@ class RecurrentNetwork:
         )
         carry = self.initial_carry(1)
         stacked, _ = self.stack_frames(row, carry)
-        return self._body().init(key, stacked, carry.core)["params"]
+        whole = _Whole(settings=self, heads=dict(heads))
+        return whole.init(key, stacked, carry.core, further)["params"]
 
     def apply(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
-        """inputs [T, B, ...] -> (f32[T, B, A], carry after the last row)."""
+        """inputs [T, B, ...] -> (features f32[T, B, F], carry after the last row)."""
         stacked, frames = self.stack_frames(inputs, carry)
-        output, core = self.unroll(params, stacked, carry.core)
-        return output, Carry(core=core, frames=frames)
+        features, core = self.unroll(params, stacked, carry.core)
+        return features, Carry(core=core, frames=frames)
 
     def stack_frames(self, inputs: NetInput, carry: Carry) -> tuple[NetInput, Any]:
         """(inputs as `unroll` takes them, the frames of the carry after the last row)."""
@@ -106,7 +137,12 @@ class RecurrentNetwork:
 
     def unroll(self, params: Params, stacked: NetInput, core: Any) -> tuple[Array, Any]:
         """`apply` without the frames: rows that are unrolled twice are stacked once."""
-        return self._body().apply({"params": params}, stacked, core)
+        return _Body(settings=self).apply({"params": params}, stacked, core)
+
+    def read(self, params: Params, name: str, head: Head, features: Array, *further: Array) -> Any:
+        """What a head says of features [..., F], and of the further inputs that it takes."""
+        dtype = jnp.dtype(self.compute_dtype)
+        return head.apply({"params": params[name]}, features, self.spec.action, dtype, *further)
 
     def initial_carry(self, batch: int) -> Carry:
         """Zeros, for `batch` lanes."""
@@ -118,15 +154,6 @@ class RecurrentNetwork:
 
     def _depths(self) -> dict[str, int]:
         return {leaf: depth for leaf, depth in self.stack.items() if depth > 1}
-
-    def _body(self) -> _Body:
-        action = self.spec.action
-        if not isinstance(action, DiscreteSpec):
-            raise ValueError(
-                f"{self.spec.id} has the box action space {action}; rlx.networks.recurrent gives "
-                "values of discrete actions. Choose an environment with discrete actions."
-            )
-        return _Body(settings=self, actions=action.n)
 
 
 def zero_core(carry: Carry) -> Carry:

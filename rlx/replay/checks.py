@@ -10,7 +10,7 @@ import numpy as np
 from rlx import trees
 from rlx.types import ArraySpec, Leaves
 
-NOT_VALID = -1.0  # the TD of a row that has none
+NOT_VALID = -1.0  # the priority of a row that has none
 
 
 def checked_leaves(
@@ -45,18 +45,20 @@ def checked_buffers(tree: Any, batch_size: int) -> Leaves:
     return leaves
 
 
-def check_td(keys: np.ndarray, td: np.ndarray) -> None:
-    """Raises where td is not f32[B, T], finite (FloatingPointError, naming the keys), absolute."""
-    td = np.asarray(td)
-    if td.ndim != 2 or len(td) != len(keys):
+def check_priorities(keys: np.ndarray, priorities: np.ndarray) -> None:
+    """Raises where they are not f32[B, T], >= 0, or finite (FloatingPointError with the keys)."""
+    priorities = np.asarray(priorities)
+    if priorities.ndim != 2 or len(priorities) != len(keys):
         raise ValueError(
-            f"TD errors must be f32[{len(keys)}, T], one line per key, got {list(td.shape)}."
+            f"Priorities must be f32[{len(keys)}, T], one line per key, "
+            f"got {list(priorities.shape)}."
         )
-    bad = ~np.isfinite(td).all(axis=1)
+    bad = ~np.isfinite(priorities).all(axis=1)
     if bad.any():
         raise FloatingPointError(
-            f"TD errors of the sequences with keys {np.asarray(keys)[bad].tolist()} are not "
+            f"Priorities of the sequences with keys {np.asarray(keys)[bad].tolist()} are not "
             f"finite; look at the learner's loss and the rewards."
         )
-    if ((td < 0) & (td != NOT_VALID)).any():
-        raise ValueError(f"TD errors must be absolute (or -1 = not valid), got {float(td.min())}.")
+    if ((priorities < 0) & (priorities != NOT_VALID)).any():
+        least = float(priorities.min())
+        raise ValueError(f"Priorities must be >= 0 (or -1 = not valid), got {least}.")

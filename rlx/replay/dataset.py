@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, final
 
 import numpy as np
 
-from rlx.interfaces import FirstTD, Ring
+from rlx.interfaces import InitialPriorities, Ring
 from rlx.replay.experience import Layout, files, read, read_layout, rollouts
 from rlx.replay.prioritized import Prioritized
 from rlx.types import Blocks, Carry, Range, Rollout, Row, Runtime, SequenceSpec
@@ -48,7 +48,7 @@ class Dataset(Prioritized):
         sequence: Runtime[SequenceSpec],
         row_spec: Runtime[Row],
         carry_spec: Runtime[Carry],
-        first_td: Runtime[FirstTD],
+        initial_priorities: Runtime[InitialPriorities],
         seed: Runtime[int],
     ) -> None:
         """Settings: conf/replay/dataset.yaml. Raises ValueError for what cannot work."""
@@ -88,7 +88,7 @@ class Dataset(Prioritized):
             row_spec=row_spec,
             carry_spec=carry_spec,
             lanes=layout.lanes,
-            first_td=first_td,
+            initial_priorities=initial_priorities,
             seed=seed,
             devices=(),
         )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, final
 
 import numpy as np
 
-from rlx.replay.checks import check_td
+from rlx.replay.checks import check_priorities
 from rlx.replay.ring_replay import RingReplay
 from rlx.replay.storage import Storing
 from rlx.types import Batch, Blocks, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
@@ -86,9 +86,9 @@ class Online(RingReplay):
         drawn = self._ring.rings[0].read(keys, buffers=buffers)
         return drawn.evenly()
 
-    def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:
-        """Only checks td f32[B, T], one line per key: nothing depends on it."""
-        check_td(keys, td)
+    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+        """Only checks priorities f32[B, T], one line per key: nothing depends on it."""
+        check_priorities(keys, priorities)
 
     def stats(self) -> dict[str, float]:
         """Metrics: the ring's, how many wait, and how many came too late."""

@@ -13,20 +13,20 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from rlx.interfaces import FirstTD
-from rlx.replay.checks import NOT_VALID, check_td
+from rlx.interfaces import InitialPriorities
+from rlx.replay.checks import NOT_VALID, check_priorities
 from rlx.replay.ring_replay import RingReplay
 from rlx.replay.storage import Storing
 from rlx.types import Batch, Blocks, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
 
 
-def sequence_priority(td: np.ndarray, eta: float) -> np.ndarray:
-    """f64[B]: eta * max + (1 - eta) * mean over the valid rows of td f32[B, T]; 0 without any."""
-    td = np.asarray(td, np.float64)
-    valid = td != NOT_VALID
-    td = np.where(valid, td, 0.0)
-    mean = td.sum(axis=1) / np.maximum(1, valid.sum(axis=1))
-    return eta * td.max(axis=1) + (1.0 - eta) * mean
+def sequence_priority(rows: np.ndarray, eta: float) -> np.ndarray:
+    """f64[B] of the rows' f32[B, T]: eta * max + (1 - eta) * mean of the valid; 0 without any."""
+    rows = np.asarray(rows, np.float64)
+    valid = rows != NOT_VALID
+    rows = np.where(valid, rows, 0.0)
+    mean = rows.sum(axis=1) / np.maximum(1, valid.sum(axis=1))
+    return eta * rows.max(axis=1) + (1.0 - eta) * mean
 
 
 def importance_of(scaled_probability: np.ndarray, exponent: float, least: float) -> np.ndarray:
@@ -68,7 +68,7 @@ class Prioritized(RingReplay):
         row_spec: Runtime[Row],
         carry_spec: Runtime[Carry],
         lanes: Runtime[int],
-        first_td: Runtime[FirstTD],
+        initial_priorities: Runtime[InitialPriorities],
         seed: Runtime[int],
         devices: Runtime[Sequence[Any]],
     ) -> None:
@@ -103,7 +103,7 @@ class Prioritized(RingReplay):
         self._importance_scale = importance_scale
         self._initial_priority = initial_priority
         self._stratified = stratified
-        self._first_td = first_td
+        self._initial_priorities = initial_priorities
         self._largest_priority = 1.0  # ever written; read by initial_priority=max only
         self._stale_updates = 0
 
@@ -135,13 +135,13 @@ class Prioritized(RingReplay):
         done = min(1.0, self.env_steps / env_steps)
         return (1.0 - done) * self._importance_exponent + done * final
 
-    def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:
-        """New absolute TD errors f32[B, T] (-1 = not valid) of the sequences with keys i64[B].
+    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+        """New priorities f32[B, T] of the rows (-1 = not valid) of the sequences with keys i64[B].
 
         Keys overwritten since they were sampled are ignored and counted. Raises
-        FloatingPointError, naming the keys, if an error is not finite.
+        FloatingPointError, naming the keys, if one is not finite.
         """
-        self._stale_updates += self._ring.set_leaves(keys, self._leaves(keys, td))
+        self._stale_updates += self._ring.set_leaves(keys, self._leaves(keys, priorities))
 
     def stats(self) -> dict[str, float]:
         """Metrics: the ring's, and the updates that came too late."""
@@ -168,12 +168,12 @@ class Prioritized(RingReplay):
     def _first_leaves(self, keys: np.ndarray) -> np.ndarray:
         if self._initial_priority == "max":
             return self._to_leaves(np.full(len(keys), self._largest_priority))
-        return self._leaves(keys, self._first_td(self._ring.scalars(keys)))
+        return self._leaves(keys, self._initial_priorities(self._ring.scalars(keys)))
 
-    def _leaves(self, keys: np.ndarray, td: np.ndarray) -> np.ndarray:
-        """f64[B] of td f32[B, T]."""
-        check_td(keys, td)
-        priority = sequence_priority(td, self._eta)
+    def _leaves(self, keys: np.ndarray, priorities: np.ndarray) -> np.ndarray:
+        """f64[B] of priorities f32[B, T]."""
+        check_priorities(keys, priorities)
+        priority = sequence_priority(priorities, self._eta)
         self._largest_priority = max(self._largest_priority, float(priority.max(initial=0.0)))
         return self._to_leaves(priority)
 

@@ -63,8 +63,8 @@ class ReplayProcess:
             order = pickle.dumps((make, ahead, batch_size), protocol=5)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"where=process sends the agent's first_td to another process: {error}; define the "
-                "agent in a module, or set replay.where=thread."
+                "where=process sends the agent's initial_priorities to another process: "
+                f"{error}; define the agent in a module, or set replay.where=thread."
             ) from error
         calls, its_calls = socket.socketpair()
         copies, its_copies = socket.socketpair()
@@ -145,9 +145,9 @@ class ReplayProcess:
             importance_exponent=drew.importance_exponent,
         )
 
-    def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:
+    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         """See the replay's own; what it raises is raised by the next call."""
-        self._calls.tell(("update_td", (keys, td)))
+        self._calls.tell(("update_priorities", (keys, priorities)))
 
     def flush(self) -> None:
         """What is recorded is on the disk when this returns."""

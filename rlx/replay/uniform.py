@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, final
 
 import numpy as np
 
-from rlx.replay.checks import check_td
+from rlx.replay.checks import check_priorities
 from rlx.replay.ring_replay import RingReplay
 from rlx.replay.storage import Storing
 from rlx.types import Batch, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
@@ -70,6 +70,6 @@ class Uniform(RingReplay):
     def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:
         return self._ring.draw(batch_size, self._rng, buffers=buffers).evenly()
 
-    def update_td(self, keys: np.ndarray, td: np.ndarray) -> None:
-        """Only checks td f32[B, T], one line per key: nothing depends on it."""
-        check_td(keys, td)
+    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+        """Only checks priorities f32[B, T], one line per key: nothing depends on it."""
+        check_priorities(keys, priorities)

@@ -140,7 +140,7 @@ def make_replay(
         row_spec=row_spec(agent.spec, agent.acting_spec),
         carry_spec=carry_spec(agent),
         lanes=lanes,
-        first_td=agent.first_td,
+        initial_priorities=agent.initial_priorities,
         seed=0,
     )
 
@@ -148,7 +148,7 @@ def make_replay(
 def replayed_q(agent: R2D2, params: Any, batch: Batch) -> np.ndarray:
     """f32[B, L, A]: unrolled from the stored carry of each sequence."""
     rows = trees.tree_map(lambda x: np.swapaxes(x, 0, 1), batch.rows)
-    q, _ = agent.network.apply(params, rows.inputs, batch.carry)
+    q, _ = parts.q_values(agent, params, rows.inputs, batch.carry)
     return np.swapaxes(np.asarray(q), 0, 1)
 
 

@@ -1,6 +1,7 @@
 """R2D2's update against plain Python in float64, and the rules of sequences."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from rlx import trees
+from rlx.agents import common
 from rlx.optimizers import clip_by_average_norm
 from rlx.types import Batch, QActing, TrainState
 from tests import parts
@@ -25,7 +27,7 @@ def h_inverse(x, e=1e-3):
 def q_values(agent, params, batch: Batch) -> np.ndarray:
     """f64[B, L, A]: an unroll from the stored carry."""
     rows = trees.tree_map(lambda x: np.swapaxes(x, 0, 1), batch.rows)
-    q, _ = jax.jit(agent.network.apply)(params, rows.inputs, batch.carry)
+    q, _ = jax.jit(functools.partial(parts.q_values, agent))(params, rows.inputs, batch.carry)
     return np.swapaxes(np.asarray(q, np.float64), 0, 1)
 
 
@@ -54,7 +56,7 @@ def oracle_td(agent, state: TrainState, batch: Batch) -> np.ndarray:
 def started(agent, seed: int = 0) -> TrainState:
     """A state whose target network is another one."""
     state = jax.jit(agent.init)(jax.random.PRNGKey(seed))
-    other = jax.jit(agent.network.init)(jax.random.PRNGKey(seed + 1))
+    other = jax.jit(agent.init)(jax.random.PRNGKey(seed + 1)).params
     return dataclasses.replace(state, target_params=other)
 
 
@@ -67,7 +69,7 @@ def test_td_and_loss_equal_the_float64_oracle(core, double_q):
     assert (batch.rows.discount[batch.rows.valid] == 0).any()
     td = oracle_td(agent, state, batch)
     _, output = jax.jit(agent.update)(state, batch)
-    np.testing.assert_allclose(output.td, np.where(np.isnan(td), -1, abs(td)), atol=2e-5)
+    np.testing.assert_allclose(output.priorities, np.where(np.isnan(td), -1, abs(td)), atol=2e-5)
     per_sequence = np.nanmean(0.5 * td**2, axis=1)
     np.testing.assert_allclose(
         output.metrics["learner/loss"], np.mean(batch.importance * per_sequence), rtol=1e-4
@@ -81,7 +83,7 @@ def test_images_with_stacks_too():
     batch, state = parts.batch(agent, 4), started(agent)
     td = oracle_td(agent, state, batch)
     _, output = jax.jit(agent.update)(state, batch)
-    np.testing.assert_allclose(output.td, np.where(np.isnan(td), -1, abs(td)), atol=2e-5)
+    np.testing.assert_allclose(output.priorities, np.where(np.isnan(td), -1, abs(td)), atol=2e-5)
 
 
 def test_rows_of_a_sequence_over_an_end_are_those_of_their_own_episodes():
@@ -110,8 +112,10 @@ def test_rows_of_a_sequence_over_an_end_are_those_of_their_own_episodes():
     _, plain = jax.jit(agent.update)(state, with_end({}))
     for side, same in {"before": slice(end + 1, None), "after": slice(0, end + 1)}.items():
         _, changed = jax.jit(agent.update)(state, with_end({side}))
-        np.testing.assert_allclose(plain.td[:, same], changed.td[:, same], rtol=1e-4, atol=1e-6)
-        assert not np.allclose(plain.td, changed.td, atol=1e-3)
+        np.testing.assert_allclose(
+            plain.priorities[:, same], changed.priorities[:, same], rtol=1e-4, atol=1e-6
+        )
+        assert not np.allclose(plain.priorities, changed.priorities, atol=1e-3)
 
 
 def test_first_td_equals_the_learners_when_all_networks_are_one():
@@ -124,9 +128,9 @@ def test_first_td_equals_the_learners_when_all_networks_are_one():
     rows = dataclasses.replace(batch.rows, acting=acting)
     _, output = jax.jit(agent.update)(state, dataclasses.replace(batch, rows=rows))
     scalars = dataclasses.replace(rows, inputs=dataclasses.replace(rows.inputs, observation={}))
-    first = agent.first_td(scalars)
+    first = agent.initial_priorities(scalars)
     assert first.dtype == np.float32
-    np.testing.assert_allclose(first, output.td, atol=2e-5)
+    np.testing.assert_allclose(first, output.priorities, atol=2e-5)
     assert (first == -1).any()
 
 
@@ -143,13 +147,15 @@ def test_no_gradient_crosses_the_burn_in():
 
     def grads(agent, batch, target_carry):
         rows = trees.tree_map(lambda x: np.swapaxes(x, 0, 1), batch.rows)
-        target_q, _ = agent.network.apply(state.target_params, rows.inputs, target_carry)
+        target_q, _ = parts.q_values(agent, state.target_params, rows.inputs, target_carry)
 
         inputs, _ = agent.network.stack_frames(rows.inputs, batch.carry)
 
         def loss(params):
-            q = agent._trained_q(params, inputs, batch.carry.core)
-            return agent._loss(q, rows, target_q, batch.importance)[0]
+            core = batch.carry.core
+            after = common.features_after(agent.network, params, inputs, core, agent.burn_in)
+            q, trained = agent._q(params, after), common.window(rows, agent.burn_in, None)
+            return agent._loss(q, trained, target_q[agent.burn_in :], None, batch.importance)[0]
 
         return jax.jit(jax.grad(loss))(state.params)
 
@@ -177,7 +183,7 @@ def test_padding_like_sequences_give_no_nan():
     batch, state = parts.batch(agent, 2), started(agent)
     rows = dataclasses.replace(batch.rows, valid=np.zeros_like(batch.rows.valid))
     _, output = jax.jit(agent.update)(state, dataclasses.replace(batch, rows=rows))
-    assert (np.asarray(output.td) == -1).all()
+    assert (np.asarray(output.priorities) == -1).all()
     assert all(np.isfinite(value) for value in output.metrics.values())
 
 
@@ -188,9 +194,9 @@ def test_zero_state_ablation_forgets_the_stored_state():
     zero = dataclasses.replace(batch, carry=agent.initial_carry(4))
     plain_update = jax.jit(parts.agent(agent.network).update)
     _, same = plain_update(state, zero)
-    np.testing.assert_allclose(output.td, same.td, atol=1e-6)
+    np.testing.assert_allclose(output.priorities, same.priorities, atol=1e-6)
     _, stored = plain_update(state, batch)
-    assert not np.allclose(output.td, stored.td, atol=1e-3)
+    assert not np.allclose(output.priorities, stored.priorities, atol=1e-3)
 
 
 def test_reward_transform_reaches_targets_and_inputs_alike():
@@ -207,7 +213,7 @@ def test_reward_transform_reaches_targets_and_inputs_alike():
     )
     _, got = jax.jit(clipped.update)(state, dataclasses.replace(batch, rows=big))
     _, expected = jax.jit(raw.update)(state, dataclasses.replace(batch, rows=by_hand))
-    np.testing.assert_allclose(got.td, expected.td, atol=1e-6)
+    np.testing.assert_allclose(got.priorities, expected.priorities, atol=1e-6)
 
 
 def test_act_is_greedy_at_epsilon_0_random_at_1_and_keeps_its_q():
@@ -216,7 +222,7 @@ def test_act_is_greedy_at_epsilon_0_random_at_1_and_keeps_its_q():
     inputs = parts.inputs(parts.VECTOR, 4000, rng=np.random.default_rng(0))
     carry, key = agent.initial_carry(4000), jax.random.PRNGKey(1)
     one_row = trees.tree_map(lambda x: x[None], inputs)
-    q = np.asarray(agent.network.apply(params, one_row, carry)[0][0])
+    q = np.asarray(parts.q_values(agent, params, one_row, carry)[0][0])
     greedy, acting, _ = agent.act(params, inputs, carry, key, jnp.zeros(4000))
     np.testing.assert_array_equal(greedy, q.argmax(-1))
     np.testing.assert_allclose(acting.q, acting.q_max)
@@ -289,5 +295,5 @@ def test_the_rate_rises_and_falls_as_it_is_told(changes, expected):
 def test_wrong_settings_say_so():
     with pytest.raises(ValueError, match=r"multiple of agent\.block_rows=4"):
         parts.agent(stride=6)
-    with pytest.raises(ValueError, match="acts in discrete action spaces; box has a box"):
+    with pytest.raises(ValueError, match="acts in discrete action spaces; box has BoxSpec"):
         parts.agent(parts.network(parts.BOX))

@@ -37,7 +37,7 @@ SHARED: dict[str, Any] = {
     "sequence": SEQUENCE,
     "row_spec": row_spec(),
     "carry_spec": carry_spec(),
-    "first_td": lambda rows: rows.inputs.time[:, :1].astype(np.float32),
+    "initial_priorities": lambda rows: rows.inputs.time[:, :1].astype(np.float32),
     "seed": 0,
 }
 
@@ -86,8 +86,8 @@ def test_a_dataset_is_the_replay_that_was_recorded(tmp_path, monkeypatch):
         td = np.random.default_rng(0).random((8, 3), np.float32)
         for x, y in zip(trees.flatten(mine).values(), trees.flatten(its).values(), strict=True):
             assert np.array_equal(x, y)
-        expected.update_td(mine.keys, td)
-        found.update_td(its.keys, td)
+        expected.update_priorities(mine.keys, td)
+        found.update_priorities(its.keys, td)
 
 
 def test_runs_of_one_folder_follow_each_other_without_being_spliced(tmp_path):
@@ -240,7 +240,7 @@ def test_a_stopped_training_from_a_dataset_goes_on(tmp_path):
     replay, other = dataset(tmp_path), dataset(tmp_path, seed=7)
     replay.add(dataclasses.replace(delivered(0, 0), env_steps=30))
     sample = replay.sample(8)
-    replay.update_td(sample.keys, np.full((8, 3), 5.0, np.float32))
+    replay.update_priorities(sample.keys, np.full((8, 3), 5.0, np.float32))
     assert not replay.rings  # a snapshot has nothing to write
     other.restore(replay.state(), [])
     assert other.env_steps == 30

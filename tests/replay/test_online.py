@@ -51,7 +51,7 @@ def test_every_row_is_trained_on_once_and_in_order():
         trained += seen(sample)
         assert (sample.batch.importance == 1).all()
         assert (sample.batch.carry.core[0][:, 0] == sample.batch.rows.inputs.time[:, 0]).all()
-        replay.update_td(sample.keys, np.zeros((4, 3), np.float32))
+        replay.update_priorities(sample.keys, np.zeros((4, 3), np.float32))
     assert len(trained) == len(set(trained)) == 800
     for lane in (0, 1):
         assert [row for its, row in trained if its == lane] == list(range(400))

@@ -17,11 +17,11 @@ from rlx.replay.uniform import Uniform
 from rlx.types import Row
 
 CONF = Path(__file__).parents[2] / "conf" / "replay"
-RUNTIME = {"devices", "sequence", "row_spec", "carry_spec", "lanes", "first_td", "seed"}
+RUNTIME = {"devices", "sequence", "row_spec", "carry_spec", "lanes", "initial_priorities", "seed"}
 SEQUENCE = sequence_spec(block_rows=2, length=5)
 
 
-def first_td(rows: Row) -> np.ndarray:
+def initial_priorities(rows: Row) -> np.ndarray:
     """One trained row: the time of the sequence's first row."""
     assert rows.inputs.observation == {}
     return rows.inputs.time[:, :1].astype(np.float32)
@@ -45,7 +45,7 @@ def make(**settings) -> Prioritized:
         "row_spec": row_spec(),
         "carry_spec": carry_spec(),
         "lanes": 2,
-        "first_td": first_td,
+        "initial_priorities": initial_priorities,
         **IN_MEMORY,
         "seed": 0,
     }
@@ -89,7 +89,7 @@ def test_leaves_after_an_update_are_the_formula(td):
     td = np.array(td, np.float32)[:10]
     replay = make(capacity=80)
     add(replay, 0, 40)
-    replay.update_td(np.arange(len(td)), td)
+    replay.update_priorities(np.arange(len(td)), td)
     leaves = replay._ring.leaves(np.arange(len(td)))
     assert leaves == pytest.approx(leaves_by_hand(td.tolist()), rel=1e-12)
     assert (leaves > 0).all()
@@ -107,10 +107,10 @@ def test_first_priorities_come_from_acting_time():
 
 
 def test_initial_priority_max_is_the_largest_so_far():
-    replay = make(initial_priority="max", first_td=None)
+    replay = make(initial_priority="max", initial_priorities=None)
     add(replay, 0, 6)
     assert replay._ring.leaves(np.arange(2)) == pytest.approx([1.001**0.9] * 2)
-    replay.update_td(np.array([0, 1]), np.array([[5.0], [0.5]], np.float32))
+    replay.update_priorities(np.array([0, 1]), np.array([[5.0], [0.5]], np.float32))
     add(replay, 6, 7)
     assert replay._ring.leaves(np.arange(3)) == pytest.approx(leaves_by_hand([[5], [0.5], [5]]))
 
@@ -122,9 +122,9 @@ def test_errors_that_are_not_finite_name_their_keys():
     for bad in (np.nan, np.inf, -np.inf):
         td = np.array([[1, 1], [1, bad], [1, 1], [bad, -1]], np.float32)
         with pytest.raises(FloatingPointError, match=r"keys \[3, 5\]"):
-            replay.update_td(np.array([2, 3, 4, 5]), td)
+            replay.update_priorities(np.array([2, 3, 4, 5]), td)
     assert (replay._ring.leaves(np.arange(6)) == before).all()
-    broken = make(first_td=lambda rows: np.full((len(rows.valid), 1), np.nan))
+    broken = make(initial_priorities=lambda rows: np.full((len(rows.valid), 1), np.nan))
     with pytest.raises(FloatingPointError, match=r"keys \[0\]"):  # the first one completed
         add(broken, 0, 8)
 
@@ -133,13 +133,13 @@ def test_other_errors_in_updates():
     replay = make()
     add(replay, 0, 10)
     with pytest.raises(ValueError, match=r"must be f32\[2, T\], one line per key, got \[2\]"):
-        replay.update_td(np.array([0, 1]), np.ones(2, np.float32))
-    with pytest.raises(ValueError, match="must be absolute"):
-        replay.update_td(np.array([0]), np.array([[0.5, -0.5]], np.float32))
+        replay.update_priorities(np.array([0, 1]), np.ones(2, np.float32))
+    with pytest.raises(ValueError, match="must be >= 0"):
+        replay.update_priorities(np.array([0]), np.array([[0.5, -0.5]], np.float32))
     with pytest.raises(ValueError, match=r"Keys \[10\] were never given out"):
-        replay.update_td(np.array([10]), np.ones((1, 1), np.float32))
+        replay.update_priorities(np.array([10]), np.ones((1, 1), np.float32))
     with pytest.raises(ValueError, match="begin no startable sequence"):
-        replay.update_td(np.array([9]), np.ones((1, 1), np.float32))
+        replay.update_priorities(np.array([9]), np.ones((1, 1), np.float32))
     assert replay.startable == 6
 
 
@@ -165,7 +165,7 @@ def test_a_late_priority_is_ignored_and_counted():
     assert sample.keys.max() < 36
     add(replay, 40, 41)  # key 0 is overwritten: its slot holds key 40 now
     before = replay._ring.leaves(np.arange(41))
-    replay.update_td(np.array([0, 1, 0]), np.full((3, 1), 7.0, np.float32))
+    replay.update_priorities(np.array([0, 1, 0]), np.full((3, 1), 7.0, np.float32))
     after = replay._ring.leaves(np.arange(41))
     assert after[1] == pytest.approx(leaves_by_hand([[7.0]])[0])
     assert (np.delete(after, 1) == np.delete(before, 1)).all()
@@ -187,7 +187,7 @@ def test_draws_follow_the_priorities():
     replay = make()
     add(replay, 0, 24)
     td = np.array([[0.01], [3.0], [0.2], [1.0], [0.0], [9.0]], np.float32)
-    replay.update_td(np.array([0, 1, 5, 6, 10, 19]), td)
+    replay.update_priorities(np.array([0, 1, 5, 6, 10, 19]), td)
     leaves = np.array(leaves_by_hand([[4.0 * (key // 2) / 2] for key in range(20)]))
     leaves[[0, 1, 5, 6, 10, 19]] = leaves_by_hand(td.tolist())
     counts = drawn_counts(replay, 20, 100_000)
@@ -219,7 +219,7 @@ def test_importance_is_recomputed_from_the_raw_tree(exponent):
         expected = ((raw > 0).sum() * probability) ** -exponent
         assert sample.batch.importance.dtype == np.float32
         assert sample.batch.importance == pytest.approx(expected / expected.max(), rel=1e-6)
-        replay.update_td(sample.keys, np.random.default_rng(1).random((16, 3), np.float32))
+        replay.update_priorities(sample.keys, np.random.default_rng(1).random((16, 3), np.float32))
 
 
 def test_importance_by_the_rarest_sequence_of_the_whole_replay():
@@ -231,7 +231,7 @@ def test_importance_by_the_rarest_sequence_of_the_whole_replay():
         expected = (raw[sample.keys % 40] / raw[raw > 0].min()) ** -0.6
         assert sample.batch.importance == pytest.approx(expected, rel=1e-6)
         assert sample.batch.importance.max() <= 1
-        replay.update_td(sample.keys, np.random.default_rng(1).random((4, 3), np.float32))
+        replay.update_priorities(sample.keys, np.random.default_rng(1).random((4, 3), np.float32))
 
 
 @pytest.mark.parametrize("shards", [None, 2])
@@ -253,7 +253,7 @@ def test_importance_stays_at_most_1_while_blocks_come(shards):
             assert (sample.batch.importance > 0).all()
             assert (sample.batch.importance <= 1 + 1e-6).all()
             td = np.random.default_rng(1).random((4, 3), np.float32)
-            replay.update_td(sample.keys, td)
+            replay.update_priorities(sample.keys, td)
     finally:
         stop.set()
         writer.join()
@@ -332,7 +332,7 @@ def test_stop_and_resume_is_never_stopped(blocks, initial_priority):
             add(replay, block, block + 1)
             sample = replay.sample(8)
             td = np.random.default_rng(block).random((8, 3), np.float32) * 3
-            replay.update_td(sample.keys, td)
+            replay.update_priorities(sample.keys, td)
             samples.append(sample)
         return samples
 

@@ -70,7 +70,7 @@ def test_it_answers_what_the_replay_would_here(start):
         for mine, its in zip(*[trees.flatten(vars(s)).values() for s in samples], strict=True):
             assert np.array_equal(mine, its)
         for replay in (here, there):
-            replay.update_td(samples[0].keys, np.ones((BATCH, 3), np.float32))
+            replay.update_priorities(samples[0].keys, np.ones((BATCH, 3), np.float32))
     assert there.stats() == here.stats()
     state, other = here.state(), there.state()
     assert all(np.array_equal(state[name], other[name]) for name in state)
@@ -139,7 +139,7 @@ def test_what_it_raises_is_raised_here_and_it_goes_on(start):
     with pytest.raises(ValueError, match="another layout"):
         replay.restore(make(capacity=100).state(), [[]])
     add(replay, 0, 40)
-    replay.update_td(np.arange(8), np.full((8, 3), np.nan, np.float32))
+    replay.update_priorities(np.arange(8), np.full((8, 3), np.nan, np.float32))
     with pytest.raises(FloatingPointError, match="not finite"):
         replay.sample(BATCH)
     with pytest.raises(ValueError, match="batches have 8 sequences always"):
@@ -205,7 +205,7 @@ def test_a_message_that_is_not_taken_is_an_error(start, monkeypatch):
 def test_many_things_told_are_heard_of_without_a_call(start):
     replay = start()
     add(replay, 0, 40)
-    replay.update_td(np.arange(8), np.full((8, 3), np.nan, np.float32))
+    replay.update_priorities(np.arange(8), np.full((8, 3), np.nan, np.float32))
     with pytest.raises(FloatingPointError, match="not finite"):
         tell(replay, process.MOST_TOLD, np.ones((8, 3), np.float32))
     tell(replay, 5000, np.ones((8, 3), np.float32))
@@ -214,7 +214,7 @@ def test_many_things_told_are_heard_of_without_a_call(start):
 
 def tell(replay: ReplayProcess, times: int, td: np.ndarray) -> None:
     for _ in range(times):
-        replay.update_td(np.arange(len(td)), td)
+        replay.update_priorities(np.arange(len(td)), td)
 
 
 class TwoWords(Exception):

@@ -44,18 +44,18 @@ def test_importance_is_1_and_updates_change_nothing():
     sample = replay.sample(16)
     assert sample.batch.importance.dtype == np.float32
     assert (sample.batch.importance == 1).all()
-    replay.update_td(sample.keys, np.random.default_rng(0).random((16, 4), np.float32))
+    replay.update_priorities(sample.keys, np.random.default_rng(0).random((16, 4), np.float32))
     twin.sample(16)
     assert (replay.sample(16).keys == twin.sample(16).keys).all()
     with pytest.raises(ValueError, match=r"must be f32\[16, T\]"):
-        replay.update_td(sample.keys, np.ones((3, 4), np.float32))
+        replay.update_priorities(sample.keys, np.ones((3, 4), np.float32))
 
 
 def test_errors_that_are_not_finite_name_their_keys():
     replay = make()
     add(replay, 0, 20)
     with pytest.raises(FloatingPointError, match=r"keys \[3\]"):
-        replay.update_td(np.array([2, 3]), np.array([[1.0], [np.nan]], np.float32))
+        replay.update_priorities(np.array([2, 3]), np.array([[1.0], [np.nan]], np.float32))
 
 
 def test_another_seed_draws_otherwise():
