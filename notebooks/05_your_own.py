@@ -178,7 +178,8 @@ import numpy as np
 
 from rlx import ops
 from rlx.agents import common
-from rlx.agents.r2d2 import HEAD, R2D2
+from rlx.agents.q_learning import HEAD
+from rlx.agents.r2d2 import R2D2
 from rlx.types import (
     Array, Batch, Carry, EnvSpec, NetInput, Params, QActing, Range, Row, Runtime,
     SequenceSpec, TrainState, UpdateOutput,

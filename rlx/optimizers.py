@@ -11,7 +11,7 @@ import optax
 
 from rlx.types import Array, Params, Range
 
-NORM_DECAY = 0.99  # per update, of the average that `max_grad_norm_ratio` compares with
+NORM_DECAY = 0.99  # per gradient step, of the average that `max_grad_norm_ratio` compares with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class Adam:
     epsilon: Annotated[float, Range(gt=0)]
     max_grad_norm: Annotated[float, Range(gt=0)] | None  # None: no clipping
     max_grad_norm_ratio: Annotated[float, Range(gt=1)] | None  # to its moving average; None: any
-    warmup_updates: Annotated[int, Range(ge=0)]  # the rate rises from 0 for so long
-    decay_updates: Annotated[int, Range(ge=1)] | None  # then falls for so long; None: never
+    warmup_gradient_steps: Annotated[int, Range(ge=0)]  # the rate rises from 0 for so long
+    decay_gradient_steps: Annotated[int, Range(ge=1)] | None  # then falls for so long; None: never
     decay: Literal["linear", "cosine"]
     final_learning_rate: Annotated[float, Range(ge=0, lt=1)]  # after that
 
@@ -40,25 +40,25 @@ class Adam:
         return optax.chain(*clips, adam) if clips else adam
 
     def rate(self) -> optax.ScalarOrSchedule:
-        """Of the n-th update, or one for all."""
-        first, last, updates = self.learning_rate, self.final_learning_rate, self.decay_updates
-        if updates is None:
+        """The rate of the n-th gradient step, or one for all."""
+        first, last, steps = self.learning_rate, self.final_learning_rate, self.decay_gradient_steps
+        if steps is None:
             falling = optax.constant_schedule(first)
         elif self.decay == "linear":
-            falling = optax.linear_schedule(first, last, updates)
+            falling = optax.linear_schedule(first, last, steps)
         else:
-            falling = optax.cosine_decay_schedule(first, updates, alpha=last / first)
-        if self.warmup_updates:
-            rising = optax.linear_schedule(0.0, first, self.warmup_updates)
-            return optax.join_schedules([rising, falling], [self.warmup_updates])
-        return first if updates is None else falling
+            falling = optax.cosine_decay_schedule(first, steps, alpha=last / first)
+        if self.warmup_gradient_steps:
+            rising = optax.linear_schedule(0.0, first, self.warmup_gradient_steps)
+            return optax.join_schedules([rising, falling], [self.warmup_gradient_steps])
+        return first if steps is None else falling
 
 
 class AverageNorm(NamedTuple):
     """What `clip_by_average_norm` remembers."""
 
     average: Array  # f32[]: of the norms after clipping, not yet corrected for its start at 0
-    updates: Array  # i32[]
+    updates: Array  # i32[]: gradient steps
 
 
 def clip_by_average_norm(ratio: float) -> optax.GradientTransformation:

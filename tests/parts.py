@@ -91,8 +91,8 @@ def adam(**changes: Any) -> Adam:
         "epsilon": 1e-3,
         "max_grad_norm": 80.0,
         "max_grad_norm_ratio": None,
-        "warmup_updates": 0,
-        "decay_updates": None,
+        "warmup_gradient_steps": 0,
+        "decay_gradient_steps": None,
         "decay": "linear",
         "final_learning_rate": 0.0,
     }

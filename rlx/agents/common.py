@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from rlx import ops
@@ -19,26 +18,19 @@ from rlx.interfaces import Network
 from rlx.networks.recurrent import zero_core
 from rlx.types import (
     Array,
-    ArraySpec,
     Batch,
     Carry,
     DiscreteSpec,
     EnvSpec,
     NetInput,
     Params,
-    QActing,
-    Row,
     TrainState,
     UpdateOutput,
 )
 
 Metrics = dict[str, Array]
 
-# --- acting with action values -------------------------------------------------------------------
-
-Q_ACTING = QActing(
-    q=ArraySpec(shape=(), dtype="float32"), q_max=ArraySpec(shape=(), dtype="float32")
-)
+# --- actions -------------------------------------------------------------------------------------
 
 
 def require_discrete(agent: str, spec: EnvSpec) -> int:
@@ -79,15 +71,6 @@ def epsilon_greedy(key: Array, q: Array, epsilon: Array, mask: Array | None = No
     else:
         random = jax.random.categorical(action_key, jnp.where(mask, 0.0, -jnp.inf))
     return jnp.where(explore, random, jnp.argmax(masked(q, mask), axis=-1)).astype(jnp.int32)
-
-
-def act_by_values(
-    q: Array, inputs: NetInput, spec: EnvSpec, key: Array, epsilon: Array
-) -> tuple[Array, QActing]:
-    """q f32[N, A] -> (action i32[N], its Q and the largest Q); `key` is consumed."""
-    mask = allowed(inputs, spec)
-    action = epsilon_greedy(key, q, epsilon, mask)
-    return action, QActing(q=take_action(q, action), q_max=masked(q, mask).max(axis=-1))
 
 
 def take_action(values: Array, action: Array) -> Array:
@@ -142,89 +125,6 @@ def features_after(
         core = jax.lax.stop_gradient(core)
     features, _ = network.unroll(params, window(inputs, burn_in, None), core)
     return features
-
-
-# --- targets and errors of action values ---------------------------------------------------------
-
-
-def value_targets(
-    rows: Row,
-    value: Array,
-    *,
-    n: int,
-    gamma: float,
-    reward: str,
-    rescale_epsilon: float | None,
-    xp: Any = jnp,
-) -> Array:
-    """h(n-step return of h^-1(value)): scalars of rows [T + n - 1, ...], value [T + n, ...].
-
-    rescale_epsilon: of h (`ops.rescale`); None: h is the identity. Returns [T, ...].
-    """
-    raw = value if rescale_epsilon is None else ops.unrescale(value, rescale_epsilon, xp)
-    target = ops.n_step_return(
-        ops.transform_reward(rows.reward, reward, xp),
-        rows.discount,
-        rows.valid,
-        raw,
-        n=n,
-        gamma=gamma,
-        xp=xp,
-    )
-    return target if rescale_epsilon is None else ops.rescale(target, rescale_epsilon, xp)
-
-
-def acting_priorities(rows: Row, burn_in: int, unroll: int, **targets: Any) -> np.ndarray:
-    """f32[M, T] of scalars [M, L]: absolute TD errors of acting time, -1 where not valid.
-
-    The online network is its own target: equal to the learner's errors when its online and target
-    parameters are those that acted. targets: the keywords of `value_targets`.
-    """
-    rows = _numpy_time_major(rows, burn_in)
-    target = value_targets(rows, rows.acting.q_max, **targets, xp=np)
-    valid = rows.valid[:unroll]
-    td = np.abs(target - rows.acting.q[:unroll])
-    return np.where(valid, td, -1).astype(np.float32).T
-
-
-def _numpy_time_major(rows: Row, burn_in: int) -> Row:
-    """The scalars after the burn-in, [L - burn_in, M]; inputs are dropped."""
-
-    def turned(x: Array) -> np.ndarray:
-        return np.swapaxes(np.asarray(x)[:, burn_in:], 0, 1)
-
-    return replace(
-        rows,
-        reward=turned(rows.reward),
-        discount=turned(rows.discount),
-        valid=turned(rows.valid),
-        acting=QActing(q=turned(rows.acting.q), q_max=turned(rows.acting.q_max)),
-    )
-
-
-def per_sequence(losses: Array, valid: Array, over_time: str) -> Array:
-    """f32[B] from losses [T, B] of valid rows; over_time: mean | sum."""
-    total = jnp.where(valid, losses, 0.0).sum(axis=0)
-    return total if over_time == "sum" else total / jnp.maximum(1, valid.sum(axis=0))
-
-
-def row_priorities(td: Array, valid: Array) -> Array:
-    """f32[B, T] from td [T, B]: absolute errors, -1 where a row is not valid."""
-    return jnp.where(valid, jnp.abs(td), -1.0).T
-
-
-def value_metrics(q: Array, td: Array, rows: Row) -> Metrics:
-    """Means over the valid of the trained rows [T, B]."""
-
-    def mean(x: Array) -> Array:
-        return ops.masked_mean(x.ravel(), rows.valid.ravel(), jnp)
-
-    drift = jnp.where(rows.valid[0], jnp.abs(q[0] - rows.acting.q[0]), 0)
-    return {
-        "learner/q_mean": mean(q),
-        "learner/td_mean": mean(jnp.abs(td)),
-        "learner/q_drift": drift.mean(),
-    }
 
 
 # --- gradients, optimisers, targets --------------------------------------------------------------

@@ -14,37 +14,19 @@ DEPARTS: the last n - 1 trained rows have full n-step targets too: the sequence 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlx import trees
-from rlx.agents import common
+from rlx.agents import common, q_learning
 from rlx.interfaces import Network
 from rlx.networks.heads import Head
 from rlx.optimizers import Adam
-from rlx.types import (
-    Array,
-    Batch,
-    Carry,
-    EnvSpec,
-    NetInput,
-    Params,
-    QActing,
-    Range,
-    Row,
-    Runtime,
-    SequenceSpec,
-    TrainState,
-    UpdateOutput,
-)
+from rlx.types import Array, EnvSpec, Params, Range, Runtime, SequenceSpec
 
 trees.register()
-
-HEAD = "head"  # its name among the parameters
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,108 +52,32 @@ class R2D2:
 
     on_policy = False
     samples = False
-    acting_spec = common.Q_ACTING
+    acting_spec = q_learning.Q_ACTING
+
+    init = q_learning.init
+    initial_carry = q_learning.initial_carry
+    acting_params = q_learning.acting_params
+    values = q_learning.values
+    act = q_learning.act
+    initial_priorities = q_learning.initial_priorities
+    update = q_learning.update
 
     def __post_init__(self) -> None:
         common.require_discrete("r2d2", self.spec)
-        if self.stride % self.block_rows:
-            raise ValueError(
-                f"agent.stride={self.stride} must be a multiple of "
-                f"agent.block_rows={self.block_rows}: sequences start where a carry is stored."
-            )
+        q_learning.require_starts(self)
 
     @property
     def sequence(self) -> SequenceSpec:
-        return SequenceSpec(
-            burn_in=self.burn_in,
-            unroll=self.unroll,
-            n_step=self.n_step,
-            stride=self.stride,
-            block_rows=self.block_rows,
+        return q_learning.sequence_of(self)
+
+    def loss(
+        self, params: Params, features: Array, replayed: q_learning.Replayed
+    ) -> q_learning.Loss:
+        """Importance-weighted 0.5 d^2: mean over a sequence's valid rows, mean over the batch."""
+        td, q, trained = q_learning.td_errors(
+            self, params, features, replayed, double_q=self.double_q
         )
-
-    # --- acting ----------------------------------------------------------------------------------
-
-    def initial_carry(self, batch: int) -> Carry:
-        return self.network.initial_carry(batch)
-
-    def acting_params(self, state: TrainState) -> Params:
-        return state.params
-
-    def act(
-        self, params: Params, inputs: NetInput, carry: Carry, key: Array, exploration: Array
-    ) -> tuple[Array, QActing, Carry]:
-        """inputs [N, ...], epsilon f32[N] -> (action i32[N], its Q and the largest Q, carry)."""
-        q, carry = self.values(params, inputs, carry)
-        action, acting = common.act_by_values(q, inputs, self.spec, key, exploration)
-        return action, acting, carry
-
-    def values(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
-        """inputs [N, ...] -> (Q of every action f32[N, A], carry)."""
-        inputs = common.transform_inputs(common.add_time(inputs), self.reward)
-        features, carry = self.network.apply(params, inputs, carry)
-        return self._q(params, features)[0], carry
-
-    def initial_priorities(self, rows: Row) -> np.ndarray:
-        """f32[M, T] from the Q-values of acting time of rows [M, L] (observation {})."""
-        return common.acting_priorities(rows, self.burn_in, self.unroll, **self._target_settings)
-
-    # --- learning --------------------------------------------------------------------------------
-
-    def init(self, key: Array) -> TrainState:
-        """`key` is consumed."""
-        init_key, state_key = jax.random.split(key)
-        params = self.network.init(init_key, {HEAD: self.head})
-        return common.new_state(params, self.optimizer.build(), state_key, target_params=params)
-
-    def update(
-        self, state: TrainState, batch: Batch, *, axis_name: str | None = None
-    ) -> tuple[TrainState, UpdateOutput]:
-        """One gradient step on this device's share of the batch."""
-        inputs, core = common.stacked_inputs(
-            self.network, batch, reward=self.reward, stored_state=self.stored_state
-        )
-        features, _ = self.network.unroll(state.target_params, inputs, core)
-        target_q = self._q(state.target_params, features)[self.burn_in :]
-        rows = common.window(common.time_major(batch.rows), self.burn_in, None)
-
-        def loss(params: Params) -> tuple[Array, Any]:
-            after = common.features_after(self.network, params, inputs, core, self.burn_in)
-            mask = common.allowed(common.window(inputs, self.burn_in, None), self.spec)
-            return self._loss(self._q(params, after), rows, target_q, mask, batch.importance)
-
-        state, output = common.gradient_step(loss, self.optimizer.build(), state, axis_name)
-        target = common.periodic_target(
-            state.params, state.target_params, state.updates, self.target_period_updates
-        )
-        return replace(state, target_params=target), output
-
-    def _q(self, params: Params, features: Array) -> Array:
-        q: Array = self.network.read(params, HEAD, self.head, features)
-        return q
-
-    def _loss(
-        self, q: Array, rows: Row, target_q: Array, mask: Array | None, importance: Array
-    ) -> tuple[Array, tuple[Array, common.Metrics]]:
-        """Importance-weighted 0.5 d^2: mean over a sequence's valid rows, mean over the batch.
-
-        q, target_q: f32[T + n, B, A].
-        """
-        best = jnp.argmax(common.masked(q if self.double_q else target_q, mask), axis=-1)
-        value = common.take_action(target_q, best)
-        target = common.value_targets(rows, value, **self._target_settings)
-        trained = common.window(rows, 0, self.unroll)
-        q_taken = common.take_action(q[: self.unroll], trained.action)
-        td = jax.lax.stop_gradient(target) - q_taken  # [T, B]
-        losses = common.per_sequence(0.5 * jnp.square(td), trained.valid, self.loss_over_time)
-        metrics = common.value_metrics(q_taken, td, trained)
-        return jnp.mean(importance * losses), (common.row_priorities(td, trained.valid), metrics)
-
-    @property
-    def _target_settings(self) -> dict[str, Any]:
-        return {
-            "n": self.n_step,
-            "gamma": self.discount,
-            "reward": self.reward,
-            "rescale_epsilon": self.rescale_epsilon,
-        }
+        losses = q_learning.per_sequence(0.5 * jnp.square(td), trained.valid, self.loss_over_time)
+        priorities = q_learning.row_priorities(td, trained.valid)
+        metrics = q_learning.value_metrics(q, td, trained)
+        return jnp.mean(replayed.importance * losses), (priorities, metrics)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from rlx import trees
-from rlx.agents import common
+from rlx.agents import common, q_learning
 from rlx.optimizers import clip_by_average_norm
 from rlx.types import Batch, QActing, TrainState
 from tests import parts
@@ -146,16 +146,21 @@ def test_no_gradient_crosses_the_burn_in():
     short = Batch(rows=after_burn_in, carry=carry, importance=batch.importance)
 
     def grads(agent, batch, target_carry):
-        rows = trees.tree_map(lambda x: np.swapaxes(x, 0, 1), batch.rows)
-        target_q, _ = parts.q_values(agent, state.target_params, rows.inputs, target_carry)
-
-        inputs, _ = agent.network.stack_frames(rows.inputs, batch.carry)
+        net, rows = agent.network, common.time_major(batch.rows)
+        target_features, _ = net.apply(state.target_params, rows.inputs, target_carry)
+        inputs, _ = net.stack_frames(rows.inputs, batch.carry)
+        replayed = q_learning.Replayed(
+            rows=common.window(rows, agent.burn_in, None),
+            mask=None,
+            importance=batch.importance,
+            target_params=state.target_params,
+            target_features=target_features[agent.burn_in :],
+        )
 
         def loss(params):
             core = batch.carry.core
-            after = common.features_after(agent.network, params, inputs, core, agent.burn_in)
-            q, trained = agent._q(params, after), common.window(rows, agent.burn_in, None)
-            return agent._loss(q, trained, target_q[agent.burn_in :], None, batch.importance)[0]
+            features = common.features_after(net, params, inputs, core, agent.burn_in)
+            return agent.loss(params, features, replayed)[0]
 
         return jax.jit(jax.grad(loss))(state.params)
 
@@ -241,7 +246,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     first, _ = optimizer.update(grads, optimizer.init(params), params)
     second, _ = optimizer.update(small, optimizer.init(params), params)
     np.testing.assert_allclose(first["w"], second["w"], rtol=1e-5)
-    plain = parts.adam(max_grad_norm=None, decay_updates=10).build()
+    plain = parts.adam(max_grad_norm=None, decay_gradient_steps=10).build()
     assert isinstance(plain, optax.GradientTransformation)
 
 
@@ -277,13 +282,16 @@ def test_gradients_are_clipped_by_the_moving_average_of_their_norm():
     ("changes", "expected"),
     [
         ({}, {0: 1.0, 1000: 1.0}),
-        ({"decay_updates": 100}, {0: 1.0, 50: 0.5, 100: 0.0, 1000: 0.0}),
+        ({"decay_gradient_steps": 100}, {0: 1.0, 50: 0.5, 100: 0.0, 1000: 0.0}),
         (
-            {"decay_updates": 100, "decay": "cosine", "final_learning_rate": 1e-4},
+            {"decay_gradient_steps": 100, "decay": "cosine", "final_learning_rate": 1e-4},
             {0: 1.0, 50: 0.55, 100: 0.1, 1000: 0.1},
         ),
-        ({"warmup_updates": 10}, {0: 0.0, 5: 0.5, 10: 1.0, 1000: 1.0}),
-        ({"warmup_updates": 10, "decay_updates": 100}, {5: 0.5, 10: 1.0, 60: 0.5, 110: 0.0}),
+        ({"warmup_gradient_steps": 10}, {0: 0.0, 5: 0.5, 10: 1.0, 1000: 1.0}),
+        (
+            {"warmup_gradient_steps": 10, "decay_gradient_steps": 100},
+            {5: 0.5, 10: 1.0, 60: 0.5, 110: 0.0},
+        ),
     ],
 )
 def test_the_rate_rises_and_falls_as_it_is_told(changes, expected):

@@ -1,0 +1,81 @@
+"""DQN: deep Q-learning (Mnih et al., Nature 2015), with or without memory.
+
+Ingredients: a target network copied every so many updates, replayed rows, a Huber loss (Mnih et
+al.: the error clipped to [-1, 1]); double Q-learning (van Hasselt et al. 2016); dueling streams by
+`agent.head` (Wang et al. 2016); n-step targets (Rainbow, section 3). A network with a recurrent
+core makes it recurrent (DRQN, Hausknecht & Stone 2015), from stored states and a burn-in.
+
+DEPARTS: a sample is a sequence of `unroll` rows instead of one row (`unroll: 1` is the paper's).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+import optax
+
+from rlx import trees
+from rlx.agents import common, q_learning
+from rlx.interfaces import Network
+from rlx.networks.heads import Head
+from rlx.optimizers import Adam
+from rlx.types import Array, EnvSpec, Params, Range, Runtime, SequenceSpec
+
+trees.register()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DQN:
+    """The algorithm as settings and pure functions; an interfaces.Agent with priorities."""
+
+    burn_in: Annotated[int, Range(ge=0)]  # rows unrolled without gradient
+    unroll: Annotated[int, Range(ge=1)]  # trained rows T
+    n_step: Annotated[int, Range(ge=1)]
+    stride: Annotated[int, Range(ge=1)] | None  # None: a start at every row, or at every block's
+    block_rows: Annotated[int, Range(ge=1)]
+    discount: Annotated[float, Range(ge=0, le=1)]
+    double_q: bool
+    reward: Literal["raw", "clip", "tanh"]  # applied to reward and previous reward alike
+    error: Literal["huber", "squared"]  # huber: linear beyond 1
+    target_period_updates: Annotated[int, Range(ge=1)]
+    head: Head
+    optimizer: Adam
+    network: Runtime[Network]
+    spec: Runtime[EnvSpec]
+
+    on_policy = False
+    samples = False
+    stored_state = True
+    rescale_epsilon = None
+    acting_spec = q_learning.Q_ACTING
+
+    init = q_learning.init
+    initial_carry = q_learning.initial_carry
+    acting_params = q_learning.acting_params
+    values = q_learning.values
+    act = q_learning.act
+    initial_priorities = q_learning.initial_priorities
+    update = q_learning.update
+
+    def __post_init__(self) -> None:
+        common.require_discrete("dqn", self.spec)
+        q_learning.require_starts(self)
+
+    @property
+    def sequence(self) -> SequenceSpec:
+        return q_learning.sequence_of(self)
+
+    def loss(
+        self, params: Params, features: Array, replayed: q_learning.Replayed
+    ) -> q_learning.Loss:
+        """Importance-weighted error: mean over a sequence's valid rows, mean over the batch."""
+        td, q, trained = q_learning.td_errors(
+            self, params, features, replayed, double_q=self.double_q
+        )
+        per_row = optax.huber_loss(td) if self.error == "huber" else 0.5 * jnp.square(td)
+        losses = q_learning.per_sequence(per_row, trained.valid, "mean")
+        priorities = q_learning.row_priorities(td, trained.valid)
+        metrics = q_learning.value_metrics(q, td, trained)
+        return jnp.mean(replayed.importance * losses), (priorities, metrics)
