@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rlx import bench
+from rlx import bench_measuring
 from rlx.learner_bench import REPLAYS
 
 
@@ -78,14 +78,14 @@ def test_anything_else_is_refused_in_one_line(given):
 
 
 def test_work_that_is_left_running_is_settled_in_its_own_slice(monkeypatch):
-    monkeypatch.setattr(bench, "SLICE_S", 0.0)
+    monkeypatch.setattr(bench_measuring, "SLICE_S", 0.0)
     calls: list[str] = []
 
-    def work(name: str) -> bench.Work:
+    def work(name: str) -> bench_measuring.Work:
         return lambda: calls.append(name) or 1.0  # type: ignore[func-returns-value]
 
     variants = {"a": work("a"), "b": work("b")}
-    rates = bench.measure(variants, 1e-9, {"a": lambda: calls.append("settled a")})
+    rates = bench_measuring.measure(variants, 1e-9, {"a": lambda: calls.append("settled a")})
     assert calls == ["a", "settled a", "b"] * 2  # once to compile, then one round
     assert [len(each) for each in rates.values()] == [1, 1]
 
