@@ -1,5 +1,19 @@
 """How fast, against what this machine could do: `python -m rlx.bench what=acting seconds=10`.
 
+Options, and the bench that each belongs to:
+
+    what=NAME          acting | learner | replay (required)
+    seconds=10         of measuring, for each setup (replay: for each storage)
+    setup=all          cartpole | pong | all: environment, network and sizes
+    acting=local       local | ray_pool (what=acting)
+    rows=100000,1000000    sizes of the replays (what=replay)
+    batch=             sequences of an update, as batch=32,64; nothing: the setup's (what=learner)
+    dtype=float32      float32 | bfloat16, or both with a comma between (what=learner)
+    replay=false       true: also batches from full replays (what=learner)
+    profile=false      true: a trace of three updates, and what took longest (what=learner)
+    dense=null         units of the layer before the core, as dense=512 (what=learner)
+    torch=null         a python with PyTorch, whose update runs beside (what=learner setup=pong)
+
 Every variant of a bench runs in slices, one after the other and round again, so that a noisy
 machine disturbs them alike; a ratio is the median over the rounds of the ratio within a round.
 Runs where neither ray nor envpool nor hydra is installed (`what=learner`). The last line printed
@@ -8,11 +22,11 @@ is one JSON object: {"what", "machine", "rows": [{"name", "value", "unit", "rati
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from shutil import which
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -32,7 +46,9 @@ from rlx.bench_measuring import (
     settings,
 )
 from rlx.config import build
-from rlx.types import Weights
+from rlx.options import command
+from rlx.problems import refuse
+from rlx.types import Range, Weights
 
 
 def bench_acting(setup: Setup, seconds: float) -> list[dict[str, Any]]:
@@ -70,103 +86,74 @@ def bench_acting(setup: Setup, seconds: float) -> list[dict[str, Any]]:
 
 Bench = Callable[[Setup, float], list[dict[str, Any]]]
 
-BENCHES = ("acting", "learner", "replay")
-POOLS = ("local", "ray_pool")
-DEFAULTS = {
-    "what": "",
-    "seconds": "10",
-    "setup": "all",
-    "acting": "local",
-    "rows": "100000,1000000",
-    "batch": "",
-    "dtype": "float32",
-    "profile": "false",
-    "replay": "false",
-    "dense": "",
-    "torch": "",
-}
-DTYPES = ("float32", "bfloat16")
-SWITCH = ("false", "true")
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line takes; the module's docstring explains it."""
+
+    what: Literal["acting", "learner", "replay"]
+    seconds: Annotated[float, Range(gt=0)] = 10.0
+    setup: Literal["cartpole", "pong", "all"] = "all"
+    acting: Literal["local", "ray_pool"] = "local"
+    rows: tuple[Annotated[int, Range(ge=1)], ...] = (100_000, 1_000_000)
+    batch: tuple[Annotated[int, Range(ge=1)], ...] = ()
+    dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    replay: bool = False
+    profile: bool = False
+    dense: Annotated[int, Range(ge=0)] | None = None
+    torch: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.torch is not None and self.setup != "pong":
+            raise refuse("torch", "has the paper's network; add setup=pong", given=self.torch)
+        if self.torch is not None and which(self.torch) is None:
+            raise refuse("torch", "no such program; give the path of a python", given=self.torch)
 
 
-def main() -> None:
-    """`what=acting|learner|replay seconds=10 setup=cartpole|pong|all`, and one more of each.
+def main(argv: Sequence[str] | None = None) -> None:
+    """`what=acting|learner|replay`; the module's docstring lists the options."""
+    command("rlx.bench", __doc__, Options, _bench, argv)
 
-    `seconds`: for each setup (replay: for each storage); `acting=local|ray_pool`: of what=acting;
-    `rows=100000,1000000`: sizes of what=replay; of what=learner `batch=32,64` (sequences; none: the
-    setup's own), `dtype=float32,bfloat16`, `replay=true` (from full replays, too),
-    `profile=true` (a trace, and what took longest), `dense=512` (units before the core) and
-    `torch=PYTHON` (PyTorch's update beside it; setup=pong).
-    """
-    names = [setup.name for setup in SETUPS]
-    given = dict(text.partition("=")[::2] for text in sys.argv[1:])
-    options = DEFAULTS | given
-    what, chosen, seconds = options["what"], options["setup"], options["seconds"]
-    known = what in BENCHES and chosen in (*names, "all") and options.keys() == DEFAULTS.keys()
-    counts = [*options["rows"].split(","), *filter(None, options["batch"].split(","))]
-    peered = not options["torch"] or (chosen == "pong" and which(options["torch"]) is not None)
-    dense = options["dense"].isdigit() or not options["dense"]
-    numbers = [
-        peered,
-        dense,
-        _positive(seconds),
-        *(count.isdigit() and int(count) > 0 for count in counts),
-    ]
-    switches = {options["profile"], options["replay"]} <= set(SWITCH)
-    named = set(options["dtype"].split(",")) <= set(DTYPES) and switches
-    if not known or not all(numbers) or not named or options["acting"] not in POOLS:
-        print(
-            f"rlx.bench: got {' '.join(sys.argv[1:]) or 'nothing'}; accepted: "
-            f"what={'|'.join(BENCHES)} seconds=10 setup={'|'.join(names)}|all "
-            f"acting={'|'.join(POOLS)} rows={DEFAULTS['rows']} batch=32,64 "
-            f"dtype={','.join(DTYPES)} profile={'|'.join(SWITCH)} replay={'|'.join(SWITCH)} "
-            "dense=512 torch=PYTHON (with setup=pong)",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+
+def _bench(options: Options) -> None:
     xla.prepare()
-    setups = [setup for setup in SETUPS if chosen in (setup.name, "all")]
+    setups = [setup for setup in SETUPS if options.setup in (setup.name, "all")]
     runs = _benches(options)
-    report(what, [row for setup in setups for run in runs for row in run(setup, float(seconds))])
+    found = [row for setup in setups for run in runs for row in run(setup, options.seconds)]
+    report(options.what, found)
 
 
-def _benches(options: Mapping[str, str]) -> Sequence[Bench]:
+def _benches(options: Options) -> Sequence[Bench]:
     """What to run; parts that not every machine has are imported only if they are asked for."""
-    what = options["what"]
-    if what == "replay":
+    if options.what == "replay":
         from rlx.replay_bench import bench_replay
 
-        return [partial(bench_replay, rows=int(size)) for size in options["rows"].split(",")]
-    if what == "learner":
-        from rlx.learner_bench import bench_learner
-
-        profile, from_replays = (options[name] == "true" for name in ("profile", "replay"))
-        batches = [int(size) if size else None for size in options["batch"].split(",")]
-        return [
-            partial(
-                bench_learner,
-                batch=batch,
-                dtype=dtype,
-                profile=profile,
-                from_replays=from_replays,
-                dense=int(options["dense"]) if options["dense"] else None,
-                torch=options["torch"] or None,
-            )
-            for dtype in options["dtype"].split(",")
-            for batch in batches
-        ]
-    if options["acting"] == "ray_pool":
+        return [partial(bench_replay, rows=size) for size in options.rows]
+    if options.what == "learner":
+        return _learner_benches(options)
+    if options.acting == "ray_pool":
         from rlx.ray_bench import bench_ray
 
         return [bench_ray]
     return [bench_acting]
 
 
-def _positive(text: str) -> bool:
-    try:
-        return 0 < float(text) < float("inf")
-    except ValueError:
-        return False
+def _learner_benches(options: Options) -> Sequence[Bench]:
+    from rlx.learner_bench import bench_learner
+
+    return [
+        partial(
+            bench_learner,
+            batch=batch,
+            dtype=dtype,
+            profile=options.profile,
+            from_replays=options.replay,
+            dense=options.dense,
+            torch=options.torch,
+        )
+        for dtype in options.dtype
+        for batch in options.batch or (None,)
+    ]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
@@ -90,16 +90,16 @@ def _pairs(
     hints: Mapping[str, Any],
     places: Sequence[str],
     problems: list[Problem],
-) -> list[tuple[str, str]]:
+) -> Iterator[tuple[str, str]]:
     """(key, text) of each argument that has a known key or a place."""
-    pairs, free = [], list(places)
+    free = list(places)
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if equals and key in hints:
-            pairs.append((key, text))
+            yield key, text
             free = [name for name in free if name != key]
         elif free:  # also a folder with a `=` in its name
-            pairs.append((free.pop(0), argument))
+            yield free.pop(0), argument
         elif places:
             problems.append(Problem(path=argument, says=f"too many; accepted: {_usage(places)}"))
         elif equals:
@@ -108,7 +108,6 @@ def _pairs(
         else:
             says = "write key=value; --help lists the keys"
             problems.append(Problem(path=argument, says=says))
-    return pairs
 
 
 def _read(text: str, hint: Any, key: str, problems: list[Problem]) -> Any:
