@@ -20,9 +20,9 @@ import numpy as np
 
 from rlx import metrics, nonfinite
 from rlx.checkpoint import Checkpoint, Checkpointer, Restored
-from rlx.evaluate import Evaluation
 from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers, Replay
 from rlx.learner import Learner, Published
+from rlx.playing import Evaluation
 from rlx.problems import RunFailed
 from rlx.progress import Progress
 from rlx.replay.quota import Quota

@@ -446,7 +446,7 @@ def test_sigterm_ends_an_evaluation_that_would_never_end(monkeypatch, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
         return False
 
-    monkeypatch.setattr("rlx.evaluate.Starts.complete", property(complete))
+    monkeypatch.setattr("rlx.playing.Starts.complete", property(complete))
     summary = run(tmp_path, "total_env_steps=100")
     assert (summary["state"], summary["evaluation_return"]) == ("interrupted", None)
     monkeypatch.undo()
