@@ -17,8 +17,9 @@ from rlx import provenance, xla
 from rlx.composing import compose
 from rlx.config import ROLES, build, check, plain, remember, runtime_names, setting_hints
 from rlx.interfaces import Agent, EnvFamily
+from rlx.moved import renewed
 from rlx.problems import ConfigError, Problem, Sources, did_you_mean, refuse
-from rlx.targets import renewed, resolve
+from rlx.targets import resolve
 from rlx.types import Params, Weights
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from rlx.checkpoint import Checkpointer, CheckpointError, Restored
 from rlx.config import build, prepare
 from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers, Prioritizing
 from rlx.learner import Learner
-from rlx.loop import Alone, Parts
+from rlx.parts import Alone, Parts
 from rlx.playing import Evaluation
 from rlx.problems import refuse
 from rlx.replay.process import ReplayProcess

@@ -13,36 +13,14 @@ import inspect
 import pkgutil
 import sys
 import types
-from collections.abc import Mapping
 from typing import Any
 
+from rlx.moved import MOVED
 from rlx.problems import did_you_mean, nearest
 
 _allowed = {"rlx."}
 
 # Where classes were that the settings of saved runs may still name -> where they are.
-MOVED: Mapping[str, str] = {
-    "rlx.evaluate.Evaluation": "rlx.playing.Evaluation",
-}
-
-
-def renewed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain settings of a saved run as today's rlx would have written them.
-
-    It is applied where a saved configuration is read, and nowhere else. The argument is not
-    changed.
-    """
-    return {str(key): _renewed(value) for key, value in settings.items()}
-
-
-def _renewed(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_renewed(item) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    found = {key: _renewed(child) for key, child in value.items()}
-    target = found.get("_target_")
-    return found | {"_target_": MOVED.get(target, target)} if isinstance(target, str) else found
 
 
 def allow(prefix: str) -> None:

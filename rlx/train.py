@@ -1,7 +1,7 @@
 """Trains: `python -m rlx.train acting=ray_pool acting.instances=128`.
 
 Compose, check, run. Everything here is about the command line; the training loop is
-`rlx.loop.run`, and `rlx.run(rlx.compose([...]))` does the same from Python.
+`rlx.loop.train`, and `rlx.run(rlx.compose([...]))` does the same from Python.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from rlx import _paths, api, composing
 from rlx.config import ROLES, check, remember
 from rlx.metrics import write_whole
+from rlx.moved import renewed
 from rlx.problems import ConfigError, Problem, RunFailed, refuse
-from rlx.targets import renewed
 
 RENEWED = "renewed"  # in .hydra: settings of an earlier rlx, in the words of this one
 RESUMED = ".hydra/resume-"  # and a number: where Hydra writes the settings of a resume

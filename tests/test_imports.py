@@ -17,6 +17,7 @@ FILES = sorted((ROOT / "rlx").rglob("*.py"))
 LAYERS = [
     {
         "types",
+        "moved",
         "problems",
         "_paths",
         "provenance",
@@ -40,6 +41,9 @@ LAYERS = [
     {"films"},
     {"playing"},
     {"ray_evaluator"},
+    {"parts"},
+    {"stages"},
+    {"keeper"},
     {"loop"},
     {"assemble", "composing"},
     {"learner_process"},

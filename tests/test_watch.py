@@ -33,21 +33,21 @@ HOSTILE = "<img src=x onerror='document.title=1'> & no more"
 RUNS = """
 import sys
 import rlx
-from rlx.loop import Loop
+from rlx.stages import Stages
 folder, text, *tiny = sys.argv[1:]
 run = lambda name, *more: rlx.run(rlx.compose([*tiny, *more]), f"{folder}/{name}")
 run("finished", "total_env_steps=600", "tags=[done]")
-learn = Loop.learn
+learn = Stages.learn
 def learn_and_fail(loop):
     learn(loop)
     if loop.count.env_steps > 300:
         raise ValueError(text)
-Loop.learn = learn_and_fail
+Stages.learn = learn_and_fail
 try:
     run("failed")
 except ValueError:
     pass
-Loop.learn = learn
+Stages.learn = learn
 run("sweep/0", "total_env_steps=100_000_000", "replay.ratio=0.05")
 """
 CHROMIUM = next(
