@@ -24,8 +24,8 @@ from rlx.acting.exploration import Ladder
 from rlx.acting.faults import ActingFailed
 from rlx.assemble import assemble
 from rlx.config import plain
-from rlx.learner import Learner
 from rlx.keeper import Keeper
+from rlx.learner import Learner
 from rlx.loop import train as train_loop
 from rlx.metrics import read_rows
 from rlx.parts import Alone, Parts
