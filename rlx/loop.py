@@ -161,6 +161,7 @@ class Loop:
             self._checkpoints.segments_folder, parts.resumed.segments if parts.resumed else ()
         )
         self._save_due = False
+        self._between_rounds = True  # of an on-policy agent: the last thing was an update
         self._progress = Progress(parts.total_env_steps, parts.logging)
 
     # --- the three stages ------------------------------------------------------------------------
@@ -174,8 +175,13 @@ class Loop:
         self._publish(self.parts.learner.publish())
 
     def finished(self) -> bool:
-        """By what all learner processes know, as all of them must see it at once."""
+        """By what all learner processes know, as all of them must see it at once.
+
+        Of an on-policy agent the round that has begun is learnt from before.
+        """
         parts = self.parts
+        if parts.agent.on_policy and not self._between_rounds:
+            return False
         wall_s = max((news.wall_s for news in self._news), default=self.count.wall_s)
         return (
             self.count.env_steps >= parts.total_env_steps
@@ -217,7 +223,7 @@ class Loop:
         replay, quota = self.parts.replay, self.parts.quota
         enough = replay.env_steps >= replay.min_env_steps
         if enough and replay.startable >= replay.min_sequences:
-            quota.open(replay.env_steps)
+            quota.open(0 if self.parts.agent.on_policy else replay.env_steps)
         mine = News(
             env_steps=self._made.env_steps,
             frames=self._made.frames,
@@ -239,6 +245,7 @@ class Loop:
     def learn(self) -> None:
         """Starts one update if all quotas allow it, then ends the one before it."""
         replay, quota, learner = self.parts.replay, self.parts.quota, self.parts.learner
+        self._between_rounds = False
         if not all(news.may_learn for news in self._news):
             return
         with self._stages.measure("sample"):
@@ -256,9 +263,13 @@ class Loop:
             is_finite=partial(learner.is_finite, output),
             batch=sample.batch,
         )
-        if learner.updates % learner.publish_every_updates == 0:
+        on_policy = self.parts.agent.on_policy
+        if on_policy or learner.updates % learner.publish_every_updates == 0:
             with self._stages.measure("publish"):
                 self._published = learner.publish()
+        if on_policy:  # the next round needs these weights
+            self._settle()
+        self._between_rounds = True
         age = learner.updates - sample.weights_version.mean()
         self._metrics.record_all(output.metrics)
         self._metrics.record("replay/age_updates", age)
@@ -274,8 +285,13 @@ class Loop:
         return float((sample.least_scaled_probability * more) ** -sample.importance_exponent)
 
     def keep(self) -> None:
-        """Evaluates, writes a row of metrics and saves, each on its own clock of env steps."""
+        """Evaluates, writes a row of metrics and saves, each on its own clock of env steps.
+
+        Of an on-policy agent between two rounds only, where no block waits in the replay.
+        """
         parts = self.parts
+        if parts.agent.on_policy and not self._between_rounds:
+            return
         if parts.peers.rank == 0 and self._rings(parts.evaluation.every_env_steps):
             if parts.evaluator is None:
                 with suppress(Stopped):  # `agree` will hear of it
