@@ -21,6 +21,7 @@ from rlx import trees
 from rlx.acting.blocks import empty, row_spec
 from rlx.acting.plan import carry_spec
 from rlx.acting.recorded import Recorded
+from rlx.acting.rounds import blocks_of_a_round
 from rlx.checkpoint import Checkpointer, CheckpointError, Restored
 from rlx.config import build, prepare
 from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers, Prioritizing
@@ -31,6 +32,7 @@ from rlx.problems import refuse
 from rlx.replay.process import ReplayProcess
 from rlx.replay.quota import Quota
 from rlx.shares import share_exploration, share_folder, share_seed
+from rlx.targets import resolve
 from rlx.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ def assemble(
     check_agreement(settings)
     family, agent = build_agent(settings)
     _check_network(agent)
+    round_blocks = blocks_of_a_round(settings, agent)
     learner = build(settings["learner"], "learner", agent=agent, seed=seed)
     resumed = _restore(output_dir, learner, peers, checkpoint.replay) if resume else None
     exploration = share_exploration(build(settings["exploration"], "exploration"), peers)
@@ -96,6 +99,7 @@ def assemble(
                 seed=own_seed,
                 chain=chain,
                 env_steps=resumed.env_steps if resumed else 0,
+                round_blocks=round_blocks,
             )
         undo.callback(pool.close, CLOSE_S)
         quota = Quota(
@@ -209,7 +213,7 @@ def check_agreement(settings: Mapping[str, Any]) -> None:
 
 def is_local(settings: Mapping[str, Any]) -> bool:
     """Whether acting takes turns with learning, in this process."""
-    return settings["acting"]["_target_"].endswith("LocalPool")
+    return getattr(resolve(settings["acting"]["_target_"])[0], "takes_turns", False)
 
 
 def _check_network(agent: Agent) -> None:
@@ -238,6 +242,7 @@ def make_replay(
         **_priorities_of(agent),
         "seed": seed,
         "devices": devices,
+        "on_policy": agent.on_policy,
     }
     if own.get("where") != "process":
         return build(own, "replay", **runtime)

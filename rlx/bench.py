@@ -70,6 +70,7 @@ def bench_acting(setup: Setup, seconds: float) -> list[dict[str, Any]]:
         seed=0,
         chain=0,
         env_steps=0,
+        round_blocks=None,
     )
     pool.publish(weights, 0)
     variants: dict[str, Work] = {

@@ -213,8 +213,11 @@ class PrioritizedReplay(Protocol):
 
 
 class Exploration(Protocol):
-    def epsilon(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
-        """f32[n] for these global lanes of `lanes` in all, `env_steps` into the run."""
+    def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
+        """f32[n] for these global lanes of `lanes` in all, `env_steps` into the run.
+
+        0 is the best action the agent knows, 1 is as it samples (`Agent.act`).
+        """
 
 
 class ActingPool(Protocol):

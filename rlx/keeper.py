@@ -56,8 +56,13 @@ class Keeper:
             self.save()  # so that a run stopped before its first checkpoint has one, too
 
     def keep(self) -> None:
-        """Evaluates, writes a row of metrics and saves what is due."""
+        """Evaluates, writes a row of metrics and saves what is due.
+
+        An on-policy agent's run is kept between two rounds, where no block waits in the replay.
+        """
         parts, stages = self._parts, self._stages
+        if parts.agent.on_policy and not stages.is_between_rounds:
+            return
         if parts.peers.rank == 0 and self._is_due(parts.evaluation.every_env_steps):
             self._begin_to_evaluate()
         with stages.left_to_the_end():

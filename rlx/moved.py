@@ -18,6 +18,7 @@ RENAMED: Mapping[str, Mapping[str, str]] = {  # settings, by their class's targe
     },
 }
 ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does as it was before
+    "rlx.acting.ray_pool.RayPool": {"sync": False},
 }
 
 

@@ -134,6 +134,7 @@ def make_pool(setup: measuring.Setup, agent: Any, family: Any, **changes: Any) -
         seed=0,
         chain=0,
         env_steps=0,
+        round_blocks=None,
     )
     pool.publish(zero_weights(agent), 0)
     while pool.stats()["acting/actors_ready"] != pool.stats()["acting/actors_wanted"]:

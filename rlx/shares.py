@@ -101,6 +101,6 @@ class _Every:
     rank: int
     count: int
 
-    def epsilon(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
+    def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
         all_lanes = lanes * self.count
-        return self.exploration.epsilon(lane * self.count + self.rank, all_lanes, env_steps)
+        return self.exploration.amount(lane * self.count + self.rank, all_lanes, env_steps)

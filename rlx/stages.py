@@ -42,12 +42,18 @@ class Stages:
         self._in_flight: InFlight | None = None  # the last update, until it is settled
         self._published: Published | None = None  # of the update in flight
         self._acting_version = 0
+        self.is_between_rounds = True  # no block waits to be learnt from (on-policy agents)
         if parts.resumed:
             self._resume(parts.resumed)
 
     def finished(self) -> bool:
-        """Whether the run is at its end, by what all learner processes know alike."""
+        """Whether the run is at its end, by what all learner processes know alike.
+
+        An on-policy agent learns from the round that has begun before its run ends.
+        """
         parts = self.parts
+        if parts.agent.on_policy and not self.is_between_rounds:
+            return False
         wall_s = max((news.wall_s for news in self.news), default=self.count.wall_s)
         return (
             self.count.env_steps >= parts.total_env_steps
@@ -99,7 +105,7 @@ class Stages:
         replay, quota = self.parts.replay, self.parts.quota
         enough = replay.env_steps >= replay.min_env_steps
         if enough and replay.startable >= replay.min_sequences:
-            quota.open(replay.env_steps)
+            quota.open(0 if self.parts.agent.on_policy else replay.env_steps)
         mine = News(
             env_steps=self._made.env_steps,
             frames=self._made.frames,
@@ -121,6 +127,7 @@ class Stages:
     def learn(self) -> None:
         """Starts one update if all quotas allow it, then ends the one before it."""
         replay, quota, learner = self.parts.replay, self.parts.quota, self.parts.learner
+        self.is_between_rounds = False
         if not all(news.may_learn for news in self.news):
             return
         with self.times.measure("sample"):
@@ -138,9 +145,13 @@ class Stages:
             is_finite=partial(learner.is_finite, output),
             batch=sample.batch,
         )
-        if learner.updates % learner.publish_every_updates == 0:
+        on_policy = self.parts.agent.on_policy
+        if on_policy or learner.updates % learner.publish_every_updates == 0:
             with self.times.measure("publish"):
                 self._published = learner.publish()
+        if on_policy:
+            self.settle()  # the next round is made with these weights
+        self.is_between_rounds = True
         age = learner.updates - sample.weights_version.mean()
         self.metrics.record_all(output.metrics)
         self.metrics.record("replay/age_updates", age)

@@ -219,6 +219,7 @@ class Request:
     weights: Weights | None  # None: keep what you have
     env_steps: int  # made by the whole run so far, for schedules
     want_env_steps: int  # over all lanes of the actor
+    want_blocks: int | None  # of each lane, instead of env steps; then its lanes rest
 
 
 @dataclass(frozen=True, kw_only=True)

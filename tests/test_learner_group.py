@@ -111,9 +111,9 @@ def test_what_cannot_be_divided_is_refused(tmp_path, overrides, says):
 
 def test_lanes_of_all_processes_explore_as_those_of_one():
     ladder = Ladder(base=0.4, exponent=7.0, minimum=0.0, final_scale=1.0, decay_env_steps=None)
-    whole = ladder.epsilon(np.arange(6), 6, 0)
+    whole = ladder.amount(np.arange(6), 6, 0)
     shares = [
-        share_exploration(ladder, Rank(rank, 2)).epsilon(np.arange(3), 3, 0) for rank in (0, 1)
+        share_exploration(ladder, Rank(rank, 2)).amount(np.arange(3), 3, 0) for rank in (0, 1)
     ]
     np.testing.assert_array_equal(np.stack(shares, axis=1).ravel(), whole)
     assert share_seed(5, Rank(0, 2)) == 5

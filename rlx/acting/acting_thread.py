@@ -46,6 +46,8 @@ class ActingThread:
     It makes `ahead` requests before it waits for `collected`. `realtime`: its environments go on
     without waiting; where `ahead` requests have not been collected the next one's blocks are
     dropped, and counted. `max_age`: it waits rather than begin a request with older weights.
+    `want_blocks`: it makes one request with each version of the weights, for so many blocks of
+    each lane, and waits for the next version.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class ActingThread:
         orders: Orders,
         arrived: Arrived,
         want_env_steps: int,
+        want_blocks: int | None = None,
         ahead: int,
         realtime: bool = False,
         max_age: int | None = None,
@@ -69,6 +72,7 @@ class ActingThread:
         self.chain = -1
         self._make_actors, self._orders, self._arrived = make_actors, orders, arrived
         self._want, self._realtime, self._max_age = want_env_steps, realtime, max_age
+        self._want_blocks = want_blocks
         self._while_waiting = while_waiting
         self._free = threading.Semaphore(ahead)
         self._stop = threading.Event()
@@ -118,7 +122,7 @@ class ActingThread:
 
     def _work(self, actors: Sequence[Actor]) -> None:
         weights, env_steps, updates = self._orders.read()
-        if weights is None or self._too_old(weights, updates):
+        if weights is None or self._too_old(weights, updates) or self._is_used(weights, actors):
             self._stop.wait(0.005)
             self._while_waiting()
             return
@@ -128,7 +132,10 @@ class ActingThread:
             return
         is_new = any(actor.weights_version != weights.version for actor in actors)
         request = Request(
-            weights=weights if is_new else None, env_steps=env_steps, want_env_steps=self._want
+            weights=weights if is_new else None,
+            env_steps=env_steps,
+            want_env_steps=self._want,
+            want_blocks=self._want_blocks,
         )
         rollouts = collect_in_turn(actors, request, self._goes_on)
         self.busy_since_s = None
@@ -144,6 +151,12 @@ class ActingThread:
         """Asked before each step of the environments."""
         self.busy_since_s = monotonic()
         return not self._stop.is_set()
+
+    def _is_used(self, weights: Weights, actors: Sequence[Actor]) -> bool:
+        """Whether a round was made with them: the next one needs newer ones."""
+        if self._want_blocks is None:
+            return False
+        return all(actor.weights_version == weights.version for actor in actors)
 
     def _too_old(self, weights: Weights, updates: int) -> bool:
         return self._max_age is not None and updates - weights.version > self._max_age

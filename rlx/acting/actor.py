@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ class ActingPolicy(Protocol):
     version: int
 
     def take(self, weights: Weights) -> None: ...
-    def start(self, inputs: NetInput, lane: np.ndarray | None, epsilon: np.ndarray) -> Any: ...
+    def start(self, inputs: NetInput, lane: np.ndarray | None, exploration: np.ndarray) -> Any: ...
     def finish(self, started: Any) -> tuple[np.ndarray, Any]: ...
     def carry(self, lane: np.ndarray) -> Carry: ...
 
@@ -62,8 +63,22 @@ class InputTracker:
         self._action[index] = action
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Answered:
+    """Lanes that have answered, and wait for their actions."""
+
+    lane: np.ndarray  # i32[n]
+    index: Index  # the same
+    inputs: NetInput  # [n, ...]
+    starts: np.ndarray  # lanes that open a block with their next row
+
+
 class Actor:
     """Steps N lanes of an environment and ships finished blocks.
+
+    A request asks for env steps, and the lanes go on from one request to the next; or it asks for
+    blocks of each lane. After the last of them the lanes rest: the answer that ended it is kept,
+    and acted on when the next request has brought its weights.
 
     `first_lane`: the global id of lane 0; `total_lanes`: of the whole run; `chain`: how many lives
     these lanes have had before.
@@ -95,8 +110,11 @@ class Actor:
         )
         self._started = np.zeros(env.lanes, bool)
         self._all_started = False
-        self._epsilon = np.zeros(env.lanes, np.float32)
+        self._exploring = np.zeros(env.lanes, np.float32)
         self._steps = False  # the lanes are stepping
+        self._resting: _Answered | None = None  # between two requests that ask for blocks
+        self._request: Request | None = None
+        self._begun = 0  # blocks of each lane, since the last `begin`; if it asked for blocks
         self._finished: list[tuple] = []
         rows, carry = self._writer.nothing
         none, following = np.zeros(0, np.int64), trees.tree_map(lambda x: x[:, 0], rows.inputs)
@@ -105,25 +123,33 @@ class Actor:
         self._began = self._env_s = self._policy_s = 0.0
 
     def collect(self, request: Request) -> Rollout:
-        """Steps until that many env steps are made; answers the blocks finished by then."""
-        self.begin(request)
-        while self.env_steps < request.want_env_steps:
-            self.advance()
-        return self.end()
+        """Steps until what was asked for is made; answers the blocks finished by then."""
+        return collect_in_turn([self], request, lambda: True)[0]
 
     def begin(self, request: Request) -> None:
         """Takes a request's weights and counts from 0."""
         self._began = perf_counter()
         if request.weights is not None:
             self._policy.take(request.weights)
-        self._epsilon = self._exploration.epsilon(
+        self._exploring = self._exploration.amount(
             self._global, self._total_lanes, request.env_steps
         )
+        self._request, self._begun = request, 0
         self.env_steps, self._env_s, self._policy_s = 0, 0.0, 0.0
 
+    @property
+    def rests(self) -> bool:
+        """Whether it has made the blocks that it was asked for."""
+        return self._resting is not None and self._begun > 0
+
     def advance(self) -> None:
-        """Waits for the lanes' answer and acts; the lanes step on when it returns."""
+        """Waits for the lanes' answer and acts; the lanes step on when it returns, or rest."""
         asked = perf_counter()
+        if (kept := self._resting) is not None:
+            self._resting = None
+            self._open_rows(kept, self._start(kept))
+            self._policy_s += perf_counter() - asked
+            return
         timestep = self._env.recv() if self._steps else self._env.reset()
         self._steps = True
         answered = perf_counter()
@@ -167,34 +193,52 @@ class Actor:
 
         The host writes rows while the device and then the environments are busy.
         """
-        lane, policy, writer = timestep.lane, self._policy, self._writer
-        index = self._tracker.index(lane)
+        index = self._tracker.index(timestep.lane)
         inputs = self._tracker.inputs(timestep, index)
-        starts = writer.next_starts(index)
-        carry = policy.carry(starts) if len(starts) else None
-        whole = isinstance(index, slice)
-        started = policy.start(inputs, None if whole else lane, self._epsilon[index])
+        starts = self._writer.next_starts(index)
+        answered = _Answered(lane=timestep.lane, index=index, inputs=inputs, starts=starts)
+        if self._is_last(answered):
+            self._close_rows(timestep, answered)
+            self._resting = answered
+            return
+        started = self._start(answered)
+        self._close_rows(timestep, answered)
+        self._open_rows(answered, started)
 
-        full = self._close_rows(timestep, index)
-        if len(full):
-            self._finish(full, lane, inputs)
+    def _is_last(self, answered: _Answered) -> bool:
+        """Whether this answer ends the last block that was asked for."""
+        assert self._request is not None
+        return bool(len(answered.starts)) and self._begun == self._request.want_blocks
+
+    def _start(self, answered: _Answered) -> tuple[Any, Carry | None]:
+        """(what the policy has begun, the carry of the lanes that open a block)."""
+        starts, index = answered.starts, answered.index
+        carry = self._policy.carry(starts) if len(starts) else None
+        lane = None if isinstance(index, slice) else answered.lane
+        return self._policy.start(answered.inputs, lane, self._exploring[index]), carry
+
+    def _open_rows(self, answered: _Answered, begun: tuple[Any, Carry | None]) -> None:
+        (started, carry), writer = begun, self._writer
         if carry is not None:
-            writer.begin(starts, carry, policy.version)
-        place = writer.open(index, inputs)
-
-        action, acting = policy.finish(started)
-        self._env.send(action, lane)
+            writer.begin(answered.starts, carry, self._policy.version)
+            self._begun += 1
+        place = writer.open(answered.index, answered.inputs)
+        action, acting = self._policy.finish(started)
+        self._env.send(action, answered.lane)
         writer.decide(place, action, acting)
-        self._tracker.acted(index, action)
+        self._tracker.acted(answered.index, action)
 
-    def _close_rows(self, timestep: Timestep, index: Index) -> np.ndarray:
+    def _close_rows(self, timestep: Timestep, answered: _Answered) -> None:
         """The rows these lanes opened; a row answered by a reset had its action ignored."""
+        index, lane, inputs = answered.index, answered.lane, answered.inputs
         if not self._all_started:
             timestep, index = self._started_lanes(timestep)
         valid = ~timestep.first
         discount = (valid & ~timestep.terminated).astype(np.float32)
         self.env_steps += int(np.count_nonzero(valid))
-        return self._writer.close(index, timestep.reward, discount, valid)
+        full = self._writer.close(index, timestep.reward, discount, valid)
+        if len(full):
+            self._finish(full, lane, inputs)
 
     def _started_lanes(self, timestep: Timestep) -> tuple[Timestep, np.ndarray]:
         """Without the lanes whose very first observation this is: it answers no row."""
@@ -241,7 +285,7 @@ class Actor:
         )
 
     def _complete(self, episode: Episode) -> Episode:
-        episode.epsilon = float(self._epsilon[episode.lane])
+        episode.epsilon = float(self._exploring[episode.lane])
         episode.chain = int(self._chain[episode.lane])
         episode.lane = int(self._global[episode.lane])
         episode.weights_version = self._policy.version
@@ -251,13 +295,20 @@ class Actor:
 def collect_in_turn(
     actors: Sequence[Actor], request: Request, goes_on: Callable[[], bool]
 ) -> list[Rollout]:
-    """Several actors' rollouts, that many env steps of all together, or as far as it `goes_on`.
+    """Several actors' rollouts, so much of all together as was asked, or as far as it `goes_on`.
 
     Each is acted for while the others' lanes step, so that device and environments overlap.
     """
     for actor in actors:
         actor.begin(request)
-    while sum(actor.env_steps for actor in actors) < request.want_env_steps and goes_on():
+    while not _is_done(actors, request) and goes_on():
         for actor in actors:
-            actor.advance()
+            if not actor.rests:
+                actor.advance()
     return [actor.end() for actor in actors]
+
+
+def _is_done(actors: Sequence[Actor], request: Request) -> bool:
+    if request.want_blocks is not None:
+        return all(actor.rests for actor in actors)
+    return sum(actor.env_steps for actor in actors) >= request.want_env_steps

@@ -1,4 +1,8 @@
-"""How often each lane acts at random: epsilon by global lane and by progress of the run."""
+"""How much each lane explores, by its global number and by the progress of the run.
+
+0 is the best action the agent knows (the mode), 1 is as the agent samples; for an agent without a
+distribution of its own it is epsilon, the share of random actions.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import numpy as np
 
 from rlx.types import Range
 
-Epsilon = Annotated[float, Range(ge=0, le=1)]
+Amount = Annotated[float, Range(ge=0, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +24,13 @@ class Ladder:
     (rltime's decayed ladder); `minimum` is a floor.
     """
 
-    base: Epsilon
+    base: Amount
     exponent: Annotated[float, Range(ge=0)]
-    minimum: Epsilon
-    final_scale: Epsilon
+    minimum: Amount
+    final_scale: Amount
     decay_env_steps: Annotated[int, Range(ge=1)] | None  # None: never shrinks
 
-    def epsilon(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
+    def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
         rung = lane / max(1, lanes - 1)
         ladder = self.base ** (1 + self.exponent * rung)
         scale = 1.0
@@ -37,11 +41,11 @@ class Ladder:
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """The same epsilon for every lane, for the whole run."""
+    """The same for every lane, for the whole run."""
 
-    value: Epsilon
+    value: Amount
 
-    def epsilon(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
+    def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
         return np.full(lane.shape, self.value, np.float32)
 
 
@@ -49,11 +53,11 @@ class Constant:
 class Linear:
     """From `start` to `final` over the first `decay_env_steps` of the run, for every lane."""
 
-    start: Epsilon
-    final: Epsilon
+    start: Amount
+    final: Amount
     decay_env_steps: Annotated[int, Range(ge=1)]
 
-    def epsilon(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
+    def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
         progress = min(1.0, env_steps / self.decay_env_steps)
         value = self.start + (self.final - self.start) * progress
         return np.full(lane.shape, value, np.float32)

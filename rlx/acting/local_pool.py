@@ -13,6 +13,8 @@ from rlx.types import Range, Request, Rollout, Runtime, Weights
 class LocalPool:
     """An interfaces.ActingPool; its actors step when `collect` is called, and only then."""
 
+    takes_turns = True  # with the learner
+
     def __init__(
         self,
         *,
@@ -26,8 +28,12 @@ class LocalPool:
         seed: Runtime[int],
         chain: Runtime[int],
         env_steps: Runtime[int],
+        round_blocks: Runtime[int | None],
     ) -> None:
-        """`chain`: how many lives the lanes have had; `env_steps`: made by the run so far."""
+        """`chain`: how many lives the lanes have had; `env_steps`: made by the run so far.
+
+        `round_blocks`: what a request asks of each lane (`rlx.acting.rounds`); None: env steps.
+        """
         self.env_steps_per_request = env_steps_per_request
         self.chain = chain
         self._plan = Plan(
@@ -39,6 +45,7 @@ class LocalPool:
             envs_per_actor=envs_per_actor,
             device=device,
         )
+        self._round_blocks = round_blocks
         self._weights: Weights | None = None
         self._env_steps = env_steps
         self._turn = 0
@@ -58,6 +65,7 @@ class LocalPool:
             weights=self._weights if self._turn_is_stale(actor) else None,
             env_steps=self._env_steps,
             want_env_steps=want_env_steps,
+            want_blocks=self._round_blocks,
         )
         rollout = actor.collect(request)
         self._env_steps += rollout.env_steps

@@ -58,18 +58,18 @@ class Policy:
         self.take(Weights(version=0, params=zeros))
         self.act(inputs, lane, np.zeros(len(inputs.first), np.float32))
 
-    def start(self, inputs: NetInput, lane: np.ndarray | None, epsilon: np.ndarray) -> Any:
+    def start(self, inputs: NetInput, lane: np.ndarray | None, exploration: np.ndarray) -> Any:
         """Sends inputs [n, ...] of these lanes (None: all N, in order) to the device.
 
         Answers at once what `finish` waits for: the host has work to do meanwhile.
         """
         if self._params is None:
             raise RuntimeError("Policy.start before Policy.take: the first request brings weights.")
-        n = len(epsilon)
+        n = len(exploration)
         if self._pad and lane is not None:
-            inputs, lane, epsilon = _padded((inputs, lane, epsilon), n, self._lanes)
+            inputs, lane, exploration = _padded((inputs, lane, exploration), n, self._lanes)
         action, acting, self._table = self._act(
-            self._params, self._table, inputs, lane, self._key, epsilon
+            self._params, self._table, inputs, lane, self._key, exploration
         )
         return action, acting, n
 
@@ -79,10 +79,10 @@ class Policy:
         return np.asarray(action)[:n], jax.tree.map(lambda x: np.asarray(x)[:n], acting)
 
     def act(
-        self, inputs: NetInput, lane: np.ndarray | None, epsilon: np.ndarray
+        self, inputs: NetInput, lane: np.ndarray | None, exploration: np.ndarray
     ) -> tuple[np.ndarray, Any]:
         """`start` and `finish` in one."""
-        return self.finish(self.start(inputs, lane, epsilon))
+        return self.finish(self.start(inputs, lane, exploration))
 
     def carry(self, lane: np.ndarray) -> Carry:
         """A copy of these lanes' carries [n, ...], before the next `start`."""
@@ -101,9 +101,9 @@ def _padded(parts: tuple[NetInput, np.ndarray, np.ndarray], n: int, lanes: int) 
         padded[:n] = x
         return padded
 
-    inputs, lane, epsilon = trees.tree_map(pad, parts)
+    inputs, lane, exploration = trees.tree_map(pad, parts)
     lane[n:] = lanes
-    return inputs, lane, epsilon
+    return inputs, lane, exploration
 
 
 @functools.lru_cache(maxsize=8)
@@ -111,14 +111,16 @@ def _compiled_act(agent: Any) -> Any:
     """One compiled function per agent, however many actors of it live in the process."""
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def act(params: Any, table: Any, inputs: NetInput, lane: Any, key: Any, epsilon: Any) -> Any:
+    def act(
+        params: Any, table: Any, inputs: NetInput, lane: Any, key: Any, exploration: Any
+    ) -> Any:
         carries, step = table
         key = jax.random.fold_in(key, step)
         if lane is None:
-            action, acting, carries = agent.act(params, inputs, carries, key, epsilon)
+            action, acting, carries = agent.act(params, inputs, carries, key, exploration)
             return action, acting, (carries, step + 1)
         carry = jax.tree.map(lambda x: x[lane], carries)
-        action, acting, carry = agent.act(params, inputs, carry, key, epsilon)
+        action, acting, carry = agent.act(params, inputs, carry, key, exploration)
         carries = jax.tree.map(lambda x, new: x.at[lane].set(new), carries, carry)
         return action, acting, (carries, step + 1)
 

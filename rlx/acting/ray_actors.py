@@ -37,7 +37,10 @@ SILENT_S = 900.0  # without any rollout although actors are ready: something is 
 class RayActors:
     """Rollouts of a fleet of `rlx.acting.remote.RemoteActor`.
 
-    lanes: of each actor; per_actor: requests under way for each; most: for all together.
+    most_env_steps: of a request; per_actor: requests under way for each; most: for all together.
+    want_blocks: each actor makes one request with each version of the weights, for so many blocks
+    of each lane; the replacement of one that is lost on the way makes its part with the same
+    weights.
     """
 
     def __init__(
@@ -45,7 +48,8 @@ class RayActors:
         *,
         fleet: Fleet,
         want_env_steps: int,
-        lanes: int,
+        want_blocks: int | None,
+        most_env_steps: int,
         per_actor: int,
         most: int,
         weights_dtype: Literal["float32", "bfloat16"],
@@ -54,7 +58,8 @@ class RayActors:
         env_steps: int,
     ) -> None:
         self._fleet, self._want = fleet, want_env_steps
-        self._most_env_steps = want_env_steps + lanes - 1  # of a request, which ends with a step
+        self._want_blocks = want_blocks
+        self._most_env_steps = most_env_steps
         self._per_actor, self._most = per_actor, most
         self._weights_dtype, self._max_age = weights_dtype, max_age
         self._orders = Orders(env_steps)
@@ -71,6 +76,7 @@ class RayActors:
         self._reference: tuple[int, Any] | None = None  # version, in the object store
         self._life = [-1] * len(fleet.slots)  # the chain of each ready actor's life
         self._under_way = [0] * len(fleet.slots)  # requests, those not collected yet too
+        self._answered = [-1] * len(fleet.slots)  # the version that each actor's last answer is of
         self._idle: deque[int] = deque()  # actors that may be sent a request, longest idle first
         self._last_sign_s = monotonic()  # an answer arrived, or a request was sent
         self._stop, self._wake = threading.Event(), threading.Event()
@@ -192,6 +198,7 @@ class RayActors:
             self._idle.extend([index] * self._per_actor)
         elif isinstance(event, Answered):
             self._last_sign_s = monotonic()
+            self._answered[index] = event.value.weights_version
             unpacked = self._unpackers.submit(_unpack, event.value)
             self._arrived.put((index, self._life[index], unpacked))
         else:
@@ -218,11 +225,20 @@ class RayActors:
         if self._max_age is not None and updates - weights.version > self._max_age:
             return  # until newer ones are published
         reference = self._stored(weights)
-        while self._idle and sum(self._under_way) < self._most:
-            index = self._idle.popleft()
+        asked = (reference, env_steps, self._want, self._want_blocks)
+        for index in self._may_be_asked(weights.version):
+            if sum(self._under_way) >= self._most:
+                return
+            self._idle.remove(index)
             self._under_way[index] += 1
             self._last_sign_s = monotonic()
-            self._fleet.request(index, "collect", reference, env_steps, self._want)
+            self._fleet.request(index, "collect", *asked)
+
+    def _may_be_asked(self, version: int) -> list[int]:
+        """Idle actors, the longest idle first; of a round those that have not made their part."""
+        if self._want_blocks is None:
+            return list(self._idle)
+        return [index for index in self._idle if self._answered[index] != version]
 
     def _stored(self, weights: Weights) -> Any:
         """The one copy of this version in the object store."""

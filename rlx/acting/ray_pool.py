@@ -48,6 +48,7 @@ class RayPool:
         envs_per_actor: Annotated[int, Range(ge=1)],
         env_steps_per_request: Annotated[int, Range(ge=1)],
         requests_per_actor: Annotated[int, Range(ge=1)],
+        sync: bool,
         min_instances: Annotated[int, Range(ge=1)],
         inference: Literal["actor", "server"],
         max_batch: Annotated[int, Range(ge=1)],
@@ -76,8 +77,9 @@ class RayPool:
         seed: Runtime[int],
         chain: Runtime[int],
         env_steps: Runtime[int],
+        round_blocks: Runtime[int | None],
     ) -> None:
-        """Settings: conf/acting/ray_pool.yaml. `chain`, `env_steps`: as in LocalPool."""
+        """Settings: conf/acting/ray_pool.yaml. What the run supplies: as in LocalPool."""
         self.env_steps_per_request = env_steps_per_request
         self._instances = instances
         served, several = inference == "server", jax.process_count() > 1
@@ -125,7 +127,7 @@ class RayPool:
             self._cluster.close()
             raise
         # With a limit on the weights' age no request waits behind another while they grow older.
-        ahead = 1 if max_weight_age_updates else requests_per_actor
+        ahead = 1 if max_weight_age_updates or sync else requests_per_actor
         self.source: RayActors | RayServer
         if served:
             self.source = RayServer(
@@ -140,12 +142,14 @@ class RayPool:
                 env_steps=env_steps,
             )
         else:
+            most_env_steps = _most_env_steps(plan, env_steps_per_request, round_blocks)
             self.source = RayActors(
                 fleet=self._fleet,
                 want_env_steps=env_steps_per_request,
-                lanes=envs_per_actor,
+                want_blocks=round_blocks if sync else None,
+                most_env_steps=most_env_steps,
                 per_actor=ahead,
-                most=max(1, max_in_flight_bytes // _rollout_bytes(plan, env_steps_per_request)),
+                most=max(1, max_in_flight_bytes // _rollout_bytes(plan, most_env_steps)),
                 weights_dtype=weights_dtype,
                 max_age=max_weight_age_updates,
                 ingest_threads=ingest_threads,
@@ -215,9 +219,16 @@ def _env_arguments(plan: Plan) -> Arguments:
     }
 
 
-def _rollout_bytes(plan: Plan, want_env_steps: int) -> int:
+def _most_env_steps(plan: Plan, want_env_steps: int, want_blocks: int | None) -> int:
+    """Of a request: it ends with a step of all lanes, or with a block of each of them."""
+    if want_blocks is not None:
+        return want_blocks * plan.envs_per_actor * plan.agent.sequence.block_rows
+    return want_env_steps + plan.envs_per_actor - 1
+
+
+def _rollout_bytes(plan: Plan, most_env_steps: int) -> int:
     """At most: a request may finish a block of every lane, which began before it."""
-    rows = max(want_env_steps, plan.envs_per_actor * plan.agent.sequence.block_rows)
+    rows = max(most_env_steps, plan.envs_per_actor * plan.agent.sequence.block_rows)
     return rows * row_bytes(plan.agent)
 
 

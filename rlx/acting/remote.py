@@ -57,13 +57,16 @@ class RemoteActor:
         self._actor = plan.actor(self._index, self._chain)
         let_the_learner_first()
 
-    def collect(self, weights: Weights, env_steps: int, want_env_steps: int) -> Answer:
+    def collect(
+        self, weights: Weights, env_steps: int, want_env_steps: int, want_blocks: int | None
+    ) -> Answer:
         """Acts; `weights` is an object of the store, read without a copy."""
         is_new = weights.version != self._actor.weights_version
         request = Request(
             weights=widened(weights) if is_new else None,
             env_steps=env_steps,
             want_env_steps=want_env_steps,
+            want_blocks=want_blocks,
         )
         if is_new:
             self._taken_s = time()

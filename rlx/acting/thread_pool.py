@@ -42,8 +42,9 @@ class ThreadPool:
         seed: Runtime[int],
         chain: Runtime[int],
         env_steps: Runtime[int],
+        round_blocks: Runtime[int | None],
     ) -> None:
-        """Settings: conf/acting/threads.yaml. `chain`, `env_steps`: as in LocalPool."""
+        """Settings: conf/acting/threads.yaml. What the run supplies: as in LocalPool."""
         if envs_per_actor % GROUPS:
             says = f"each thread acts for {GROUPS} groups of lanes in turn; give an even number"
             raise refuse("acting.envs_per_actor", says, given=str(envs_per_actor))
@@ -73,6 +74,7 @@ class ThreadPool:
                     orders=orders,
                     arrived=arrived,
                     want_env_steps=env_steps_per_request,
+                    want_blocks=round_blocks,
                     ahead=self._ahead,
                     realtime=realtime,
                     max_age=max_weight_age_updates,

@@ -78,6 +78,15 @@ def take_action(values: Array, action: Array) -> Array:
     return jnp.take_along_axis(values, action[..., None], axis=-1)[..., 0]
 
 
+def explore(key: Array, mode: Array, sample: Array, exploration: Array) -> Array:
+    """[N, *]: of each lane its sample with probability exploration f32[N], else its mode.
+
+    For agents that sample; `key` is consumed.
+    """
+    draws = jax.random.uniform(key, exploration.shape) < exploration
+    return jnp.where(draws.reshape(-1, *[1] * (mode.ndim - 1)), sample, mode)
+
+
 # --- unrolling -----------------------------------------------------------------------------------
 
 

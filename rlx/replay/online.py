@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, final
@@ -16,7 +17,12 @@ from rlx.types import Batch, Blocks, Carry, Range, Rollout, Row, Runtime, Sample
 
 @final
 class Online(RingReplay):
-    """A queue. With stride = unroll and burn_in = 0 every row is trained on exactly once."""
+    """A queue. With stride = unroll and burn_in = 0 every row is trained on exactly once.
+
+    Of an on-policy agent it holds one batch, `min_sequences`: acting stops when they are there.
+    """
+
+    trains_once = True
 
     def __init__(
         self,
@@ -31,6 +37,7 @@ class Online(RingReplay):
         carry_spec: Runtime[Carry],
         lanes: Runtime[int],
         seed: Runtime[int],
+        on_policy: Runtime[bool],
     ) -> None:
         """Settings: conf/replay/online.yaml. Raises ValueError for what cannot work."""
         super().__init__(
@@ -51,13 +58,15 @@ class Online(RingReplay):
             seed=seed,
         )
         per_lane = -(-min_sequences // lanes) - 1  # that wait while the others come
-        if (needed := per_lane * lanes * sequence.stride) >= max_delay:
+        needed = per_lane * lanes * sequence.stride
+        if needed >= max_delay and not on_policy:
             raise ValueError(
                 f"max_delay={max_delay}: {min_sequences} sequences of {lanes} lanes take about "
                 f"{needed} env steps, so the first would be dropped before the last is there; "
                 "raise it, or lower min_sequences"
             )
-        self._max_delay = max_delay
+        self._max_delay = math.inf if on_policy else max_delay
+        self._on_policy = on_policy
         self._waiting: deque[tuple[int, int]] = deque()  # (key, env steps when it was complete)
         self._dropped = 0  # sequences
 
@@ -68,8 +77,9 @@ class Online(RingReplay):
 
     @property
     def has_enough(self) -> bool:
-        """Two batches: one to train on, one that is being made."""
-        return len(self._waiting) >= 2 * self.min_sequences
+        """Two batches, one to train on and one that is being made; on-policy agents make none."""
+        batches = 1 if self._on_policy else 2
+        return len(self._waiting) >= batches * self.min_sequences
 
     def _store(self, rollout: Rollout) -> None:
         self._ring.add(rollout, self._enqueue)
@@ -108,6 +118,8 @@ class Online(RingReplay):
         super().restore(state, blocks)
         self._waiting = deque((int(key), int(at)) for key, at in state["waiting"])
         self._dropped = int(state["dropped"])
+        if self._on_policy:  # a round that was broken off is made anew, by lanes of another chain
+            self._waiting.clear()
 
     def _enqueue(self, keys: np.ndarray) -> np.ndarray:
         self._waiting.extend((key, self.env_steps) for key in keys.tolist())

@@ -102,6 +102,7 @@ def make_pool(envs: EnvPool, agent: R2D2, *, instances: int = 1, lanes: int = 3)
         seed=5,
         chain=0,
         env_steps=0,
+        round_blocks=None,
     )
 
 

@@ -80,6 +80,7 @@ def make_pool(envs: Any, **changes: Any) -> RayPool:
         "envs_per_actor": LANES,
         "env_steps_per_request": LANES * 10,
         "requests_per_actor": 2,
+        "sync": False,
         "min_instances": 1,
         "inference": "actor",
         "max_batch": 64,
@@ -106,6 +107,7 @@ def make_pool(envs: Any, **changes: Any) -> RayPool:
         "seed": 5,
         "chain": 0,
         "env_steps": 0,
+        "round_blocks": None,
     }
     agent = changes.pop("agent", None) or make_agent(envs)
     return RayPool(**settings | changes, family=envs, agent=agent)
@@ -209,7 +211,7 @@ def test_a_lane_acts_as_it_does_in_the_process(pool, inference):
     shared: dict[str, Any] = {
         # A server's random numbers are others than its actors' would be.
         "exploration": Constant(value=0.0) if inference == "server" else LADDER,
-        "seed": 5, "chain": 0, "env_steps": 0,
+        "seed": 5, "chain": 0, "env_steps": 0, "round_blocks": None,
     }  # fmt: skip
     local = LocalPool(
         instances=2, envs_per_actor=LANES, env_steps_per_request=LANES * 10, device="cpu",
@@ -371,7 +373,7 @@ def test_a_killed_actor_is_replaced_and_the_others_go_on(pool, inference):
 
 
 def ladder_epsilon(lane: int, lanes: int) -> float:
-    return float(LADDER.epsilon(np.array([lane]), lanes, 0)[0])
+    return float(LADDER.amount(np.array([lane]), lanes, 0)[0])
 
 
 @pytest.mark.parametrize("inference", ["actor", "server"])

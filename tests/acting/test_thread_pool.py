@@ -39,6 +39,7 @@ def pool() -> Iterator[Callable[..., ThreadPool]]:
             "seed": 5,
             "chain": 0,
             "env_steps": 0,
+            "round_blocks": None,
         }
         agent = changes.pop("agent", None) or make_agent(envs)
         made.append(ThreadPool(**settings | changes, family=envs, agent=agent))

@@ -28,6 +28,7 @@ def make(lanes: int = 2, **changes: Any) -> Online:
         "carry_spec": carry_spec(),
         "lanes": lanes,
         "seed": 0,
+        "on_policy": False,
     }
     return Online(**options | changes)
 
