@@ -193,7 +193,7 @@ class Loaded:
         key = str(which)
         if key not in self._players:
             from rlx.acting.player import Player
-            from rlx.envs.common import outside_of
+            from rlx.envs.observations import outside_of
 
             outside = outside_of(self.family, self.agent.spec)
             self._players[key] = Player(

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx.acting.player import act_in_lanes, state_shapes
-from rlx.envs.common import Outside, outside_of
+from rlx.envs.observations import Outside, outside_of
 from rlx.evaluate import read_options
 from rlx.interfaces import Agent
 from rlx.metrics import write_whole

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx import trees
-from rlx.envs.common import NARROWED, Leaf, Outside, describe
+from rlx.envs.actions import describe
+from rlx.envs.observations import NARROWED, Leaf, Outside
 from rlx.interfaces import Agent
 from rlx.types import Array, NetInput, Params
 

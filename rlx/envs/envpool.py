@@ -27,15 +27,12 @@ from typing import Annotated, Any, ClassVar
 import envpool
 import numpy as np
 
-from rlx.envs.common import (
+from rlx.envs.lanes import OneThread, Stream, check_lane, check_lanes_and_seeds
+from rlx.envs.observations import (
     Leaf,
-    OneThread,
     Outside,
     Reader,
     Source,
-    Stream,
-    check_lane,
-    check_lanes_and_seeds,
     leaf_name,
     nearest,
     outside,
