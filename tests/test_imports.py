@@ -70,7 +70,14 @@ DEVICE_HOMES = {"learner", "acting/policy", "acting/player", "replay/device"} | 
 }
 WITHOUT_JAX = {
     *("types", "seeding", "interfaces"),
-    *("acting/actor", "acting/blocks", "acting/faults", "acting/remote", "acting/remote_env"),
+    *(
+        "acting/actor",
+        "acting/blocks",
+        "acting/faults",
+        "acting/inputs",
+        "acting/remote",
+        "acting/remote_env",
+    ),
     *("acting/whereabouts", "acting/wire"),
 }
 

@@ -1,4 +1,4 @@
-"""What both environment families share of actions: their checks."""
+"""What both environment families share of actions: their checks, and how environments take them."""
 
 from __future__ import annotations
 
@@ -6,49 +6,77 @@ from typing import Any
 
 import numpy as np
 
-from rlx.types import BoxSpec, DiscreteSpec
+from rlx.types import ActionSpec, Array, BoxSpec, MultiDiscreteSpec
+
+Start = int | tuple[int, ...]  # the number of the first action (of each choice); 0 of a box
 
 
 class Actions:
-    """Checks actions at the speed of the hot path; EnvPool itself accepts any number."""
+    """The actions of one environment, as agents give them and as the environment takes them.
 
-    def __init__(self, spec: DiscreteSpec | BoxSpec) -> None:
-        self._spec = spec
+    rlx counts actions from 0 and has float32 in boxes. Out of its bounds a box action is clipped:
+    neither EnvPool nor gymnasium does it (MuJoCo's motors are limited, but the cost of control is
+    that of the whole action), and agents that sample go beyond them.
+    """
+
+    def __init__(self, spec: ActionSpec, *, start: Start = 0, dtype: Any = None) -> None:
+        """dtype: the environment's own; None: that of the rows."""
+        self._spec, self._dtype = spec, np.dtype(dtype or spec.array.dtype)
+        # In the environment's dtype: 0.1 of float32 is beyond a box of float64 to 0.1.
+        shape = (1, *spec.array.shape)
         if isinstance(spec, BoxSpec):
-            # Compared in float32, the dtype of the actions: 0.1 is a legal action of a box to 0.1.
-            self._low = np.asarray(spec.low, np.float32).reshape(spec.shape)
-            self._high = np.asarray(spec.high, np.float32).reshape(spec.shape)
+            self._low = np.asarray(spec.low, self._dtype).reshape(shape)
+            self._high = np.asarray(spec.high, self._dtype).reshape(shape)
+        elif isinstance(spec, MultiDiscreteSpec):
+            self._counts = np.asarray(spec.counts, np.uint32)
+        self._start = np.asarray(start, self._dtype)
+        if self._start.ndim:
+            self._start = self._start.reshape(shape)
 
     def check(self, action: np.ndarray) -> None:
-        """Raises ValueError unless action is i32[n] (discrete) or f32[n, *] (box), in bounds."""
-        if isinstance(self._spec, DiscreteSpec):
-            self._check_discrete(action, self._spec.n)
-        else:
-            self._check_box(action, self._spec.shape)
+        """Raises ValueError unless action is int32[n], int32[n, k] or float32[n, *] as the spec is.
 
-    def _check_discrete(self, action: np.ndarray, n: int) -> None:
-        if not isinstance(action, np.ndarray) or action.dtype != np.int32 or action.ndim != 1:
-            raise ValueError(f"action is {describe(action)}; give numpy int32[n], one per lane")
-        # Seen as uint32 a negative action is huge: one reduction checks both ends.
-        if action.size and np.maximum.reduce(action.view(np.uint32)) >= n:
-            raise ValueError(
-                f"action has values {action.min()} .. {action.max()}; accepted: 0 .. {n - 1}"
-            )
-
-    def _check_box(self, action: np.ndarray, shape: tuple[int, ...]) -> None:
+        Integers have to be in range, floats finite. EnvPool itself accepts anything.
+        """
+        array = self._spec.array
         if (
             not isinstance(action, np.ndarray)
-            or action.dtype != np.float32
-            or action.shape[1:] != shape
+            or action.dtype != array.dtype
+            or action.shape[1:] != array.shape
+            or action.ndim == 0
         ):
-            wanted = ", ".join(map(str, ("n", *shape)))
-            raise ValueError(f"action is {describe(action)}; give numpy float32[{wanted}]")
-        # Written so that NaN, which compares false with everything, is refused too.
-        if not ((action >= self._low) & (action <= self._high)).all():
+            shape = ", ".join(map(str, ("n", *array.shape)))
             raise ValueError(
-                f"action has values {action.min()} .. {action.max()}; accepted: "
-                f"{self._low.min()} .. {self._high.max()}, each element in its own bounds"
+                f"action is {describe(action)}; give numpy {array.dtype}[{shape}], one per lane"
             )
+        if isinstance(self._spec, BoxSpec):
+            _check_finite(action)
+        elif isinstance(self._spec, MultiDiscreteSpec):
+            self._check_choices(action)
+        # Seen as uint32 a negative action is huge: one reduction checks both ends.
+        elif action.size and np.maximum.reduce(action.view(np.uint32)) >= self._spec.n:
+            raise ValueError(
+                f"action has values {action.min()} .. {action.max()}; "
+                f"accepted: 0 .. {self._spec.n - 1}"
+            )
+
+    def _check_choices(self, action: np.ndarray) -> None:
+        if (np.ascontiguousarray(action).view(np.uint32) >= self._counts).any():
+            each = ", ".join(f"0 .. {count - 1}" for count in self._counts.tolist())
+            low, high = action.min(axis=0).tolist(), action.max(axis=0).tolist()
+            raise ValueError(f"action has values {low} .. {high}; accepted: {each}")
+
+    def outward(self, action: Array) -> Array:
+        """A copy of action [n, *], NumPy's or JAX's, as the environment takes it."""
+        action = action.astype(self._dtype)
+        if isinstance(self._spec, BoxSpec):
+            return action.clip(self._low, self._high)
+        return action + self._start if self._start.any() else action
+
+
+def _check_finite(action: np.ndarray) -> None:
+    if not np.isfinite(action).all():
+        raise ValueError("action has values that are not finite; the agent's parameters may be NaN")
 
 
 def describe(value: Any) -> str:

@@ -15,6 +15,16 @@ from rlx.envs.actions import Actions, describe
 from rlx.types import EnvSpec, Episode, Timestep
 
 
+def lane_index(lane: np.ndarray, every: np.ndarray) -> slice | np.ndarray:
+    """lane i32[n] as an index: a slice if it is `every` lane in order, else intp.
+
+    NumPy indexes by both several times faster than by int32.
+    """
+    if len(lane) == len(every) and (lane == every).all():
+        return slice(None)
+    return lane.astype(np.intp)
+
+
 class EpisodeCounter:
     """Counts unclipped return and env steps of every lane, under all wrappers."""
 
@@ -75,10 +85,12 @@ class Stream:
     the resets of `episodic_life`.
     """
 
-    def __init__(self, *, lanes: int, spec: EnvSpec, least_in_flight: int = 1) -> None:
+    def __init__(
+        self, *, lanes: int, spec: EnvSpec, actions: Actions, least_in_flight: int = 1
+    ) -> None:
         self.lanes = lanes
         self._least_in_flight = least_in_flight  # fewer would never make an answer
-        self._actions = Actions(spec.action)
+        self._actions = actions
         self._all = np.arange(lanes, dtype=np.int32)
         self._answered: np.ndarray | None = None  # the very array of the last answer's lanes
         self._index_answered: slice | np.ndarray = slice(None)  # the same as an index
@@ -142,12 +154,6 @@ class Stream:
             raise ValueError(f"lane names a lane twice: {lane.tolist()}; act once per answer")
         self._n_waiting -= n
 
-    def _index(self, lane: np.ndarray) -> slice | np.ndarray:
-        """As an index: a slice for all lanes in order, else intp, both much faster than int32."""
-        if len(lane) == self.lanes and (lane == self._all).all():
-            return slice(None)
-        return lane.astype(np.intp)
-
     def is_waiting(self, lane: int) -> bool:
         """Whether this lane has answered and waits for an action."""
         return bool(self._waiting[lane])
@@ -167,7 +173,7 @@ class Stream:
         `terminated` and `truncated` (bool[n]) exclude each other; `ended` bool[n] says where the
         game truly ended, if that is not the same.
         """
-        index = self._index(lane)
+        index = lane_index(lane, self._all)
         first = self._done[index].copy()
         done = terminated | truncated
         self._done[index] = done

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rlx.envs.actions import Start
 from rlx.types import Array, ArraySpec, EnvSpec
 
 # float64 and int64 leaves become 32-bit: the replay and JAX's default hold no more, and doubling
@@ -68,10 +69,10 @@ class Outside:
 
     leaves: tuple[Leaf, ...]  # those that the network reads
     ignored: tuple[str, ...]  # names of those that the settings leave out
-    action_start: int  # the number of the first action; rlx counts from 0
+    action_start: Start  # the number of the first action; rlx counts from 0
 
 
-def outside(sources: Sequence[Source], leaves: Sequence[Leaf], action_start: int) -> Outside:
+def outside(sources: Sequence[Source], leaves: Sequence[Leaf], action_start: Start) -> Outside:
     """Of all sources and those selected."""
     read = {leaf.source.name for leaf in leaves}
     ignored = tuple(source.name for source in sources if source.name not in read)
