@@ -184,8 +184,9 @@ class Loaded:
             action, state = run.act(observation)  # an episode begins
             action, state = run.act(observation, state, reward=reward)  # it goes on
 
-        One unbatched observation (an array, or a dict of leaves) gives an int. A batch [N, *] of
-        N environments gives i32[N] and takes reward [N] and `first` bool[N] as well: where this
+        One unbatched observation (an array, or a dict of leaves) gives an int; where an action is
+        an array, i32[k] of choices or f32[*] within the bounds. A batch [N, *] of N environments
+        gives [N] of them and takes reward [N] and `first` bool[N] as well: where this
         observation is an episode's first one, so that reward and state before it do not count.
         `epsilon`: the share of random actions, drawn from `seed` (null: from chance), which is
         given where a state is not. `which`: read once, when it is first asked for. ValueError
@@ -194,7 +195,7 @@ class Loaded:
         key = str(which)
         if key not in self._players:
             from rlx.acting.player import Player
-            from rlx.envs.common import outside_of
+            from rlx.envs.observations import outside_of
 
             outside = outside_of(self.family, self.agent.spec)
             self._players[key] = Player(

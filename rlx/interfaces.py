@@ -42,7 +42,7 @@ class Env(Protocol):
     def step(self, action: np.ndarray, lane: np.ndarray) -> Timestep:
         """Acts in these lanes and answers those that are ready (all of them, if synchronous).
 
-        action: i32[n] or f32[n, *]; lane: i32[n]. A lane whose last answer was terminated or
+        action [n, *] as the spec says; lane: i32[n]. A lane whose last answer was terminated or
         truncated ignores its action and answers its next episode's first observation.
         """
 

@@ -62,20 +62,61 @@ class ArraySpec:
     dtype: str
 
 
+# Each kind of action says which array one action is, and what `prev_action` holds at an episode's
+# first row, where there is none (networks read zeros there).
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiscreteSpec:
-    """Actions 0 .. n-1."""
+    """One of the actions 0 .. n-1."""
 
     n: int
+
+    @property
+    def array(self) -> ArraySpec:
+        return ArraySpec(shape=(), dtype="int32")
+
+    @property
+    def none(self) -> int:
+        return -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiDiscreteSpec:
+    """Several choices at once, the i-th one of 0 .. counts[i]-1."""
+
+    counts: tuple[int, ...]
+
+    @property
+    def array(self) -> ArraySpec:
+        return ArraySpec(shape=(len(self.counts),), dtype="int32")
+
+    @property
+    def none(self) -> int:
+        return -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoxSpec:
-    """Continuous actions: every element between `low` and `high` of that shape."""
+    """Continuous actions: every element between `low` and `high` of that shape.
+
+    Rows keep actions as the agent chose them; the environment is given them clipped to the bounds.
+    """
 
     shape: tuple[int, ...]
-    low: tuple[float, ...]  # flattened
-    high: tuple[float, ...]  # flattened
+    low: tuple[float, ...]  # flattened; -inf: no bound
+    high: tuple[float, ...]  # flattened; inf: no bound
+
+    @property
+    def array(self) -> ArraySpec:
+        return ArraySpec(shape=self.shape, dtype="float32")
+
+    @property
+    def none(self) -> float:
+        return 0.0
+
+
+ActionSpec = DiscreteSpec | MultiDiscreteSpec | BoxSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +125,11 @@ class EnvSpec:
 
     id: str
     observation: Mapping[str, ArraySpec]
-    action: DiscreteSpec | BoxSpec
+    action: ActionSpec
     frames_per_env_step: int
-    action_mask: str | None = (
-        None  # the observation leaf [A] that is not 0 where actions are allowed
-    )
+    # The observation leaf [A] that is not 0 where an action is allowed (the choices of a
+    # multi-discrete action side by side). It stays in the rows; torsos do not read it.
+    action_mask: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +194,7 @@ class NetInput:
     """All that the network reads at one env step (leading axes as the place says)."""
 
     observation: Observation  # single frames; the network stacks them
-    prev_action: Array  # i32, -1 = none (encoded as all zeros)
+    prev_action: Array  # as `spec.action.array`; `spec.action.none` where first
     prev_reward: Array  # f32, raw; 0 where first
     time: Array  # i32, env steps since the episode's first observation
     first: Array  # bool: reset the carry *before* reading this observation
@@ -180,7 +221,7 @@ class Row:
     """What is stored of one env step of one lane."""
 
     inputs: NetInput  # x_t, as the network ate it
-    action: Array  # i32: a_t
+    action: Array  # a_t, as `spec.action.array`
     reward: Array  # f32: r_{t+1}, raw
     discount: Array  # f32: 0 where t+1 is terminal (or the row is not valid), else 1
     valid: Array  # bool: False where x_t is an episode's last observation: a_t was ignored
