@@ -25,11 +25,11 @@ LAYERS = [
         "atari",
         "xla",
         "child",
-        "boards",
-        "folders",
         "signals",
     },
     {"trees", "interfaces", "ops", "hints", "targets", "flops", "tiles"},
+    {"run_folders"},
+    {"boards"},
     {"config", "optimizers", "metrics", "statistics"},
     {"options"},
     {"networks", "replay", "envs", "progress", "results", "watch_runs", "notebook"},
@@ -56,7 +56,7 @@ LAYERS = [
     {"bench"},
 ]
 
-HYDRA = {"config", "composing", "api", "train", "evaluate", "report", "bench", "diff"} | {
+HYDRA = {"run_folders", "config", "composing", "api", "train"} | {
     *("sweeping", "ray_jobs", "search"),
 }
 HOMES = {

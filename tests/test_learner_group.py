@@ -27,9 +27,9 @@ from rlx.config import plain
 from rlx.keeper import Keeper
 from rlx.learner import Learner
 from rlx.loop import train as train_loop
-from rlx.metrics import read_rows
 from rlx.parts import Alone, Parts
 from rlx.problems import ConfigError, RunFailed
+from rlx.run_folders import read_rows
 from rlx.shares import share_exploration, share_of, share_seed
 from rlx.types import Batch
 from tests import parts

@@ -27,11 +27,12 @@ from rlx.config import plain
 from rlx.envs.envpool import EnvPoolLanes
 from rlx.keeper import Keeper
 from rlx.learner import Learner
-from rlx.metrics import Metrics, read_rows, without_wall_clock
+from rlx.metrics import Metrics, without_wall_clock
 from rlx.nonfinite import NonFinite
 from rlx.problems import ConfigError
 from rlx.replay.process import ReplayLost
 from rlx.replay.snapshots import Snapshots
+from rlx.run_folders import read_rows
 from rlx.stages import Stages
 
 ROOT = Path(__file__).resolve().parent.parent
