@@ -126,12 +126,13 @@ plt.show()
 # each core, without rollouts, requests and a loop that takes them.
 
 # %%
-from rlx import bench, ray_bench
+from rlx import bench_measuring, ray_bench
 from rlx.acting.ray_cluster import Cluster
 from rlx.config import build
 
-setup = next(setup for setup in bench.SETUPS if setup.name == "cartpole")
-agent, family = bench.make_agent(setup), build(bench.settings("env", setup.env), "env")
+setup = next(setup for setup in bench_measuring.SETUPS if setup.name == "cartpole")
+agent = bench_measuring.make_agent(setup)
+family = build(bench_measuring.settings("env", setup.env), "env")
 cores = len(os.sched_getaffinity(0))
 measured_s, counts = (2.0, (1, 2)) if SMALL else (10.0, (1, 2, 4))
 

@@ -17,6 +17,7 @@ from rlx import provenance, xla
 from rlx.composing import compose
 from rlx.config import ROLES, build, check, plain, remember, runtime_names, setting_hints
 from rlx.interfaces import Agent, EnvFamily
+from rlx.moved import renewed
 from rlx.problems import ConfigError, Problem, Sources, did_you_mean, refuse
 from rlx.targets import resolve
 from rlx.types import Params, Weights
@@ -216,8 +217,8 @@ class Loaded:
         grid: int = 9,
     ) -> dict[str, Any]:
         """Plays episodes with a checkpoint's parameters; `rlx.evaluate` explains the arguments."""
-        from rlx.evaluate import evaluate
         from rlx.films import Film, GridRecorder, Recorder
+        from rlx.playing import evaluate
 
         settings, restored = plain(self.cfg)["evaluation"], self.restore(which)
         version, name = restored.meta["updates"], f"evaluation-{restored.env_steps}"
@@ -258,8 +259,8 @@ def load(run_dir: Path | str) -> Loaded:
     """A finished or interrupted run; its configuration is checked like any other."""
     xla.prepare()
     saved = find_run(run_dir, "run") / ".hydra" / "config.yaml"
-    cfg = OmegaConf.load(saved)
-    assert isinstance(cfg, DictConfig)
+    tree: Any = OmegaConf.to_container(OmegaConf.load(saved))
+    cfg = OmegaConf.create(renewed(tree))
     names = {key: str(saved) for key in map(str, cfg)}
     check(remember(cfg, Sources(names=names)))
     return Loaded(cfg=cfg, output_dir=Path(run_dir))

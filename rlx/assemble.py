@@ -24,10 +24,10 @@ from rlx.acting.recorded import Recorded
 from rlx.acting.rounds import blocks_of_a_round
 from rlx.checkpoint import Checkpointer, CheckpointError, Restored
 from rlx.config import build, prepare
-from rlx.evaluate import Evaluation
 from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers, Prioritizing
 from rlx.learner import Learner
-from rlx.loop import Alone, Parts
+from rlx.parts import Alone, Parts
+from rlx.playing import Evaluation
 from rlx.problems import refuse
 from rlx.replay.process import ReplayProcess
 from rlx.replay.quota import Quota

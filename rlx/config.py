@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -34,14 +34,12 @@ ROLES = {  # group -> the Protocol or class that its target must be
     "exploration": "rlx.interfaces.Exploration",
     "acting": "rlx.interfaces.ActingPool",
     "learner": "rlx.learner.Learner",
-    "evaluation": "rlx.evaluate.Evaluation",
+    "evaluation": "rlx.playing.Evaluation",
     "checkpoint": "rlx.checkpoint.Checkpoint",
     "logging": "rlx.metrics.Logging",
 }
 MISSING = "???"
 NO_DEFAULT = inspect.Parameter.empty
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,15 +120,6 @@ def prepare(node: DictConfig | Mapping[str, Any], role: str | type) -> Call:
     if out or call is None:
         raise ConfigError(out)
     return call
-
-
-def read(cls: type[T], given: Mapping[str, Any]) -> T:
-    """An object of settings alone, such as the options of a command line; no `_target_`."""
-    out: list[Problem] = []
-    settings = _read_settings(cls, given, "", out)
-    if out:
-        raise ConfigError(out)
-    return cls(**settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,11 +242,11 @@ def _read_settings(
         out.append(Problem(path=f"{dot}{key}", given=show(given[key]), says=says))
     for name in [name for name in hints if name not in given]:
         out.append(Problem(path=f"{dot}{name}", says=f"missing; give {describe(hints[name])}"))
-    return {n: _read(given[n], h, f"{dot}{n}", out) for n, h in hints.items() if n in given}
+    return {n: read_value(given[n], h, f"{dot}{n}", out) for n, h in hints.items() if n in given}
 
 
-def _read(value: Any, hint: Any, path: str, out: list[Problem]) -> Any:
-    """The value as the constructor takes it; a nested node becomes a Call."""
+def read_value(value: Any, hint: Any, path: str, out: list[Problem]) -> Any:
+    """The value as a constructor takes it; a nested node becomes a Call; problems go to `out`."""
     inner, limits = split(hint)
     origin, args = get_origin(inner) or inner, get_args(inner)
     if value == MISSING:
@@ -265,7 +254,9 @@ def _read(value: Any, hint: Any, path: str, out: list[Problem]) -> Any:
     elif origin in (Union, types.UnionType):
         return _read_union(value, hint, path, out)
     elif isinstance(value, Mapping) and origin in (dict, collections.abc.Mapping):
-        return {k: _read(v, (*args, Any, Any)[1], f"{path}.{k}", out) for k, v in value.items()}
+        return {
+            k: read_value(v, (*args, Any, Any)[1], f"{path}.{k}", out) for k, v in value.items()
+        }
     elif isinstance(value, list | tuple) and origin in (list, tuple, collections.abc.Sequence):
         return _read_items(value, inner, path, out)
     elif is_class(inner):
@@ -281,7 +272,7 @@ def _read_union(value: Any, hint: Any, path: str, out: list[Problem]) -> Any:
         return _read_node(value, classes, path, out)
     for choice in choices(hint):
         found: list[Problem] = []
-        read = _read(value, choice, path, found)
+        read = read_value(value, choice, path, found)
         if not found:
             return read
     out.append(wrong(value, hint, path))
@@ -296,5 +287,5 @@ def _read_items(value: Any, hint: Any, path: str, out: list[Problem]) -> Any:
         out.append(wrong(value, hint, path))
         return value
     pairs = enumerate(zip(value, args, strict=True))
-    items = [_read(v, h, f"{path}.{i}", out) for i, (v, h) in pairs]
+    items = [read_value(v, h, f"{path}.{i}", out) for i, (v, h) in pairs]
     return items if origin is list else tuple(items)

@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from rlx.metrics import STATUS_FILE, SUMMARY_FILE
-from rlx.problems import or_exit, refuse, show
+from rlx.options import command
+from rlx.problems import refuse, show
 
 JSON = dict[str, Any]
 
@@ -231,26 +232,32 @@ def _cut(text: str, start: int, width: int) -> str:
     return shown if start + width == len(text) else shown[:-1] + "…"
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line takes, in this order."""
+
+    run_a: str
+    run_b: str
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """`RUN_A RUN_B`."""
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return
-    if len(arguments) != 2:
-        got = " ".join(arguments) or "nothing"
-        print(f"rlx.diff: got {got}; accepted: RUN_A RUN_B, folders of two runs", file=sys.stderr)
-        sys.exit(2)
-    with or_exit("rlx.diff"):
-        rows = compare(*arguments)
-    print(f"A  {arguments[0]}\nB  {arguments[1]}\n")
+    places = ("run_a", "run_b")
+    changed = command("rlx.diff", __doc__, Options, _show_changes, argv, places=places)
+    sys.exit(int(bool(changed)))
+
+
+def _show_changes(options: Options) -> bool:
+    """Shows what differs; whether any setting does."""
+    rows = compare(options.run_a, options.run_b)
+    print(f"A  {options.run_a}\nB  {options.run_b}\n")
     changed = any(row.section == CONFIGURATION for row in rows)
     if not changed:
         print("no setting differs" + "\n" * bool(rows))
     columns = shutil.get_terminal_size((WIDTH, 24)).columns if sys.stdout.isatty() else WIDTH
     if rows:
         print(table(rows, columns))
-    sys.exit(int(changed))
+    return changed
 
 
 if __name__ == "__main__":

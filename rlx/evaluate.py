@@ -1,7 +1,6 @@
-"""Evaluation, during training and after it: `python -m rlx.evaluate run=DIR episodes=100`.
+"""Evaluates a run: `python -m rlx.evaluate run=DIR episodes=100`.
 
-The episodes that *started* first are counted, not those that ended first: short ones would weigh
-too much. They are played on the CPU, beside whatever trains on the GPUs. Options:
+The episodes that started first are counted (rlx/playing.py), played on the CPU. Options:
 
     run=DIR            the folder of a run (required)
     episodes=100       how many are played
@@ -23,30 +22,21 @@ The file holds {"evaluations": [...]}, the newest last: a further evaluation is 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import jax
-import numpy as np
 
-from rlx.acting.actor import InputTracker
-from rlx.acting.policy import Policy
-from rlx.films import GridRecorder, Recorder, not_recorded, with_values
-from rlx.interfaces import Agent, Env, EnvFamily
+from rlx import api
 from rlx.metrics import write_json
-from rlx.problems import ConfigError, Problem, or_exit, refuse
-from rlx.seeding import spawn_int
-from rlx.statistics import summarize
-from rlx.types import Episode, Range, Timestep, Weights
-
-log = logging.getLogger(__name__)
+from rlx.options import command
+from rlx.problems import refuse
+from rlx.types import Range
 
 JSON = dict[str, Any]
 
@@ -54,216 +44,30 @@ EVALUATION_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """When and how a run is evaluated (conf/evaluation)."""
-
-    every_env_steps: Annotated[int, Range(ge=1)] | None
-    episodes: Annotated[int, Range(ge=1)]
-    final_episodes: Annotated[int, Range(ge=0)]
-    epsilon: Annotated[float, Range(ge=0, le=1)]
-    envs: Annotated[int, Range(ge=1)]
-    where: Literal["inline", "actor"]  # actor: in a Ray actor, beside the training
-
-    def returns(
-        self,
-        *,
-        agent: Agent,
-        weights: Weights,
-        family: EnvFamily,
-        episodes: int,
-        seed: int,
-        watch: Watch | None = None,
-    ) -> list[float]:
-        """Unclipped returns of that many episodes."""
-        finished = run_episodes(
-            agent=agent,
-            weights=weights,
-            family=family,
-            episodes=episodes,
-            lanes=min(self.envs, episodes),
-            epsilon=self.epsilon,
-            seed=seed,
-            watch=watch,
-        )
-        return [episode.ret for episode in finished]
-
-
-# --- playing -------------------------------------------------------------------------------------
-
-
-def run_episodes(
-    *,
-    agent: Agent,
-    weights: Weights,
-    family: EnvFamily,
-    episodes: int,
-    lanes: int,
-    epsilon: float,
-    seed: int,
-    watch: Watch | None = None,
-    acted: Acted | None = None,
-    render: bool = False,
-) -> list[Episode]:
-    """The `episodes` episodes that started first, in the order in which they started.
-
-    `watch` sees the environment, its answer and who started what, after every step; `acted` then
-    sees the actions chosen for that answer, i32[n], and the agent's record of them.
-    """
-    env = _open(family, lanes, seed, render)
-    policy = Policy(
-        agent=agent, lanes=lanes, seed=seed, path=("evaluation", "policy"), device="cpu"
-    )
-    policy.take(weights)
-    tracker, starts = InputTracker(lanes), Starts(lanes, episodes)
-    exploration = np.full(lanes, epsilon, np.float32)
-    try:
-        timestep = env.reset()
-        while True:
-            if watch is not None:
-                watch(env, timestep, starts)
-            if starts.complete:
-                return starts.finished()
-            index = tracker.index(timestep.lane)
-            subset = None if isinstance(index, slice) else timestep.lane
-            action, acting = policy.act(tracker.inputs(timestep, index), subset, exploration[index])
-            tracker.acted(index, action)
-            if acted is not None:
-                acted(action, acting)
-            timestep = env.step(action, timestep.lane)
-            starts.ended(env.episodes())
-    finally:
-        env.close()
-
-
-def _open(family: EnvFamily, lanes: int, seed: int, render: bool) -> Env:
-    # Answers of all lanes at once: else the machine's load decides which episodes start first,
-    # and a batch size that suits the lanes of training may be more than there are here.
-    if dataclasses.is_dataclass(family) and getattr(family, "batch_size", None) is not None:
-        family = dataclasses.replace(family, batch_size=None)
-    seeds = [spawn_int(seed, "evaluation", lane) for lane in range(lanes)]
-    if not render:
-        return family.make(lanes=lanes, seeds=seeds)
-    drawing: Any = family  # `render` is no part of every family
-    try:
-        return drawing.make(lanes=lanes, seeds=seeds, render=True)
-    except (ValueError, TypeError) as error:
-        raise not_recorded(str(error)) from error
-
-
-Watch = Callable[[Env, Timestep, "Starts"], None]
-Acted = Callable[[np.ndarray, Any], None]
-
-
-class Starts:
-    """Numbers episodes by when they started: a lane's next one starts where its last one ended."""
-
-    def __init__(self, lanes: int, episodes: int) -> None:
-        self.number = np.arange(lanes)  # of the episode each lane is in
-        self._wanted, self._next = episodes, lanes
-        self._ended: dict[int, Episode] = {}
-
-    @property
-    def complete(self) -> bool:
-        return len(self._ended) == self._wanted
-
-    def ended(self, episodes: list[Episode]) -> None:
-        for episode in episodes:
-            number = int(self.number[episode.lane])
-            if number < self._wanted:
-                self._ended[number] = episode
-            self.number[episode.lane] = self._next
-            self._next += 1
-
-    def finished(self) -> list[Episode]:
-        return [self._ended[number] for number in sorted(self._ended)]
-
-
-def evaluate(
-    *,
-    agent: Agent,
-    weights: Weights,
-    family: EnvFamily,
-    episodes: int,
-    lanes: int,
-    epsilon: float,
-    seed: int,
-    recorder: Recorder | GridRecorder | None = None,
-) -> JSON:
-    """Plays that many episodes; their statistics, returns and settings, ready for JSON."""
-    lanes = min(lanes, episodes)
-    finished = run_episodes(
-        agent=with_values(agent) if isinstance(recorder, GridRecorder) else agent,
-        weights=weights,
-        family=family,
-        episodes=episodes,
-        lanes=lanes,
-        epsilon=epsilon,
-        seed=seed,
-        watch=recorder,
-        acted=recorder.acted if isinstance(recorder, GridRecorder) else None,
-        render=recorder is not None,
-    )
-    returns = [episode.ret for episode in finished]
-    return {
-        "env_id": agent.spec.id,
-        "seed": seed,
-        "epsilon": epsilon,
-        "envs": lanes,
-        **summarize(returns, seed=seed),
-        "length_mean": sum(episode.env_steps for episode in finished) / len(finished),
-        "returns": returns,
-    }
-
-
-# --- the command line ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
 class Options:
     """What the command line takes; the module's docstring explains it."""
 
     run: str
-    episodes: Annotated[int, Range(ge=1)]
-    epsilon: Annotated[float, Range(ge=0, le=1)] | None
-    envs: Annotated[int, Range(ge=1)] | None
-    which: str
-    seed: Annotated[int, Range(ge=0)]
-    record: bool | Literal["grid"]
-    grid: Annotated[int, Range(ge=1)]
-    record_fps: Annotated[float, Range(gt=0)]
-    output: str | None
-
-
-DEFAULTS: Mapping[str, Any] = {
-    "episodes": 100,
-    "epsilon": None,
-    "envs": None,
-    "which": "latest",
-    "seed": 0,
-    "record": False,
-    "grid": 9,
-    "record_fps": 30.0,
-    "output": None,
-}
-PATHS = ("run", "which", "output")
+    episodes: Annotated[int, Range(ge=1)] = 100
+    epsilon: Annotated[float, Range(ge=0, le=1)] | None = None
+    envs: Annotated[int, Range(ge=1)] | None = None
+    which: str = "latest"
+    seed: Annotated[int, Range(ge=0)] = 0
+    record: bool | Literal["grid"] = False
+    grid: Annotated[int, Range(ge=1)] = 9
+    record_fps: Annotated[float, Range(gt=0)] = 30.0
+    output: str | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script `rlx-evaluate`."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return
     logging.basicConfig(level=logging.WARNING, format="rlx: %(message)s")
     jax.config.update("jax_platforms", "cpu")  # a GPU's memory is not touched
-    with or_exit("rlx"):
-        evaluate_run(parse(arguments))
+    command("rlx", __doc__, Options, evaluate_run, argv)
 
 
 def evaluate_run(options: Options) -> JSON:
     """Evaluates a run, adds the result to its evaluation.json, shows and returns it."""
-    from rlx import api
-
     run = api.load(options.run)
     output = Path(options.output or run.output_dir / EVALUATION_FILE)
     read_evaluations(output)  # what could not be written in the end is refused now
@@ -280,58 +84,6 @@ def evaluate_run(options: Options) -> JSON:
     write_json(output, {"evaluations": [*read_evaluations(output), result]})
     _show(result, output)
     return result
-
-
-def parse(arguments: Sequence[str]) -> Options:
-    """Options of `key=value` texts; raises a ConfigError with every problem."""
-    return read_options(Options, DEFAULTS, PATHS, arguments)
-
-
-T = TypeVar("T")
-
-
-def read_options(
-    cls: type[T], defaults: Mapping[str, Any], paths: Sequence[str], arguments: Sequence[str]
-) -> T:
-    """A command's options of `key=value` texts; raises a ConfigError with every problem.
-
-    paths: the keys whose values are taken as they stand.
-    """
-    from rlx.config import read
-
-    given: JSON = dict(defaults)
-    problems: list[Problem] = []
-    for text in arguments:
-        key, equals, value = text.partition("=")
-        if not equals:
-            problems.append(Problem(path=text, says="write key=value; --help lists the keys"))
-            continue
-        try:
-            given[key] = _value(value, as_it_stands=key in paths)
-        except ValueError as error:
-            problems.append(Problem(path=key, given=value, says=str(error)))
-    try:
-        options = read(cls, given)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return options
-
-
-def _value(text: str, *, as_it_stands: bool) -> Any:
-    """The value as YAML reads it; paths as they stand, since run=0 may be a folder."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    if as_it_stands:
-        return None if text in ("null", "") else text
-    try:
-        tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ValueError("cannot be read; write a number, true, false or null") from error
-    return tree["value"]
 
 
 def read_evaluations(path: Path) -> list[JSON]:

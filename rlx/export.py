@@ -26,28 +26,25 @@ import importlib.metadata
 import io
 import json
 import logging
-import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from rlx import api
 from rlx.acting.player import act_in_lanes, state_shapes
 from rlx.envs.common import Outside, outside_of
-from rlx.evaluate import read_options
 from rlx.interfaces import Agent
 from rlx.metrics import write_whole
-from rlx.problems import or_exit, refuse
+from rlx.options import command
+from rlx.problems import refuse
 from rlx.types import Array, DiscreteSpec, Params, Range
-
-if TYPE_CHECKING:
-    from rlx.api import Loaded
 
 JSON = dict[str, Any]
 
@@ -63,23 +60,14 @@ class Options:
     """What the command line takes; the module's docstring explains it."""
 
     run: str
-    out: str | None
-    which: str
-    batch: Literal["symbolic"] | Annotated[int, Range(ge=1)]
-    platforms: str
-
-
-DEFAULTS: Mapping[str, Any] = {
-    "out": None,
-    "which": "latest",
-    "batch": "symbolic",
-    "platforms": "cpu",
-}
-TEXTS = ("run", "out", "which", "platforms")
+    out: str | None = None
+    which: str = "latest"
+    batch: Literal["symbolic"] | Annotated[int, Range(ge=1)] = "symbolic"
+    platforms: tuple[str, ...] = ("cpu",)
 
 
 def export(
-    run: Loaded,
+    run: api.Loaded,
     *,
     which: str | Path = "latest",
     batch: int | None = None,
@@ -201,29 +189,21 @@ def _zipped(files: Mapping[str, bytes]) -> bytes:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script `rlx-export`."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return
     logging.basicConfig(level=logging.WARNING, format="rlx: %(message)s")
     jax.config.update("jax_platforms", "cpu")  # a GPU's memory is not touched
-    with or_exit("rlx.export"):
-        print(export_run(read_options(Options, DEFAULTS, TEXTS, arguments)))
+    command("rlx.export", __doc__, Options, lambda options: print(export_run(options)), argv)
 
 
 def export_run(options: Options) -> Path:
     """Writes the file; its path."""
-    from rlx import api
-
-    platforms = [name for name in options.platforms.split(",") if name]
-    _check(platforms)
+    _check(options.platforms)
     run = api.load(options.run)
     out = Path(options.out or run.output_dir / "agent.zip")
     if out.is_dir() or not out.parent.is_dir():
         says = "cannot be written; give out=FILE in a folder that exists"
         raise refuse("out", says, given=str(out))
     batch = None if options.batch == "symbolic" else int(options.batch)
-    data = export(run, which=options.which, batch=batch, platforms=platforms)
+    data = export(run, which=options.which, batch=batch, platforms=options.platforms)
     try:
         write_whole(out, data)
     except OSError as error:

@@ -1,6 +1,6 @@
 """Films of episodes: of the first one, or of several side by side with their Q-values.
 
-Recorders are given to `rlx.evaluate.run_episodes` as `watch`; its Starts tell which episode a lane
+Recorders are given to `rlx.playing.run_episodes` as `watch`; its Starts tell which episode a lane
 plays.
 """
 

@@ -188,7 +188,6 @@ class Replay(Protocol):
     def sample(self, batch_size: int) -> Sample:
         """The arrays of a host's batch are overwritten after two more samples."""
 
-    def update_priorities(self, keys: np.ndarray, td: np.ndarray) -> None: ...
     def flush(self) -> None:
         """What is recorded is on the disk when this returns."""
 
@@ -203,6 +202,14 @@ class Replay(Protocol):
 
     def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Goes on from a saved state and the blocks of each ring."""
+
+
+@runtime_checkable
+class PrioritizedReplay(Protocol):
+    """A replay that draws by priorities."""
+
+    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+        """New ones, f32[B, T] of the rows (-1 = not valid), of the sequences of a sample."""
 
 
 class Exploration(Protocol):

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlx import bench
+from rlx import bench_measuring as measuring
 from rlx._paths import config_dir
 from rlx.config import build
 from rlx.flops import count_flops
@@ -45,7 +45,7 @@ REPLAYS: Mapping[str, dict[str, Any]] = {
 
 
 def bench_learner(
-    setup: bench.Setup,
+    setup: measuring.Setup,
     seconds: float,
     batch: int | None,
     dtype: str,
@@ -56,7 +56,7 @@ def bench_learner(
 ) -> list[dict[str, Any]]:
     """The floor, the compiled update and the learner's path: updates/s, then trained rows/s."""
     changes = {} if dense is None else {"dense_before_core": dense or None}
-    agent = bench.make_agent(setup, compute_dtype=dtype, **changes)
+    agent = measuring.make_agent(setup, compute_dtype=dtype, **changes)
     size = setup.batch_size if batch is None else batch
     prefix = f"learner/{setup.name}/{dtype}/{size} sequences"
     update = Compiled(agent, size)
@@ -69,17 +69,19 @@ def bench_learner(
             replay, _ = filled(agent, REPLAYED_ROWS, blocks, keeping, size)
             paths[name] = FromReplay(agent, size, replay)
     product = Product(dtype)
-    variants: dict[str, bench.Work] = {
+    variants: dict[str, measuring.Work] = {
         "compiled update": update.work,
         **{name: path.work for name, path in paths.items()},
         "product": product.work,
     }
-    rates = bench.measure(variants, seconds, {name: path.settle for name, path in paths.items()})
+    rates = measuring.measure(
+        variants, seconds, {name: path.settle for name, path in paths.items()}
+    )
     for path in paths.values():
         path.close()
     flop_rates = [rate * product.flops for rate in rates.pop("product")]
     rates = {"floor": [rate / update.flops for rate in flop_rates], **rates}
-    found = bench.rows(rates, prefix=prefix, unit="updates/s", roofline="compiled update")
+    found = measuring.rows(rates, prefix=prefix, unit="updates/s", roofline="compiled update")
     trained = size * agent.sequence.unroll
     rows = [row | {"value": row["value"] * trained, "unit": "trained rows/s"} for row in found]
     told = [
@@ -96,7 +98,7 @@ class Compiled:
 
     def __init__(self, agent: Agent, size: int) -> None:
         self._update = jax.jit(agent.update, donate_argnums=0)
-        self._batch = jax.device_put(bench.random_batch(agent, size))
+        self._batch = jax.device_put(measuring.random_batch(agent, size))
         self._state = jax.tree.map(jnp.array, agent.init(jax.random.PRNGKey(0)))
         self.flops = count_flops(agent.update, self._state, self._batch)
 
@@ -110,9 +112,9 @@ class LoopPath:
     """As the loop does it: fresh host batches, TD errors one update late, publishing."""
 
     def __init__(self, agent: Agent, size: int) -> None:
-        own = bench.settings("learner", "default") | {"batch_size": size}
+        own = measuring.settings("learner", "default") | {"batch_size": size}
         self._learner: Learner = build(own, "learner", agent=agent, seed=0)
-        self._batch = bench.random_batch(agent, size)
+        self._batch = measuring.random_batch(agent, size)
         self._keys = np.arange(size)
         self._waiting: list[tuple[np.ndarray, UpdateOutput]] = []
         self._published: list[Any] = []

@@ -491,7 +491,7 @@ class _Timer:
         return spent
 
 
-class Stages:
+class StageTimes:
     """A stopwatch for the loop's thread: `with stages.measure("acting"): ...`; not nested."""
 
     def __init__(self) -> None:
@@ -516,7 +516,7 @@ class Stages:
 
 
 def bottleneck(fractions: Mapping[str, Any]) -> str:
-    """One line on the stage that takes most of the time, from `Stages.fractions()` or a row."""
+    """One line on the stage that takes most of the time, from `StageTimes.fractions()` or a row."""
     known = {name: fractions.get(f"time/{name}") or 0.0 for name in STAGES}
     name = max(known, key=lambda stage: known[stage])
     if known[name] <= 0:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlx import bench
+from rlx import bench_measuring as measuring
 from rlx.acting.faults import Restarts
 from rlx.acting.plan import Plan
 from rlx.acting.policy import prepare_process
@@ -54,7 +54,7 @@ class Roofline:
         plan: Plan = pickle.loads(self._plan)
         policy = plan.policy(self._index, 0)
         policy.take(zero_weights(plan.agent))
-        self._work = bench.raw_stepping(plan.family, plan.envs_per_actor, policy)
+        self._work = measuring.raw_stepping(plan.family, plan.envs_per_actor, policy)
         self._work()
 
     def run(self, seconds: float) -> float:
@@ -112,25 +112,25 @@ def make_rooflines(agent: Any, family: Any, *, instances: int) -> Rooflines:
         Plan(
             family=family,
             agent=agent,
-            exploration=build(bench.settings("exploration", "ladder"), "exploration"),
+            exploration=build(measuring.settings("exploration", "ladder"), "exploration"),
             seed=0,
             instances=instances,
-            envs_per_actor=bench.settings("acting", "ray_pool")["envs_per_actor"],
+            envs_per_actor=measuring.settings("acting", "ray_pool")["envs_per_actor"],
             device="cpu",
         )
     )
 
 
-def make_pool(setup: bench.Setup, agent: Any, family: Any, **changes: Any) -> RayPool:
+def make_pool(setup: measuring.Setup, agent: Any, family: Any, **changes: Any) -> RayPool:
     """The pool of conf/acting/ray_pool.yaml with these settings changed, all actors ready."""
     pool: RayPool = build(
-        bench.settings("acting", "ray_pool")
+        measuring.settings("acting", "ray_pool")
         | {"cpus_per_actor": 0.0, "env_steps_per_request": setup.request_env_steps}
         | changes,
         "acting",
         family=family,
         agent=agent,
-        exploration=build(bench.settings("exploration", "ladder"), "exploration"),
+        exploration=build(measuring.settings("exploration", "ladder"), "exploration"),
         seed=0,
         chain=0,
         env_steps=0,
@@ -155,9 +155,9 @@ def _receive(pool: RayPool, seconds: float) -> int:
     return done
 
 
-def bench_ray(setup: bench.Setup, seconds: float) -> list[dict[str, Any]]:
+def bench_ray(setup: measuring.Setup, seconds: float) -> list[dict[str, Any]]:
     """The pool against its roofline, the scaling curve, the wire and the weights' latency."""
-    agent, family = bench.make_agent(setup), build(bench.settings("env", setup.env), "env")
+    agent, family = measuring.make_agent(setup), build(measuring.settings("env", setup.env), "env")
     cluster = Cluster(address=None, store_bytes=STORE_BYTES)
     try:
         prefix = f"acting/{setup.name}/ray_pool"
@@ -170,7 +170,7 @@ def bench_ray(setup: bench.Setup, seconds: float) -> list[dict[str, Any]]:
 
 
 def _against_roofline(
-    setup: bench.Setup, agent: Any, family: Any, seconds: float, prefix: str
+    setup: measuring.Setup, agent: Any, family: Any, seconds: float, prefix: str
 ) -> list[dict[str, Any]]:
     rooflines = make_rooflines(agent, family, instances=ACTORS)
     pool = make_pool(setup, agent, family, instances=ACTORS)
@@ -181,7 +181,7 @@ def _against_roofline(
     stats = pool.stats()
     rooflines.close()
     pool.close(10.0)
-    compared = bench.rows(
+    compared = measuring.rows(
         rates, prefix=f"{prefix}/{ACTORS} actors", unit="env steps/s", roofline="roofline"
     )
     return [
@@ -191,7 +191,7 @@ def _against_roofline(
     ]
 
 
-def _scaling(setup: bench.Setup, agent: Any, family: Any, prefix: str) -> list[dict[str, Any]]:
+def _scaling(setup: measuring.Setup, agent: Any, family: Any, prefix: str) -> list[dict[str, Any]]:
     """Ratios are to one actor."""
     found: list[dict[str, Any]] = []
     for instances in SCALE:
@@ -202,9 +202,9 @@ def _scaling(setup: bench.Setup, agent: Any, family: Any, prefix: str) -> list[d
     return found
 
 
-def _latency(setup: bench.Setup, agent: Any, family: Any, prefix: str) -> list[dict[str, Any]]:
+def _latency(setup: measuring.Setup, agent: Any, family: Any, prefix: str) -> list[dict[str, Any]]:
     """From publishing to acting, with requests of one env step a lane and no queue of them."""
-    lanes = bench.settings("acting", "ray_pool")["envs_per_actor"]
+    lanes = measuring.settings("acting", "ray_pool")["envs_per_actor"]
     changes = {"env_steps_per_request": lanes, "requests_per_actor": 1, "instances": ACTORS}
     pool = make_pool(setup, agent, family, **changes)
     megabytes = sum(x.nbytes for x in jax.tree.leaves(zero_weights(agent).params)) / 1e6

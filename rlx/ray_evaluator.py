@@ -21,8 +21,8 @@ from rlx.acting.whereabouts import (
     thread_limits,
     whereabouts,
 )
-from rlx.evaluate import Evaluation
 from rlx.interfaces import Agent, EnvFamily
+from rlx.playing import Evaluation
 from rlx.types import Evaluated, Weights
 
 POLL_EVERY_S = 0.2

@@ -1,7 +1,7 @@
 """Learner processes on Ray: `learner.processes=2`.
 
 Each is a whole run in small: actors, a part of the replay, a loop. They do everything at the same
-count of env steps, which they tell each other before each update (`rlx.loop.Loop.agree`), and the
+count of env steps, which they tell each other before each update (`rlx.stages`), and the
 gradients of an update are averaged over the devices of all of them: `jax.distributed` joins the
 processes, and the `pmap` of `rlx.learner` does the rest.
 

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlx import bench, trees
+from rlx import bench_measuring as measuring
+from rlx import trees
 from rlx.acting.blocks import row_spec
 from rlx.acting.plan import carry_spec
 from rlx.assemble import make_replay
@@ -49,9 +50,9 @@ STORAGES: Mapping[str, dict[str, Any]] = {
 KINDS = 64  # different blocks that the replays are filled with, again and again
 
 
-def bench_replay(setup: bench.Setup, seconds: float, rows: int) -> list[dict[str, Any]]:
+def bench_replay(setup: measuring.Setup, seconds: float, rows: int) -> list[dict[str, Any]]:
     """Rows per second in and out, bytes per row, latency of sample and update, for each storage."""
-    agent = bench.make_agent(setup)
+    agent = measuring.make_agent(setup)
     blocks = Blocks(agent, frames_of(setup))
     prefix = f"replay/{setup.name}/{rows:,}"
     found = _tree_rows(f"{prefix}/sum tree", rows // agent.sequence.block_rows, setup.batch_size)
@@ -116,12 +117,12 @@ def _noise(leaf: ArraySpec, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(rng.random(whole)).astype(leaf.dtype)
 
 
-def frames_of(setup: bench.Setup) -> np.ndarray | None:
+def frames_of(setup: measuring.Setup) -> np.ndarray | None:
     """u8[KINDS, 40, 84, 84]: a game played at random, or what is drawn like one."""
     if setup.name != "pong":
         return None
     try:
-        env = build(bench.settings("env", setup.env), "env").make(lanes=8, seeds=list(range(8)))
+        env = build(measuring.settings("env", setup.env), "env").make(lanes=8, seeds=list(range(8)))
     except Exception:  # whatever keeps EnvPool from playing here
         return _drawn_frames()
     rng, played = np.random.default_rng(0), [env.reset()]
@@ -148,7 +149,7 @@ def filled(
     agent: Agent, rows: int, blocks: Blocks, keeping: dict[str, Any], batch_size: int
 ) -> tuple[Any, float]:
     """A full replay, and the seconds that filling took."""
-    own = bench.settings("replay", "prioritized") | {"capacity": rows} | keeping
+    own = measuring.settings("replay", "prioritized") | {"capacity": rows} | keeping
     replay = make_replay(
         own,
         agent,
@@ -166,7 +167,7 @@ def filled(
 
 
 def _measured(
-    replay: Any, insert_s: float, setup: bench.Setup, agent: Agent, prefix: str, seconds: float
+    replay: Any, insert_s: float, setup: measuring.Setup, agent: Agent, prefix: str, seconds: float
 ) -> list[dict[str, Any]]:
     size, length = setup.batch_size, agent.sequence.length
     buffers = replay.buffers(size)
@@ -183,10 +184,10 @@ def _measured(
         latencies_s.append(perf_counter() - began)
         return float(size * length)
 
-    rates = bench.measure(
+    rates = measuring.measure(
         {"np.copyto": _copyto(source, buffers, size * length), "sample + update": work}, seconds
     )
-    found = bench.rows(rates, prefix=prefix, unit="rows/s", roofline="np.copyto")
+    found = measuring.rows(rates, prefix=prefix, unit="rows/s", roofline="np.copyto")
     p50, p99 = np.quantile(latencies_s[1:] or latencies_s, [0.5, 0.99])
     return [
         *found,
@@ -198,7 +199,7 @@ def _measured(
 
 
 def _beside_a_driver(
-    agent: Agent, setup: bench.Setup, rows: int, blocks: Blocks, prefix: str, seconds: float
+    agent: Agent, setup: measuring.Setup, rows: int, blocks: Blocks, prefix: str, seconds: float
 ) -> list[dict[str, Any]]:
     """Batches that a learner gets whose driver works for TURN_S after each of them.
 
@@ -221,9 +222,9 @@ def _beside_a_driver(
 
             ways = {"no replay": partial(work, None)}
             ways |= {name: partial(work, replay) for name, replay in made.items()}
-            rates = bench.measure(ways, seconds)
+            rates = measuring.measure(ways, seconds)
             own = f"{prefix}/driver {turn}"
-            found += bench.rows(rates, prefix=own, unit="batches/s", roofline="no replay")
+            found += measuring.rows(rates, prefix=own, unit="batches/s", roofline="no replay")
     finally:
         for replay in made.values():
             replay.close()
@@ -271,7 +272,7 @@ def _row(name: str, value: float, unit: str) -> dict[str, Any]:
 
 
 def _flashbax(
-    agent: Agent, setup: bench.Setup, rows: int, blocks: Blocks, prefix: str, seconds: float
+    agent: Agent, setup: measuring.Setup, rows: int, blocks: Blocks, prefix: str, seconds: float
 ) -> list[dict[str, Any]]:
     """flashbax's prioritised trajectory buffer with the same rows, if it is installed."""
     try:
@@ -320,9 +321,9 @@ def _flashbax(
         latencies_s.append(perf_counter() - began)
         return float(size * sequence.length)
 
-    rates = bench.measure({"sample + update": work}, seconds)
+    rates = measuring.measure({"sample + update": work}, seconds)
     p50, p99 = np.quantile(latencies_s[1:] or latencies_s, [0.5, 0.99])
-    (row,) = bench.rows(rates, prefix=prefix, unit="rows/s", roofline="sample + update")
+    (row,) = measuring.rows(rates, prefix=prefix, unit="rows/s", roofline="sample + update")
     return [
         row | {"ratio": None},
         _row(f"{prefix}/sample + update, p50", 1000 * p50, "ms"),

@@ -3,33 +3,35 @@
     python -m rlx.report runs=DIR         a page with curves, scores and speed of all runs below DIR
     python -m rlx.report dataset=DIR      what experience that was recorded there holds
 
-Options of runs=DIR:
+Options:
 
-    group=agent.n_step,network   settings that make groups; without: all that vary, but seed, env.id
-    out=DIR/report               where report.html, report.md, *.png and *.csv go
+    runs=DIR           the folder below which runs are
+    group=null         settings that make groups, as group=agent.n_step,network; null: all that
+                       vary, but for seed and env.id (with runs=)
+    out=null           where report.html, report.md, *.png and *.csv go; null: DIR/report (runs=)
+    dataset=DIR        the folder of recorded experience
 
 The page holds its pictures and needs nothing beside it. pip install 'rlx[report]'
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlx.metrics import write_whole
-from rlx.problems import or_exit
+from rlx.options import command
+from rlx.problems import refuse
 from rlx.replay.experience import files, read, read_layout
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from rlx.study import Study
-
-ACCEPTED = (("dataset",), ("runs", "group", "out"))
 
 # --- recorded experience -------------------------------------------------------------------------
 
@@ -122,26 +124,34 @@ def _show_runs(given: Study, found: dict[str, pd.DataFrame]) -> None:
 # --- the command line ----------------------------------------------------------------------------
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line takes; the module's docstring explains it."""
+
+    runs: str | None = None
+    dataset: str | None = None
+    group: tuple[str, ...] | None = None
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.runs is None) == (self.dataset is None):
+            says = "give one of them: runs=DIR, with group= and out= if wanted, or dataset=DIR"
+            raise refuse("runs, dataset", says)
+        if self.dataset is not None and (self.group is not None or self.out is not None):
+            raise refuse("group, out", "are options of runs=DIR; leave them out with dataset=DIR")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """`runs=DIR`, `dataset=DIR`; the module's docstring lists the options."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    given = dict(text.partition("=")[::2] for text in sys.argv[1:])
-    known = next((keys for keys in ACCEPTED if keys[0] in given), ())
-    if not known or not given.keys() <= set(known) or not all(given.values()):
-        got = " ".join(sys.argv[1:]) or "nothing"
-        accepted = "dataset=DIR, or runs=DIR with group=SETTING,... and out=DIR"
-        print(f"rlx.report: got {got}; accepted: {accepted}", file=sys.stderr)
-        sys.exit(2)
-    with or_exit("rlx.report", ValueError, ImportError):
-        _dataset(Path(given["dataset"])) if "dataset" in given else _runs(given)
+    command("rlx.report", __doc__, Options, _report, argv, also=(ValueError, ImportError))
 
 
-def _runs(given: dict[str, str]) -> None:
-    by = given["group"].split(",") if "group" in given else None
-    out = Path(given["out"]) if "out" in given else None
-    print(f"\n{report_runs(Path(given['runs']), by, out)}")
+def _report(options: Options) -> None:
+    if options.dataset is not None:
+        _dataset(Path(options.dataset))
+    elif options.runs is not None:
+        out = None if options.out is None else Path(options.out)
+        print(f"\n{report_runs(Path(options.runs), options.group, out)}")
 
 
 def _dataset(folder: Path) -> None:

@@ -15,9 +15,12 @@ import sys
 import types
 from typing import Any
 
+from rlx.moved import MOVED
 from rlx.problems import did_you_mean, nearest
 
 _allowed = {"rlx."}
+
+# Where classes were that the settings of saved runs may still name -> where they are.
 
 
 def allow(prefix: str) -> None:
@@ -49,6 +52,8 @@ def resolve(target: Any) -> tuple[type | None, str]:
     accepted = f"accepted: a public class under {' or '.join(_prefixes())}"
     if not isinstance(target, str) or not target.startswith(_prefixes()):
         return None, f"not allowed; {accepted}"
+    if target in MOVED:
+        return None, f"moved; write {MOVED[target]}"
     module_name, _, name = target.rpartition(".")
     try:
         members = vars(importlib.import_module(module_name))

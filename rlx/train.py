@@ -1,7 +1,7 @@
 """Trains: `python -m rlx.train acting=ray_pool acting.instances=128`.
 
 Compose, check, run. Everything here is about the command line; the training loop is
-`rlx.loop.run`, and `rlx.run(rlx.compose([...]))` does the same from Python.
+`rlx.loop.train`, and `rlx.run(rlx.compose([...]))` does the same from Python.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rlx import _paths, api, composing
 from rlx.config import ROLES, check, remember
+from rlx.metrics import write_whole
+from rlx.moved import renewed
 from rlx.problems import ConfigError, Problem, RunFailed, refuse
 
+RENEWED = "renewed"  # in .hydra: settings of an earlier rlx, in the words of this one
 RESUMED = ".hydra/resume-"  # and a number: where Hydra writes the settings of a resume
 VERSION = {"execution_whitelist": ("rlx.*",)} if composing.HYDRA_14 else composing.VERSION
 
@@ -149,7 +152,7 @@ def _resume_argv(folder: Path, args: Any) -> list[str]:
         )
     values = [text for text in args.overrides if text.partition("=")[0].lstrip("+") != "resume"]
     return [
-        *("--config-path", str(folder / ".hydra"), "--config-name", "config"),
+        *("--config-path", str(_settings(folder)), "--config-name", "config"),
         composing.search(_paths.config_dir()),
         "hydra/job_logging=rlx",
         f"hydra.run.dir={composing.quote(str(folder))}",
@@ -157,6 +160,18 @@ def _resume_argv(folder: Path, args: Any) -> list[str]:
         f"resume={composing.quote(str(folder))}",
         *values,
     ]
+
+
+def _settings(folder: Path) -> Path:
+    """The folder of a run's settings for Hydra; as today's rlx writes them, if they are older."""
+    saved = folder / ".hydra"
+    tree: Any = OmegaConf.to_container(OmegaConf.load(saved / "config.yaml"))
+    if (now := renewed(tree)) == tree:
+        return saved
+    (saved / RENEWED).mkdir(exist_ok=True)
+    text = OmegaConf.to_yaml(OmegaConf.create(now))
+    write_whole(saved / RENEWED / "config.yaml", text.encode())
+    return saved / RENEWED
 
 
 def _resume_subdir(folder: Path) -> str:

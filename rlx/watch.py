@@ -18,16 +18,18 @@ import re
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 from urllib.parse import parse_qs
 
-from rlx.problems import did_you_mean, or_exit, refuse
+from rlx.options import command
+from rlx.problems import refuse
+from rlx.types import Range
 from rlx.watch_runs import Runs
 
-DEFAULTS = {"runs": "outputs", "port": "8080", "host": "127.0.0.1"}
 PAGE = Path(__file__).with_name("watch_page.html")
 MAX_METRICS = 64  # of one question
 TIMEOUT_S = 20.0  # a client that sends or takes nothing for so long is left
@@ -43,7 +45,7 @@ class Server(ThreadingHTTPServer):
         """Raises OSError where it cannot listen there; port 0 is any that is free."""
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, address = found[0][0], found[0][4]
-        self.runs, self.page = Runs(runs), PAGE.read_bytes()
+        self.folder, self.runs, self.page = runs, Runs(runs), PAGE.read_bytes()
         self.policy = content_policy(self.page.decode())
         super().__init__((str(address[0]), port), Handler)
 
@@ -139,21 +141,13 @@ def content_policy(page: str) -> str:
 # --- the command line ----------------------------------------------------------------------------
 
 
-def parse(arguments: Sequence[str]) -> tuple[Path, str, int]:
-    """Folder, host and port; raises ConfigError for what is wrong."""
-    given = {key: value for key, _, value in (text.partition("=") for text in arguments)}
-    for key in given.keys() - DEFAULTS.keys():
-        raise refuse(key, f"no such option; {did_you_mean(key, DEFAULTS)}", given=given[key])
-    options = DEFAULTS | given
-    runs, host, port = Path(options["runs"]), options["host"], options["port"]
-    if not runs.is_dir():
-        says = "no such folder; give one below which runs are, as outputs or multirun"
-        raise refuse("runs", says, given=options["runs"])
-    if not (port.isascii() and port.isdigit() and int(port) < 2**16):
-        raise refuse(
-            "port", "must be a whole number of 0 .. 65535; 0 is any that is free", given=port
-        )
-    return runs.resolve(), host, int(port)
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line takes; the module's docstring explains it."""
+
+    runs: str = "outputs"
+    port: Annotated[int, Range(ge=0, le=65535)] = 8080
+    host: str = "127.0.0.1"
 
 
 def open_server(runs: Path, host: str, port: int) -> Server:
@@ -168,20 +162,25 @@ def open_server(runs: Path, host: str, port: int) -> Server:
         raise refuse("port", says, given=str(port)) from error
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """`runs=DIR port=8080 host=127.0.0.1`."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
+    server = command("rlx.watch", __doc__, Options, open_given, argv)
+    if server is None:
         return
-    with or_exit("rlx.watch"):
-        runs, host, port = parse(sys.argv[1:])
-        server = open_server(runs, host, port)
     with server:
-        print(f"rlx.watch: {runs} at {server.url} (Ctrl-C ends it)", flush=True)
+        print(f"rlx.watch: {server.folder} at {server.url} (Ctrl-C ends it)", flush=True)
         try:
             server.serve_forever(poll_interval=0.1)
         except KeyboardInterrupt:
             print()
+
+
+def open_given(options: Options) -> Server:
+    """The server that the options ask for; ConfigError where there cannot be one."""
+    if not Path(options.runs).is_dir():
+        says = "no such folder; give one below which runs are, as outputs or multirun"
+        raise refuse("runs", says, given=options.runs)
+    return open_server(Path(options.runs).resolve(), options.host, options.port)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import rlx
-from rlx import bench, config
+from rlx import bench_measuring, config
 from rlx.assemble import build_agent
 from rlx.config import ROLES, plain, runtime_names, setting_hints
 from rlx.targets import resolve
@@ -73,7 +73,7 @@ def test_every_experiment_opens_with_its_command(name):
 
 def trace_update(agent: Any, batch_size: int) -> None:
     """Shapes only: nothing is compiled or computed."""
-    batch = jax.eval_shape(lambda: bench.zero_batch(agent, batch_size))
+    batch = jax.eval_shape(lambda: bench_measuring.zero_batch(agent, batch_size))
     state = jax.eval_shape(agent.init, jax.random.PRNGKey(0))
     new, output = jax.eval_shape(agent.update, state, batch)
     assert output.priorities.shape == (batch_size, agent.sequence.unroll)

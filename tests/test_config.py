@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -17,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import rlx
-from rlx import _paths, api, composing, config, targets
+from rlx import _paths, api, composing, config, moved, targets
 from rlx.problems import ConfigError, Problem
 from tests import standins
 
@@ -244,6 +245,22 @@ def test_config_errors_travel_between_processes():
 
 
 # --- targets -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("old", "new"), moved.MOVED.items())
+def test_settings_of_an_earlier_rlx_name_todays_classes(old, new):
+    assert targets.resolve(new)[1] == ""
+    assert targets.full_name(targets.resolve(new)[0]) == new
+    saved = {"a": {"_target_": old, "rate": 1}, "b": [{"_target_": old}], "c": 3, "d": None}
+    before = copy.deepcopy(saved)
+    assert moved.renewed(saved) == {
+        "a": {"_target_": new, "rate": 1},
+        "b": [{"_target_": new}],
+        "c": 3,
+        "d": None,
+    }
+    assert saved == before
+    assert targets.resolve(old) == (None, f"moved; write {new}")  # in a user's own YAML
 
 
 @pytest.mark.parametrize(

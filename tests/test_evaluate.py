@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 import rlx
-from rlx import evaluate, films, metrics, tiles
+from rlx import evaluate, films, metrics, playing, tiles
 from rlx.agents.r2d2 import R2D2
 from rlx.envs.envpool import EnvPool, EnvPoolLanes
-from rlx.evaluate import run_episodes
+from rlx.options import read_options
+from rlx.playing import run_episodes
 from rlx.problems import ConfigError
 from rlx.seeding import spawn_int
 from rlx.types import Carry, Episode, NetInput, Timestep, Weights
@@ -154,7 +155,7 @@ def test_random_actions_differ_from_greedy_ones_and_repeat_too(agent, weights):
 def test_the_batch_size_of_training_changes_nothing(agent, weights, batch_size):
     answered = set()
 
-    def watch(env: Any, timestep: Timestep, starts: evaluate.Starts) -> None:
+    def watch(env: Any, timestep: Timestep, starts: playing.Starts) -> None:
         answered.add(len(timestep.lane))
 
     family = dataclasses.replace(CARTPOLE, batch_size=batch_size)
@@ -278,7 +279,7 @@ def test_record_writes_the_first_episode(run, monkeypatch):
 
 def test_every_option_is_explained_and_has_a_default(capsys):
     names = {field.name for field in dataclasses.fields(evaluate.Options)}
-    assert set(evaluate.DEFAULTS) == names - {"run"}
+    assert evaluate.Options(run="x").episodes == 100
     evaluate.main(["--help"])
     shown = capsys.readouterr().out
     assert all(f"    {name}=" in shown for name in names)
@@ -288,7 +289,7 @@ def test_every_option_is_explained_and_has_a_default(capsys):
     ("arguments", "said"),
     [
         ([], ["run: missing; give a string"]),
-        (["run=x", "epsiodes=3"], ["epsiodes=3: no such setting; did you mean episodes?"]),
+        (["run=x", "epsiodes=3"], ["epsiodes=3: no such option; did you mean episodes?"]),
         (["run=x", "episodes=1.5"], ["episodes=1.5: accepted: an int >= 1"]),
         (["run=x", "epsilon=2"], ["epsilon=2: accepted: a float >= 0 and <= 1 or null"]),
         (["run=x", "record=maybe"], ["record=maybe: accepted: true or false or grid"]),
@@ -306,15 +307,19 @@ def test_bad_options_are_told_in_a_line_each(capsys, arguments, said):
     assert refused(capsys, *arguments) == [f"rlx: {line}" for line in said]
 
 
+def options_of(arguments: list[str]) -> evaluate.Options:
+    return read_options(evaluate.Options, arguments)
+
+
 def test_paths_are_taken_as_they_stand():
-    options = evaluate.parse(["run=0", "which=000000000200", "epsilon=1", "seed=7"])
+    options = options_of(["run=0", "which=000000000200", "epsilon=1", "seed=7"])
     assert (options.run, options.which, options.output) == ("0", "000000000200", None)
     assert (options.epsilon, options.seed) == (1.0, 7)
-    assert evaluate.parse(["run=seed=0,lr=1"]).run == "seed=0,lr=1"
+    assert options_of(["run=seed=0,lr=1"]).run == "seed=0,lr=1"
 
 
 def test_folders_that_cannot_be_evaluated(capsys, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "run_episodes", lambda **_: pytest.fail("played for nothing"))
+    monkeypatch.setattr(playing, "run_episodes", lambda **_: pytest.fail("played for nothing"))
     (line,) = refused(capsys, f"run={tmp_path}")
     assert line.startswith(f"rlx: run={tmp_path}: no run is there")
     (line,) = refused(capsys, f"run={run}", "which=lates")

@@ -24,10 +24,11 @@ from rlx.acting.exploration import Ladder
 from rlx.acting.faults import ActingFailed
 from rlx.assemble import assemble
 from rlx.config import plain
+from rlx.keeper import Keeper
 from rlx.learner import Learner
-from rlx.loop import Alone, Loop, Parts
 from rlx.loop import train as train_loop
 from rlx.metrics import read_rows
+from rlx.parts import Alone, Parts
 from rlx.problems import ConfigError, RunFailed
 from rlx.shares import share_exploration, share_of, share_seed
 from rlx.types import Batch
@@ -247,17 +248,17 @@ def test_a_stop_told_to_one_ends_both_at_the_same_count(tmp_path):
 
 
 def test_a_run_left_in_its_last_evaluation_resumes(tmp_path, monkeypatch):
-    evaluate, told = Loop._evaluate, []
+    evaluate, told = Keeper.evaluate, []
 
-    def leave(loop: Loop, episodes: int) -> None:
+    def leave(keeper: Keeper, episodes: int) -> None:
         told[0].set()
-        evaluate(loop, episodes)
+        evaluate(keeper, episodes)
 
     def touch(rank: int, made: Parts, stops: list[threading.Event]) -> None:
         told[:] = stops
 
     with monkeypatch.context() as patched:
-        patched.setattr(Loop, "_evaluate", leave)
+        patched.setattr(Keeper, "evaluate", leave)
         ends = two_loops(tmp_path, "evaluation.every_env_steps=null", touch=touch)
         assert ends == ["interrupted", "finished"]
     assert two_loops(tmp_path, resume=True) == ["finished"] * 2

@@ -15,7 +15,7 @@ from rlx.acting.player import Player
 from rlx.envs.common import Outside, outside_of
 from rlx.envs.envpool import EnvPool
 from rlx.envs.gymnasium import Gymnasium
-from rlx.evaluate import run_episodes
+from rlx.playing import run_episodes
 from rlx.seeding import spawn_int
 from rlx.types import Weights
 from tests import parts

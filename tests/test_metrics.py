@@ -310,7 +310,7 @@ def test_after_kill_9_rows_and_status_can_be_read(tmp_path: Path, pause_s: int) 
 
 
 def test_fractions_tell_where_the_time_went_and_start_anew() -> None:
-    stages = m.Stages()
+    stages = m.StageTimes()
     with stages.measure("acting"):
         time.sleep(0.06)
     with stages.measure("sample"):
@@ -327,7 +327,7 @@ def test_fractions_tell_where_the_time_went_and_start_anew() -> None:
 
 
 def test_a_stage_that_is_running_counts_to_both_intervals() -> None:
-    stages = m.Stages()
+    stages = m.StageTimes()
     with stages.measure("logging"):
         time.sleep(0.03)
         assert stages.fractions()["time/logging"] > 0.9
@@ -337,7 +337,7 @@ def test_a_stage_that_is_running_counts_to_both_intervals() -> None:
 
 
 def test_a_stage_ends_with_an_exception() -> None:
-    stages = m.Stages()
+    stages = m.StageTimes()
     with pytest.raises(KeyError), stages.measure("acting"):
         raise KeyError
     time.sleep(0.02)
@@ -345,7 +345,7 @@ def test_a_stage_ends_with_an_exception() -> None:
 
 
 def test_measuring_costs_less_than_two_microseconds() -> None:
-    stages = m.Stages()
+    stages = m.StageTimes()
 
     def measured() -> None:
         with stages.measure("acting"):
@@ -356,7 +356,7 @@ def test_measuring_costs_less_than_two_microseconds() -> None:
 
 def test_an_unknown_stage_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'act': must be one of acting, replay_add"):
-        m.Stages().measure("act")
+        m.StageTimes().measure("act")
 
 
 def test_the_bottleneck_names_the_stage_and_the_setting() -> None:

@@ -27,10 +27,10 @@ from ray.cluster_utils import Cluster
 
 import rlx
 from rlx.acting.ray_fleet import Fleet, Slot
-from rlx.loop import Loop
 from rlx.metrics import read_rows
 from rlx.problems import ConfigError
 from rlx.ray_evaluator import RayEvaluator
+from rlx.stages import Stages
 from rlx.types import Evaluated, Rollout
 from tests.acting.test_ray_pool import assert_in_order_and_once, streams, wait_for
 from tests.test_run import TINY, run
@@ -218,15 +218,15 @@ class Killer(threading.Thread):
 
 def keep(monkeypatch: pytest.MonkeyPatch, killer: Killer) -> Kept:
     """Watches every rollout, update and replacement of a run in this process."""
-    kept, learn, act = Kept(), Loop.learn, Loop.act
+    kept, learn, act = Kept(), Stages.learn, Stages.act
 
-    def learning(self: Loop) -> None:
+    def learning(self: Stages) -> None:
         before = self.parts.learner.updates
         learn(self)
         if self.parts.learner.updates > before:
             kept.updated_s.append(time.monotonic())
 
-    def acting(self: Loop) -> None:
+    def acting(self: Stages) -> None:
         replay: Any = self.parts.replay
         add = type(replay).add
         if not hasattr(replay, "watched"):
@@ -238,8 +238,8 @@ def keep(monkeypatch: pytest.MonkeyPatch, killer: Killer) -> Kept:
             kept.note(killer.killed_s, slot)
         act(self)
 
-    monkeypatch.setattr(Loop, "learn", learning)
-    monkeypatch.setattr(Loop, "act", acting)
+    monkeypatch.setattr(Stages, "learn", learning)
+    monkeypatch.setattr(Stages, "act", acting)
     return kept
 
 
@@ -249,12 +249,12 @@ def test_a_run_whose_actors_are_killed_every_second_for_a_minute_finishes(
 ):
     killer = Killer(60.0)
     kept = keep(monkeypatch, killer)
-    finished = Loop.finished
+    finished = Stages.finished
 
-    def all_are_back(self: Loop) -> bool:
+    def all_are_back(self: Stages) -> bool:
         return (not killer.is_alive() and not killer.killed_s) or finished(self)
 
-    monkeypatch.setattr(Loop, "finished", all_are_back)
+    monkeypatch.setattr(Stages, "finished", all_are_back)
     summary = run(
         tmp_path,
         *RAY,
@@ -285,7 +285,7 @@ def test_a_run_whose_actors_are_killed_every_second_for_a_minute_finishes(
 
 def test_evaluation_in_an_actor_of_its_own_lets_training_go_on(tmp_path, monkeypatch):
     results: list[Evaluated] = []
-    poll, finished = RayEvaluator.poll, Loop.finished
+    poll, finished = RayEvaluator.poll, Stages.finished
 
     def polled(self: RayEvaluator) -> list[Evaluated]:
         found = poll(self)
@@ -293,7 +293,7 @@ def test_evaluation_in_an_actor_of_its_own_lets_training_go_on(tmp_path, monkeyp
         return found
 
     monkeypatch.setattr(RayEvaluator, "poll", polled)
-    monkeypatch.setattr(Loop, "finished", lambda self: len(results) > 1 or finished(self))
+    monkeypatch.setattr(Stages, "finished", lambda self: len(results) > 1 or finished(self))
     run(
         tmp_path,
         *RAY,

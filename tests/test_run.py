@@ -25,13 +25,14 @@ from rlx.acting.local_pool import LocalPool
 from rlx.assemble import assemble
 from rlx.config import plain
 from rlx.envs.envpool import EnvPoolLanes
+from rlx.keeper import Keeper
 from rlx.learner import Learner
-from rlx.loop import Loop
 from rlx.metrics import Metrics, read_rows, without_wall_clock
 from rlx.nonfinite import NonFinite
 from rlx.problems import ConfigError
 from rlx.replay.process import ReplayLost
 from rlx.replay.snapshots import Snapshots
+from rlx.stages import Stages
 
 ROOT = Path(__file__).resolve().parent.parent
 LANES, REQUEST, ROWS_PER_UPDATE, ROW_EVERY = 4, 8, 16, 200
@@ -66,13 +67,13 @@ STOPPED = """
 import os, sys
 number, env_steps = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 from rlx import train
-from rlx.loop import Loop
-learn = Loop.learn
+from rlx.stages import Stages
+learn = Stages.learn
 def learn_and_stop(loop):
     learn(loop)
     if loop.count.env_steps >= env_steps:
         os.kill(os.getpid(), number)
-Loop.learn = learn_and_stop
+Stages.learn = learn_and_stop
 train.main()
 """
 
@@ -104,9 +105,11 @@ def base(tmp_path_factory):
 @pytest.fixture
 def loops(monkeypatch):
     """The loops of the runs that the test makes."""
-    made: list[Loop] = []
-    begin = Loop.begin
-    monkeypatch.setattr(Loop, "begin", lambda loop: (made.append(loop), begin(loop))[1])
+    made: list[Stages] = []
+    begin = Keeper.begin
+    monkeypatch.setattr(
+        Keeper, "begin", lambda keeper: (made.append(keeper._stages), begin(keeper))[1]
+    )
     return made
 
 
@@ -224,20 +227,22 @@ class Player(Recorder):
         return self.given.pop(0)
 
 
-def advance(loop: Loop, iterations: int) -> None:
+def advance(loop: Stages, iterations: int) -> None:
     for _ in range(iterations):
         loop.act()
         loop.agree()
         loop.learn()
-    loop._settle()
+    loop.settle()
 
 
 def test_learner_replay_and_sampler_continue_bit_for_bit_from_the_same_blocks(tmp_path):
     settings = plain(rlx.compose(TINY))
     parts = assemble(settings, tmp_path, resume=False)
     recorder = Recorder(parts.pool)
-    loop = Loop(dataclasses.replace(parts, pool=recorder))
-    loop.begin()
+    loop = Stages(dataclasses.replace(parts, pool=recorder))
+    keeper = Keeper(loop)
+    keeper.begin()
+    loop.publish()
     for _ in range(60):  # ends with an update in flight, whose TD errors must not be lost
         loop.act()
         loop.agree()
@@ -246,17 +251,17 @@ def test_learner_replay_and_sampler_continue_bit_for_bit_from_the_same_blocks(tm
         loop.agree()
         loop.learn()
         loop.act()
-    loop.save()
+    keeper.save()
     recorder.given.clear()
     advance(loop, 40)
-    loop.close()
+    keeper.close()
     parts.close()
 
     parts = assemble(settings, tmp_path, resume=True)
-    resumed = Loop(dataclasses.replace(parts, pool=Player(parts.pool).play(recorder.given)))
-    resumed.begin()
+    resumed = Stages(dataclasses.replace(parts, pool=Player(parts.pool).play(recorder.given)))
+    resumed.publish()
     advance(resumed, 40)
-    resumed.close()
+    resumed.metrics.close()
     parts.close()
     assert resumed.parts.learner.updates == loop.parts.learner.updates > 20
     assert_same_tree(resumed.parts.learner.state(), loop.parts.learner.state())
@@ -417,15 +422,15 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint_and_resume_finishes_it(compiled, tm
 
 def send(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> None:
     """A signal, so many times, in the 50th turn of the next run's loop."""
-    turns, learn = [], Loop.learn
+    turns, learn = [], Stages.learn
 
-    def learn_and_send(loop: Loop) -> None:
+    def learn_and_send(loop: Stages) -> None:
         learn(loop)
         turns.append(loop)
         for _ in range(times if len(turns) == 50 else 0):
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Loop, "learn", learn_and_send)
+    monkeypatch.setattr(Stages, "learn", learn_and_send)
 
 
 def test_sigterm_ends_a_run_with_a_checkpoint(monkeypatch, tmp_path):
@@ -446,7 +451,7 @@ def test_sigterm_ends_an_evaluation_that_would_never_end(monkeypatch, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
         return False
 
-    monkeypatch.setattr("rlx.evaluate.Starts.complete", property(complete))
+    monkeypatch.setattr("rlx.playing.Starts.complete", property(complete))
     summary = run(tmp_path, "total_env_steps=100")
     assert (summary["state"], summary["evaluation_return"]) == ("interrupted", None)
     monkeypatch.undo()
@@ -481,7 +486,7 @@ def test_the_limits_end_a_run_as_finished(loops, tmp_path):
 
 def test_training_goes_on_while_a_snapshot_is_written(tmp_path, monkeypatch):
     turns, went_on = [0], []
-    write, agree = Snapshots._write_ahead, Loop.agree
+    write, agree = Snapshots._write_ahead, Stages.agree
 
     def slow(snapshots: Snapshots, replay: Any) -> None:
         began, until = turns[0], time.monotonic() + 5
@@ -490,12 +495,12 @@ def test_training_goes_on_while_a_snapshot_is_written(tmp_path, monkeypatch):
         went_on.append(turns[0] >= began + 3)
         write(snapshots, replay)
 
-    def count(loop: Loop) -> None:
+    def count(loop: Stages, *, is_writing: bool) -> None:
         turns[0] += 1
-        agree(loop)
+        agree(loop, is_writing=is_writing)
 
     monkeypatch.setattr(Snapshots, "_write_ahead", slow)
-    monkeypatch.setattr(Loop, "agree", count)
+    monkeypatch.setattr(Stages, "agree", count)
     run(tmp_path)
     assert went_on[0]
     assert len(went_on) >= 2
@@ -842,14 +847,14 @@ def test_where_blocks_lie_changes_no_bit(base, option, tmp_path):
 
 
 def test_a_run_whose_replay_is_killed_says_so_and_resumes(loops, monkeypatch, tmp_path):
-    learn = Loop.learn
+    learn = Stages.learn
 
-    def learning(self: Loop) -> None:
+    def learning(self: Stages) -> None:
         if self.count.env_steps > 700 and self.parts.resumed is None:
             os.kill(self.parts.replay.pid, signal.SIGKILL)
         learn(self)
 
-    monkeypatch.setattr(Loop, "learn", learning)
+    monkeypatch.setattr(Stages, "learn", learning)
     options = ("replay.where=process", "replay.prefetch=2", "checkpoint.every_env_steps=300")
     with pytest.raises(ReplayLost, match="ended by SIGKILL"):
         run(tmp_path, *options)

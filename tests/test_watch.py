@@ -23,6 +23,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from rlx import watch
+from rlx.options import read_options
 from rlx.problems import ConfigError
 from rlx.watch_runs import EVALUATION, TRAIN, RowsFile, Runs, find, number, thin
 from tests.test_run import EVALUATED, ROOT, TINY
@@ -32,21 +33,21 @@ HOSTILE = "<img src=x onerror='document.title=1'> & no more"
 RUNS = """
 import sys
 import rlx
-from rlx.loop import Loop
+from rlx.stages import Stages
 folder, text, *tiny = sys.argv[1:]
 run = lambda name, *more: rlx.run(rlx.compose([*tiny, *more]), f"{folder}/{name}")
 run("finished", "total_env_steps=600", "tags=[done]")
-learn = Loop.learn
+learn = Stages.learn
 def learn_and_fail(loop):
     learn(loop)
     if loop.count.env_steps > 300:
         raise ValueError(text)
-Loop.learn = learn_and_fail
+Stages.learn = learn_and_fail
 try:
     run("failed")
 except ValueError:
     pass
-Loop.learn = learn
+Stages.learn = learn
 run("sweep/0", "total_env_steps=100_000_000", "replay.ratio=0.05")
 """
 CHROMIUM = next(
@@ -425,8 +426,8 @@ def test_it_says_its_url_refuses_a_taken_port_and_ends_with_ctrl_c(ended):
     ("argument", "says"),
     [
         ("runs=/no/such", "runs=/no/such: no such folder"),
-        ("port=99999", "port=99999: must be a whole number of 0 .. 65535"),
-        ("port=x", "port=x: must be a whole number"),
+        ("port=99999", "port=99999: accepted: an int >= 0 and <= 65535"),
+        ("port=x", "port=x: accepted: an int >= 0"),
         ("prot=1", "prot=1: no such option; did you mean port?"),
         ("host=no.such.invalid", "host=no.such.invalid: no such host"),
     ],
@@ -440,9 +441,9 @@ def test_bad_options_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, ar
     assert err.startswith(f"rlx.watch: {says}")
 
 
-def test_it_listens_on_this_machine_alone_unless_told(tmp_path):
-    _, host, port = watch.parse([f"runs={tmp_path}"])
-    assert (host, port) == ("127.0.0.1", 8080)
+def test_it_listens_on_this_machine_alone_unless_told():
+    options = read_options(watch.Options, [])
+    assert (options.runs, options.host, options.port) == ("outputs", "127.0.0.1", 8080)
 
 
 # --- the page ------------------------------------------------------------------------------------
