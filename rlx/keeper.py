@@ -58,10 +58,10 @@ class Keeper:
     def keep(self) -> None:
         """Evaluates, writes a row of metrics and saves what is due.
 
-        An on-policy agent's run is kept between two rounds, where no block waits in the replay.
+        It keeps nothing in the middle of an on-policy agent's round, whose blocks would be lost.
         """
         parts, stages = self._parts, self._stages
-        if parts.agent.on_policy and not stages.is_between_rounds:
+        if stages.in_a_round:
             return
         if parts.peers.rank == 0 and self._is_due(parts.evaluation.every_env_steps):
             self._begin_to_evaluate()

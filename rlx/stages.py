@@ -36,6 +36,7 @@ class Stages:
         self.times = StageTimes()
         self.failure: RunFailed | None = None  # of the actors or the evaluator
         self.news: Sequence[News] = ()  # everybody's, of the last `agree`
+        self.in_a_round = False  # of an on-policy agent: blocks are made for the next update
         self._made = Counters()  # by this process's own actors since the last `agree`
         self._ended: list[Episode] = []  # since then
         self._began = perf_counter()
@@ -49,10 +50,10 @@ class Stages:
     def finished(self) -> bool:
         """Whether the run is at its end, by what all learner processes know alike.
 
-        An on-policy agent learns from the round that has begun before its run ends.
+        An on-policy agent first learns from the round that has begun.
         """
         parts = self.parts
-        if parts.agent.on_policy and not self.is_between_rounds:
+        if self.in_a_round:
             return False
         wall_s = max((news.wall_s for news in self.news), default=self.count.wall_s)
         return (
@@ -127,8 +128,10 @@ class Stages:
     def learn(self) -> None:
         """Starts one update if all quotas allow it, then ends the one before it."""
         replay, quota, learner = self.parts.replay, self.parts.quota, self.parts.learner
-        self.is_between_rounds = False
-        if not all(news.may_learn for news in self.news):
+        on_policy = self.parts.agent.on_policy
+        may_learn = all(news.may_learn for news in self.news)
+        self.in_a_round = on_policy and not may_learn
+        if not may_learn:
             return
         with self.times.measure("sample"):
             sample = replay.sample(learner.batch_size)
@@ -145,13 +148,11 @@ class Stages:
             is_finite=partial(learner.is_finite, output),
             batch=sample.batch,
         )
-        on_policy = self.parts.agent.on_policy
         if on_policy or learner.updates % learner.publish_every_updates == 0:
             with self.times.measure("publish"):
                 self._published = learner.publish()
-        if on_policy:
-            self.settle()  # the next round is made with these weights
-        self.is_between_rounds = True
+        if on_policy:  # the next round is made with these weights
+            self.settle()
         age = learner.updates - sample.weights_version.mean()
         self.metrics.record_all(output.metrics)
         self.metrics.record("replay/age_updates", age)

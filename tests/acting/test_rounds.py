@@ -14,9 +14,10 @@ import rlx
 from rlx import targets
 from rlx.acting.actor import Actor
 from rlx.acting.local_pool import LocalPool
+from rlx.keeper import Keeper
 from rlx.learner import Learner
-from rlx.loop import Loop
 from rlx.problems import ConfigError
+from rlx.stages import Stages
 from rlx.types import Weights
 from tests.acting.test_ray_pool import actor_processes
 from tests.agents import sampling
@@ -71,7 +72,7 @@ class Seen:
 @pytest.fixture
 def seen(monkeypatch) -> Seen:
     """Notes of every update of the runs that the test makes."""
-    notes, update, begin = Seen(), Learner.update, Loop.begin
+    notes, update, begin = Seen(), Learner.update, Keeper.begin
 
     def noting(learner: Learner, *arguments: Any) -> Any:
         output = update(learner, *arguments)
@@ -79,8 +80,8 @@ def seen(monkeypatch) -> Seen:
         notes.valid_rows += int(np.asarray(output.metrics["learner/valid_rows"])[0])
         return output
 
-    def watch(loop: Loop) -> None:
-        replay, learner = loop.parts.replay, loop.parts.learner
+    def watch(keeper: Keeper) -> None:
+        replay, learner = keeper._parts.replay, keeper._parts.learner
         add, sample = replay.add, replay.sample
 
         def noting_add(rollout: Any) -> None:
@@ -95,10 +96,10 @@ def seen(monkeypatch) -> Seen:
             return drawn
 
         replay.add, replay.sample = noting_add, noting_sample
-        begin(loop)
+        begin(keeper)
 
     monkeypatch.setattr(Learner, "update", noting)
-    monkeypatch.setattr(Loop, "begin", watch)
+    monkeypatch.setattr(Keeper, "begin", watch)
     return notes
 
 
@@ -126,7 +127,7 @@ def test_a_killed_actor_s_part_of_a_round_is_made_again_with_the_same_weights(
     tmp_path, conf, seen, monkeypatch
 ):
     """One is stopped before a round and killed when the other's part of it is there."""
-    update, begin, stopped = Learner.update, Loop.begin, []
+    update, begin, stopped = Learner.update, Keeper.begin, []
 
     def stop_one(learner: Learner, *arguments: Any) -> Any:
         output = update(learner, *arguments)
@@ -135,9 +136,9 @@ def test_a_killed_actor_s_part_of_a_round_is_made_again_with_the_same_weights(
             stopped.append(pid)
         return output
 
-    def watch(loop: Loop) -> None:
-        begin(loop)
-        add = loop.parts.replay.add
+    def watch(keeper: Keeper) -> None:
+        begin(keeper)
+        add = keeper._parts.replay.add
 
         def kill_it(rollout: Any) -> None:
             add(rollout)
@@ -145,10 +146,10 @@ def test_a_killed_actor_s_part_of_a_round_is_made_again_with_the_same_weights(
                 os.kill(stopped[0], signal.SIGKILL)
                 stopped.append(-1)
 
-        loop.parts.replay.add = kill_it
+        keeper._parts.replay.add = kill_it
 
     monkeypatch.setattr(Learner, "update", stop_one)
-    monkeypatch.setattr(Loop, "begin", watch)
+    monkeypatch.setattr(Keeper, "begin", watch)
     summary = train(conf, tmp_path / "run", *POOLS["ray_pool"])
     assert len(stopped) == 2
     assert max(chain for _, chain, _ in seen.rows) == 1
@@ -217,16 +218,16 @@ def test_what_makes_no_rounds_is_refused(tmp_path, conf, changes, says):
 
 def test_a_run_that_is_stopped_in_a_round_makes_that_round_anew(tmp_path, conf, seen, monkeypatch):
     """What waited in the saved replay was made by lanes that are gone; nothing of it is kept."""
-    act = Loop.act
+    act = Stages.act
 
-    def stop_in_a_round(loop: Loop) -> None:
-        act(loop)
-        if loop.count.env_steps > 600 and loop.parts.replay.startable == BATCH // 2:
-            loop._stop.set()
+    def stop_in_a_round(stages: Stages) -> None:
+        act(stages)
+        if stages.count.env_steps > 600 and stages.parts.replay.startable == BATCH // 2:
+            stages.stop.set()
 
     local = [*POOLS["local"], "checkpoint.replay=true"]
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "act", stop_in_a_round)
+        patch.setattr(Stages, "act", stop_in_a_round)
         first = train(conf, tmp_path / "run", *local)
     assert first["state"] == "interrupted"
     before = len(seen.ratio_errors)
