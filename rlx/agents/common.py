@@ -28,6 +28,7 @@ from rlx.types import (
     Params,
     QActing,
     Row,
+    SequenceSpec,
     TrainState,
     UpdateOutput,
 )
@@ -98,6 +99,21 @@ def take_action(values: Array, action: Array) -> Array:
 # --- unrolling -----------------------------------------------------------------------------------
 
 
+def require_starts(sequence: SequenceSpec, network: Network) -> None:
+    """Raises ValueError where sequences would start at rows that cannot be unrolled from."""
+    stride, block_rows = sequence.stride, sequence.block_rows
+    if stride % block_rows == 0:
+        return
+    given = f"agent.stride={stride} must be a multiple"
+    if block_rows % stride:
+        raise ValueError(f"{given} or a divisor of agent.block_rows={block_rows}.")
+    if network.is_recurrent:
+        raise ValueError(
+            f"{given} of agent.block_rows={block_rows}: sequences of a recurrent network start "
+            "where a carry is stored."
+        )
+
+
 def time_major(tree: Any) -> Any:
     """[B, L, ...] -> [L, B, ...]."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
@@ -114,8 +130,12 @@ def add_time(inputs: NetInput) -> NetInput:
 
 
 def batch_inputs(batch: Batch) -> NetInput:
-    """All that the network reads of a batch, time-major: the input after the last row is last."""
-    inputs: NetInput = time_major(batch.rows.inputs)
+    """All that the network reads of a batch, [L + 1, B, ...]; after the rows' comes `next`."""
+
+    def joined(rows: Array, after: Array) -> Array:
+        return jnp.concatenate([jnp.swapaxes(rows, 0, 1), after[None]])
+
+    inputs: NetInput = jax.tree.map(joined, batch.rows.inputs, batch.next)
     return inputs
 
 
@@ -175,10 +195,15 @@ def value_targets(
 
 
 def acting_priorities(rows: Row, burn_in: int, unroll: int, **targets: Any) -> np.ndarray:
-    """f32[M, T] of scalars [M, L]: absolute TD errors of acting time, -1 where not valid.
+    """f32[M, T] of scalars [M, L + 1]: absolute TD errors of acting time, -1 where not valid.
 
     The online network is its own target: equal to the learner's errors when its online and target
     parameters are those that acted. targets: the keywords of `value_targets`.
+
+    DEPARTS: of a sequence that ends with a block the value after its last row is not known yet (it
+    is acted on in the next block). The last row is given in its place (`interfaces.Prioritizing`),
+    so its value is the bootstrap of the last trained row, until that row is trained on. All other
+    rows, and all rows of other sequences, are exact.
     """
     rows = _numpy_time_major(rows, burn_in)
     target = value_targets(rows, rows.acting.q_max, **targets, xp=np)

@@ -74,11 +74,7 @@ class R2D2:
 
     def __post_init__(self) -> None:
         common.require_discrete("r2d2", self.spec)
-        if self.stride % self.block_rows:
-            raise ValueError(
-                f"agent.stride={self.stride} must be a multiple of "
-                f"agent.block_rows={self.block_rows}: sequences start where a carry is stored."
-            )
+        common.require_starts(self.sequence, self.network)
 
     @property
     def sequence(self) -> SequenceSpec:
