@@ -138,7 +138,11 @@ class Prioritizing(Protocol):
     """An agent whose sequences have priorities; its updates give their new ones."""
 
     def initial_priorities(self, rows: Row) -> np.ndarray:
-        """f32[M, T] from the scalars of M sequences (observation {}), in NumPy; -1 = not valid."""
+        """f32[M, T] from the scalars [M, L + 1] of M sequences, in NumPy; -1 = not valid.
+
+        The last row is the one after the sequence, and where that has not come yet (the sequence
+        ends with a block) the sequence's last row once more. Observations are left out ({}).
+        """
 
 
 class Ring(Protocol):

@@ -43,7 +43,6 @@ class Stages:
         self._in_flight: InFlight | None = None  # the last update, until it is settled
         self._published: Published | None = None  # of the update in flight
         self._acting_version = 0
-        self.is_between_rounds = True  # no block waits to be learnt from (on-policy agents)
         if parts.resumed:
             self._resume(parts.resumed)
 

@@ -134,7 +134,11 @@ class EnvSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceSpec:
-    """The windows of sequence replay, in rows. Only the agent makes one."""
+    """The windows of sequence replay, in rows. Only the agent makes one.
+
+    A stride of whole blocks starts sequences at blocks' first rows; one that divides `block_rows`
+    starts several in each block, which only an agent without a recurrent state can use.
+    """
 
     burn_in: int
     unroll: int
@@ -144,17 +148,32 @@ class SequenceSpec:
 
     @property
     def length(self) -> int:
-        """Rows of one sequence: burn_in + unroll + n_step."""
-        return self.burn_in + self.unroll + self.n_step
+        """Rows of one sequence; the input after the last one is `Batch.next`."""
+        return self.burn_in + self.unroll + self.n_step - 1
 
     @property
-    def blocks(self) -> int:
-        """Blocks that a sequence touches; it starts at a block's first row."""
-        return -(-self.length // self.block_rows)
+    def start_rows(self) -> range:
+        """The rows of a block that sequences start at."""
+        return range(0, self.block_rows, min(self.stride, self.block_rows))
 
     @property
     def blocks_per_stride(self) -> int:
-        return self.stride // self.block_rows
+        """Blocks from one that sequences start in to the chain's next such block."""
+        return max(1, self.stride // self.block_rows)
+
+    def blocks_from(self, row: int) -> int:
+        """Blocks that a sequence from this row of its first block touches."""
+        return -(-(row + self.length) // self.block_rows)
+
+    @property
+    def blocks(self) -> int:
+        """The most blocks that a sequence touches."""
+        return self.blocks_from(self.start_rows[-1])
+
+    @property
+    def ends_with_a_block(self) -> bool:
+        """Whether sequences may end with a block's last row, and need the input after it."""
+        return any((row + self.length) % self.block_rows == 0 for row in self.start_rows)
 
 
 # --- acting --------------------------------------------------------------------------------------
@@ -294,6 +313,7 @@ class Batch:
     """Sequences to learn from."""
 
     rows: Row  # [B, L, ...]
+    next: NetInput  # [B, ...]: the input after each sequence's last row
     carry: Carry  # [B, ...]: before each sequence's first row
     importance: Array  # f32[B]: correction factors of non-uniform sampling, at most 1
 
@@ -303,8 +323,7 @@ class Blocks:
     """Copies of some of a replay's blocks, in the order of their keys."""
 
     keys: Array  # i64[M]: their numbers among all blocks ever added
-    rows: Leaves  # [M, K, ...]
-    carry: Leaves  # [M, ...]
+    leaves: Leaves  # [M, ...] by path: rows/ [M, K, ...], carry/ and, where it is kept, next/
 
 
 @record
@@ -312,7 +331,7 @@ class Sample:
     """A batch and what the host must remember of it."""
 
     batch: Batch
-    keys: Array  # i64[B]; never on a device
+    keys: Array  # i64[B]: starts (rlx.replay.index); never on a device
     weights_version: Array  # i64[B]: of each sequence's first block
     # importance = (chance of its draw * sequences that there are / this) ** -exponent
     least_scaled_probability: float

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,8 @@ def batches_of(rank: int, count: int) -> list[tuple[Batch, float | None]]:
         share = 8 // count
         mine = slice(rank * share, (rank + 1) * share)
         largest = float(raw[mine].max())
-        rows, carry = jax.tree.map(lambda x, s=mine: x[s], (whole.rows, whole.carry))
-        own = Batch(rows=rows, carry=carry, importance=(raw[mine] / largest).astype(np.float32))
+        own = jax.tree.map(lambda x, s=mine: x[s], whole)
+        own = replace(own, importance=(raw[mine] / largest).astype(np.float32))
         made.append((own, largest if count > 1 else None))
     return made
 
