@@ -236,6 +236,7 @@ def make_replay(
         "carry_spec": carry_spec(agent),
         "lanes": lanes,
         **_priorities_of(agent),
+        "on_policy": agent.on_policy,
         "seed": seed,
         "devices": devices,
     }

@@ -192,7 +192,6 @@ class Replay(Protocol):
     def sample(self, batch_size: int) -> Sample:
         """The arrays of a host's batch are overwritten after two more samples."""
 
-    def update_priorities(self, keys: np.ndarray, td: np.ndarray) -> None: ...
     def flush(self) -> None:
         """What is recorded is on the disk when this returns."""
 
@@ -207,6 +206,18 @@ class Replay(Protocol):
 
     def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Goes on from a saved state and the blocks of each ring."""
+
+
+@runtime_checkable
+class PrioritizedReplay(Protocol):
+    """A replay whose sequences are drawn by the priorities that updates give."""
+
+    @property
+    def needs_priorities(self) -> bool:
+        """Whether drawing depends on them; else updates need not give any."""
+
+    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+        """New priorities f32[B, T] of the rows (-1 = not valid) of sequences with keys i64[B]."""
 
 
 class Exploration(Protocol):

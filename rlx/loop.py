@@ -21,7 +21,15 @@ import numpy as np
 from rlx import metrics, nonfinite
 from rlx.checkpoint import Checkpoint, Checkpointer, Restored
 from rlx.evaluate import Evaluation
-from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers, Replay
+from rlx.interfaces import (
+    ActingPool,
+    Agent,
+    EnvFamily,
+    Evaluator,
+    Peers,
+    PrioritizedReplay,
+    Replay,
+)
 from rlx.learner import Learner, Published
 from rlx.problems import RunFailed
 from rlx.progress import Progress
@@ -131,6 +139,19 @@ def train(parts: Parts, stop: threading.Event | None = None) -> dict[str, Any]:
             loop.close()
 
 
+def _prioritized(replay: Replay) -> PrioritizedReplay | None:
+    """The replay, if updates are to give it priorities."""
+    takes = isinstance(replay, PrioritizedReplay) and replay.needs_priorities
+    return replay if takes else None  # type: ignore[return-value]
+
+
+def _without_priorities(agent: Agent) -> str:
+    return (
+        f"replay draws by priorities, which updates of {type(agent).__name__} do not give; choose "
+        "replay=uniform or replay=online, or set replay.priority_exponent=0"
+    )
+
+
 class Loop:
     """One run in progress."""
 
@@ -160,6 +181,7 @@ class Loop:
         self._snapshots = Snapshots(
             self._checkpoints.segments_folder, parts.resumed.segments if parts.resumed else ()
         )
+        self._prioritized = _prioritized(parts.replay)
         self._save_due = False
         self._progress = Progress(parts.total_env_steps, parts.logging)
 
@@ -248,6 +270,8 @@ class Loop:
         self._metrics.record("learner/device_busy", float(learner.is_busy))
         with self._stages.measure("learner_update"):
             output = learner.update(batch, self._largest_importance(sample))
+        if self._prioritized is not None and output.priorities is None:
+            raise RunFailed(_without_priorities(self.parts.agent))
         quota.trained(learner.batch_size * self.parts.agent.sequence.unroll)
         self._settle()
         self._in_flight = InFlight(
@@ -381,7 +405,7 @@ class Loop:
     def _pending(self) -> dict[str, np.ndarray]:
         """The TD errors that are to be applied next."""
         last = self._in_flight
-        if last is None or not last.is_finite():
+        if self._prioritized is None or last is None or not last.is_finite():
             return {}
         if (priorities := last.priorities()) is None:
             return {}
@@ -448,9 +472,9 @@ class Loop:
         with self._stages.measure("wait_learner"):
             priorities = last.priorities()
         if last.is_finite():
-            if priorities is not None:
+            if self._prioritized is not None and priorities is not None:
                 with self._stages.measure("sample"):
-                    self.parts.replay.update_priorities(last.keys, priorities)
+                    self._prioritized.update_priorities(last.keys, priorities)
         else:
             self._heed_nonfinite(last)
         if self._published is not None:
