@@ -163,11 +163,12 @@ ends = (~batch.rows.valid).sum(axis=1)
 which = int(np.argmax((ends == 1) & ~batch.rows.valid[:, 8]))  # an end in the trained part, if any
 one = trees.tree_map(lambda x: jnp.asarray(x[which : which + 1]), batch)
 time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), one.rows)
+every = common.batch_inputs(one)  # [L + 1]: the rows' inputs, and the one after them
 
 
 def trained_q(observation):
     """[T + n]: as the update unrolls it."""
-    inputs = dataclasses.replace(time_major.inputs, observation={"observation": observation})
+    inputs = dataclasses.replace(every, observation={"observation": observation})
     stacked, _ = agent.network.stack_frames(inputs, one.carry)
     burn_in, trained = common.window(stacked, 0, 4), common.window(stacked, 4, None)
     _, core = agent.network.unroll(params, burn_in, one.carry.core)
@@ -175,7 +176,7 @@ def trained_q(observation):
     return agent.network.read(params, "head", agent.head, features)[:, 0].max(axis=-1)
 
 
-jacobian = jax.jacobian(trained_q)(time_major.inputs.observation["observation"])  # [T + n, L, 1, *]
+jacobian = jax.jacobian(trained_q)(every.observation["observation"])  # [T + n, L + 1, 1, *]
 influence = np.asarray(jnp.linalg.norm(jacobian[:, :, 0], axis=-1))
 assert (influence[:, :4] == 0).all()  # nothing flows into the burn-in
 
@@ -185,7 +186,7 @@ image = axes.imshow(np.log10(influence.T + 1e-6), origin="upper", cmap="viridis"
 figure.colorbar(image, label="log10 of the gradient's norm")
 axes.axhline(3.5, color="w", ls="--", lw=1)
 axes.text(10.4, 3.2, "burn-in", color="w", ha="right")
-for row in np.flatnonzero(time_major.inputs.first[:, 0]):
+for row in np.flatnonzero(every.first[:, 0]):
     axes.axhline(row - 0.5, color="#ee6677", lw=1)
     axes.text(10.4, row - 0.2, "an episode begins", color="#ee6677", ha="right", va="top")
 axes.set(xlabel="Q of row", ylabel="observation of row", title="What the gradient sees")
@@ -203,7 +204,7 @@ T, n = agent.sequence.unroll, agent.sequence.n_step
 reward, discount, valid = (
     np.asarray(x)[4:, 0] for x in (time_major.reward, time_major.discount, time_major.valid)
 )
-bootstrap = np.asarray(one.rows.acting.q_max)[0, 4:]
+bootstrap = np.asarray(trained_q(every.observation["observation"]))
 
 
 def by_hand(t):

@@ -240,9 +240,9 @@ def make_replay(
         "carry_spec": carry_spec(agent),
         "lanes": lanes,
         **_priorities_of(agent),
+        "on_policy": agent.on_policy,
         "seed": seed,
         "devices": devices,
-        "on_policy": agent.on_policy,
     }
     if own.get("where") != "process":
         return build(own, "replay", **runtime)

@@ -210,10 +210,14 @@ class Replay(Protocol):
 
 @runtime_checkable
 class PrioritizedReplay(Protocol):
-    """A replay that draws by priorities."""
+    """A replay whose sequences are drawn by the priorities that updates give."""
+
+    @property
+    def needs_priorities(self) -> bool:
+        """Whether drawing depends on them; else updates need not give any."""
 
     def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
-        """New ones, f32[B, T] of the rows (-1 = not valid), of the sequences of a sample."""
+        """New priorities f32[B, T] of the rows (-1 = not valid) of sequences with keys i64[B]."""
 
 
 class Exploration(Protocol):

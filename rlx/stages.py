@@ -12,7 +12,7 @@ from typing import Any
 
 from rlx import nonfinite
 from rlx.checkpoint import Restored
-from rlx.interfaces import PrioritizedReplay
+from rlx.interfaces import Agent, PrioritizedReplay, Replay
 from rlx.learner import Published
 from rlx.metrics import Metrics, StageTimes
 from rlx.parts import Counters, InFlight, Parts
@@ -22,6 +22,20 @@ from rlx.types import Episode, News, Rollout, Sample
 log = logging.getLogger(__name__)
 
 WAIT_S = 0.2  # for actors, before the loop looks at its clocks and signals again
+
+
+def _prioritized(replay: Replay) -> PrioritizedReplay | None:
+    """The replay, if updates are to give it priorities."""
+    if isinstance(replay, PrioritizedReplay) and replay.needs_priorities:
+        return replay
+    return None
+
+
+def _without_priorities(agent: Agent) -> str:
+    return (
+        f"replay draws by priorities, which updates of {type(agent).__name__} do not give; choose "
+        "replay=uniform or replay=online, or set replay.priority_exponent=0"
+    )
 
 
 class Stages:
@@ -42,6 +56,7 @@ class Stages:
         self._began = perf_counter()
         self._in_flight: InFlight | None = None  # the last update, until it is settled
         self._published: Published | None = None  # of the update in flight
+        self._prioritized = _prioritized(parts.replay)
         self._acting_version = 0
         if parts.resumed:
             self._resume(parts.resumed)
@@ -139,6 +154,8 @@ class Stages:
         self.metrics.record("learner/device_busy", float(learner.is_busy))
         with self.times.measure("learner_update"):
             output = learner.update(batch, self._largest_importance(sample))
+        if self._prioritized is not None and output.priorities is None:
+            raise RunFailed(_without_priorities(self.parts.agent))
         quota.trained(learner.batch_size * self.parts.agent.sequence.unroll)
         self.settle()
         self._in_flight = InFlight(
@@ -168,9 +185,9 @@ class Stages:
             priorities = last.priorities()
         if not last.is_finite():
             self._leave_out(last)
-        elif priorities is not None and isinstance(self.parts.replay, PrioritizedReplay):
+        elif self._prioritized is not None and priorities is not None:
             with self.times.measure("sample"):
-                self.parts.replay.update_priorities(last.keys, priorities)
+                self._prioritized.update_priorities(last.keys, priorities)
         if self._published is not None:
             self.publish(self._published)
             self._published = None
@@ -185,7 +202,9 @@ class Stages:
     def unsettled(self) -> dict[str, Any]:
         """Priorities that the replay has not got yet, for a checkpoint; waits for their update."""
         last = self._in_flight
-        if last is None or not last.is_finite() or (priorities := last.priorities()) is None:
+        if self._prioritized is None or last is None or not last.is_finite():
+            return {}
+        if (priorities := last.priorities()) is None:
             return {}
         return {"pending_keys": last.keys, "pending_td": priorities}
 

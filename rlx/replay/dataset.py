@@ -48,7 +48,7 @@ class Dataset(Prioritized):
         sequence: Runtime[SequenceSpec],
         row_spec: Runtime[Row],
         carry_spec: Runtime[Carry],
-        initial_priorities: Runtime[InitialPriorities],
+        initial_priorities: Runtime[InitialPriorities | None],
         seed: Runtime[int],
     ) -> None:
         """Settings: conf/replay/dataset.yaml. Raises ValueError for what cannot work."""

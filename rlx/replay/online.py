@@ -9,7 +9,6 @@ from typing import Annotated, Any, final
 
 import numpy as np
 
-from rlx.replay.checks import check_priorities
 from rlx.replay.ring_replay import RingReplay
 from rlx.replay.storage import Storing
 from rlx.types import Batch, Blocks, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
@@ -65,8 +64,10 @@ class Online(RingReplay):
                 f"{needed} env steps, so the first would be dropped before the last is there; "
                 "raise it, or lower min_sequences"
             )
-        self._max_delay = math.inf if on_policy else max_delay
+        # An on-policy agent learns from one batch; the next one is made with the weights after it.
         self._on_policy = on_policy
+        self._enough = min_sequences if on_policy else 2 * min_sequences
+        self._max_delay = math.inf if on_policy else max_delay
         self._waiting: deque[tuple[int, int]] = deque()  # (key, env steps when it was complete)
         self._dropped = 0  # sequences
 
@@ -77,9 +78,8 @@ class Online(RingReplay):
 
     @property
     def has_enough(self) -> bool:
-        """Two batches, one to train on and one that is being made; on-policy agents make none."""
-        batches = 1 if self._on_policy else 2
-        return len(self._waiting) >= batches * self.min_sequences
+        """Two batches: one to train on, one that is being made; one for an on-policy agent."""
+        return len(self._waiting) >= self._enough
 
     def _store(self, rollout: Rollout) -> None:
         self._ring.add(rollout, self._enqueue)
@@ -95,10 +95,6 @@ class Online(RingReplay):
         keys = np.array([self._waiting.popleft()[0] for _ in range(batch_size)], np.int64)
         drawn = self._ring.rings[0].read(keys, buffers)
         return drawn.evenly()
-
-    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
-        """Only checks priorities f32[B, T], one line per key: nothing depends on it."""
-        check_priorities(keys, priorities)
 
     def stats(self) -> dict[str, float]:
         """Metrics: the ring's, how many wait, and how many came too late."""

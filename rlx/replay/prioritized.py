@@ -69,11 +69,17 @@ class Prioritized(RingReplay):
         row_spec: Runtime[Row],
         carry_spec: Runtime[Carry],
         lanes: Runtime[int],
-        initial_priorities: Runtime[InitialPriorities],
+        initial_priorities: Runtime[InitialPriorities | None],
         seed: Runtime[int],
         devices: Runtime[Sequence[Any]],
     ) -> None:
         """Settings: conf/replay/prioritized.yaml. Raises ValueError for what cannot work."""
+        if initial_priorities is None and initial_priority == "acting" and priority_exponent > 0:
+            raise ValueError(
+                "this agent has no initial_priorities (interfaces.Prioritizing), which "
+                "replay.initial_priority=acting draws by; choose replay=uniform or replay=online, "
+                "or set replay.initial_priority=max if its updates give priorities."
+            )
         super().__init__(
             capacity=capacity,
             ratio=ratio,
@@ -131,6 +137,11 @@ class Prioritized(RingReplay):
         done = min(1.0, self.env_steps / env_steps)
         return (1.0 - done) * self._importance_exponent + done * final
 
+    @property
+    def needs_priorities(self) -> bool:
+        """Whether drawing depends on priorities."""
+        return self._exponent > 0
+
     def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         """New priorities f32[B, T] of the rows (-1 = not valid) of the sequences with keys i64[B].
 
@@ -162,7 +173,7 @@ class Prioritized(RingReplay):
         self._stale_updates = int(state["stale_updates"])
 
     def _first_leaves(self, keys: np.ndarray) -> np.ndarray:
-        if self._initial_priority == "max":
+        if self._initial_priority == "max" or self._initial_priorities is None:
             return self._to_leaves(np.full(len(keys), self._largest_priority))
         return self._leaves(keys, self._initial_priorities(self._ring.scalars(keys)))
 

@@ -96,6 +96,7 @@ class ReplayProcess:
         self.min_sequences = made.min_sequences
         self.min_env_steps = made.min_env_steps
         self.capacity = made.capacity
+        self.needs_priorities = made.needs_priorities
         self.rings: list[Ring] = [
             RemoteRing(self._copies, number, nbytes)
             for number, nbytes in enumerate(made.block_nbytes)

@@ -73,6 +73,7 @@ class Server:
             min_sequences=replay.min_sequences,
             min_env_steps=replay.min_env_steps,
             capacity=replay.capacity,
+            needs_priorities=getattr(replay, "needs_priorities", False),
             block_nbytes=[ring.block_nbytes for ring in replay.rings],
             said=said,
         ), None

@@ -57,6 +57,7 @@ class Made:
     min_sequences: int
     min_env_steps: int
     capacity: int
+    needs_priorities: bool
     block_nbytes: Sequence[float]  # of each ring
     said: Sequence[str]  # its log
 

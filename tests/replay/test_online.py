@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay_streams import all_blocks, carry_spec, rollout, row_spec, sequence_spec
 
+from rlx.interfaces import PrioritizedReplay
 from rlx.replay.online import Online
-from rlx.types import Sample
+from rlx.types import Carry, Sample
 
 SEQUENCE = sequence_spec(block_rows=2, length=4, blocks_per_stride=2)
 
@@ -52,7 +53,6 @@ def test_every_row_is_trained_on_once_and_in_order():
         trained += seen(sample)
         assert (sample.batch.importance == 1).all()
         assert (sample.batch.carry.core[0][:, 0] == sample.batch.rows.inputs.time[:, 0]).all()
-        replay.update_priorities(sample.keys, np.zeros((4, 3), np.float32))
     assert len(trained) == len(set(trained)) == 800
     for lane in (0, 1):
         assert [row for its, row in trained if its == lane] == list(range(400))
@@ -107,6 +107,37 @@ def test_acting_waits_for_the_learner_and_the_learner_for_sequences():
     replay.sample(4)
     with pytest.raises(ValueError, match=r"4 sequences are asked for, 0 wait; set replay\.min_seq"):
         replay.sample(4)
+
+
+def test_an_on_policy_agents_queue_has_enough_with_one_batch():
+    replay = make(on_policy=True)
+    add(replay, 0, 6)
+    assert (replay.startable, replay.has_enough) == (2, False)
+    add(replay, 6, 8)
+    assert (replay.startable, replay.has_enough) == (4, True)
+    replay.sample(4)
+    assert (replay.startable, replay.has_enough) == (0, False)
+
+
+def test_starts_inside_blocks_are_given_once_and_in_order():
+    """Every row begins one sequence; their carry is the frames before, so it has no core."""
+    sequence = sequence_spec(block_rows=3, length=4, stride=1)
+    carry = Carry(core=(), frames=carry_spec().frames)
+    replay, begun = make(sequence=sequence, carry_spec=carry), []
+    for number in range(60):
+        some = rollout([(lane, 0, number) for lane in range(2)], sequence, carry=carry)
+        replay.add(some)
+        while replay.startable >= 4:
+            rows = replay.sample(4).batch.rows
+            begun += [(int(rows.action[b, 0]), int(rows.inputs.time[b, 0])) for b in range(4)]
+    assert len(begun) == len(set(begun)) > 100
+    for lane in (0, 1):
+        times = [time for its, time in begun if its == lane]
+        assert times == list(range(len(times)))
+
+
+def test_uniform_and_online_take_no_priorities():
+    assert not isinstance(make(), PrioritizedReplay)
 
 
 def test_a_stopped_queue_goes_on():

@@ -12,6 +12,7 @@ from replay_streams import IN_MEMORY, all_blocks, carry_spec, rollout, row_spec,
 from scipy import stats
 
 from rlx import trees
+from rlx.interfaces import PrioritizedReplay
 from rlx.replay.prioritized import Prioritized, importance_of, sequence_priority
 from rlx.replay.uniform import Uniform
 from rlx.types import Row
@@ -50,6 +51,18 @@ def make(**settings) -> Prioritized:
         "seed": 0,
     }
     return Prioritized(**(defaults | settings))
+
+
+def test_an_agent_without_first_priorities_is_refused_but_with_the_largest_ones():
+    with pytest.raises(ValueError, match=r"no initial_priorities .*replay\.initial_priority=max"):
+        make(initial_priorities=None)
+    replay = make(initial_priorities=None, initial_priority="max")
+    assert replay.needs_priorities
+    assert isinstance(replay, PrioritizedReplay)
+    replay = make(initial_priorities=None, priority_exponent=0.0)
+    add(replay, 0, 20)
+    assert not replay.needs_priorities
+    assert (replay.sample(8).batch.importance == 1).all()
 
 
 def add(replay: Prioritized | Uniform, begin: int, end: int) -> None:

@@ -21,18 +21,32 @@ from replay_streams import IN_MEMORY, all_blocks, carry_spec, rollout, row_spec,
 from rlx import trees
 from rlx.problems import ConfigError, refuse
 from rlx.replay import process
+from rlx.replay.prioritized import Prioritized
 from rlx.replay.process import ReplayLost, ReplayProcess
 from rlx.replay.segments import SegmentError
 from rlx.replay.snapshots import Snapshots, read_blocks
-from rlx.replay.uniform import Uniform
 
 SEQUENCE = sequence_spec(block_rows=2, length=5)
 BATCH = 8
 
 
-def make(**changes: Any) -> Uniform:
-    settings = {"capacity": 80, "ratio": 1.5, "min_sequences": 1, "seed": 0} | changes
-    return Uniform(
+DRAWING = {
+    "priority_exponent": 0.9,
+    "priority_eta": 0.9,
+    "priority_epsilon": 0.001,
+    "importance_exponent": 0.6,
+    "importance_exponent_final": None,
+    "anneal_env_steps": None,
+    "importance_scale": "batch",
+    "initial_priority": "max",
+    "stratified": True,
+    "initial_priorities": None,
+}
+
+
+def make(**changes: Any) -> Prioritized:
+    settings = {"capacity": 80, "ratio": 1.5, "min_sequences": 1, "seed": 0} | DRAWING | changes
+    return Prioritized(
         sequence=SEQUENCE, row_spec=row_spec(), carry_spec=carry_spec(), lanes=2,
         **IN_MEMORY | settings,
     )  # fmt: skip

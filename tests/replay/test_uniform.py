@@ -1,9 +1,9 @@
 import numpy as np
-import pytest
 from replay_streams import IN_MEMORY, all_blocks, carry_spec, rollout, row_spec, sequence_spec
 from scipy import stats
 
 from rlx import trees
+from rlx.interfaces import PrioritizedReplay
 from rlx.replay.uniform import Uniform
 
 SEQUENCE = sequence_spec(block_rows=2, length=5)
@@ -37,25 +37,13 @@ def test_every_startable_sequence_has_the_same_chance():
     assert stats.chisquare(counts[10:46]).pvalue > 1e-3
 
 
-def test_importance_is_1_and_updates_change_nothing():
-    replay, twin = make(), make()
+def test_importance_is_1_and_priorities_are_not_taken():
+    replay = make()
     add(replay, 0, 20)
-    add(twin, 0, 20)
     sample = replay.sample(16)
     assert sample.batch.importance.dtype == np.float32
     assert (sample.batch.importance == 1).all()
-    replay.update_priorities(sample.keys, np.random.default_rng(0).random((16, 4), np.float32))
-    twin.sample(16)
-    assert (replay.sample(16).keys == twin.sample(16).keys).all()
-    with pytest.raises(ValueError, match=r"must be f32\[16, T\]"):
-        replay.update_priorities(sample.keys, np.ones((3, 4), np.float32))
-
-
-def test_errors_that_are_not_finite_name_their_keys():
-    replay = make()
-    add(replay, 0, 20)
-    with pytest.raises(FloatingPointError, match=r"keys \[3\]"):
-        replay.update_priorities(np.array([2, 3]), np.array([[1.0], [np.nan]], np.float32))
+    assert not isinstance(replay, PrioritizedReplay)
 
 
 def test_another_seed_draws_otherwise():
