@@ -37,6 +37,7 @@ def family(**changes: Any) -> EnvPool:
         "observe": None,
         "components": None,
         "scale": None,
+        "action_mask": None,
         "max_episode_steps": None,
         "batch_size": None,
         "threads": 1,
