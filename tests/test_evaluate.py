@@ -35,6 +35,7 @@ CARTPOLE = EnvPool(
     observe=None,
     components=None,
     scale=None,
+    action_mask=None,
     max_episode_steps=None,
     batch_size=None,
     threads=1,

@@ -28,6 +28,7 @@ CARTPOLE = Gymnasium(
     observe=None,
     components=[0, 2],
     scale=[0.4, 4.8],
+    action_mask=None,
     max_episode_steps=60,
 )
 BREAKOUT = EnvPool(
@@ -35,6 +36,7 @@ BREAKOUT = EnvPool(
     observe=None,
     components=None,
     scale=None,
+    action_mask=None,
     max_episode_steps=40,
     batch_size=None,
     threads=1,
@@ -183,6 +185,7 @@ def test_leaves_of_a_dict_are_found_by_name_and_others_left():
         observe="image",
         components=None,
         scale=None,
+        action_mask=None,
         max_episode_steps=None,
         batch_size=None,
         threads=1,

@@ -31,7 +31,7 @@ class Choices(gymnasium.Env):
 
     def _show(self) -> np.ndarray:
         choices = self.np_random.integers(0, [4, 2])
-        self.shown = choices + np.array([3, 0])
+        self.shown = np.add(choices, [3, 0])
         return np.concatenate([np.eye(4)[choices[0]], np.eye(2)[choices[1]]]).astype(np.float32)
 
 

@@ -35,6 +35,7 @@ from rlx.envs.observations import (
     Outside,
     Reader,
     Source,
+    check_mask,
     leaf_name,
     nearest,
     outside,
@@ -87,6 +88,7 @@ class EnvPool:
     observe: str | list[str] | None
     components: list[int] | None
     scale: list[float] | None
+    action_mask: str | None
     max_episode_steps: Annotated[int, Range(ge=1)] | None
     batch_size: Annotated[int, Range(ge=1)] | None
     threads: Annotated[int, Range(ge=0)]
@@ -115,12 +117,14 @@ class EnvPool:
         raw = self._raw_spec()
         config = raw.config._asdict()
         leaves = self._select(_sources(raw))
-        return EnvSpec(
+        spec = EnvSpec(
             id=self.id,
             observation={leaf.source.name: leaf.spec for leaf in leaves},
             action=_action_spec(self.id, raw),
             frames_per_env_step=config["frame_skip"] if _is_atari(config) else 1,
+            action_mask=self.action_mask,
         )
+        return check_mask(spec)
 
     def outside(self) -> Outside:
         """What one environment gives and takes without our adapter; frames are single there too."""
@@ -158,7 +162,13 @@ class EnvPool:
         )
 
     def _select(self, sources: list[Source]) -> tuple[Leaf, ...]:
-        return select(sources, observe=self.observe, components=self.components, scale=self.scale)
+        return select(
+            sources,
+            observe=self.observe,
+            components=self.components,
+            scale=self.scale,
+            action_mask=self.action_mask,
+        )
 
     def _raw_spec(self) -> Any:
         """EnvPool's own spec, with these settings."""

@@ -24,6 +24,7 @@ from rlx.envs.observations import (
     Outside,
     Reader,
     Source,
+    check_mask,
     leaf_name,
     nearest,
     outside,
@@ -68,6 +69,7 @@ class Gymnasium:
     observe: str | list[str] | None
     components: list[int] | None
     scale: list[float] | None
+    action_mask: str | None
     max_episode_steps: Annotated[int, Range(ge=1)] | None
 
     def problems(self, *, lanes: int | None = None) -> list[str]:
@@ -119,7 +121,13 @@ class Gymnasium:
         )
 
     def _select(self, sources: list[Source]) -> tuple[Leaf, ...]:
-        return select(sources, observe=self.observe, components=self.components, scale=self.scale)
+        return select(
+            sources,
+            observe=self.observe,
+            components=self.components,
+            scale=self.scale,
+            action_mask=self.action_mask,
+        )
 
     def _make_kwargs(self, render: bool) -> dict[str, Any]:
         kwargs = dict(self.kwargs)
@@ -141,8 +149,14 @@ class Gymnasium:
         finally:
             env.close()
         observation = {leaf.source.name: leaf.spec for leaf in leaves}
-        spec = EnvSpec(id=self.id, observation=observation, action=action, frames_per_env_step=1)
-        return spec, Reader(leaves), outside(sources, leaves, start)
+        spec = EnvSpec(
+            id=self.id,
+            observation=observation,
+            action=action,
+            frames_per_env_step=1,
+            action_mask=self.action_mask,
+        )
+        return check_mask(spec), Reader(leaves), outside(sources, leaves, start)
 
 
 class GymnasiumLanes:

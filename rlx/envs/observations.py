@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rlx.envs.actions import Start
-from rlx.types import Array, ArraySpec, EnvSpec
+from rlx.types import Array, ArraySpec, BoxSpec, DiscreteSpec, EnvSpec
 
 # float64 and int64 leaves become 32-bit: the replay and JAX's default hold no more, and doubling
 # every stored observation for digits that the network never sees would be waste.
@@ -98,20 +98,16 @@ def select(
     observe: str | Sequence[str] | None,
     components: Sequence[int] | None,
     scale: Sequence[float] | None,
+    action_mask: str | None,
 ) -> tuple[Leaf, ...]:
-    """The leaves that these settings ask for, sorted by name."""
+    """The leaves that these settings ask for, sorted by name.
+
+    The mask of actions comes with them as it is, whatever `observe` says.
+    """
     by_name = {source.name: source for source in sources}
-    wanted = [observe] if isinstance(observe, str) else observe
-    names = sorted(by_name if wanted is None else set(wanted))
-    if not names:
-        raise ValueError(
-            f"env.observe=[] selects nothing; give null for all, or of: {_all(by_name)}"
-        )
-    for name in names:
-        if name not in by_name:
-            raise ValueError(
-                f"env.observe={name!r} is no leaf of this observation; accepted: {_all(by_name)}"
-            )
+    if action_mask is not None:
+        _check_name("action_mask", action_mask, by_name)
+    names = _observed(by_name, observe, action_mask)
     if components is not None:
         _check_components([by_name[name] for name in names], components)
     columns = None if components is None else tuple(components)
@@ -119,7 +115,51 @@ def select(
     leaves = [Leaf(source=by_name[n], components=columns, scale=factors) for n in names]
     if factors is not None:
         _check_scale(leaves, factors)
-    return tuple(leaves)
+    if action_mask is not None:
+        leaves.append(Leaf(source=by_name[action_mask], components=None, scale=None))
+    return tuple(sorted(leaves, key=lambda leaf: leaf.source.name))
+
+
+def _observed(
+    by_name: Mapping[str, Source], observe: str | Sequence[str] | None, action_mask: str | None
+) -> list[str]:
+    """The names of the leaves that the network reads."""
+    wanted = [observe] if isinstance(observe, str) else observe
+    names = set(by_name if wanted is None else wanted) - {action_mask}
+    if not names:
+        beside = "" if action_mask is None else f" beside the mask {action_mask!r}"
+        given = "null" if observe is None else observe
+        raise ValueError(
+            f"env.observe={given} selects nothing{beside}; give null for all, or of: "
+            f"{_all(by_name)}"
+        )
+    for name in sorted(names):
+        _check_name("observe", name, by_name)
+    return sorted(names)
+
+
+def _check_name(key: str, name: str, accepted: Iterable[str]) -> None:
+    if name not in accepted:
+        raise ValueError(
+            f"env.{key}={name!r} is no leaf of this observation; accepted: {_all(accepted)}"
+        )
+
+
+def check_mask(spec: EnvSpec) -> EnvSpec:
+    """The same spec; raises ValueError for a leaf that cannot be its mask of actions."""
+    if spec.action_mask is None:
+        return spec
+    given = f"env.action_mask={spec.action_mask!r}"
+    if isinstance(spec.action, BoxSpec):
+        raise ValueError(f"{given}: {spec.id!r} has no choices to forbid; give null")
+    counts = (spec.action.n,) if isinstance(spec.action, DiscreteSpec) else spec.action.counts
+    leaf = spec.observation[spec.action_mask]
+    if leaf.shape != (sum(counts),) or np.dtype(leaf.dtype).kind not in "biu":
+        raise ValueError(
+            f"{given} is {leaf.dtype}{list(leaf.shape)}; accepted: a leaf of bools or integers "
+            f"[{sum(counts)}], one for each action that can be chosen"
+        )
+    return spec
 
 
 def _all(names: Iterable[str]) -> str:

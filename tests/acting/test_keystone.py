@@ -38,6 +38,7 @@ def family(**changes: Any) -> EnvPool:
         "observe": None,
         "components": None,
         "scale": None,
+        "action_mask": None,
         "max_episode_steps": None,
         "batch_size": None,
         "threads": 1,

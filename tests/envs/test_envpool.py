@@ -17,6 +17,7 @@ SETTINGS = {
     "observe": None,
     "components": None,
     "scale": None,
+    "action_mask": None,
     "max_episode_steps": None,
     "batch_size": None,
     "threads": 2,
@@ -361,6 +362,17 @@ def test_box_actions_are_clipped_which_envpool_does_not():
         np.testing.assert_allclose(rewards(env, scale, ours), raw[0], rtol=1e-6)
 
 
+def test_the_mask_of_actions_is_kept_as_it_is():
+    snake = family("Snake-v1", observe="grid", action_mask="action_mask")
+    assert snake.problems() == []
+    spec = snake.spec()
+    assert spec.action_mask == "action_mask"
+    assert spec.observation["action_mask"] == ArraySpec(shape=(4,), dtype="bool")
+    assert set(spec.observation) == {"grid", "action_mask"}
+    mask = snake.make(lanes=3, seeds=[1, 2, 3]).reset().observation["action_mask"]
+    assert (mask.dtype, mask.shape, mask.any()) == (bool, (3, 4), True)
+
+
 def test_a_row_of_integers_is_several_choices():
     tetris = family("Tetris-v0")
     assert tetris.spec().action == MultiDiscreteSpec(counts=(4, 10))
@@ -541,6 +553,8 @@ def test_components_select_from_the_last_axis():
         ("cartpole-v1", {}, "nearest: CartPole-v1"),
         ("Chess-v1", {}, "has 2 players"),
         ("CartPole-v1", {"observe": "image"}, "env.observe='image' is no leaf"),
+        ("Snake-v1", {"action_mask": "mask"}, "env.action_mask='mask' is no leaf"),
+        ("Tetris-v0", {"action_mask": "action_mask"}, "is bool[4, 10]; accepted: a leaf of bools"),
         ("CartPole-v1", {"components": [4]}, "env.components=[4] must name elements 0 .. 3"),
         ("Catch-v0", {"components": [0]}, "needs one selected 1-D leaf"),
         ("CartPole-v1", {"scale": [1.0]}, "needs one selected float leaf of 1 elements"),

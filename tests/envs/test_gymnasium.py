@@ -19,6 +19,7 @@ SETTINGS = {
     "observe": None,
     "components": None,
     "scale": None,
+    "action_mask": None,
     "max_episode_steps": None,
 }
 
@@ -130,6 +131,7 @@ POOL = {
     "observe": None,
     "components": None,
     "scale": None,
+    "action_mask": None,
     "batch_size": None,
     "threads": 1,
     "options": {},
@@ -363,6 +365,64 @@ ACCEPTED = "accepted: Discrete, MultiDiscrete and MultiBinary of one axis, and B
 def test_what_only_the_environment_can_tell_is_a_clear_line(env_id, settings, message):
     with pytest.raises(ValueError, match=message):
         family(env_id, **settings).make(lanes=1, seeds=[1])
+
+
+MASKED = "tests.worlds:rlx-test/Masked-v0"
+
+
+def test_the_mask_of_actions_is_a_leaf_that_comes_with_the_observed_ones():
+    spec = family(MASKED, action_mask="action_mask").spec()
+    assert spec.action_mask == "action_mask"
+    mask = ArraySpec(shape=(5,), dtype="int8")
+    assert spec.observation == {
+        "sight": ArraySpec(shape=(5,), dtype="float32"),
+        "action_mask": mask,
+    }
+    # What is said of observations is not said of the mask.
+    part = family(
+        MASKED, action_mask="action_mask", observe="sight", components=[0, 1], scale=[2.0, 3.0]
+    )
+    found = part.spec().observation
+    assert found == {"sight": ArraySpec(shape=(2,), dtype="float32"), "action_mask": mask}
+    seen = part.make(lanes=2, seeds=[1, 2]).reset().observation["action_mask"]
+    assert set(np.unique(seen)) == {0, 1}
+    assert family(MASKED).spec().action_mask is None
+
+
+@pytest.mark.parametrize(
+    ("env_id", "settings", "message"),
+    [
+        (MASKED, {"action_mask": "mask"}, "env.action_mask='mask' is no leaf of.*action_mask, si"),
+        (MASKED, {"action_mask": "sight"}, r"'sight' is float32\[5\]; accepted: .* integers \[5\]"),
+        (
+            MASKED,
+            {"action_mask": "action_mask", "observe": ["action_mask"]},
+            r"env.observe=\['action_mask'\] selects nothing beside the mask 'action_mask'",
+        ),
+        (
+            "rlx-test/Counting-v0",
+            {"action_mask": "body/last action"},
+            r"is float32\[2\]; accepted: a leaf of bools or integers \[3\]",
+        ),
+        ("rlx-test/Counting-v0", {"action_mask": "time"}, r"is int32\[\]; accepted"),
+        ("rlx-test/Silent-v0", {"action_mask": "seen"}, "has no choices to forbid; give null"),
+    ],
+)
+def test_what_is_no_mask_is_refused_in_one_line(env_id, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        family(env_id, **settings).make(lanes=1, seeds=[1])
+    assert "\n" not in str(error.value)
+
+
+def test_a_mask_of_several_choices_has_them_side_by_side():
+    class Both(Counting):
+        action_space = spaces.MultiDiscrete([2, 1])
+
+        def observe(self, action):
+            return super().observe(float(np.sum(action)))
+
+    gymnasium.register("rlx-test/Both-v0", Both)
+    assert family("rlx-test/Both-v0", action_mask="seen").spec().action_mask == "seen"
 
 
 def test_an_action_space_is_refused_in_one_line():
