@@ -28,7 +28,7 @@ import psutil
 
 import rlx
 from rlx import notebook
-from rlx.metrics import read_rows
+from rlx.run_folders import read_rows
 
 SMALL = "RLX_SMALL" in os.environ  # set where these notebooks are only tested
 folder = Path(tempfile.mkdtemp(prefix="rlx-")) / "catch"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import fcntl
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,8 +18,19 @@ from rlx import provenance, xla
 from rlx.composing import compose
 from rlx.config import ROLES, build, check, plain, remember, runtime_names, setting_hints
 from rlx.interfaces import Agent, EnvFamily
-from rlx.moved import renewed
+from rlx.metrics import write_whole
 from rlx.problems import ConfigError, Problem, Sources, did_you_mean, refuse
+from rlx.run_folders import (
+    CONFIG,
+    HYDRA,
+    RunFolder,
+    config_file,
+    find_run,
+    has_checkpoint,
+    is_used,
+    next_resume,
+    settings_now,
+)
 from rlx.targets import resolve
 from rlx.types import Params, Weights
 
@@ -38,8 +50,29 @@ def run(
     check(cfg)
     settings = plain(cfg)
     folder = open_output(settings, output_dir)
-    with only_one(folder):
+    with only_one(folder), kept(settings, folder):
         return start(settings, folder)
+
+
+@contextmanager
+def kept(settings: Mapping[str, Any], folder: Path) -> Iterator[None]:
+    """Keeps changed settings of a resume from Python, as Hydra has for one by command.
+
+    A resume that is refused leaves none: nothing began with them.
+    """
+    before = RunFolder(folder).settings
+    if not is_used(folder) or before | {"resume": settings["resume"]} == settings:
+        yield
+        return
+    saved = next_resume(folder)
+    saved.mkdir(parents=True)
+    text = OmegaConf.to_yaml(OmegaConf.create(dict(settings)))
+    write_whole(saved / CONFIG, text.encode())
+    try:
+        yield
+    except ConfigError:
+        shutil.rmtree(saved)
+        raise
 
 
 def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
@@ -90,11 +123,6 @@ def only_one(folder: Path, key: str = "output_dir", name: str = LOCK_FILE) -> It
         yield
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run's folder has any checkpoint."""
-    return any((folder / "checkpoints").glob("[0-9]*"))
-
-
 def open_output(settings: Mapping[str, Any], output_dir: Path | str | None) -> Path:
     """Makes the run's folder and puts the configuration into it."""
     resume = settings["resume"]
@@ -103,7 +131,7 @@ def open_output(settings: Mapping[str, Any], output_dir: Path | str | None) -> P
     folder = Path(output_dir or resumed or f"outputs/{now:%Y-%m-%d}/{now:%H-%M-%S-%f}")
     if resume is None:
         refuse_used(folder)
-    saved = folder / ".hydra" / "config.yaml"
+    saved = folder / HYDRA / CONFIG
     try:
         saved.parent.mkdir(parents=True, exist_ok=True)
         if not is_used(folder):  # else it is that of the run that was here
@@ -115,24 +143,11 @@ def open_output(settings: Mapping[str, Any], output_dir: Path | str | None) -> P
     return folder
 
 
-def is_used(folder: Path) -> bool:
-    """Whether a run has been in that folder."""
-    return (folder / "env.json").exists()
-
-
 def refuse_used(folder: Path) -> None:
     """Raises a ConfigError where a run has been before."""
     if is_used(folder):
         says = f"holds a run already; continue it with resume={folder}, or give another folder"
         raise refuse("output_dir", says, given=str(folder))
-
-
-def find_run(path: Path | str, key: str = "resume") -> Path:
-    """The folder of a run; ConfigError (of the setting `key`) if there is none."""
-    if not (Path(path) / ".hydra" / "config.yaml").is_file():
-        says = "no run is there (no .hydra/config.yaml); give the folder of one, as under outputs/"
-        raise refuse(key, says, given=str(path))
-    return Path(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,8 +200,9 @@ class Loaded:
             action, state = run.act(observation)  # an episode begins
             action, state = run.act(observation, state, reward=reward)  # it goes on
 
-        One unbatched observation (an array, or a dict of leaves) gives an int. A batch [N, *] of
-        N environments gives i32[N] and takes reward [N] and `first` bool[N] as well: where this
+        One unbatched observation (an array, or a dict of leaves) gives an int; where an action is
+        an array, i32[k] of choices or f32[*] within the bounds. A batch [N, *] of N environments
+        gives [N] of them and takes reward [N] and `first` bool[N] as well: where this
         observation is an episode's first one, so that reward and state before it do not count.
         `greedy`: the best action the agent knows, which is the default; False: as it samples, of
         an agent with a distribution of its own. `epsilon`: instead, the share of sampled (of other
@@ -197,7 +213,7 @@ class Loaded:
         key = str(which)
         if key not in self._players:
             from rlx.acting.player import Player
-            from rlx.envs.common import outside_of
+            from rlx.envs.observations import outside_of
 
             outside = outside_of(self.family, self.agent.spec)
             self._players[key] = Player(
@@ -267,9 +283,8 @@ class Loaded:
 def load(run_dir: Path | str) -> Loaded:
     """A finished or interrupted run; its configuration is checked like any other."""
     xla.prepare()
-    saved = find_run(run_dir, "run") / ".hydra" / "config.yaml"
-    tree: Any = OmegaConf.to_container(OmegaConf.load(saved))
-    cfg = OmegaConf.create(renewed(tree))
+    saved = config_file(find_run(run_dir, "run"))
+    cfg = OmegaConf.create(settings_now(run_dir))
     names = {key: str(saved) for key in map(str, cfg)}
     check(remember(cfg, Sources(names=names)))
     return Loaded(cfg=cfg, output_dir=Path(run_dir))

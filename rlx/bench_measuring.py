@@ -173,7 +173,12 @@ def zero_batch(agent: Agent, size: int) -> Batch:
     )
     rows.valid[:] = True
     rows.discount[:] = 1
-    return Batch(rows=rows, carry=agent.initial_carry(size), importance=np.ones(size, np.float32))
+    return Batch(
+        rows=rows,
+        next=trees.tree_map(lambda leaf: leaf[:, 0].copy(), rows.inputs),
+        carry=agent.initial_carry(size),
+        importance=np.ones(size, np.float32),
+    )
 
 
 def random_batch(agent: Agent, size: int) -> Batch:

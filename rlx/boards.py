@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
+from rlx.run_folders import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,6 @@ class WeightsAndBiases:
         file = folder / WANDB_ID
         run_id = file.read_text() if resumes and file.exists() else secrets.token_hex(8)
         file.write_text(run_id)
-        config = folder / ".hydra" / "config.yaml"
         self._run: Any = wandb.init(
             project=project,
             dir=str(folder),
@@ -73,7 +72,7 @@ class WeightsAndBiases:
             name="/".join(folder.absolute().parts[-2:]),
             resume="allow",
             settings=wandb.Settings(console="off"),  # the terminal is the run's own
-            config=yaml.safe_load(config.read_bytes()) if config.exists() else None,
+            config=RunFolder(folder).settings or None,
         )
         self._run.define_metric("*", step_metric="env_steps")
 

@@ -10,20 +10,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from rlx.metrics import STATUS_FILE, SUMMARY_FILE
 from rlx.options import command
-from rlx.problems import refuse, show
+from rlx.problems import show
+from rlx.run_folders import STATUS_FILE, SUMMARY_FILE, RunFolder, flat, read_object, settings_now
 
 JSON = dict[str, Any]
 
@@ -96,46 +91,25 @@ def describe(run: Path) -> dict[str, JSON]:
     """Section -> name -> value of one run."""
     settings = read_settings(run)
     files = sorted(run.glob("env*.json"), key=_number)
-    env = _read_json(files[-1]) if files else {}
-    summary = _read_json(run / STATUS_FILE) | _read_json(run / SUMMARY_FILE)
-    summary |= {"state": _read_json(run / STATUS_FILE).get("state", ABSENT)}
+    env = read_object(files[-1], strict=True) if files else {}
+    status = read_object(run / STATUS_FILE, strict=True)
+    summary = status | read_object(run / SUMMARY_FILE, strict=True)
+    summary |= {"state": RunFolder(run).state()[0]}
     results = {name: summary[name] for name in RESULTS if name in summary}
     fingerprint = {k: v for k, v in summary.items() if k == "params_sha256"}
     return {
         CONFIGURATION: settings,
         CODE: {"git": env.pop("git", ABSENT), DIFF: _changes(run, files)},
-        VERSIONS: dict(_leaves(env.pop("versions", {}))),
-        MACHINE: dict(_leaves(env)),
+        VERSIONS: flat(env.pop("versions", {})),
+        MACHINE: flat(env),
         RESULT: results | {"resumes": max(0, len(files) - 1)} | fingerprint,
     }
 
 
 def read_settings(run: Path) -> JSON:
     """Dotted name -> value, as the run was last started; ConfigError where no run is."""
-    first = run / ".hydra" / "config.yaml"
-    if not first.is_file():
-        says = "no run is there (no .hydra/config.yaml); give the folder of one, as under outputs/"
-        raise refuse("run", says, given=str(run))
-    resumes = sorted(run.glob(".hydra/resume-*/config.yaml"), key=lambda p: _number(p.parent))
-    path = resumes[-1] if resumes else first
-    try:
-        cfg = OmegaConf.load(path)
-        tree: Any = OmegaConf.to_container(cfg)
-        with suppress(OmegaConfBaseException):  # Hydra's own section is not in the file
-            tree = OmegaConf.to_container(cfg, resolve=True)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        says = f"cannot be read ({str(error).splitlines()[0]}); restore the file"
-        raise refuse("run", says, given=str(path)) from error
-    return {k: v for k, v in _leaves(tree) if k not in HOW_IT_BEGAN}
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values; lists and empty mappings are values."""
-    if not isinstance(tree, Mapping) or (prefix and not tree):
-        yield prefix, tree
-        return
-    for key, value in tree.items():
-        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    settings = flat(settings_now(run))
+    return {name: value for name, value in settings.items() if name not in HOW_IT_BEGAN}
 
 
 def _number(path: Path) -> int:
@@ -149,19 +123,6 @@ def _changes(run: Path, files: Sequence[Path]) -> str:
     name = files[-1].stem.replace("env", "git") if files else "git"
     path = run / f"{name}.diff"
     return path.read_text(errors="replace") if path.is_file() else ""
-
-
-def _read_json(path: Path) -> JSON:
-    """A file's object; {} where there is none; ConfigError where it is none."""
-    try:
-        read = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise refuse("run", f"cannot be read ({error})", given=str(path)) from error
-    if not isinstance(read, dict):
-        raise refuse("run", "holds no JSON object", given=str(path))
-    return read
 
 
 # --- printing ------------------------------------------------------------------------------------

@@ -36,11 +36,10 @@ from rlx import api
 from rlx.metrics import write_json
 from rlx.options import command
 from rlx.problems import refuse
+from rlx.run_folders import EVALUATION_FILE
 from rlx.types import Range
 
 JSON = dict[str, Any]
-
-EVALUATION_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True)

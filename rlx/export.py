@@ -26,6 +26,7 @@ import importlib.metadata
 import io
 import json
 import logging
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,12 +40,13 @@ import numpy as np
 
 from rlx import api
 from rlx.acting.player import act_in_lanes, state_shapes
-from rlx.envs.common import Outside, outside_of
+from rlx.envs.actions import Start
+from rlx.envs.observations import Outside, outside_of
 from rlx.interfaces import Agent
 from rlx.metrics import write_whole
 from rlx.options import command
 from rlx.problems import refuse
-from rlx.types import Array, DiscreteSpec, Params, Range
+from rlx.types import ActionSpec, Array, BoxSpec, DiscreteSpec, Params, Range
 
 JSON = dict[str, Any]
 
@@ -88,7 +90,10 @@ def export(
         "batch": BATCH if batch is None else batch,
         "inputs": {name: _described(part) for name, part in inputs.items()},
         "outputs": {
-            "action": {**_described(inputs["state"]["action"]), **_limits(agent, outside)},
+            "action": {
+                **_described(inputs["state"]["action"]),
+                **_limits(agent.spec.action, outside.action_start),
+            },
             "state": _described(inputs["state"]),
         },
         "initial_state": "zeros; where `first` is true neither state nor reward is read",
@@ -153,9 +158,21 @@ def _narrowed(dtype: str) -> np.dtype:
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
 
 
-def _limits(agent: Agent, outside: Outside) -> JSON:
-    action, start = agent.spec.action, outside.action_start
-    return {"low": start, "high": start + action.n - 1} if isinstance(action, DiscreteSpec) else {}
+def _limits(action: ActionSpec, start: Start) -> JSON:
+    """What the environment takes: integers, or (nested) lists; null where there is no bound."""
+    if isinstance(action, BoxSpec):
+        return {
+            "low": _nested(action.low, action.shape),
+            "high": _nested(action.high, action.shape),
+        }
+    counts = action.n if isinstance(action, DiscreteSpec) else action.counts
+    low = np.broadcast_to(np.asarray(start), np.shape(counts))
+    return {"low": low.tolist(), "high": (low + np.asarray(counts) - 1).tolist()}
+
+
+def _nested(bounds: Sequence[float], shape: tuple[int, ...]) -> Any:
+    told = [bound if math.isfinite(bound) else None for bound in bounds]
+    return np.asarray(told, object).reshape(shape).tolist()
 
 
 def _described(tree: Any) -> JSON:

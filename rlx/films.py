@@ -114,7 +114,7 @@ class GridRecorder:
             self._add()
 
     def acted(self, action: np.ndarray, acting: Any) -> None:
-        """action i32[n], acting f32[n, A] of `with_values` or another agent's own record."""
+        """action [n, *], acting f32[n, A] of `with_values` or another agent's own record."""
         for lane, row in self._rows:
             seen = self._seen[lane]
             assert seen is not None
@@ -123,7 +123,7 @@ class GridRecorder:
             self._seen[lane] = dataclasses.replace(
                 seen,
                 values=values,
-                action=int(action[row]),
+                action=int(action[row]) if values is not None else None,
                 spread=max(seen.spread, spread),
             )
             self._draw(lane)

@@ -42,7 +42,7 @@ class Env(Protocol):
     def step(self, action: np.ndarray, lane: np.ndarray) -> Timestep:
         """Acts in these lanes and answers those that are ready (all of them, if synchronous).
 
-        action: i32[n] or f32[n, *]; lane: i32[n]. A lane whose last answer was terminated or
+        action [n, *] as the spec says; lane: i32[n]. A lane whose last answer was terminated or
         truncated ignores its action and answers its next episode's first observation.
         """
 
@@ -138,7 +138,11 @@ class Prioritizing(Protocol):
     """An agent whose sequences have priorities; its updates give their new ones."""
 
     def initial_priorities(self, rows: Row) -> np.ndarray:
-        """f32[M, T] from the scalars of M sequences (observation {}), in NumPy; -1 = not valid."""
+        """f32[M, T] from the scalars [M, L + 1] of M sequences, in NumPy; -1 = not valid.
+
+        The last row is the one after the sequence, and where that has not come yet (the sequence
+        ends with a block) the sequence's last row once more. Observations are left out ({}).
+        """
 
 
 class Ring(Protocol):

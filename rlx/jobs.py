@@ -20,8 +20,8 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, Protocol
 
-from rlx.folders import read_object
-from rlx.metrics import STATUS_FILE, SUMMARY_FILE, write_whole
+from rlx.metrics import write_whole
+from rlx.run_folders import STATUS_FILE, SUMMARY_FILE, read_object
 from rlx.signals import sigterm_interrupts
 
 CONSOLE_FILE = "console.log"

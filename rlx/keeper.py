@@ -58,7 +58,7 @@ class Keeper:
     def keep(self) -> None:
         """Evaluates, writes a row of metrics and saves what is due.
 
-        Nothing in the middle of an on-policy agent's round, as no block of it would be kept.
+        It keeps nothing in the middle of an on-policy agent's round, whose blocks would be lost.
         """
         parts, stages = self._parts, self._stages
         if stages.in_a_round:

@@ -26,6 +26,7 @@ import numpy as np
 
 from rlx import trees
 from rlx.boards import open_boards
+from rlx.run_folders import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, parse_row
 from rlx.types import Episode, Params, Range
 
 log = logging.getLogger(__name__)
@@ -33,10 +34,7 @@ log = logging.getLogger(__name__)
 JSON = dict[str, Any]
 State = Literal["starting", "running", "finished", "interrupted", "failed"]
 
-METRICS_FILE = "metrics.jsonl"
 DISCARDED_FILE = "metrics.discarded.jsonl"
-STATUS_FILE = "status.json"
-SUMMARY_FILE = "summary.json"
 
 # Every row has these names, null where there is nothing to tell, in this order; others follow.
 NAMES: Mapping[str, str] = {
@@ -280,22 +278,7 @@ def _clean(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
-# --- reading rows --------------------------------------------------------------------------------
-
-
-def read_rows(path: Path | str) -> list[JSON]:
-    """The rows of a metrics.jsonl; a last line that a killed run left half-written is skipped."""
-    lines = Path(path).read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        row = _parse(line)
-        if row is not None:
-            rows.append(row)
-        elif line and number < len(lines):
-            raise ValueError(
-                f"{path}, line {number}: not a row of metrics: {line[:60]!r}; delete this line."
-            )
-    return rows
+# --- rows that are taken back -------------------------------------------------------------------
 
 
 def discard_rows_after(folder: Path, env_steps: int | None) -> list[JSON]:
@@ -310,7 +293,7 @@ def discard_rows_after(folder: Path, env_steps: int | None) -> list[JSON]:
     data = path.read_bytes()
     rows, kept, gone = [], [], []
     for line in filter(None, data.split(b"\n")):
-        row = _parse(line)
+        row = parse_row(line)
         if row is not None and env_steps is not None and row["env_steps"] <= env_steps:
             rows.append(row)
             kept.append(line + b"\n")
@@ -328,14 +311,6 @@ def _add_discarded(path: Path, lines: bytes) -> None:
     before = path.read_bytes() if path.exists() else b""
     if not before.endswith(lines):  # else a kill came between this and the shortening
         write_whole(path, before + lines)
-
-
-def _parse(line: bytes) -> JSON | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("env_steps"), int) else None
 
 
 # --- whole files ---------------------------------------------------------------------------------
@@ -383,27 +358,6 @@ def write_status(
         "error": error,
     }
     write_json(Path(output_dir) / STATUS_FILE, {"state": state} | counters | rates | about)
-
-
-def is_gone(status: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote a status.json has ended, as far as this machine can tell."""
-    pid, host = status.get("pid"), status.get("host")
-    return isinstance(pid, int) and host in (None, platform.node()) and not is_alive(pid)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this number runs here, and does more than wait for its end."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # another user's
-        return True
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return True
-    return state not in ("Z", "X")
 
 
 def write_summary(

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlx.metrics import METRICS_FILE, bottleneck, read_rows
+from rlx.metrics import bottleneck
+from rlx.run_folders import METRICS_FILE, read_rows
 
 CURVES = {
     "train/return_mean": ("training", "#4477aa"),

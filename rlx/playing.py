@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from rlx.acting.actor import InputTracker
+from rlx.acting.inputs import InputTracker
 from rlx.acting.policy import Policy
 from rlx.films import GridRecorder, Recorder, not_recorded, with_values
 from rlx.interfaces import Agent, Env, EnvFamily
@@ -78,14 +78,14 @@ def run_episodes(
     """The `episodes` episodes that started first, in the order in which they started.
 
     `watch` sees the environment, its answer and who started what, after every step; `acted` then
-    sees the actions chosen for that answer, i32[n], and the agent's record of them.
+    sees the actions [n, *] chosen for that answer and the agent's record of them.
     """
     env = _open(family, lanes, seed, render)
     policy = Policy(
         agent=agent, lanes=lanes, seed=seed, path=("evaluation", "policy"), device="cpu"
     )
     policy.take(weights)
-    tracker, starts = InputTracker(lanes), Starts(lanes, episodes)
+    tracker, starts = InputTracker(lanes, env.spec.action), Starts(lanes, episodes)
     exploration = np.full(lanes, epsilon, np.float32)
     try:
         timestep = env.reset()

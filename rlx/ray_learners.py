@@ -36,6 +36,7 @@ from rlx.learner import Group
 from rlx.learner_process import LearnerProcess
 from rlx.problems import ConfigError, RunFailed, refuse
 from rlx.progress import Progress
+from rlx.run_folders import METRICS_FILE
 from rlx.shares import log_file, share_of
 from rlx.signals import stop_on_signals
 
@@ -386,7 +387,7 @@ class Console:
 def last_row(output_dir: Path) -> dict[str, Any]:
     """The newest row of a run's metrics; {} if there is none."""
     try:
-        with (output_dir / metrics.METRICS_FILE).open("rb") as file:
+        with (output_dir / METRICS_FILE).open("rb") as file:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - TAIL_BYTES))
             lines = file.read().splitlines()

@@ -97,7 +97,7 @@ class Blocks:
             yield Rollout(
                 rows=self.rows,
                 carry=self.carry,
-                next=None,  # type: ignore[arg-type]  # ring replays drop it
+                next=trees.tree_map(lambda x: x[:, 0], self.rows.inputs),
                 lane=lane,
                 chain=zeros,
                 number=np.full(LANES, number),

@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from rlx.folders import flat, number, read_object
-from rlx.metrics import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, is_gone, read_rows
+from rlx.run_folders import MARKS, METRICS_FILE, RunFolder, find, flat, number, read_rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
 JSON = dict[str, Any]
-T = TypeVar("T")
 
 SEED = "seed"
-CHOICES = "hydra.runtime.choices."  # begins the names of group choices in hydra.yaml
 IGNORED = ("resume",)  # settings that say nothing about what was learnt
 COUNTS = ("env_steps", "frames", "updates", "wall_s")
 # Where a run's score may come from, the best first.
@@ -43,7 +37,7 @@ class Run:
 
     name: str  # relative to the folder that was searched
     path: Path
-    state: str  # of status.json; "died": it says running, and no process is; "not begun": none is
+    state: str  # as RunFolder.state says
     error: str | None
     settings: Mapping[str, Any]  # dotted name -> value
     choices: Mapping[str, str]  # group -> the YAML chosen, where Hydra wrote it down
@@ -165,30 +159,15 @@ def read(folder: Path | str) -> list[Run]:
     root = Path(folder)
     paths = find(root)
     if not paths:
-        raise ValueError(f"{folder} has no run in it (no .hydra/config.yaml below it)")
+        marks = ", ".join(MARKS)
+        raise ValueError(f"{folder} has no run in it (below it is none of {marks})")
     return [_read(path, root) for path in paths]
 
 
-def find(root: Path) -> list[Path]:
-    """The folders of runs at or below a folder; what lies inside of a run is not searched."""
-    found = []
-    for place, folders, _ in os.walk(root):
-        # Not Path's is_file, which lets some errors through: a folder of somebody else's.
-        if os.path.isfile(os.path.join(place, ".hydra", "config.yaml")):
-            found.append(Path(place))
-            folders.clear()
-    return sorted(found, key=lambda path: _natural(path.relative_to(root)))
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts 2 before 10, and resume-2 before resume-10."""
-    ends = [(part, part.rpartition("-")[2]) for part in path.parts]
-    return [(int(end) if end.isdecimal() else -1, part) for part, end in ends]
-
-
 def _read(path: Path, root: Path) -> Run:
-    status, hydra = read_object(path / STATUS_FILE), path / ".hydra"
-    state, error = _state(status)
+    folder = RunFolder(path)
+    state, note = folder.state()
+    error = note or None
     rows: list[JSON] = []
     try:
         rows = read_rows(path / METRICS_FILE)
@@ -196,46 +175,15 @@ def _read(path: Path, root: Path) -> Run:
         pass
     except (OSError, ValueError) as broken:
         error = str(broken)
-    resumed = sorted(hydra.glob("resume-*/config.yaml"), key=lambda file: _natural(file.parent))
-    config = _yaml((resumed or [hydra / "config.yaml"])[-1], dict)
-    about = flat(_yaml(hydra / "hydra.yaml", dict))
-    choices = {k.removeprefix(CHOICES): v for k, v in about.items() if k.startswith(CHOICES)}
-    evaluations = read_object(path / "evaluation.json").get("evaluations")
     return Run(
         name=path.relative_to(root).as_posix() if path != root else path.resolve().name,
         path=path,
         state=state,
         error=error,
-        settings=flat(config),
-        choices={k: str(v) for k, v in choices.items() if not k.startswith("hydra/")},
-        overrides=frozenset(
-            str(text).partition("=")[0].lstrip("+~")
-            for named in (hydra, *(file.parent for file in resumed))
-            for text in _yaml(named / "overrides.yaml", list)
-        ),
+        settings=flat(folder.settings),
+        choices=folder.choices,
+        overrides=frozenset(text.partition("=")[0].lstrip("+~") for text in folder.overrides),
         rows=rows,
-        summary=read_object(path / SUMMARY_FILE),
-        evaluations=[e for e in evaluations if isinstance(e, dict)]
-        if isinstance(evaluations, list)
-        else [],
+        summary=folder.summary,
+        evaluations=folder.evaluations,
     )
-
-
-def _state(status: JSON) -> tuple[str, str | None]:
-    """(state, error), where a process that is gone cannot have said so itself."""
-    state = status.get("state")
-    if state is None:
-        return "not begun", "no status.json: refused or stopped before it began"
-    if state in ("starting", "running") and is_gone(status):
-        return "died", f"said {state} at {status.get('updated_at')}, and its process is gone"
-    return state, status.get("error")
-
-
-def _yaml(path: Path, kind: type[T]) -> T:
-    """What a file holds; an empty one of its kind if it is of another, or cannot be read."""
-    try:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        found = yaml.load(path.read_bytes(), Loader=loader)
-    except (OSError, ValueError, yaml.YAMLError):
-        found = None
-    return found if isinstance(found, kind) else kind()

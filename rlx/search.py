@@ -18,10 +18,9 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-from rlx.folders import number
 from rlx.jobs import Job, say
-from rlx.metrics import METRICS_FILE, read_rows
 from rlx.problems import show
+from rlx.run_folders import METRICS_FILE, number, read_rows
 from rlx.sweeping import Refused
 
 try:

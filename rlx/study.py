@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlx import atari
-from rlx.folders import number
 from rlx.metrics import STAGES, bottleneck
 from rlx.problems import refuse
 from rlx.results import SCORES, SEED, Run, need, read, run_rows, value_of, varying
+from rlx.run_folders import number
 from rlx.statistics import (
     Estimate,
     iqm,

@@ -16,15 +16,14 @@ from typing import Any
 from hydra._internal.utils import get_args_parser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from yaml import YAMLError
+from omegaconf import DictConfig, open_dict
 
 from rlx.api import LOCK_FILE, only_one
 from rlx.composing import quote
 from rlx.config import check, plain
-from rlx.folders import flat
 from rlx.jobs import RUNS_FILE, Job, Outcome, Start, Watch, outcome, record, run_jobs, say
 from rlx.problems import ConfigError, Problem, refuse, show
+from rlx.run_folders import YAML_ERRORS, config_file, flat, parse_settings
 
 # Hydra's own settings that are the sweep's and not its jobs'.
 OF_THE_SWEEP = ("mode", "launcher", "sweeper", "sweep", "run", "output_subdir")
@@ -254,14 +253,13 @@ def _refuse_changes(folder: Path, cfg: DictConfig, given: Sequence[str]) -> None
 
     given: keys that the launcher sets, such as the address of this time's cluster.
     """
-    path = folder / ".hydra" / "config.yaml"
+    path = config_file(folder)
     try:
-        saved = OmegaConf.load(path)
-    except (OSError, ValueError, YAMLError) as error:
+        saved = parse_settings(path.read_bytes())
+    except YAML_ERRORS as error:
         says = f"{path} cannot be read ({str(error).splitlines()[0]}); restore or move that folder"
         raise refuse("hydra.sweep.dir", says, given=str(folder.parent)) from error
-    assert isinstance(saved, DictConfig)
-    before, now = flat(plain(saved)), flat(plain(cfg))
+    before, now = flat(saved), flat(plain(cfg))
     free = ("resume", *given)
     changed = [key for key in before | now if before.get(key) != now.get(key) and key not in free]
     says = (

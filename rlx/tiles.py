@@ -36,7 +36,7 @@ class Seen:
     ret: float  # unclipped, so far
     env_step: int
     values: np.ndarray | None  # f32[A]; None: not told, or the episode has ended
-    action: int | None
+    action: int | None  # None: not told, or it is not one choice
     spread: float  # the largest distance of a Q-value from their mean, so far
     ended: bool
 

@@ -23,11 +23,21 @@ from omegaconf import DictConfig, OmegaConf
 from rlx import _paths, api, composing
 from rlx.config import ROLES, check, remember
 from rlx.metrics import write_whole
-from rlx.moved import renewed
 from rlx.problems import ConfigError, Problem, RunFailed, refuse
+from rlx.run_folders import (
+    CONFIG,
+    HYDRA,
+    RESUME,
+    config_file,
+    find_run,
+    has_checkpoint,
+    is_used,
+    load_yaml,
+    next_resume,
+    settings_now,
+)
 
 RENEWED = "renewed"  # in .hydra: settings of an earlier rlx, in the words of this one
-RESUMED = ".hydra/resume-"  # and a number: where Hydra writes the settings of a resume
 VERSION = {"execution_whitelist": ("rlx.*",)} if composing.HYDRA_14 else composing.VERSION
 
 
@@ -53,7 +63,9 @@ def job(cfg: DictConfig) -> Any:
     try:
         summary = api.run(remember(cfg, sources), running.runtime.output_dir)
     except (ConfigError, RunFailed) as error:
-        if isinstance(error, ConfigError) and str(running.output_subdir).startswith(RESUMED):
+        if isinstance(error, ConfigError) and str(running.output_subdir).startswith(
+            f"{HYDRA}/{RESUME}"
+        ):
             # Nothing began with these settings, so nobody shall read them as the run's.
             shutil.rmtree(Path(running.runtime.output_dir) / running.output_subdir)
         if running.mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -61,7 +73,7 @@ def job(cfg: DictConfig) -> Any:
         if isinstance(error, ConfigError):
             _leave(error)
         print(f"rlx: {error}", file=sys.stderr)
-        if api.has_checkpoint(Path(running.runtime.output_dir)):
+        if has_checkpoint(Path(running.runtime.output_dir)):
             says = f"resume={running.runtime.output_dir} goes on from the last checkpoint"
             print(f"rlx: {says}", file=sys.stderr)
         sys.exit(1)
@@ -99,7 +111,7 @@ def prepare(argv: list[str]) -> list[str]:
     if cfg.resume is None:
         api.refuse_used(folder)
     _make_output(folder)
-    if cfg.resume == "auto" and api.is_used(folder):  # its own settings are kept as they were
+    if cfg.resume == "auto" and is_used(folder):  # its own settings are kept as they were
         at = argv.index(args.overrides[0]) if args.overrides else len(argv)
         argv = [*argv[:at], _resume_subdir(folder), *argv[at:]]
     return argv
@@ -132,7 +144,7 @@ def _resumed(overrides: list[str]) -> Path | None:
                 given = OverridesParser.create().parse_override(text).value()
             except HydraException:
                 return None  # composing will say what is wrong with it
-            return None if given in (None, "auto") else api.find_run(str(given)).resolve()
+            return None if given in (None, "auto") else find_run(str(given)).resolve()
     return None
 
 
@@ -164,22 +176,18 @@ def _resume_argv(folder: Path, args: Any) -> list[str]:
 
 def _settings(folder: Path) -> Path:
     """The folder of a run's settings for Hydra; as today's rlx writes them, if they are older."""
-    saved = folder / ".hydra"
-    tree: Any = OmegaConf.to_container(OmegaConf.load(saved / "config.yaml"))
-    if (now := renewed(tree)) == tree:
-        return saved
-    (saved / RENEWED).mkdir(exist_ok=True)
-    text = OmegaConf.to_yaml(OmegaConf.create(now))
-    write_whole(saved / RENEWED / "config.yaml", text.encode())
-    return saved / RENEWED
+    saved, now = config_file(folder), settings_now(folder, "resume", resolve=False)
+    if now == load_yaml(saved.read_bytes()):
+        return saved.parent
+    found = folder / HYDRA / RENEWED
+    found.mkdir(exist_ok=True)
+    write_whole(found / CONFIG, OmegaConf.to_yaml(OmegaConf.create(now)).encode())
+    return found
 
 
 def _resume_subdir(folder: Path) -> str:
     """Where Hydra shall write the settings of the next resume."""
-    before = (
-        int(path.name.rpartition("-")[2]) for path in (folder / ".hydra").glob("resume-[0-9]*")
-    )
-    return f"hydra.output_subdir={RESUMED}{1 + max(before, default=0)}"
+    return f"hydra.output_subdir={next_resume(folder).relative_to(folder)}"
 
 
 def _searchpath(running: DictConfig) -> list[str]:

@@ -62,20 +62,61 @@ class ArraySpec:
     dtype: str
 
 
+# Each kind of action says which array one action is, and what `prev_action` holds at an episode's
+# first row, where there is none (networks read zeros there).
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiscreteSpec:
-    """Actions 0 .. n-1."""
+    """One of the actions 0 .. n-1."""
 
     n: int
+
+    @property
+    def array(self) -> ArraySpec:
+        return ArraySpec(shape=(), dtype="int32")
+
+    @property
+    def none(self) -> int:
+        return -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiDiscreteSpec:
+    """Several choices at once, the i-th one of 0 .. counts[i]-1."""
+
+    counts: tuple[int, ...]
+
+    @property
+    def array(self) -> ArraySpec:
+        return ArraySpec(shape=(len(self.counts),), dtype="int32")
+
+    @property
+    def none(self) -> int:
+        return -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoxSpec:
-    """Continuous actions: every element between `low` and `high` of that shape."""
+    """Continuous actions: every element between `low` and `high` of that shape.
+
+    Rows keep actions as the agent chose them; the environment is given them clipped to the bounds.
+    """
 
     shape: tuple[int, ...]
-    low: tuple[float, ...]  # flattened
-    high: tuple[float, ...]  # flattened
+    low: tuple[float, ...]  # flattened; -inf: no bound
+    high: tuple[float, ...]  # flattened; inf: no bound
+
+    @property
+    def array(self) -> ArraySpec:
+        return ArraySpec(shape=self.shape, dtype="float32")
+
+    @property
+    def none(self) -> float:
+        return 0.0
+
+
+ActionSpec = DiscreteSpec | MultiDiscreteSpec | BoxSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +125,20 @@ class EnvSpec:
 
     id: str
     observation: Mapping[str, ArraySpec]
-    action: DiscreteSpec | BoxSpec
+    action: ActionSpec
     frames_per_env_step: int
-    action_mask: str | None = (
-        None  # the observation leaf [A] that is not 0 where actions are allowed
-    )
+    # The observation leaf [A] that is not 0 where an action is allowed (the choices of a
+    # multi-discrete action side by side). It stays in the rows; torsos do not read it.
+    action_mask: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceSpec:
-    """The windows of sequence replay, in rows. Only the agent makes one."""
+    """The windows of sequence replay, in rows. Only the agent makes one.
+
+    A stride of whole blocks starts sequences at blocks' first rows; one that divides `block_rows`
+    starts several in each block, which only an agent without a recurrent state can use.
+    """
 
     burn_in: int
     unroll: int
@@ -103,17 +148,32 @@ class SequenceSpec:
 
     @property
     def length(self) -> int:
-        """Rows of one sequence: burn_in + unroll + n_step."""
-        return self.burn_in + self.unroll + self.n_step
+        """Rows of one sequence; the input after the last one is `Batch.next`."""
+        return self.burn_in + self.unroll + self.n_step - 1
 
     @property
-    def blocks(self) -> int:
-        """Blocks that a sequence touches; it starts at a block's first row."""
-        return -(-self.length // self.block_rows)
+    def start_rows(self) -> range:
+        """The rows of a block that sequences start at."""
+        return range(0, self.block_rows, min(self.stride, self.block_rows))
 
     @property
     def blocks_per_stride(self) -> int:
-        return self.stride // self.block_rows
+        """Blocks from one that sequences start in to the chain's next such block."""
+        return max(1, self.stride // self.block_rows)
+
+    def blocks_from(self, row: int) -> int:
+        """Blocks that a sequence from this row of its first block touches."""
+        return -(-(row + self.length) // self.block_rows)
+
+    @property
+    def blocks(self) -> int:
+        """The most blocks that a sequence touches."""
+        return self.blocks_from(self.start_rows[-1])
+
+    @property
+    def ends_with_a_block(self) -> bool:
+        """Whether sequences may end with a block's last row, and need the input after it."""
+        return any((row + self.length) % self.block_rows == 0 for row in self.start_rows)
 
 
 # --- acting --------------------------------------------------------------------------------------
@@ -153,7 +213,7 @@ class NetInput:
     """All that the network reads at one env step (leading axes as the place says)."""
 
     observation: Observation  # single frames; the network stacks them
-    prev_action: Array  # i32, -1 = none (encoded as all zeros)
+    prev_action: Array  # as `spec.action.array`; `spec.action.none` where first
     prev_reward: Array  # f32, raw; 0 where first
     time: Array  # i32, env steps since the episode's first observation
     first: Array  # bool: reset the carry *before* reading this observation
@@ -180,7 +240,7 @@ class Row:
     """What is stored of one env step of one lane."""
 
     inputs: NetInput  # x_t, as the network ate it
-    action: Array  # i32: a_t
+    action: Array  # a_t, as `spec.action.array`
     reward: Array  # f32: r_{t+1}, raw
     discount: Array  # f32: 0 where t+1 is terminal (or the row is not valid), else 1
     valid: Array  # bool: False where x_t is an episode's last observation: a_t was ignored
@@ -253,6 +313,7 @@ class Batch:
     """Sequences to learn from."""
 
     rows: Row  # [B, L, ...]
+    next: NetInput  # [B, ...]: the input after each sequence's last row
     carry: Carry  # [B, ...]: before each sequence's first row
     importance: Array  # f32[B]: correction factors of non-uniform sampling, at most 1
 
@@ -262,8 +323,7 @@ class Blocks:
     """Copies of some of a replay's blocks, in the order of their keys."""
 
     keys: Array  # i64[M]: their numbers among all blocks ever added
-    rows: Leaves  # [M, K, ...]
-    carry: Leaves  # [M, ...]
+    leaves: Leaves  # [M, ...] by path: rows/ [M, K, ...], carry/ and, where it is kept, next/
 
 
 @record
@@ -271,7 +331,7 @@ class Sample:
     """A batch and what the host must remember of it."""
 
     batch: Batch
-    keys: Array  # i64[B]; never on a device
+    keys: Array  # i64[B]: starts (rlx.replay.index); never on a device
     weights_version: Array  # i64[B]: of each sequence's first block
     # importance = (chance of its draw * sequences that there are / this) ** -exponent
     least_scaled_probability: float

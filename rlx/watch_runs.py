@@ -8,30 +8,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import threading
-import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rlx.folders import number
-from rlx.metrics import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, bottleneck, is_gone
+from rlx.metrics import bottleneck
+from rlx.run_folders import METRICS_FILE, RunFolder, age_s, find, number
 
 JSON = dict[str, Any]
 Curve = list[list[float]]  # [env steps], [values]
 
-CONFIG_FILE = ".hydra/config.yaml"
-OVERRIDES_FILE = ".hydra/overrides.yaml"
-MARKS = (STATUS_FILE, METRICS_FILE, CONFIG_FILE)  # any of them makes a folder a run
-DEPTH = 6  # folders below the given one that are searched
-SILENT_S = 300.0  # a running process that told nothing for so long is called silent
-START_S = 300.0  # a folder without any status is starting for so long
 RATE_ROWS = 10  # the remaining time is told from the rate over so many rows
 TRAIN, EVALUATION = "train/return_mean", "evaluation/return_mean"
 ENV_STEPS_PER_S, UPDATES_PER_S = "acting/env_steps_per_s", "learner/updates_per_s"
@@ -46,7 +35,6 @@ ROW_NAMES = {  # what the page calls them
 KEPT = ("env_steps", "wall_s", TRAIN, EVALUATION)  # columns that every run keeps
 SMALL, LARGE = 48, 600  # points of a curve
 TAIL = 64  # bytes before the offset by which a file is known again
-LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 # --- all runs ------------------------------------------------------------------------------------
@@ -79,23 +67,7 @@ class Runs:
 
     def _find(self) -> None:
         found = {path.relative_to(self._folder).as_posix(): path for path in find(self._folder)}
-        self._runs = {
-            name: self._runs.get(name) or Run(found[name], name) for name in sorted(found)
-        }
-
-
-def find(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """The runs in a folder and below it; what is inside a run, hidden or a link is not searched."""
-    if any(os.path.isfile(folder / mark) for mark in MARKS):  # of Path's, some errors go through
-        yield folder
-        return
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:  # it went away, or may not be read
-        return
-    for entry in entries:
-        if depth and entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-            yield from find(Path(entry.path), depth - 1)
+        self._runs = {name: self._runs.get(name) or Run(found[name], name) for name in found}
 
 
 # --- one run -------------------------------------------------------------------------------------
@@ -187,18 +159,17 @@ class Run:
     """One folder, as it was when it was last polled."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._name, self._folder = name, folder
+        self._name, self._folder = name, RunFolder(folder)
         self._rows = RowsFile(folder / METRICS_FILE)
-        self._files: dict[Path, tuple[int, Any]] = {}  # path -> when it was changed, what it holds
         self._about: JSON = {}
 
     def poll(self) -> None:
         """Reads what changed."""
         self._rows.poll()
-        status, settings = self._object(STATUS_FILE), self._settings()
-        state, note = self._state(status)
+        status, settings = self._folder.status, self._folder.settings
+        state, note = self._folder.state()
         row = self._rows.last
-        told = self._object(SUMMARY_FILE) | status | row  # the later, the newer
+        told = self._folder.summary | status | row  # the later, the newer
         evaluation = self._rows.newest(EVALUATION)
         if evaluation is None:
             evaluation = number(told.get("evaluation_return"))
@@ -216,7 +187,7 @@ class Run:
             "env": _named(settings, "env", "id"),
             "agent": _named(settings, "agent", "_target_").rpartition(".")[2],
             "seed": number(settings.get("seed")),
-            "overrides": self._overrides(),
+            "overrides": self._folder.overrides,
         }
 
     def brief(self) -> JSON:
@@ -232,23 +203,6 @@ class Run:
         curves = {name: self._rows.curve(name, LARGE) for name in known}
         return self._about | {"metrics": names, "curves": curves}
 
-    def _state(self, status: JSON) -> tuple[str, str]:
-        """What the run does, by its own word and by what can be seen of its process; and why."""
-        state = status.get("state")
-        if not isinstance(state, str):
-            if time.time() - changed_at(self._folder / CONFIG_FILE) < START_S:
-                return "starting", ""
-            return "died", "it left no status.json: it ended before its first env step"
-        if state not in ("starting", "running"):
-            return state, str(status.get("error") or "")
-        pid, host, age = status.get("pid"), status.get("host"), age_s(status)
-        if is_gone(status):
-            return "died", f"process {pid} is gone; resume={self._folder} goes on"
-        if age is not None and age > SILENT_S:
-            where = "" if host in (None, platform.node()) else f" on {host}"
-            return "silent", f"process {pid}{where} told nothing for {age / 60:.0f} minutes"
-        return state, ""
-
     def _left_s(self, settings: JSON) -> float | None:
         """Seconds to whichever of the run's limits comes first."""
         limits = []
@@ -262,57 +216,8 @@ class Run:
                 limits.append(max(0.0, (end - now) / rate))
         return min(limits, default=None)
 
-    def _settings(self) -> JSON:
-        """Those that the run was last started with."""
-        resumes = self._folder.glob(".hydra/resume-*/config.yaml")
-        path = max(resumes, key=changed_at, default=self._folder / CONFIG_FILE)
-        read = self._read(path, load_yaml)
-        return read if isinstance(read, dict) else {}
-
-    def _overrides(self) -> list[str]:
-        """What its command line said."""
-        read = self._read(self._folder / OVERRIDES_FILE, load_yaml)
-        return [str(text) for text in read] if isinstance(read, list) else []
-
-    def _object(self, name: str) -> JSON:
-        read = self._read(self._folder / name, json.loads)
-        return read if isinstance(read, dict) else {}
-
-    def _read(self, path: Path, parse: Callable[[bytes], Any]) -> Any:
-        """What a small file holds, read again when it changed; None for none and for a bad one."""
-        try:
-            changed = path.stat().st_mtime_ns
-            known = self._files.get(path)
-            if known is None or known[0] != changed:
-                self._files[path] = known = (changed, parse(path.read_bytes()))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError):
-            return None
-        return known[1]
-
 
 # --- small parts ---------------------------------------------------------------------------------
-
-
-def load_yaml(data: bytes) -> Any:
-    """YAML of plain values."""
-    return yaml.load(data, LOADER)
-
-
-def age_s(status: Mapping[str, Any]) -> float | None:
-    """Seconds since a status.json was written, by its own clock."""
-    try:
-        told = datetime.fromisoformat(status["updated_at"]).timestamp()
-    except (KeyError, TypeError, ValueError, OverflowError, OSError):
-        return None
-    return max(0.0, time.time() - told)
-
-
-def changed_at(path: Path) -> float:
-    """When a file was last written, in seconds since 1970; 0 where there is none."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def _named(settings: Mapping[str, Any], group: str, key: str) -> str:

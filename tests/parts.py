@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from rlx import trees
 from rlx.agents.r2d2 import R2D2
 from rlx.networks.cores import GRU, LSTM, Core, Feedforward
 from rlx.networks.heads import Dueling, Head
@@ -159,7 +160,7 @@ def random_carry(net: RecurrentNetwork, batch: int, rng: np.random.Generator) ->
 def batch(agent: R2D2, size: int, *, seed: int = 0) -> Batch:
     """Random sequences in which episodes end, by termination and by truncation."""
     rng = np.random.default_rng(seed)
-    length = agent.sequence.length
+    length = agent.sequence.length + 1  # with the row whose input is `next`
     net_inputs = inputs(agent.spec, size, length, rng=rng)
     # The row before a first row is an episode's last observation: not valid.
     valid = np.ones((size, length), bool)
@@ -179,4 +180,24 @@ def batch(agent: R2D2, size: int, *, seed: int = 0) -> Batch:
         acting=QActing(q=scalar[0], q_max=np.maximum(scalar[0], scalar[1])),
     )
     importance = rng.uniform(0.2, 1, size).astype(np.float32)
-    return Batch(rows=rows, carry=random_carry(agent.network, size, rng), importance=importance)
+    return cut(rows, random_carry(agent.network, size, rng), importance)
+
+
+def cut(rows: Row, carry: Carry, importance: np.ndarray) -> Batch:
+    """A batch of rows [B, L + 1, ...], of whose last row only the input is there."""
+    return Batch(
+        rows=trees.tree_map(lambda x: x[:, :-1], rows),
+        next=trees.tree_map(lambda x: x[:, -1], rows.inputs),
+        carry=carry,
+        importance=importance,
+    )
+
+
+def all_inputs(batch: Batch) -> NetInput:
+    """The inputs [B, L + 1, ...] of a batch, `next` among them."""
+    joined: NetInput = trees.tree_map(
+        lambda rows, after: np.concatenate([rows, after[:, None]], axis=1),
+        batch.rows.inputs,
+        batch.next,
+    )
+    return joined

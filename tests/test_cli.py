@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlx import _paths, api, results, train
+from rlx.run_folders import find_run
 from tests import standins
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +20,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from rlx import _paths
+from rlx.run_folders import find_run
 from tests import standins
 standins.install()
 folder = Path(sys.argv.pop(1))
@@ -58,7 +60,7 @@ def test_a_run_leaves_its_configuration_in_its_folder(conf):
     assert seeds(out) == [4]
     assert {"config.yaml", "hydra.yaml", "overrides.yaml"} <= set(os.listdir(out / ".hydra"))
     assert (out / "env.json").exists()
-    assert api.find_run(out) == out
+    assert find_run(out) == out
 
 
 def test_bad_overrides_end_with_status_2_and_a_line_each(conf):

@@ -21,7 +21,7 @@ import pytest
 import rlx
 from rlx import export
 from rlx.acting.player import Player
-from rlx.envs.common import outside_of
+from rlx.envs.observations import outside_of
 from rlx.networks.torsos import ImpalaResNet, OneHotMLP
 from rlx.types import ArraySpec, DiscreteSpec, EnvSpec
 from tests import parts

@@ -25,11 +25,11 @@ LAYERS = [
         "atari",
         "xla",
         "child",
-        "boards",
-        "folders",
         "signals",
     },
     {"trees", "interfaces", "ops", "hints", "targets", "flops", "tiles"},
+    {"run_folders"},
+    {"boards"},
     {"config", "optimizers", "metrics", "statistics"},
     {"options"},
     {"networks", "replay", "envs", "progress", "results", "watch_runs", "notebook"},
@@ -56,7 +56,7 @@ LAYERS = [
     {"bench"},
 ]
 
-HYDRA = {"config", "composing", "api", "train", "evaluate", "report", "bench", "diff"} | {
+HYDRA = {"run_folders", "config", "composing", "api", "train"} | {
     *("sweeping", "ray_jobs", "search"),
 }
 HOMES = {
@@ -72,7 +72,14 @@ DEVICE_HOMES = {"learner", "acting/policy", "acting/player", "replay/device"} | 
 }
 WITHOUT_JAX = {
     *("types", "seeding", "interfaces"),
-    *("acting/actor", "acting/blocks", "acting/faults", "acting/remote", "acting/remote_env"),
+    *(
+        "acting/actor",
+        "acting/blocks",
+        "acting/faults",
+        "acting/inputs",
+        "acting/remote",
+        "acting/remote_env",
+    ),
     *("acting/whereabouts", "acting/wire"),
 }
 
@@ -160,7 +167,10 @@ def test_thin_actors_and_replay_do_without_jax(file):
 
 
 def test_what_an_actor_imports_loads_neither_jax_nor_hydra():
-    thin = sorted(n.replace("/", ".") for n in WITHOUT_JAX | {"trees", "envs/common"})
+    thin = sorted(
+        n.replace("/", ".")
+        for n in WITHOUT_JAX | {"trees", "envs/actions", "envs/lanes", "envs/observations"}
+    )
     names = [n for n in thin if (ROOT / "rlx" / f"{n.replace('.', '/')}.py").exists()]
     code = f"import sys, rlx, {', '.join(f'rlx.{n}' for n in names)}; print(sorted(sys.modules))"
     done = subprocess.run(

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from rlx.config import plain
 from rlx.keeper import Keeper
 from rlx.learner import Learner
 from rlx.loop import train as train_loop
-from rlx.metrics import read_rows
 from rlx.parts import Alone, Parts
 from rlx.problems import ConfigError, RunFailed
+from rlx.run_folders import read_rows
 from rlx.shares import share_exploration, share_of, share_seed
 from rlx.types import Batch
 from tests import parts
@@ -141,8 +142,8 @@ def batches_of(rank: int, count: int) -> list[tuple[Batch, float | None]]:
         share = 8 // count
         mine = slice(rank * share, (rank + 1) * share)
         largest = float(raw[mine].max())
-        rows, carry = jax.tree.map(lambda x, s=mine: x[s], (whole.rows, whole.carry))
-        own = Batch(rows=rows, carry=carry, importance=(raw[mine] / largest).astype(np.float32))
+        own = jax.tree.map(lambda x, s=mine: x[s], whole)
+        own = replace(own, importance=(raw[mine] / largest).astype(np.float32))
         made.append((own, largest if count > 1 else None))
     return made
 

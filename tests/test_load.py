@@ -12,9 +12,9 @@ import pytest
 
 import rlx
 from rlx.acting.player import Player
-from rlx.envs.common import Outside, outside_of
 from rlx.envs.envpool import EnvPool
 from rlx.envs.gymnasium import Gymnasium
+from rlx.envs.observations import Outside, outside_of
 from rlx.playing import run_episodes
 from rlx.seeding import spawn_int
 from rlx.types import Weights

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from rlx import metrics as m
+from rlx import run_folders
 from rlx.types import Episode
 
 SETTINGS = m.Logging(
@@ -41,7 +42,7 @@ def write_rows(folder: Path, *env_steps: int, resume: int | None = None) -> None
 
 
 def steps(path: Path) -> list[int]:
-    return [row["env_steps"] for row in m.read_rows(path)]
+    return [row["env_steps"] for row in run_folders.read_rows(path)]
 
 
 class Late:
@@ -74,7 +75,7 @@ def test_a_row_has_every_name_in_order_and_equals_its_line(tmp_path: Path) -> No
         metrics.record("learner/loss", np.array([3.0, 5.0]))
         row = metrics.row(200, 800, 100, 4.0, {"time/acting": 0.7, "replay/fill": np.float32(0.5)})
     assert list(row)[: len(m.NAMES)] == list(m.NAMES)
-    assert m.read_rows(tmp_path / m.METRICS_FILE) == [row]
+    assert run_folders.read_rows(tmp_path / m.METRICS_FILE) == [row]
     known = {name: value for name, value in row.items() if value is not None}
     assert known == {
         "env_steps": 200,
@@ -146,7 +147,7 @@ def test_two_runs_write_the_same_bytes_aside_from_the_clock(tmp_path: Path) -> N
                 metrics.record(name, jnp.float32(1 / 3))
             clock = {"time/acting": time.perf_counter(), "evaluation/wall_s": time.perf_counter()}
             metrics.row(10, 40, 5, time.perf_counter(), clock)
-        row = m.read_rows(tmp_path / run / m.METRICS_FILE)[0]
+        row = run_folders.read_rows(tmp_path / run / m.METRICS_FILE)[0]
         lines.append((json.dumps(row), json.dumps(m.without_wall_clock(row))))
     assert lines[0][0] != lines[1][0]
     assert lines[0][1] == lines[1][1]
@@ -243,7 +244,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b'{"env_st\n' + lines[2])
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: .*delete this line"):
-        m.read_rows(path)
+        run_folders.read_rows(path)
 
 
 def test_state_continues_the_window_and_the_open_interval(tmp_path: Path) -> None:
@@ -272,6 +273,7 @@ def test_state_continues_the_window_and_the_open_interval(tmp_path: Path) -> Non
 WRITER = """
 import sys, time
 from rlx import metrics as m
+from rlx import run_folders
 settings = m.Logging(every_env_steps=1, window_episodes=3, tensorboard=False, wandb=None, 
     console="off",
                      console_every_s=1.0)
@@ -418,6 +420,7 @@ def test_params_sha256_sees_names_dtypes_shapes_and_bits() -> None:
 WANDB = """
 import sys
 from rlx import metrics as m
+from rlx import run_folders
 settings = m.Logging(every_env_steps=1, window_episodes=3, tensorboard=False, wandb="mine",
                      console="off", console_every_s=1.0)
 resumed = int(sys.argv[2]) if len(sys.argv) > 2 else None

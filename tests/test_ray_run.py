@@ -27,9 +27,9 @@ from ray.cluster_utils import Cluster
 
 import rlx
 from rlx.acting.ray_fleet import Fleet, Slot
-from rlx.metrics import read_rows
 from rlx.problems import ConfigError
 from rlx.ray_evaluator import RayEvaluator
+from rlx.run_folders import read_rows
 from rlx.stages import Stages
 from rlx.types import Evaluated, Rollout
 from tests.acting.test_ray_pool import assert_in_order_and_once, streams, wait_for

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from rlx import atari, report_figures, report_page, results, study
-from rlx.metrics import read_rows
 from rlx.problems import ConfigError
 from rlx.report import report_runs
 from rlx.report_page import markdown, markdown_table, page, plain_table
+from rlx.run_folders import read_rows
 from tests.sweeps import TASK
 from tests.test_results import begun, copied
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from rlx import report_figures, results, study
-from rlx.metrics import read_rows
+from rlx.run_folders import read_rows
 
 
 def begun(folder: Path, state: str | None = None, **settings) -> Path:
@@ -75,7 +75,7 @@ def test_runs_without_a_process_or_a_state_are_listed(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     died = begun(tmp_path / "a", "running", seed=0)
-    begun(tmp_path / "b", seed=1)
+    os.utime(begun(tmp_path / "b", seed=1) / ".hydra" / "config.yaml", (0, 0))
     working = begun(tmp_path / "c" / "10", "running", seed=2)
     begun(tmp_path / "c" / "9", "interrupted", seed=3)
     for folder, pid in ((died, ended.pid), (working, os.getpid())):
@@ -83,8 +83,9 @@ def test_runs_without_a_process_or_a_state_are_listed(tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": pid}))
     table = results.runs(tmp_path)
     assert table["run"].tolist() == ["a", "b", "c/9", "c/10"]
-    assert table["state"].tolist() == ["died", "not begun", "interrupted", "running"]
-    assert "process is gone" in table["error"][0]
+    assert table["state"].tolist() == ["died", "died", "interrupted", "running"]
+    assert f"process {ended.pid} is gone" in table["error"][0]
+    assert "left no status.json" in table["error"][1]
     assert len(results.load(tmp_path)) == 4  # without metrics, but there
 
 

@@ -27,11 +27,12 @@ from rlx.config import plain
 from rlx.envs.envpool import EnvPoolLanes
 from rlx.keeper import Keeper
 from rlx.learner import Learner
-from rlx.metrics import Metrics, read_rows, without_wall_clock
+from rlx.metrics import Metrics, without_wall_clock
 from rlx.nonfinite import NonFinite
 from rlx.problems import ConfigError
 from rlx.replay.process import ReplayLost
 from rlx.replay.snapshots import Snapshots
+from rlx.run_folders import read_rows
 from rlx.stages import Stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -568,7 +569,7 @@ def test_two_actors_give_the_data_of_one(loops, monkeypatch, tmp_path):
         lanes = (f"acting.instances={instances}", f"acting.envs_per_actor={LANES // instances}")
         run(tmp_path / str(instances), *lanes, random, "exploration.exponent=0.0", "seed=5")
         told[instances] = list(episodes)
-        stored = loops[-1].parts.replay._ring._slot
+        stored = loops[-1].parts.replay._ring.index.slot
         assert set(stored.lane[stored.key >= 0].tolist()) == set(range(LANES))
     for lane in range(LANES):
         one, two = ([e for e in told[n] if e.lane == lane] for n in (1, 2))

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import rlx
+from rlx import diff, results
+from rlx.problems import ConfigError
+from rlx.run_folders import (
+    RunFolder,
+    find,
+    load_yaml,
+    next_resume,
+    number,
+    parse_settings,
+    settings_now,
+)
+from rlx.watch_runs import Runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,3 +58,190 @@ def test_a_run_of_an_earlier_rlx_is_loaded_and_resumed(run):
     assert (now["evaluation"]["_target_"], now["seed"]) == ("rlx.playing.Evaluation", 0)
     assert now["total_env_steps"] == 600
     assert "rlx.evaluate.Evaluation" in saved.read_text()  # what the run began with stays
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+QUICK = ("evaluation.final_episodes=0", "logging.console=off")
+
+
+def watched(run: Path) -> dict[str, Any]:
+    (found,) = Runs(run.parent).all()
+    return found
+
+
+def test_what_a_resume_changed_stays_changed_for_every_reader(run):
+    changed = ("env.max_episode_steps=7", "agent.optimizer.learning_rate=2e-3", "tags=[again]")
+    command("train", f"resume={run}", "total_env_steps=600", *changed, *QUICK)
+    command("train", f"resume={run}", "total_env_steps=700", *QUICK)  # says nothing of the rest
+    now = settings_now(run)
+    assert (now["total_env_steps"], now["env"]["max_episode_steps"]) == (700, 7)
+    assert (now["agent"]["optimizer"]["learning_rate"], now["tags"]) == (2e-3, ["again"])
+    loaded = rlx.load(run)
+    assert loaded.cfg.env.max_episode_steps == 7
+    assert loaded.family.max_episode_steps == 7
+    command("evaluate", f"run={run}", "episodes=3")
+    assert max(RunFolder(run).evaluations[-1]["returns"]) <= 7  # CartPole pays 1 per env step
+    command("export", f"run={run}")
+    (found,) = results.read(run)
+    assert found.settings["env.max_episode_steps"] == 7
+    assert diff.read_settings(run)["env.max_episode_steps"] == 7
+    assert watched(run)["total_env_steps"] == 700
+    assert {*changed, "total_env_steps=700"} <= set(watched(run)["overrides"])
+    assert "total_env_steps=600" not in watched(run)["overrides"]
+
+
+def test_a_resume_from_python_keeps_its_settings_as_one_by_command_does(run):
+    def resume(**changes: Any) -> None:
+        cfg = rlx.load(run).cfg
+        cfg.evaluation.final_episodes = 0
+        cfg.resume = str(run)
+        for key, value in changes.items():
+            cfg[key] = value
+        rlx.run(cfg)
+
+    resume(total_env_steps=600)
+    assert settings_now(run)["total_env_steps"] == 600
+    resume()  # changes nothing
+    assert next_resume(run).name == "resume-2"
+    with pytest.raises(ConfigError):
+        resume(seed=-1)
+    with pytest.raises(ConfigError, match="prefetch"):  # refused when it starts
+        resume(deterministic=True, replay={**rlx.load(run).cfg.replay, "prefetch": 1})
+    assert next_resume(run).name == "resume-2"
+    assert rlx.load(run).cfg.total_env_steps == 600
+
+
+def test_settings_that_cannot_be_read_are_one_line_that_names_the_file(run):
+    later = next_resume(run) / "config.yaml"
+    later.parent.mkdir()
+    for content in ("a: [1", "[1]", "", "a: !!python/object/apply:os.getcwd []"):
+        later.write_text(content)
+        with pytest.raises(ConfigError, match=rf"run={later}: cannot be read \(.*\); restore"):
+            rlx.load(run)
+    for name, key in (("evaluate", "run"), ("export", "run"), ("train", "resume")):
+        (line,) = command(name, f"{key}={run}", status=2).splitlines()
+        assert f"{key}={later}: cannot be read" in line
+
+
+def test_numbers_and_interpolations_are_read_as_hydra_reads_them():
+    text = b"a: 1e-3\nb: ${c.d}\nc: {d: [1, x]}\ne: 2.5E+3\nf: 1e\ng: '1e5'"
+    assert parse_settings(text) == {
+        "a": 0.001,
+        "b": [1, "x"],
+        "c": {"d": [1, "x"]},
+        "e": 2500.0,
+        "f": "1e",
+        "g": "1e5",
+    }
+    assert parse_settings(b"a: ${nope}") == {"a": "${nope}"}
+    assert parse_settings(text, resolve=False)["b"] == "${c.d}"
+    assert load_yaml(b"x: 10\ny: 0.5\nz: 1e5") == {"x": 10, "y": 0.5, "z": 1e5}
+
+
+# --- states --------------------------------------------------------------------------------------
+
+
+def gone() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "note"),
+    [
+        (None, "starting", ""),
+        ({"state": [1]}, "starting", ""),
+        ({"state": "running"}, "running", ""),
+        ({"state": "running", "pid": "gone"}, "died", "is gone; resume="),
+        ({"state": "starting", "pid": "gone"}, "died", "is gone; resume="),
+        ({"state": "running", "pid": "gone", "host": "elsewhere"}, "running", ""),
+        ({"state": "running", "updated_at": "2026-01-01T00:00:00+00:00"}, "silent", "told nothing"),
+        ({"state": "finished", "pid": "gone"}, "finished", ""),
+        ({"state": "interrupted"}, "interrupted", ""),
+        ({"state": "failed", "error": "OSError: x"}, "failed", "OSError: x"),
+    ],
+)
+def test_all_readers_tell_the_same_state(run, status, state, note):
+    (run / ".hydra" / "config.yaml").touch()
+    (run / "status.json").unlink()
+    if status is not None:
+        told = {"pid": os.getpid(), "host": platform.node()}
+        told |= {"updated_at": datetime.now(UTC).isoformat()} | status
+        told |= {"pid": gone()} if told["pid"] == "gone" else {}
+        (run / "status.json").write_text(json.dumps(told))
+    found_state, found_note = RunFolder(run).state()
+    assert found_state == state
+    assert found_note == note or (note and note in found_note)
+    (read,) = results.read(run)
+    assert (read.state, read.error or "") == (state, found_note)
+    assert (watched(run)["state"], watched(run)["note"]) == (state, found_note)
+    assert diff.describe(run)["result"]["state"] == state
+
+
+def test_a_run_that_never_said_anything_has_died_after_a_while(run):
+    (run / "status.json").unlink()
+    os.utime(run / ".hydra" / "config.yaml", (0, 0))
+    assert RunFolder(run).state()[0] == "died"
+
+
+# --- folders and files ---------------------------------------------------------------------------
+
+
+def test_runs_are_found_where_hydra_puts_them_and_none_inside_another(tmp_path):
+    marked = ("2026-11-20/12-00-00", "multi/2026/10", "multi/2026/9", "a", "a/learners/0", ".b/run")
+    for name in marked:
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "status.json").write_text("{}")
+    for name in ("c/.hydra", "d"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "c" / ".hydra" / "config.yaml").write_text("")
+    (tmp_path / "d" / "metrics.jsonl").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path)
+    names = [path.relative_to(tmp_path).as_posix() for path in find(tmp_path)]
+    assert names == ["a", "c", "d", "multi/2026/9", "multi/2026/10", "2026-11-20/12-00-00"]
+    assert find(tmp_path / "a") == [tmp_path / "a"]
+    assert [read.name for read in results.read(tmp_path)] == names
+    assert [one["name"] for one in Runs(tmp_path).all()] == names
+
+
+def test_a_file_is_read_again_when_it_changed_and_not_before(run):
+    folder, path = RunFolder(run), run / "summary.json"
+    assert folder.summary is folder.summary
+    before = path.stat()
+    path.write_text(json.dumps(folder.summary | {"updates": 77}, indent=2))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert folder.summary["updates"] == 77
+    path.unlink()
+    assert folder.summary == {}
+
+
+def test_the_tenth_resume_is_newer_than_the_second_and_odd_names_are_none(run):
+    for name, steps in (
+        ("2", 22),
+        ("10", 1010),
+        ("9", 99),
+        ("\u00b2", 5),
+        ("11x", 6),
+        ("12", None),
+    ):
+        folder = run / ".hydra" / f"resume-{name}"
+        folder.mkdir()
+        if steps is not None:
+            (folder / "config.yaml").write_text(f"total_env_steps: {steps}\n")
+    assert settings_now(run) == {"total_env_steps": 1010}
+    assert next_resume(run).name == "resume-13"
+
+
+def test_only_finite_numbers_are_numbers():
+    odd = [True, "1", None, float("nan"), float("inf"), 10**400]
+    assert [number(value) for value in odd] == [None] * 6
+    assert number(3) == 3
+
+
+def test_it_loads_neither_jax_nor_pandas():
+    code = "import sys, rlx.run_folders; print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert not set(ast.literal_eval(done.stdout)) & {"jax", "pandas", "numpy", "hydra", "omegaconf"}

@@ -25,7 +25,7 @@ import pytest
 from rlx import watch
 from rlx.options import read_options
 from rlx.problems import ConfigError
-from rlx.watch_runs import EVALUATION, TRAIN, RowsFile, Runs, find, number, thin
+from rlx.watch_runs import EVALUATION, TRAIN, RowsFile, Runs, thin
 from tests.test_run import EVALUATED, ROOT, TINY
 
 HOSTILE = "<img src=x onerror='document.title=1'> & no more"
@@ -331,18 +331,14 @@ def test_what_may_not_be_read_does_not_stop_the_others(tmp_path, closed):
     assert found == {"folder": "finished", "open": "finished"}
 
 
-def test_runs_are_found_where_hydra_puts_them_and_none_inside_another(tmp_path):
-    for name in ("2026-11-20/12-00-00", "multi/2026/0", "a/learners/0", ".hidden/run", "a"):
-        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+def test_a_run_that_went_away_is_left_out(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
         (tmp_path / name / "status.json").write_text("{}")
-    (tmp_path / "link").symlink_to(tmp_path)
-    names = [path.relative_to(tmp_path).as_posix() for path in find(tmp_path)]
-    assert names == ["2026-11-20/12-00-00", "a", "multi/2026/0"]
-    assert list(find(tmp_path / "a")) == [tmp_path / "a"]
     runs = Runs(tmp_path)
-    assert len(runs.all()) == 3
-    shutil.rmtree(tmp_path / "a")
     assert len(runs.all()) == 2
+    shutil.rmtree(tmp_path / "a")
+    assert len(runs.all()) == 1
 
 
 def test_small_parts():
@@ -350,8 +346,6 @@ def test_small_parts():
     xs, ys = thin(pairs, 11)
     assert (len(xs), xs[-1], ys[-1], ys[0]) == (11, 1000, 0, 0.5)
     assert thin(pairs[:3], 11) == [[0, 1, 2], [0, 1, 0]]
-    odd = [True, "1", None, float("nan"), float("inf"), 10**400]
-    assert [number(value) for value in odd] == [None] * 6
 
 
 # --- the server ----------------------------------------------------------------------------------

@@ -11,11 +11,9 @@ import numpy as np
 
 from rlx import trees
 from rlx.acting.blocks import BlockWriter, Index, row_spec
+from rlx.acting.inputs import InputTracker
 from rlx.interfaces import Env, Exploration
 from rlx.types import Carry, Episode, NetInput, Request, Rollout, SequenceSpec, Timestep, Weights
-
-NO_ACTION = -1
-ONE = np.int32(1)
 
 
 class ActingPolicy(Protocol):
@@ -27,40 +25,6 @@ class ActingPolicy(Protocol):
     def start(self, inputs: NetInput, lane: np.ndarray | None, exploration: np.ndarray) -> Any: ...
     def finish(self, started: Any) -> tuple[np.ndarray, Any]: ...
     def carry(self, lane: np.ndarray) -> Carry: ...
-
-
-class InputTracker:
-    """Makes of each lane's timesteps what the network reads: previous action and reward, time."""
-
-    def __init__(self, lanes: int) -> None:
-        self._all = np.arange(lanes, dtype=np.int32)
-        self._action = np.full(lanes, NO_ACTION, np.int32)
-        self._time = np.zeros(lanes, np.int32)
-
-    def index(self, lane: np.ndarray) -> Index:
-        """How to index these lanes: as a slice if it is all of them in order (much cheaper)."""
-        if len(lane) == len(self._all) and (lane == self._all).all():
-            return slice(None)
-        return lane.astype(np.intp)  # NumPy indexes by intp several times faster than by int32
-
-    def inputs(self, timestep: Timestep, index: Index) -> NetInput:
-        """[n, ...] for the lanes of this answer."""
-        first = timestep.first
-        time = self._time[index] + ONE
-        prev_action = self._action[index].copy()
-        time[first], prev_action[first] = 0, NO_ACTION
-        self._time[index] = time
-        return NetInput(
-            observation=timestep.observation,
-            prev_action=prev_action,
-            prev_reward=timestep.reward,  # 0 where first
-            time=time,
-            first=first,
-        )
-
-    def acted(self, index: Index, action: np.ndarray) -> None:
-        """Remembers the actions just chosen."""
-        self._action[index] = action
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +65,7 @@ class Actor:
         self._total_lanes = total_lanes
         self._chain = np.full(env.lanes, chain, np.int32)
         self._global = np.arange(first_lane, first_lane + env.lanes, dtype=np.int32)
-        self._tracker = InputTracker(env.lanes)
+        self._tracker = InputTracker(env.lanes, env.spec.action)
         self._writer = BlockWriter(
             lanes=env.lanes,
             block_rows=sequence.block_rows,

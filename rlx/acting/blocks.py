@@ -21,7 +21,7 @@ def input_spec(spec: EnvSpec) -> NetInput:
 
     return NetInput(
         observation=dict(spec.observation),
-        prev_action=scalar("int32"),
+        prev_action=spec.action.array,
         prev_reward=scalar("float32"),
         time=scalar("int32"),
         first=scalar("bool"),
@@ -32,7 +32,7 @@ def row_spec(spec: EnvSpec, acting: Any) -> Row:
     """The ArraySpecs of one stored row."""
     return Row(
         inputs=input_spec(spec),
-        action=ArraySpec(shape=(), dtype="int32"),
+        action=spec.action.array,
         reward=ArraySpec(shape=(), dtype="float32"),
         discount=ArraySpec(shape=(), dtype="float32"),
         valid=ArraySpec(shape=(), dtype="bool"),

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx import trees
-from rlx.envs.common import NARROWED, Leaf, Outside, describe
+from rlx.acting.inputs import network_input
+from rlx.envs.actions import Actions, describe
+from rlx.envs.observations import NARROWED, Leaf, Outside
 from rlx.interfaces import Agent
-from rlx.types import Array, NetInput, Params
+from rlx.types import Array, DiscreteSpec, Params
 
 trees.register()
 
-NO_ACTION = -1
 CARRY = "carry/"  # begins the names of the carry's leaves in a state
 
 Arrays = dict[str, Array]
@@ -38,7 +39,8 @@ def state_shapes(agent: Agent, lanes: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """The leaves of a state of so many lanes; they may have any values where `first`."""
     one = trees.flatten(jax.eval_shape(lambda: agent.initial_carry(1)))
     carry = {CARRY + name: (leaf.shape[1:], leaf.dtype) for name, leaf in one.items()}
-    leaves = {"action": ((), jnp.int32), "time": ((), jnp.int32), **carry}
+    action = agent.spec.action.array
+    leaves = {"action": (action.shape, action.dtype), "time": ((), "int32"), **carry}
     return {
         name: jax.ShapeDtypeStruct((lanes, *shape), dtype)
         for name, (shape, dtype) in leaves.items()
@@ -58,23 +60,26 @@ def act_in_lanes(
 ) -> tuple[Array, Arrays]:
     """observation [N, *] as the environment gives it, reward f32[N], first bool[N], epsilon f32[N].
 
-    Returns (action i32[N] as the environment takes it, state). `state` and `reward` of a lane are
+    Returns (action [N, *] as the environment takes it, state). `state` and `reward` of a lane are
     not read where it is `first`; `key` is consumed.
     """
     like = jax.eval_shape(lambda: agent.initial_carry(1))
     carry = {name.removeprefix(CARRY): x for name, x in state.items() if name.startswith(CARRY)}
-    inputs = NetInput(
+    inputs = network_input(
         observation={
             leaf.source.name: leaf.read(observation[leaf.source.name]) for leaf in outside.leaves
         },
-        prev_action=jnp.where(first, NO_ACTION, state["action"]),
-        prev_reward=jnp.where(first, 0.0, reward),
-        time=jnp.where(first, 0, state["time"] + 1),
+        reward=reward,
         first=first,
+        last_action=state["action"],
+        last_time=state["time"],
+        action=agent.spec.action,
+        xp=jnp,
     )
     action, _, new = agent.act(params, inputs, trees.unflatten(like, carry), key, epsilon)
     after = {CARRY + name: x for name, x in trees.flatten(new).items()}
-    return action + outside.action_start, {"action": action, "time": inputs.time, **after}
+    taken = Actions(agent.spec.action, start=outside.action_start).outward(action)
+    return taken, {"action": action, "time": inputs.time, **after}
 
 
 # --- what is given -------------------------------------------------------------------------------
@@ -202,7 +207,13 @@ class Player:
                 self._params, arrays, rewards, firsts, state.leaves, state.key, each
             )
         after = State(leaves=leaves, key=key, lanes=lanes, player=self)
-        return (int(action[0]) if lanes is None else np.asarray(action)), after
+        return self._told(np.asarray(action), lanes), after
+
+    def _told(self, action: np.ndarray, lanes: int | None) -> Any:
+        """Of one unbatched environment an int, or the array of one action."""
+        if lanes is not None:
+            return action
+        return int(action[0]) if isinstance(self._agent.spec.action, DiscreteSpec) else action[0]
 
     def _exploration(self, greedy: bool | None, epsilon: float | None) -> float:
         """0 is greedy, 1 is as the agent samples."""

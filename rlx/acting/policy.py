@@ -74,7 +74,7 @@ class Policy:
         return action, acting, n
 
     def finish(self, started: Any) -> tuple[np.ndarray, Any]:
-        """(action i32[n], the agent's record of acting time [n]) of a `start`."""
+        """(action [n, *], the agent's record of acting time [n]) of a `start`."""
         action, acting, n = started
         return np.asarray(action)[:n], jax.tree.map(lambda x: np.asarray(x)[:n], acting)
 

@@ -56,7 +56,7 @@ class RemoteEnv:
         return self._answer(self._env.reset())
 
     def step(self, action: np.ndarray, lane: np.ndarray) -> Step:
-        """Acts in these lanes: i32[n] or f32[n, *], and i32[n]."""
+        """Acts in these lanes: action [n, *] as the spec says, lane i32[n]."""
         assert self._env is not None
         # The object store's arrays are read-only, which EnvPool refuses.
         return self._answer(self._env.step(action, np.array(lane)))

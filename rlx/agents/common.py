@@ -24,6 +24,7 @@ from rlx.types import (
     EnvSpec,
     NetInput,
     Params,
+    SequenceSpec,
     TrainState,
     UpdateOutput,
 )
@@ -90,6 +91,21 @@ def explore(key: Array, mode: Array, sample: Array, exploration: Array) -> Array
 # --- unrolling -----------------------------------------------------------------------------------
 
 
+def require_starts(sequence: SequenceSpec, network: Network) -> None:
+    """Raises ValueError where sequences would start at rows that cannot be unrolled from."""
+    stride, block_rows = sequence.stride, sequence.block_rows
+    if stride % block_rows == 0:
+        return
+    given = f"agent.stride={stride} must be a multiple"
+    if block_rows % stride:
+        raise ValueError(f"{given} or a divisor of agent.block_rows={block_rows}.")
+    if network.is_recurrent:
+        raise ValueError(
+            f"{given} of agent.block_rows={block_rows}: sequences of a recurrent network start "
+            "where a carry is stored."
+        )
+
+
 def time_major(tree: Any) -> Any:
     """[B, L, ...] -> [L, B, ...]."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
@@ -106,8 +122,12 @@ def add_time(inputs: NetInput) -> NetInput:
 
 
 def batch_inputs(batch: Batch) -> NetInput:
-    """All that the network reads of a batch, time-major: the input after the last row is last."""
-    inputs: NetInput = time_major(batch.rows.inputs)
+    """All that the network reads of a batch, [L + 1, B, ...]; after the rows' comes `next`."""
+
+    def joined(rows: Array, after: Array) -> Array:
+        return jnp.concatenate([jnp.swapaxes(rows, 0, 1), after[None]])
+
+    inputs: NetInput = jax.tree.map(joined, batch.rows.inputs, batch.next)
     return inputs
 
 

@@ -61,7 +61,7 @@ class DQN:
 
     def __post_init__(self) -> None:
         common.require_discrete("dqn", self.spec)
-        q_learning.require_starts(self)
+        common.require_starts(self.sequence, self.network)
 
     @property
     def sequence(self) -> SequenceSpec:

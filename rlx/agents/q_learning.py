@@ -107,16 +107,6 @@ def sequence_of(agent: ValueAgent) -> SequenceSpec:
     )
 
 
-def require_starts(agent: ValueAgent) -> None:
-    """Raises ValueError where sequences would start at rows without a carry."""
-    sequence = sequence_of(agent)
-    if agent.network.is_recurrent and sequence.stride % sequence.block_rows:
-        raise ValueError(
-            f"agent.stride={sequence.stride} must be a multiple of "
-            f"agent.block_rows={sequence.block_rows}: sequences start where a carry is stored."
-        )
-
-
 def initial_carry(agent: Any, batch: int) -> Carry:
     """The carry before an episode's first row, for `batch` lanes."""
     carry: Carry = agent.network.initial_carry(batch)
@@ -258,10 +248,15 @@ def value_targets(
 
 
 def acting_priorities(rows: Row, burn_in: int, unroll: int, **targets: Any) -> np.ndarray:
-    """f32[M, T] of scalars [M, L]: absolute TD errors of acting time, -1 where not valid.
+    """f32[M, T] of scalars [M, L + 1]: absolute TD errors of acting time, -1 where not valid.
 
     The online network is its own target: equal to the learner's errors when its online and target
     parameters are those that acted. targets: the keywords of `value_targets`.
+
+    DEPARTS: of a sequence that ends with a block the value after its last row is not known yet (it
+    is acted on in the next block). The last row is given in its place (`interfaces.Prioritizing`),
+    so its value is the bootstrap of the last trained row, until that row is trained on. All other
+    rows, and all rows of other sequences, are exact.
     """
     rows = _numpy_time_major(rows, burn_in)
     target = value_targets(rows, rows.acting.q_max, **targets, xp=np)

@@ -64,7 +64,7 @@ class R2D2:
 
     def __post_init__(self) -> None:
         common.require_discrete("r2d2", self.spec)
-        q_learning.require_starts(self)
+        common.require_starts(self.sequence, self.network)
 
     @property
     def sequence(self) -> SequenceSpec:

@@ -4,6 +4,7 @@ Every trap of EnvPool 1.2 that rlx knows of is handled here and nowhere else:
 - The step after an episode's end ignores its action and answers the next first observation.
 - Asynchronous answers come in any order: everything is indexed by `info:env_id`.
 - It checks no actions, and a wrong call aborts the process: `Stream.claim` checks before it.
+- It clips no actions either, MuJoCo's least of all: `Actions.outward` does.
 - Its `terminated` is False when a game is over exactly at the time limit; Atari's info tells the
   truth. Other environments tell it nowhere: there such an end counts as truncated.
 - Its `reward` may be clipped; Atari's info has the raw one.
@@ -27,21 +28,28 @@ from typing import Annotated, Any, ClassVar
 import envpool
 import numpy as np
 
-from rlx.envs.common import (
+from rlx.envs.actions import Actions
+from rlx.envs.lanes import OneThread, Stream, check_lane, check_lanes_and_seeds
+from rlx.envs.observations import (
     Leaf,
-    OneThread,
     Outside,
     Reader,
     Source,
-    Stream,
-    check_lane,
-    check_lanes_and_seeds,
     leaf_name,
     nearest,
     outside,
     select,
 )
-from rlx.types import BoxSpec, DiscreteSpec, EnvSpec, Episode, Range, Timestep
+from rlx.types import (
+    ActionSpec,
+    BoxSpec,
+    DiscreteSpec,
+    EnvSpec,
+    Episode,
+    MultiDiscreteSpec,
+    Range,
+    Timestep,
+)
 
 # Names of EnvPool's own configuration that `options` may not set, and what to do instead.
 RESERVED = {
@@ -183,13 +191,16 @@ class EnvPoolLanes:
         self.lanes: int = config["num_envs"]
         self._pool = pool
         self._answer_names = pool._state_keys
-        self._action_dtype = np.dtype(pool.spec.action_array_spec[pool._action_keys[-1]].dtype)
+        dtype = pool.spec.action_array_spec[pool._action_keys[-1]].dtype
+        self._actions = Actions(spec.action, dtype=dtype)
         self._read = reader
         self._render = render
         # A synchronous pool answers any subset, an asynchronous one only whole batches.
         batch_size: int = config["batch_size"]
         least = batch_size if batch_size < self.lanes else 1
-        self._stream = Stream(lanes=self.lanes, spec=spec, least_in_flight=least)
+        self._stream = Stream(
+            lanes=self.lanes, spec=spec, actions=self._actions, least_in_flight=least
+        )
         self._one_thread = OneThread("one EnvPool environment")
         self._started = False
         self._atari = _is_atari(config)
@@ -210,7 +221,7 @@ class EnvPoolLanes:
     def step(self, action: np.ndarray, lane: np.ndarray) -> Timestep:
         """Acts in these lanes; answers them, or the first `batch_size` ready ones.
 
-        action: i32[n] or f32[n, *]; lane: i32[n], lanes that wait for an action, each once.
+        action [n, *] as the spec says; lane: i32[n], lanes that wait for an action, each once.
         """
         self.send(action, lane)
         return self.recv()
@@ -219,7 +230,8 @@ class EnvPoolLanes:
         """The first half of `step`: the lanes begin to step, on EnvPool's threads."""
         with self._one_thread:
             self._stream.claim(action, lane)
-            action = action.astype(self._action_dtype, order="C")  # a copy: it wants a writable one
+            # A copy, as `outward` makes one: EnvPool wants it writable.
+            action = np.ascontiguousarray(self._actions.outward(action))
             self._pool._send([lane, lane, action])  # environment, player, action
             self._stream.count()
 
@@ -316,7 +328,7 @@ def _sources(raw: Any) -> list[Source]:
     return found
 
 
-def _action_spec(env_id: str, raw: Any) -> DiscreteSpec | BoxSpec:
+def _action_spec(env_id: str, raw: Any) -> ActionSpec:
     actions = {k: v for k, v in raw.action_array_spec.items() if not k.endswith("env_id")}
     if raw.config.max_num_players > 1 or len(actions) != 1:
         raise ValueError(
@@ -328,12 +340,14 @@ def _action_spec(env_id: str, raw: Any) -> DiscreteSpec | BoxSpec:
     dtype = np.dtype(spec.dtype)
     if dtype.kind == "f":
         return _box_spec(spec, shape, dtype)
-    if dtype.kind != "i" or shape != () or int(spec.minimum) != 0:
+    first, last = np.broadcast_to(spec.minimum, shape), np.broadcast_to(spec.maximum, shape)
+    if dtype.kind != "i" or len(shape) > 1 or first.any():
         raise ValueError(
             f"env.id={env_id!r} takes {dtype.name}{list(shape)} actions from {spec.minimum}; "
-            "accepted: discrete ones from 0, and boxes of floats"
+            "accepted: discrete ones from 0, one or a row of them, and boxes of floats"
         )
-    return DiscreteSpec(n=int(spec.maximum) + 1)
+    counts = (last.astype(int) + 1).tolist()
+    return MultiDiscreteSpec(counts=tuple(counts)) if shape else DiscreteSpec(n=counts)
 
 
 def _box_spec(spec: Any, shape: tuple[int, ...], dtype: np.dtype) -> BoxSpec:

@@ -17,21 +17,28 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from rlx.envs.common import (
+from rlx.envs.actions import Actions, Start
+from rlx.envs.lanes import OneThread, Stream, check_lane, check_lanes_and_seeds
+from rlx.envs.observations import (
     Leaf,
-    OneThread,
     Outside,
     Reader,
     Source,
-    Stream,
-    check_lane,
-    check_lanes_and_seeds,
     leaf_name,
     nearest,
     outside,
     select,
 )
-from rlx.types import BoxSpec, DiscreteSpec, EnvSpec, Episode, Range, Timestep
+from rlx.types import (
+    ActionSpec,
+    BoxSpec,
+    DiscreteSpec,
+    EnvSpec,
+    Episode,
+    MultiDiscreteSpec,
+    Range,
+    Timestep,
+)
 
 VECTOR = ("sync", "async")
 # Keywords of `gymnasium.make` and `make_vec` that `kwargs` may not set, and what to do instead.
@@ -51,7 +58,8 @@ RESERVED = {
 class Gymnasium:
     """The settings of a gymnasium environment (an `interfaces.EnvFamily`).
 
-    float64 observations are cast to float32, int64 ones to int32; float actions are float32.
+    float64 observations are cast to float32, int64 ones to int32; actions reach the environment
+    in its own dtype.
     """
 
     id: str
@@ -104,7 +112,9 @@ class Gymnasium:
             spec=spec,
             reader=reader,
             seeds=checked,
-            action_start=own.action_start,
+            actions=Actions(
+                spec.action, start=own.action_start, dtype=vector.single_action_space.dtype
+            ),
             render=render,
         )
 
@@ -148,7 +158,7 @@ class GymnasiumLanes:
         spec: EnvSpec,
         reader: Reader,
         seeds: list[int],
-        action_start: int,
+        actions: Actions,
         render: bool,
     ) -> None:
         self.spec = spec
@@ -156,9 +166,11 @@ class GymnasiumLanes:
         self._vector = vector
         self._read = reader
         self._seeds: list[int] | None = seeds
-        self._action_start = action_start
+        self._actions = actions
         self._render = render
-        self._stream = Stream(lanes=self.lanes, spec=spec, least_in_flight=self.lanes)
+        self._stream = Stream(
+            lanes=self.lanes, spec=spec, actions=actions, least_in_flight=self.lanes
+        )
         self._sent: tuple[np.ndarray, np.ndarray] | None = None
         self._pictures: Any = None  # of all lanes, until the next answer: they come together
         self._one_thread = OneThread("one gymnasium environment")
@@ -173,7 +185,7 @@ class GymnasiumLanes:
             return self._answer(raw, np.zeros(self.lanes), no, no.copy(), self._all_lanes())
 
     def step(self, action: np.ndarray, lane: np.ndarray) -> Timestep:
-        """Acts in all lanes. action: i32[N] or f32[N, *]; lane: i32[N], each lane once."""
+        """Acts in all lanes. action [N, *] as the spec says; lane: i32[N], each lane once."""
         self.send(action, lane)
         return self.recv()
 
@@ -182,8 +194,8 @@ class GymnasiumLanes:
         with self._one_thread:
             self._stream.claim(action, lane)
             ordered = np.empty_like(action)
-            ordered[lane] = action + self._action_start if self._action_start else action
-            self._sent = ordered, lane
+            ordered[lane] = action
+            self._sent = self._actions.outward(ordered), lane
 
     def recv(self) -> Timestep:
         """The second half of `step`: acts in all lanes."""
@@ -277,11 +289,21 @@ def _sources(env_id: str, space: Any, path: tuple[str, ...] = ()) -> list[Source
     return [Source(name=leaf_name(path), path=path, shape=shape, dtype=dtype)]
 
 
-def _action_spec(env_id: str, space: Any) -> tuple[DiscreteSpec | BoxSpec, int]:
-    """The action's spec and the number of the first action (0 of a box)."""
-    if isinstance(space, gymnasium.spaces.Discrete):
+def _action_spec(env_id: str, space: Any) -> tuple[ActionSpec, Start]:
+    """The action's spec and the number of the first action."""
+    spaces = gymnasium.spaces
+    if isinstance(space, spaces.Discrete):
         return DiscreteSpec(n=int(space.n)), int(space.start)
-    if isinstance(space, gymnasium.spaces.Box) and space.dtype.kind == "f":
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
+        counts = MultiDiscreteSpec(counts=tuple(space.nvec.tolist()))
+        return counts, tuple(space.start.tolist())
+    if isinstance(space, spaces.MultiBinary) and len(space.shape) == 1:
+        return MultiDiscreteSpec(counts=(2,) * space.shape[0]), 0
+    if isinstance(space, spaces.Box) and space.dtype.kind == "f":
         low, high = space.low.ravel().tolist(), space.high.ravel().tolist()
         return BoxSpec(shape=tuple(space.shape), low=tuple(low), high=tuple(high)), 0
-    raise ValueError(f"env.id={env_id!r} takes {space}; accepted: Discrete, and Box of floats")
+    told = " ".join(str(space).split())  # arrays print over several lines
+    raise ValueError(
+        f"env.id={env_id!r} takes {told}; accepted: Discrete, MultiDiscrete and MultiBinary of "
+        "one axis, and Box of floats"
+    )

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlx.networks.actions import encode_action
+from rlx.networks.actions import encode_previous
 from rlx.networks.cores import Core, initial_frames, stack_frames
 from rlx.networks.heads import Head
 from rlx.networks.torsos import Torso
@@ -48,7 +48,11 @@ def _features(net: RecurrentNetwork, inputs: NetInput, core: Any) -> tuple[Array
     """Inside a module's call: its submodules are made here."""
     dtype = jnp.dtype(net.compute_dtype)
     time, batch = inputs.first.shape
-    flat = {k: v.reshape(time * batch, *v.shape[2:]) for k, v in inputs.observation.items()}
+    flat = {
+        name: leaf.reshape(time * batch, *leaf.shape[2:])
+        for name, leaf in inputs.observation.items()
+        if name != net.spec.action_mask  # agents read it, not torsos
+    }
     x = net.torso.copy(name="torso")(flat, dtype)
     if net.dense_before_core is not None:
         x = nn.relu(nn.Dense(net.dense_before_core, dtype=dtype, name="dense_before_core")(x))
@@ -57,7 +61,7 @@ def _features(net: RecurrentNetwork, inputs: NetInput, core: Any) -> tuple[Array
     x = x.reshape(time, batch, -1)
     extra = [x]
     if net.prev_action:
-        extra.append(encode_action(inputs.prev_action, net.spec.action, dtype))
+        extra.append(encode_previous(inputs.prev_action, inputs.first, net.spec.action, dtype))
     if net.prev_reward:
         extra.append(inputs.prev_reward[..., None].astype(dtype))
     x = jnp.concatenate(extra, axis=-1)
@@ -77,7 +81,7 @@ class RecurrentNetwork:
     layer_norm: bool  # after the torso
     core: Core
     stack: dict[str, Annotated[int, Range(ge=1)]]  # leaf -> frames the torso sees at once
-    prev_action: bool  # one-hot, into the core (R2D2, section 2.3)
+    prev_action: bool  # encoded (rlx.networks.actions), into the core (R2D2, section 2.3)
     prev_reward: bool  # after the agent's transform, into the core
     compute_dtype: Literal["float32", "bfloat16"]  # state, parameters and outputs stay float32
     spec: Runtime[EnvSpec]
@@ -106,11 +110,12 @@ class RecurrentNetwork:
 
         further: by the head's name, examples [1, 1, ...] of what it reads beside the features.
         """
+        action = self.spec.action.array
         row = NetInput(
             observation={
                 k: jnp.zeros((1, 1, *s.shape), s.dtype) for k, s in self.spec.observation.items()
             },
-            prev_action=jnp.zeros((1, 1), jnp.int32),
+            prev_action=jnp.zeros((1, 1, *action.shape), action.dtype),
             prev_reward=jnp.zeros((1, 1), jnp.float32),
             time=jnp.zeros((1, 1), jnp.int32),
             first=jnp.ones((1, 1), bool),

@@ -13,24 +13,22 @@ from rlx.types import ArraySpec, Leaves
 NOT_VALID = -1.0  # the priority of a row that has none
 
 
-def checked_leaves(
-    what: str, tree: Any, stored: Mapping[str, ArraySpec], leading: tuple[int, ...]
-) -> Leaves:
-    """The leaves of a rollout's tree [*leading, ...], if they are as the ring stores them."""
-    leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(tree).items()}
-    if leaves.keys() != stored.keys():
+def checked_leaves(what: str, given: Leaves, stored: Mapping[str, ArraySpec], blocks: int) -> None:
+    """Raises ValueError where leaves of blocks [M, ...] below `what` are not as they are stored."""
+    leaves = {path: leaf for path, leaf in given.items() if path.startswith(what)}
+    wanted = {path: spec for path, spec in stored.items() if path.startswith(what)}
+    if leaves.keys() != wanted.keys():
         raise ValueError(
-            f"A rollout's {what} have the leaves {sorted(leaves)}, the replay stores "
-            f"{sorted(stored)}; both must come from one spec."
+            f"A rollout has the leaves {sorted(leaves)}, the replay stores {sorted(wanted)}; both "
+            "must come from one spec."
         )
     for path, leaf in leaves.items():
-        want = stored[path]
-        if leaf.shape != (*leading, *want.shape) or leaf.dtype != want.dtype:
+        want = wanted[path]
+        if leaf.shape != (blocks, *want.shape) or leaf.dtype != want.dtype:
             raise ValueError(
-                f"A rollout's {what} leaf {path} is {leaf.dtype}{list(leaf.shape)}, the replay "
-                f"stores {want.dtype}{[*leading, *want.shape]}; convert it where it is made."
+                f"A rollout's leaf {path} is {leaf.dtype}{list(leaf.shape)}, the replay "
+                f"stores {want.dtype}{[blocks, *want.shape]}; convert it where it is made."
             )
-    return leaves
 
 
 def checked_buffers(tree: Any, batch_size: int) -> Leaves:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlx.replay.available import available_bytes
-from rlx.replay.storage import OBSERVATION, Arrays, Spread, leaf_nbytes
-from rlx.types import ArraySpec, Leaves
+from rlx.replay.block_spec import (
+    CARRY,
+    FIRST,
+    FRAMES,
+    INPUTS,
+    NEXT,
+    OBSERVATION,
+    ROWS,
+    BlockSpec,
+    Windows,
+)
+from rlx.replay.storage import Arrays
+from rlx.types import Leaves
 
 
 class DeviceArrays:
@@ -25,26 +36,17 @@ class DeviceArrays:
 
     in_place = False
 
-    def __init__(
-        self,
-        rows: Mapping[str, ArraySpec],
-        carry: Mapping[str, ArraySpec],
-        slots: int,
-        block_rows: int,
-        device: jax.Device | None = None,
-    ) -> None:
+    def __init__(self, spec: BlockSpec, slots: int, device: jax.Device | None = None) -> None:
         """device: None is the first one. Raises ValueError if it has not that much memory."""
         self._device = device or jax.local_devices()[0]
-        self._slots = slots
-        shapes = {f"rows/{p}": ((slots, block_rows, *s.shape), s) for p, s in rows.items()}
-        shapes |= {f"carry/{p}": ((slots, *s.shape), s) for p, s in carry.items()}
-        block = block_rows * sum(map(leaf_nbytes, rows.values()))
-        nbytes = slots * (block + sum(map(leaf_nbytes, carry.values())))
-        _check_fits(nbytes, self._device)
+        self._spec, self._slots = spec, slots
+        _check_fits(slots * spec.nbytes, self._device)
         with jax.default_device(self._device):
-            self._leaves = {p: jax.numpy.zeros(shape, s.dtype) for p, (shape, s) in shapes.items()}
-        scalars = {p: s for p, s in rows.items() if not p.startswith(OBSERVATION)}
-        self._scalars = Arrays(scalars, {}, slots, block_rows, np.zeros, Spread(1))
+            self._leaves = {
+                path: jax.numpy.zeros((slots, *leaf.shape), leaf.dtype)
+                for path, leaf in spec.stored.items()
+            }
+        self._scalars = Arrays(spec, slots, only=spec.scalars)
         # A write donates the arrays: nobody may be about to read them.
         self._lock = threading.Lock()
 
@@ -52,37 +54,49 @@ class DeviceArrays:
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in self._leaves.values()) + self._scalars.nbytes
 
-    def write(self, begin: int, rows: Leaves, carry: Leaves) -> None:
-        scalars = {p: x for p, x in rows.items() if not p.startswith(OBSERVATION)}
-        self._scalars.write(begin, scalars, {})
-        blocks = {f"rows/{p}": x for p, x in rows.items()}
-        blocks |= {f"carry/{p}": x for p, x in carry.items()}
-        count = len(next(iter(blocks.values())))
+    def write(self, begin: int, leaves: Leaves) -> None:
+        self._scalars.write(begin, leaves)
+        count = len(leaves[FIRST])
         slots = (begin + np.arange(count)) % self._slots
         size = 1 << (count - 1).bit_length()  # compiled for 1, 2, 4, ... blocks only
         at = np.full(size, self._slots, np.int32)  # outside: dropped
         at[:count] = slots
-        blocks = jax.device_put({p: _padded(x, size) for p, x in blocks.items()}, self._device)
+        blocks = jax.device_put({p: _padded(x, size) for p, x in leaves.items()}, self._device)
         with self._lock:
             self._leaves = _write(self._leaves, blocks, at)
 
-    def gather(self, slots: np.ndarray, rows: Leaves, carry: Leaves) -> None:
+    def gather(self, windows: Windows, out: Leaves) -> None:
         raise TypeError("what lies on a device is not copied into the host's buffers")
 
-    def take(self, slots: np.ndarray, length: int) -> tuple[Leaves, Leaves]:
-        """Windows i64[n, blocks] -> rows [n, length, ...] and carry [n, ...], on the device."""
+    def take(self, windows: Windows) -> Leaves:
+        """Windows as new arrays on the device: rows/, next/ and carry/."""
+        spec, length = self._spec, self._spec.sequence.length
+        slots = windows.slots.astype(np.int32)
+        if not spec.starts_inside:
+            with self._lock:
+                return _take_blocks(self._leaves, slots, length)
+        places = spec.places(windows)
+        at_end = np.zeros(len(windows), bool)
+        at_end[places.at_end] = True
+        last = slots[:, 0].copy()
+        last[places.at_end] = places.last_slot
+        where = {"rows": places.rows, "next": places.following}
+        before = self._scalars.frames_before(windows)
         with self._lock:
-            found = _take(self._leaves, slots.astype(np.int32), length)
-        return _below(found, "rows/"), _below(found, "carry/")
+            return _take_rows(
+                self._leaves,
+                {name: place.astype(np.int32) for name, place in where.items()},
+                {path: place.astype(np.int32) for path, place in before.items()},
+                {"first": slots[:, 0], "last": last, "at_end": at_end},
+            )
 
-    def scalars(self, slots: np.ndarray, length: int) -> Leaves:
-        return self._scalars.scalars(slots, length)
+    def scalars(self, windows: Windows) -> Leaves:
+        return self._scalars.scalars(windows)
 
-    def blocks(self, slots: np.ndarray) -> tuple[Leaves, Leaves]:
+    def blocks(self, slots: np.ndarray) -> Leaves:
         with self._lock:
             found = {p: leaf[slots.astype(np.int32)] for p, leaf in self._leaves.items()}
-        host = {p: np.asarray(leaf) for p, leaf in found.items()}
-        return _below(host, "rows/"), _below(host, "carry/")
+        return {p: np.asarray(leaf) for p, leaf in found.items()}
 
 
 def side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
@@ -118,18 +132,54 @@ def _write(leaves: Leaves, blocks: Leaves, at: Any) -> Leaves:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _take(leaves: Leaves, slots: Any, length: int) -> Leaves:
-    """Whole blocks are copied, then what is beyond the window is cut off."""
+def _take_blocks(leaves: Leaves, slots: Any, length: int) -> Leaves:
+    """Windows from blocks' first rows: whole blocks are copied, then what is beyond is cut off."""
+    found = {p: leaf[slots[:, 0]] for p, leaf in leaves.items() if p.startswith(CARRY)}
+    for path, leaf in leaves.items():
+        if path.startswith(ROWS):
+            some = leaf[slots]  # [n, blocks, K, ...]
+            rows = some.reshape(len(slots), -1, *leaf.shape[2:])
+            found[path] = rows[:, :length]
+            if path.startswith(INPUTS):
+                after = NEXT + path.removeprefix(INPUTS)
+                stored = leaves.get(after)
+                found[after] = rows[:, length] if stored is None else stored[slots[:, -1]]
+    return found
 
-    def window(leaf: Any) -> Any:
-        some = leaf[slots]  # [n, blocks, K, ...]
-        return some.reshape(len(slots), -1, *leaf.shape[2:])[:, :length]
 
-    return {
-        p: window(leaf) if p.startswith("rows/") else leaf[slots[:, 0]]
-        for p, leaf in leaves.items()
-    }
+@jax.jit
+def _take_rows(leaves: Leaves, where: Leaves, before: Leaves, ends: Leaves) -> Leaves:
+    """Windows from any row: see BlockSpec.places and .frames_before."""
+    found = {}
+    for path, leaf in leaves.items():
+        if path.startswith(CARRY):
+            name = OBSERVATION + path.removeprefix(FRAMES)
+            found[path] = _frames(leaf, leaves[name], ends["first"], before[path])
+        elif path.startswith(ROWS):
+            rows = leaf.reshape(-1, *leaf.shape[2:])
+            found[path] = rows[where["rows"]]
+            if path.startswith(INPUTS):
+                after, following = NEXT + path.removeprefix(INPUTS), rows[where["next"]]
+                found[after] = _ends(leaves.get(after), following, ends)
+    return found
 
 
-def _below(leaves: Leaves, name: str) -> Leaves:
-    return {p.removeprefix(name): leaf for p, leaf in leaves.items() if p.startswith(name)}
+def _frames(carry: Any, rows: Any, slots: Any, before: Any) -> Any:
+    """[n, S-1, ...]: frames of the rows, or below 0 of the carry."""
+    count = carry.shape[1]
+    of_rows = rows[slots[:, None], jax.numpy.maximum(before, 0)]
+    of_carry = carry[slots[:, None], jax.numpy.minimum(before, -1) + count]
+    return _where(before >= 0, of_rows, of_carry)
+
+
+def _ends(stored: Any, following: Any, ends: Leaves) -> Any:
+    if stored is None:
+        return following
+    return _where(ends["at_end"], stored[ends["last"]], following)
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    """Chooses along the leading axes."""
+    return jax.numpy.where(
+        condition.reshape(*condition.shape, *[1] * (a.ndim - condition.ndim)), a, b
+    )

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from rlx import trees
+from rlx.replay.block_spec import INPUTS
 from rlx.replay.segments import SEGMENT_BYTES, SegmentError, read_segment, write_segment
 from rlx.types import ArraySpec, Carry, Leaves, Rollout, Row, SequenceSpec
 
@@ -201,7 +202,9 @@ def read(folder: Path) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
 
 
 def _check_segment(path: Path, arrays: Mapping[str, np.ndarray], layout: Layout) -> None:
-    if lacking := [name for name in (*COLUMNS, *EPISODES, *layout.leaves) if name not in arrays]:
+    following = [f"next/{n.removeprefix(INPUTS)}" for n in layout.leaves if n.startswith(INPUTS)]
+    promised = (*COLUMNS, *EPISODES, *layout.leaves, *following)
+    if lacking := [name for name in promised if name not in arrays]:
         raise ValueError(f"{path}: has no {lacking[0]}, which {FILE} promises")
     n = len(arrays["lane"])
     for name, (shape, dtype) in layout.leaves.items():
@@ -221,7 +224,7 @@ def rollouts(folder: Path, row_spec: Row, carry_spec: Carry) -> Iterator[Rollout
         yield Rollout(
             rows=trees.unflatten(row_spec, _below(arrays, "rows/")),
             carry=trees.unflatten(carry_spec, _below(arrays, "carry/")),
-            next=None,  # type: ignore[arg-type]  # ring replays drop it
+            next=trees.unflatten(row_spec.inputs, _below(arrays, "next/")),
             lane=arrays["lane"],
             chain=chain,
             number=arrays["number"],

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlx import trees
-from rlx.replay.storage import Storing, frames, leaf_nbytes
-from rlx.replay.sum_tree import sum_tree_nbytes
-from rlx.replay.tables import LaneTable, SlotTable
-from rlx.types import ArraySpec, Carry, Row, SequenceSpec
+from rlx.replay.block_spec import BlockSpec, leaf_nbytes
+from rlx.replay.index import LANE_NBYTES, index_nbytes
+from rlx.replay.storage import Storing, images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +52,7 @@ class Budget:
 def budget(
     *,
     capacity_rows: int,
-    sequence: SequenceSpec,
-    row_spec: Row,
-    carry_spec: Carry,
+    spec: BlockSpec,
     lanes: int,
     storing: Storing | None = None,
     shards: int = 1,
@@ -65,7 +61,8 @@ def budget(
 
     Raises ValueError for settings that could never give a sample.
     """
-    _check_sequence(sequence)
+    spec.check()
+    sequence = spec.sequence
     blocks = capacity_rows // shards // sequence.block_rows * shards
     least = 2 * lanes * sequence.blocks
     if lanes < 1 or blocks < least:
@@ -74,44 +71,23 @@ def budget(
             f"{sequence.blocks} blocks per sequence need at least 2 * {lanes} * {sequence.blocks} "
             f"= {least} blocks: raise replay.capacity to {least * sequence.block_rows} rows."
         )
-    per_block = sequence.block_rows * _spec_nbytes(row_spec) + _spec_nbytes(carry_spec)
-    per_block += SlotTable.nbytes_per_slot()
-    elsewhere = _bytes_elsewhere(storing or Storing(), sequence.block_rows, row_spec, carry_spec)
-    trees_nbytes = shards * sum_tree_nbytes(blocks // shards)
-    total = blocks * per_block + trees_nbytes + lanes * LaneTable.nbytes_per_lane()
-    rows = blocks * sequence.block_rows
+    tables = shards * index_nbytes(blocks // shards, sequence) + lanes * LANE_NBYTES
+    total, rows = blocks * spec.nbytes + tables, blocks * sequence.block_rows
     starts_per_lane = (blocks // lanes - sequence.blocks + 1) // sequence.blocks_per_stride
     return Budget(
         rows=rows,
         blocks=blocks,
-        sequences=lanes * starts_per_lane,
+        sequences=lanes * starts_per_lane * len(sequence.start_rows),
         bytes_per_row=total / rows,
         total_bytes=total,
-        memory_bytes=total - blocks * elsewhere,
+        memory_bytes=total - blocks * _bytes_elsewhere(storing or Storing(), spec),
     )
 
 
-def _bytes_elsewhere(storing: Storing, block_rows: int, row_spec: Row, carry_spec: Carry) -> int:
+def _bytes_elsewhere(storing: Storing, spec: BlockSpec) -> int:
     """Bytes of a block that are no claim on memory; what LZ4 makes of frames is not known yet."""
     if storing.storage in ("mmap", "device"):
-        return block_rows * _spec_nbytes(row_spec) + _spec_nbytes(carry_spec)
+        return spec.nbytes
     if storing.compress == "lz4":
-        leaves: dict[str, ArraySpec] = trees.flatten(row_spec)
-        return sum(leaf_nbytes(leaves[p]) * block_rows for p in frames(leaves, block_rows))
+        return sum(leaf_nbytes(spec.stored[path]) for path in images(spec))
     return 0
-
-
-def _spec_nbytes(spec: Row | Carry) -> int:
-    """Bytes of one row or carry."""
-    leaves: list[ArraySpec] = list(trees.flatten(spec).values())
-    return sum(map(leaf_nbytes, leaves))
-
-
-def _check_sequence(sequence: SequenceSpec) -> None:
-    if sequence.block_rows < 1 or sequence.length < 1:
-        raise ValueError(f"A sequence needs block_rows >= 1 and length >= 1, got {sequence}.")
-    if sequence.stride < 1 or sequence.stride % sequence.block_rows:
-        raise ValueError(
-            f"stride={sequence.stride} rows is not a multiple of "
-            f"block_rows={sequence.block_rows}: sequences start at the first row of a block."
-        )

@@ -93,7 +93,7 @@ class Online(RingReplay):
                 "replay.min_sequences to learner.batch_size or more."
             )
         keys = np.array([self._waiting.popleft()[0] for _ in range(batch_size)], np.int64)
-        drawn = self._ring.rings[0].read(keys, buffers=buffers)
+        drawn = self._ring.rings[0].read(keys, buffers)
         return drawn.evenly()
 
     def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
@@ -127,7 +127,7 @@ class Online(RingReplay):
 
     def _drop_late(self) -> None:
         """Those that have waited too long, or that the ring has forgotten."""
-        before, now, oldest = len(self._waiting), self.env_steps, self._ring.rings[0].oldest_key
+        before, now, oldest = len(self._waiting), self.env_steps, self._ring.rings[0].oldest_start
         # A slow lane's sequence begins with an older block than those that were complete before it.
         self._waiting = deque(
             (key, at) for key, at in self._waiting if now - at <= self._max_delay and key >= oldest

@@ -15,6 +15,7 @@ import numpy as np
 
 from rlx.interfaces import InitialPriorities
 from rlx.replay.checks import NOT_VALID, check_priorities
+from rlx.replay.drawing import Draw
 from rlx.replay.ring_replay import RingReplay
 from rlx.replay.storage import Storing
 from rlx.types import Batch, Blocks, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
@@ -113,13 +114,8 @@ class Prioritized(RingReplay):
 
     def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:
         over_all = self._importance_scale == "replay"
-        drawn = self._ring.draw(
-            batch_size,
-            self._rng,
-            stratified=self._stratified,
-            buffers=buffers,
-            find_least=over_all,
-        )
+        how = Draw(batch_size=batch_size, stratified=self._stratified, find_least=over_all)
+        drawn = self._ring.draw(how, self._rng, buffers)
         scaled = drawn.scaled_probability
         least = drawn.least_scaled_probability if over_all else float(scaled.min())
         exponent = self.importance_exponent

@@ -23,7 +23,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import IO, Any
 
@@ -138,7 +138,7 @@ class ReplayProcess:
         drew: Drew = self._call("sample", batch_size)
         own = self._buffers[drew.buffer]
         return Sample(
-            batch=Batch(rows=own.rows, carry=own.carry, importance=drew.importance),
+            batch=replace(own, importance=drew.importance),
             keys=drew.keys,
             weights_version=drew.weights_version,
             least_scaled_probability=drew.least_scaled_probability,

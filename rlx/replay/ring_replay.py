@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rlx.interfaces import Ring
 from rlx.replay.available import available_bytes
+from rlx.replay.block_spec import BlockSpec
 from rlx.replay.blocks import BlockRing
 from rlx.replay.experience import Layout, Recorder
 from rlx.replay.memory import budget
@@ -61,13 +62,8 @@ class RingReplay(ABC):
         self.min_sequences = min_sequences
         self.min_env_steps = min_env_steps
         self._rng = spawn_rng(seed, "replay", "sample")
-        shapes: Any = {
-            "capacity_rows": capacity,
-            "sequence": sequence,
-            "row_spec": row_spec,
-            "carry_spec": carry_spec,
-            "lanes": lanes,
-        }
+        spec = BlockSpec(sequence=sequence, row=row_spec, carry=carry_spec)
+        shapes: Any = {"capacity_rows": capacity, "spec": spec, "lanes": lanes}
         storings = _storings(storing, shards, devices)
         planned = budget(**shapes, storing=storing, shards=len(storings))
         log.info("replay: %s; %.2f GB are available", planned, available_bytes() / 1e9)

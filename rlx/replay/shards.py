@@ -18,9 +18,14 @@ from typing import Any, final
 import numpy as np
 
 from rlx import trees
-from rlx.replay.blocks import BlockRing, Drawn, LeafOf
+from rlx.replay import saving
+from rlx.replay.block_spec import BlockSpec
+from rlx.replay.blocks import BlockRing, LeafOf
+from rlx.replay.drawing import Draw, Drawn
 from rlx.replay.storage import Storing
-from rlx.types import Batch, Blocks, Carry, Rollout, Row, SequenceSpec
+from rlx.types import Batch, Blocks, Rollout, Row
+
+SEQUENCES = ("rows", "next", "carry")  # of a batch
 
 
 @final
@@ -31,9 +36,7 @@ class ShardedRing:
         self,
         *,
         capacity_rows: int,
-        sequence: SequenceSpec,
-        row_spec: Row,
-        carry_spec: Carry,
+        spec: BlockSpec,
         lanes: int,
         storings: Sequence[Storing],
     ) -> None:
@@ -47,9 +50,7 @@ class ShardedRing:
         self.rings = [
             BlockRing(
                 capacity_rows=capacity_rows // count,
-                sequence=sequence,
-                row_spec=row_spec,
-                carry_spec=carry_spec,
+                spec=spec,
                 lanes=len(range(shard, lanes, count)),
                 storing=storing,
             )
@@ -113,7 +114,7 @@ class ShardedRing:
             ring.add(share, leaves)
 
     def scalars(self, keys: np.ndarray) -> Row:
-        """Row [M, L] of these sequences of one ring; see BlockRing.scalars."""
+        """Row [M, L + 1] of these sequences of one ring; see BlockRing.scalars."""
         count = len(self.rings)
         return self.rings[int(keys[0]) % count].scalars(keys // count)
 
@@ -130,37 +131,24 @@ class ShardedRing:
         """A batch of uninitialised arrays to draw into, again and again."""
         return self.rings[0].buffers(batch_size)
 
-    def draw(
-        self,
-        batch_size: int,
-        rng: np.random.Generator,
-        *,
-        stratified: bool = False,
-        buffers: Batch | None = None,
-        find_least: bool = False,
-    ) -> Drawn:
+    def draw(self, how: Draw, rng: np.random.Generator, buffers: Batch | None = None) -> Drawn:
         """Draws batch_size / R from each ring, one after the other; see BlockRing.draw."""
         count = len(self.rings)
-        if batch_size % count:
+        if how.batch_size % count:
             raise ValueError(
-                f"batches of {batch_size} sequences are not to be shared by {count} rings; "
+                f"batches of {how.batch_size} sequences are not to be shared by {count} rings; "
                 f"set learner.batch_size to a multiple of {count}."
             )
         if not self.copies_into_buffers:
             buffers = None
         elif buffers is None:
-            buffers = self.buffers(batch_size)
-        share = batch_size // count
+            buffers = self.buffers(how.batch_size)
+        share = how.batch_size // count
         parts = []
         for shard, ring in enumerate(self.rings):
             mine = slice(shard * share, (shard + 1) * share)
-            part = ring.draw(
-                share,
-                rng,
-                stratified=stratified,
-                buffers=None if buffers is None else _sliced(buffers, mine),
-                find_least=find_least,
-            )
+            own = None if buffers is None else _sliced(buffers, mine)
+            part = ring.draw(replace(how, batch_size=share), rng, own)
             parts.append(self._outside(part, shard))
         return _joined(parts, buffers)
 
@@ -172,11 +160,7 @@ class ShardedRing:
 
     def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Takes over a saved state, given each ring's blocks; see BlockRing.restore."""
-        if (saved := state.get("shards", 1)) != len(self.rings):
-            raise ValueError(
-                f"the saved replay has {saved} shards, now {len(self.rings)}; resume with as "
-                "many (on devices: learner.devices), or with checkpoint.replay=false to fill anew"
-            )
+        saving.check_shards(state, len(self.rings))
         for shard, ring in enumerate(self.rings):
             own = f"{shard}/"
             its = {n.removeprefix(own): x for n, x in state.items() if n.startswith(own)}
@@ -207,6 +191,7 @@ def _part(rollout: Rollout, mine: np.ndarray, count: int) -> Rollout:
         rollout,
         rows=trees.tree_map(lambda x: x[mine], rollout.rows),
         carry=trees.tree_map(lambda x: x[mine], rollout.carry),
+        next=trees.tree_map(lambda x: x[mine], rollout.next),
         lane=rollout.lane[mine] // count,
         chain=rollout.chain[mine],
         number=rollout.number[mine],
@@ -222,15 +207,14 @@ def _sliced(buffers: Batch, mine: slice) -> Batch:
 def _joined(parts: Sequence[Drawn], buffers: Batch | None) -> Drawn:
     """The parts as one batch: in the buffers already, or on the devices where they lie."""
     if buffers is not None:
-        rows, carry = buffers.rows, buffers.carry
+        whole: dict[str, Any] = {name: getattr(buffers, name) for name in SEQUENCES}
     else:
         from rlx.replay.device import side_by_side  # loads JAX
 
-        rows = trees.tree_map(lambda *x: side_by_side(x), *[part.rows for part in parts])
-        carry = trees.tree_map(lambda *x: side_by_side(x), *[part.carry for part in parts])
+        each = [{name: getattr(part, name) for name in SEQUENCES} for part in parts]
+        whole = trees.tree_map(lambda *x: side_by_side(x), *each)
     return Drawn(
-        rows=rows,
-        carry=carry,
+        **whole,
         keys=np.concatenate([part.keys for part in parts]),
         weights_version=np.concatenate([part.weights_version for part in parts]),
         scaled_probability=np.concatenate([part.scaled_probability for part in parts]),

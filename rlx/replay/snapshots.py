@@ -22,6 +22,7 @@ from rlx.interfaces import Ring
 from rlx.replay.segments import SEGMENT_BYTES, SegmentError, read_segment, write_segment
 from rlx.types import Blocks
 
+KEY = "key"
 WRITERS = 2  # files written at a time: one waits for the disk while the other is summed
 
 
@@ -149,13 +150,9 @@ def _read_ring(folder: Path, segments: Sequence[Segment]) -> Iterator[Blocks]:
 
 
 def _to_arrays(blocks: Blocks) -> dict[str, np.ndarray]:
-    rows = {f"rows/{path}": leaf for path, leaf in blocks.rows.items()}
-    carry = {f"carry/{path}": leaf for path, leaf in blocks.carry.items()}
-    return {"key": blocks.keys, **rows, **carry}
+    return {KEY: blocks.keys, **blocks.leaves}
 
 
 def _from_arrays(arrays: Mapping[str, np.ndarray]) -> Blocks:
-    def below(name: str) -> dict[str, np.ndarray]:
-        return {p.removeprefix(name): x for p, x in arrays.items() if p.startswith(name)}
-
-    return Blocks(keys=arrays["key"], rows=below("rows/"), carry=below("carry/"))
+    leaves = {path: leaf for path, leaf in arrays.items() if path != KEY}
+    return Blocks(keys=arrays[KEY], leaves=leaves)

@@ -1,8 +1,7 @@
 """Where a ring keeps the leaves of its blocks: in memory, in a mapped file, or compressed.
 
-A leaf of the rows is [slots, K, ...] for blocks of K rows, one of the carry [slots, ...]. Nothing
-here knows of keys, lanes or priorities; the ring sees to it that no slot is read while it is
-written.
+Leaves are named and shaped as in `rlx.replay.block_spec`, with a first axis of slots. Nothing here
+knows of keys, lanes or priorities; the ring sees to it that no slot is read while it is written.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,22 @@ from typing import Any, Literal, Protocol
 import lz4.block
 import numpy as np
 
-from rlx import trees
 from rlx.problems import refuse
 from rlx.replay.available import available_bytes
-from rlx.types import ArraySpec, Carry, Leaves, Row
+from rlx.replay.block_spec import (
+    FIRST,
+    FRAMES,
+    NEXT,
+    OBSERVATION,
+    ROWS,
+    BlockSpec,
+    Places,
+    Windows,
+    input_path,
+    leaf_nbytes,
+)
+from rlx.types import Leaves
 
-OBSERVATION = "inputs/observation/"
 WORTH_THREADS = 4 << 20  # bytes of a batch; below that handing over costs more than it saves
 WORTH_COMPRESSING = 4096  # bytes of a block's leaf
 PROBE_BLOCKS = 32  # or a hundredth of all: by those, and by twice as many each time, it is known
@@ -50,66 +59,37 @@ class Storage(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Taken now, in memory or on the disk."""
+        """Bytes taken now, in memory or on the disk."""
 
-    def write(self, begin: int, rows: Leaves, carry: Leaves) -> None:
+    def write(self, begin: int, leaves: Leaves) -> None:
         """Blocks [M, ...] into the slots from `begin` on, and on from 0 at the ring's end."""
 
-    def gather(self, slots: np.ndarray, rows: Leaves, carry: Leaves) -> None:
-        """Copies windows out: slots i64[n, blocks] -> rows [n, L, ...], carry [n, ...]."""
+    def gather(self, windows: Windows, out: Leaves) -> None:
+        """Copies n windows out: rows/ [n, L, ...], next/ [n, ...] and carry/ [n, ...]."""
 
-    def take(self, slots: np.ndarray, length: int) -> tuple[Leaves, Leaves]:
+    def take(self, windows: Windows) -> Leaves:
         """The same, as new arrays."""
 
-    def scalars(self, slots: np.ndarray, length: int) -> Leaves:
-        """The rows [n, length, ...] of windows i64[n, blocks] without observations."""
+    def scalars(self, windows: Windows) -> Leaves:
+        """Rows [n, L + 1] without observations.
 
-    def blocks(self, slots: np.ndarray) -> tuple[Leaves, Leaves]:
-        """Copies of whole blocks i64[n]: rows [n, K, ...], carry [n, ...]."""
+        The last one is the row after the window's, or the window's last row once more where the
+        window ends with a block.
+        """
 
-
-def make_storage(
-    storing: Storing, *, row_spec: Row, carry_spec: Carry, slots: int, block_rows: int
-) -> Storage:
-    """The storage of these settings; raises ValueError where they cannot be had."""
-    rows: dict[str, ArraySpec] = trees.flatten(row_spec)
-    carry: dict[str, ArraySpec] = trees.flatten(carry_spec)
-    if storing.storage == "device":
-        if storing.compress != "none":
-            raise ValueError(f"replay.compress={storing.compress} needs replay.storage=memory.")
-        from rlx.replay.device import DeviceArrays  # loads JAX
-
-        return DeviceArrays(rows, carry, slots, block_rows, storing.device)
-    spread = Spread(storing.gather_threads)
-    if storing.compress == "lz4":
-        if storing.storage != "memory":
-            raise ValueError("replay.compress=lz4 needs replay.storage=memory.")
-        images = frames(rows, block_rows)
-        if not images:
-            raise ValueError(
-                "replay.compress=lz4 is for images (uint8 observations of "
-                f"{WORTH_COMPRESSING} bytes a block or more); there are none: set none."
-            )
-        others = {p: leaf for p, leaf in rows.items() if p not in images}
-        plain = Arrays(others, carry, slots, block_rows, np.zeros, Spread(1))
-        images_spec = {p: rows[p] for p in images}
-        return Compressed(plain, images_spec, slots, block_rows, spread, storing.shards)
-    allocate = np.zeros if storing.storage == "memory" else MappedFile(storing.folder).zeros
-    return Arrays(rows, carry, slots, block_rows, allocate, spread)
+    def blocks(self, slots: np.ndarray) -> Leaves:
+        """Copies of whole blocks i64[n]."""
 
 
-def frames(rows: Mapping[str, ArraySpec], block_rows: int) -> set[str]:
-    """The leaves that are worth compressing: images."""
+def images(spec: BlockSpec) -> set[str]:
+    """The leaves of rows that are worth compressing."""
     return {
         path
-        for path, leaf in rows.items()
-        if leaf.dtype == "uint8" and block_rows * leaf_nbytes(leaf) >= WORTH_COMPRESSING
+        for path, leaf in spec.stored.items()
+        if path.startswith(OBSERVATION)
+        and leaf.dtype == "uint8"
+        and leaf_nbytes(leaf) >= WORTH_COMPRESSING
     }
-
-
-def leaf_nbytes(leaf: ArraySpec) -> int:
-    """Of one row or carry."""
-    return int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
 
 
 class MappedFile:
@@ -122,7 +102,7 @@ class MappedFile:
         self._folder = None if folder is None else Path(folder)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Like np.zeros. Raises ValueError if the disk has no room."""
+        """Zeros in the file, like np.zeros. Raises ValueError if the disk has no room."""
         nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         try:
             if self._folder is not None:
@@ -158,6 +138,9 @@ class Spread:
             future.result()
 
 
+Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
+
+
 class Arrays:
     """One array per leaf."""
 
@@ -165,66 +148,89 @@ class Arrays:
 
     def __init__(
         self,
-        rows: Mapping[str, ArraySpec],
-        carry: Mapping[str, ArraySpec],
+        spec: BlockSpec,
         slots: int,
-        block_rows: int,
-        allocate: Callable[[tuple[int, ...], Any], np.ndarray],
-        spread: Spread,
+        *,
+        allocate: Allocate = np.zeros,
+        spread: Spread | None = None,
+        only: Iterable[str] | None = None,
     ) -> None:
-        self.rows = {p: allocate((slots, block_rows, *s.shape), s.dtype) for p, s in rows.items()}
-        self.carry = {p: allocate((slots, *s.shape), s.dtype) for p, s in carry.items()}
-        self._slots, self._block_rows, self._spread = slots, block_rows, spread
+        """only: the paths to keep; None: all of the spec."""
+        kept = spec.stored.keys() if only is None else set(only)
+        self.leaves = {
+            path: allocate((slots, *leaf.shape), leaf.dtype)
+            for path, leaf in spec.stored.items()
+            if path in kept
+        }
+        self._spec, self._slots, self._spread = spec, slots, spread or Spread(1)
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (*self.rows.values(), *self.carry.values()))
+        return sum(leaf.nbytes for leaf in self.leaves.values())
 
-    def write(self, begin: int, rows: Leaves, carry: Leaves) -> None:
-        pairs = [(self.rows[path], leaf) for path, leaf in rows.items()]
-        pairs += [(self.carry[path], leaf) for path, leaf in carry.items()]
-        for data, leaf in pairs:
+    def write(self, begin: int, leaves: Leaves) -> None:
+        for path, data in self.leaves.items():
+            leaf = leaves[path]
             first = min(len(leaf), self._slots - begin)
             data[begin : begin + first] = leaf[:first]
             data[: len(leaf) - first] = leaf[first:]
 
-    def gather(self, slots: np.ndarray, rows: Leaves, carry: Leaves) -> None:
-        length = next(iter(rows.values())).shape[1]
-        index = self._row_index(slots, length)
+    def gather(self, windows: Windows, out: Leaves) -> None:
+        self.copy(windows, self._spec.places(windows), self.frames_before(windows), out)
+
+    def copy(
+        self, windows: Windows, places: Places, before: dict[str, np.ndarray], out: Leaves
+    ) -> None:
+        """`gather` of these leaves, given what of the windows they all need."""
 
         def work(part: slice) -> None:
-            for path, out in rows.items():
-                _take(self.rows[path], index[part], out[part])
-            for path, out in carry.items():
-                np.take(self.carry[path], slots[part, 0], axis=0, out=out[part], mode="clip")
+            for path, leaf in out.items():
+                if path.startswith(ROWS):
+                    self._rows(path, places.rows[part], leaf[part])
+                elif path.startswith(NEXT):
+                    self._rows(input_path(path), places.following[part], leaf[part])
+                elif path in before:
+                    self._frames(path, windows.slots[part, 0], before[path][part], leaf[part])
+                else:
+                    slots = windows.slots[part, 0]
+                    np.take(self.leaves[path], slots, axis=0, out=leaf[part], mode="clip")
 
-        self._spread.over(len(slots), sum(out.nbytes for out in rows.values()), work)
+        self._spread.over(len(windows), sum(leaf.nbytes for leaf in out.values()), work)
+        if places.at_end.size:
+            for path, leaf in out.items():
+                if path.startswith(NEXT):
+                    leaf[places.at_end] = self.leaves[path][places.last_slot]
 
-    def take(self, slots: np.ndarray, length: int) -> tuple[Leaves, Leaves]:
+    def frames_before(self, windows: Windows) -> dict[str, np.ndarray]:
+        """See BlockSpec.frames_before."""
+        if not self._spec.starts_inside:
+            return {}
+        return self._spec.frames_before(windows, self.leaves[FIRST][windows.slots[:, 0]])
+
+    def take(self, windows: Windows) -> Leaves:
         raise TypeError("the host's windows are copied into buffers: see gather")
 
-    def scalars(self, slots: np.ndarray, length: int) -> Leaves:
-        index = self._row_index(slots, length)
-        return {
-            path: _take(data, index)
-            for path, data in self.rows.items()
-            if not path.startswith(OBSERVATION)
-        }
+    def scalars(self, windows: Windows) -> Leaves:
+        places = self._spec.places(windows)
+        index = np.concatenate([places.rows, places.following[:, None]], axis=1)
+        return {path: self._rows(path, index) for path in self._spec.scalars}
 
-    def blocks(self, slots: np.ndarray) -> tuple[Leaves, Leaves]:
-        rows = {path: data[slots] for path, data in self.rows.items()}
-        return rows, {path: data[slots] for path, data in self.carry.items()}
+    def blocks(self, slots: np.ndarray) -> Leaves:
+        return {path: data[slots] for path, data in self.leaves.items()}
 
-    def _row_index(self, slots: np.ndarray, length: int) -> np.ndarray:
-        """i64[n, length]: where the rows lie in the leaves seen as [slots * K, ...]."""
-        index = slots[:, :, None] * self._block_rows + np.arange(self._block_rows)
-        return index.reshape(len(slots), -1)[:, :length]
+    def _rows(self, path: str, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows by their places i64[...]; mode "clip" copies without a buffer."""
+        data = self.leaves[path]
+        flat = data.reshape(-1, *data.shape[2:])
+        return np.take(flat, index, axis=0, out=out, mode="clip")
 
-
-def _take(data: np.ndarray, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """[n, L, ...] of data [slots, K, ...] by row index; mode "clip" copies without a buffer."""
-    flat = data.reshape(-1, *data.shape[2:])
-    return np.take(flat, index, axis=0, out=out, mode="clip")
+    def _frames(self, path: str, slots: np.ndarray, before: np.ndarray, out: np.ndarray) -> None:
+        """Frames out [n, S-1, ...] of slots i64[n]; before i64[n, S-1]: see `frames_before`."""
+        rows = self.leaves[self._spec.frames_of[path]]
+        which, place = np.nonzero(before >= 0)
+        out[which, place] = rows[slots[which], before[which, place]]
+        which, place = np.nonzero(before < 0)
+        out[which, place] = self.leaves[path][slots[which], before[which, place]]
 
 
 class Compressed:
@@ -232,19 +238,13 @@ class Compressed:
 
     in_place = True
 
-    def __init__(
-        self,
-        plain: Arrays,
-        images: Mapping[str, ArraySpec],
-        slots: int,
-        block_rows: int,
-        spread: Spread,
-        shards: int,
-    ) -> None:
-        self.plain = plain
-        self._slots, self._spread, self._shards = slots, spread, shards
-        self._shapes = {p: (block_rows, *leaf.shape) for p, leaf in images.items()}
-        self._frames: dict[str, list[bytes]] = {p: [b""] * slots for p in images}
+    def __init__(self, spec: BlockSpec, slots: int, *, spread: Spread, shards: int) -> None:
+        """shards: rings of this kind in the same memory."""
+        packed = images(spec)
+        self.plain = Arrays(spec, slots, only=spec.stored.keys() - packed)
+        self._spec, self._slots, self._spread, self._shards = spec, slots, spread, shards
+        self._shapes = {path: spec.stored[path].shape for path in packed}
+        self._frames: dict[str, list[bytes]] = {path: [b""] * slots for path in packed}
         self._frame_bytes = 0
         self._written = 0  # blocks
         self._probe = max(PROBE_BLOCKS, slots // 100)
@@ -253,25 +253,27 @@ class Compressed:
     def nbytes(self) -> int:
         return self.plain.nbytes + self._frame_bytes
 
-    def write(self, begin: int, rows: Leaves, carry: Leaves) -> None:
-        self.plain.write(begin, {p: x for p, x in rows.items() if p not in self._frames}, carry)
+    def write(self, begin: int, leaves: Leaves) -> None:
+        self.plain.write(begin, leaves)
         for path, kept in self._frames.items():
-            leaf = np.ascontiguousarray(rows[path])
-            packed: list[bytes] = [b""] * len(leaf)
-
-            def pack(part: slice, leaf: np.ndarray = leaf, packed: list[bytes] = packed) -> None:
-                for i in range(part.start, part.stop):
-                    packed[i] = lz4.block.compress(leaf[i], store_size=True)
-
-            self._spread.over(len(leaf), leaf.nbytes, pack)
-            for i, data in enumerate(packed):
+            for i, data in enumerate(self._pack(np.ascontiguousarray(leaves[path]))):
                 slot = (begin + i) % self._slots
                 self._frame_bytes += len(data) - len(kept[slot])
                 kept[slot] = data
-        self._written += len(leaf)
+        self._written += len(leaves[FIRST])
         if self._probe <= self._written < 2 * self._slots:
             self._check_fits(self._written)
             self._probe = 2 * self._written
+
+    def _pack(self, blocks: np.ndarray) -> list[bytes]:
+        packed: list[bytes] = [b""] * len(blocks)
+
+        def work(part: slice) -> None:
+            for i in range(part.start, part.stop):
+                packed[i] = lz4.block.compress(blocks[i], store_size=True)
+
+        self._spread.over(len(blocks), blocks.nbytes, work)
+        return packed
 
     def _check_fits(self, written: int) -> None:
         """What all shards will take, as far as this one's first blocks tell; raises ConfigError."""
@@ -287,40 +289,73 @@ class Compressed:
                 "are available; lower it, or set replay.storage=mmap replay.compress=none",
             )
 
-    def gather(self, slots: np.ndarray, rows: Leaves, carry: Leaves) -> None:
-        others = {p: x for p, x in rows.items() if p not in self._frames}
-        self.plain.gather(slots, others, carry)
-        for path in self._frames:
-            out = rows[path]
+    def gather(self, windows: Windows, out: Leaves) -> None:
+        places, before = self._spec.places(windows), self.plain.frames_before(windows)
+        unpacked = {path: self._image(path, out, before) for path in self._frames}
+        theirs = {p for image in unpacked.values() for p in (image.path, image.next, image.carry)}
+        others = {path: leaf for path, leaf in out.items() if path not in theirs}
+        self.plain.copy(windows, places, before, others)
+        for image in unpacked.values():
 
-            def work(part: slice, path: str = path, out: np.ndarray = out) -> None:
+            def work(part: slice, image: _Image = image) -> None:
                 for i in range(part.start, part.stop):
-                    self._unpack(path, slots[i], out[i])
+                    self._unpack(image, i, windows.slots[i], int(windows.row[i]), out)
 
-            self._spread.over(len(slots), out.nbytes, work)
+            self._spread.over(len(windows), out[image.path].nbytes, work)
 
-    def take(self, slots: np.ndarray, length: int) -> tuple[Leaves, Leaves]:
+    def take(self, windows: Windows) -> Leaves:
         raise TypeError("the host's windows are copied into buffers: see gather")
 
-    def scalars(self, slots: np.ndarray, length: int) -> Leaves:
-        return self.plain.scalars(slots, length)
+    def scalars(self, windows: Windows) -> Leaves:
+        return self.plain.scalars(windows)
 
-    def blocks(self, slots: np.ndarray) -> tuple[Leaves, Leaves]:
-        rows, carry = self.plain.blocks(slots)
+    def blocks(self, slots: np.ndarray) -> Leaves:
+        leaves = self.plain.blocks(slots)
         for path, shape in self._shapes.items():
             out = np.empty((len(slots), *shape), np.uint8)
-            for i, slot in enumerate(slots):
-                self._unpack(path, slot[None], out[i])
-            rows[path] = out
-        return rows, carry
+            for i, slot in enumerate(slots.tolist()):
+                out[i] = self._block(path, slot)
+            leaves[path] = out
+        return leaves
 
-    def _unpack(self, path: str, slots: np.ndarray, out: np.ndarray) -> None:
-        """The rows [L, ...] of one window of slots i64[blocks]."""
-        at, shape, kept = 0, self._shapes[path], self._frames[path]
-        for slot in slots.tolist():
-            rows = min(shape[0], len(out) - at)
-            if rows <= 0:
+    def _image(self, path: str, out: Leaves, before: dict[str, np.ndarray]) -> _Image:
+        leaf = path.removeprefix(OBSERVATION)
+        carry = FRAMES + leaf if FRAMES + leaf in before else None
+        return _Image(
+            path=path,
+            next=f"{NEXT}observation/{leaf}",
+            carry=carry,
+            before=None if carry is None else before[carry],
+        )
+
+    def _block(self, path: str, slot: int) -> np.ndarray:
+        packed = lz4.block.decompress(self._frames[path][slot])
+        return np.frombuffer(packed, np.uint8).reshape(self._shapes[path])
+
+    def _unpack(self, image: _Image, i: int, slots: np.ndarray, row: int, out: Leaves) -> None:
+        """One window's rows [L, ...], the frame after them, and the carried ones before."""
+        rows, at = out[image.path][i], 0
+        for number, slot in enumerate(slots.tolist()):
+            block = self._block(image.path, slot)
+            if number == 0 and image.carry is not None and image.before is not None:
+                carried = self.plain.leaves[image.carry][slot]
+                for place, its in enumerate(image.before[i].tolist()):
+                    out[image.carry][i, place] = block[its] if its >= 0 else carried[its]
+            some = min(len(block) - row, len(rows) - at)
+            rows[at : at + some] = block[row : row + some]
+            at, row = at + some, row + some
+            if at == len(rows):
+                inside = row < len(block)
+                out[image.next][i] = block[row] if inside else self.plain.leaves[image.next][slot]
                 return
-            block = np.frombuffer(lz4.block.decompress(kept[slot]), np.uint8).reshape(shape)
-            out[at : at + rows] = block[:rows]
-            at += rows
+            row = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Image:
+    """Where an image's frames go in a batch."""
+
+    path: str
+    next: str
+    carry: str | None  # None: carried frames are copied as they are
+    before: np.ndarray | None  # i64[n, S-1]: see BlockSpec.frames_before

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, final
 import numpy as np
 
 from rlx.replay.checks import check_priorities
+from rlx.replay.drawing import Draw
 from rlx.replay.ring_replay import RingReplay
 from rlx.replay.storage import Storing
 from rlx.types import Batch, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
@@ -68,7 +69,7 @@ class Uniform(RingReplay):
         self._ring.add(rollout, lambda keys: np.ones(len(keys)))
 
     def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:
-        return self._ring.draw(batch_size, self._rng, buffers=buffers).evenly()
+        return self._ring.draw(Draw(batch_size=batch_size), self._rng, buffers).evenly()
 
     def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         """Only checks priorities f32[B, T], one line per key: nothing depends on it."""

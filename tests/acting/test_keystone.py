@@ -20,6 +20,7 @@ from rlx.acting.blocks import row_spec
 from rlx.acting.exploration import Constant
 from rlx.acting.local_pool import LocalPool
 from rlx.acting.plan import carry_spec
+from rlx.agents import common
 from rlx.agents.r2d2 import R2D2
 from rlx.envs.envpool import EnvPool
 from rlx.replay.prioritized import Prioritized
@@ -78,7 +79,7 @@ class ShuffledLanes:
         return trees.tree_map(lambda x: x[order], timestep)
 
 
-def make_agent(envs: EnvPool, core: str = "lstm") -> R2D2:
+def make_agent(envs: EnvPool, core: str = "lstm", stride: int = 4) -> R2D2:
     spec = envs.spec()
     stacked = "observation" in spec.observation and len(spec.observation["observation"].shape) == 3
     net = parts.network(
@@ -87,7 +88,7 @@ def make_agent(envs: EnvPool, core: str = "lstm") -> R2D2:
         torso=parts.SMALL_CNN if stacked else parts.MLP(layers=(8,)),
         stack={"observation": 4} if stacked else {},
     )
-    return parts.agent(net, burn_in=4, unroll=6, n_step=3, stride=4, block_rows=4)
+    return parts.agent(net, burn_in=4, unroll=6, n_step=3, stride=stride, block_rows=4)
 
 
 def make_pool(envs: EnvPool, agent: R2D2, *, instances: int = 1, lanes: int = 3) -> LocalPool:
@@ -147,15 +148,14 @@ def make_replay(
 
 
 def replayed_q(agent: R2D2, params: Any, batch: Batch) -> np.ndarray:
-    """f32[B, L, A]: unrolled from the stored carry of each sequence."""
-    rows = trees.tree_map(lambda x: np.swapaxes(x, 0, 1), batch.rows)
-    q, _ = parts.q_values(agent, params, rows.inputs, batch.carry)
+    """f32[B, L + 1, A]: unrolled from the stored carry of each sequence."""
+    q, _ = parts.q_values(agent, params, common.batch_inputs(batch), batch.carry)
     return np.swapaxes(np.asarray(q), 0, 1)
 
 
 def difference(agent: R2D2, params: Any, batch: Batch) -> float:
     """The largest relative difference of replayed and acting-time Q, of any row."""
-    q, rows = replayed_q(agent, params, batch), batch.rows
+    q, rows = replayed_q(agent, params, batch)[:, :-1], batch.rows
     rows = trees.tree_map(np.asarray, rows)
     taken = np.take_along_axis(q, rows.action[..., None], axis=-1)[..., 0]
     worst = 0.0
@@ -171,10 +171,11 @@ def gather(
     instances: int = 1,
     lanes: int = 3,
     reopen: bool = False,
+    stride: int = 4,
     **keeping: str,
 ) -> tuple[R2D2, Any, Batch]:
     """Acts far beyond the ring's capacity and samples what is left."""
-    agent = make_agent(envs, core)
+    agent = make_agent(envs, core, stride)
     params = jax.tree.map(np.asarray, agent.init(jax.random.PRNGKey(0)).params)
     pool = make_pool(envs, agent, instances=instances, lanes=lanes)
     replay = make_replay(agent, instances * lanes, **keeping)
@@ -207,9 +208,15 @@ def gather(
         (PONG, "lstm", {"storage": "device"}),
         (CARTPOLE, "lstm", {"storage": "device"}),
         (CARTPOLE, "lstm", {"shards": 2, "lanes": 4}),
+        (CARTPOLE, "none", {"stride": 1}),
+        (PONG, "none", {"stride": 1}),
+        (PONG | {"batch_size": 2, "threads": 2}, "none", {"stride": 2, "lanes": 4, "reopen": True}),
+        (PONG, "none", {"stride": 1, "compress": "lz4"}),
+        (PONG, "none", {"stride": 1, "storage": "device"}),
     ],
     ids=["vector", "two-actors", "feed-forward", "reopened", "async", "grid", "pong", "pong-async",
-         "stack-only", "mmap", "lz4", "device", "device-vector", "shards"],
+         "stack-only", "mmap", "lz4", "device", "device-vector", "shards",
+         "any-row", "any-row-pong", "any-row-async", "any-row-lz4", "any-row-device"],
 )  # fmt: skip
 def test_replayed_q_equals_acting_q(environment, core, options):
     agent, params, batch = gather(family(**environment), core, **options)

@@ -45,10 +45,10 @@ def masked_batch(agent: DQN, size: int) -> Batch:
     batch, rng = parts.batch(agent, size), np.random.default_rng(3)
     if agent.spec.action_mask is None:
         return batch
-    mask = (rng.random(batch.rows.inputs.observation["mask"].shape) < 0.5).astype(np.uint8)
-    observation = {**batch.rows.inputs.observation, "mask": mask}
-    inputs = dataclasses.replace(batch.rows.inputs, observation=observation)
-    return dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, inputs=inputs))
+    for inputs in (batch.rows.inputs, batch.next):
+        mask = inputs.observation["mask"]
+        mask[...] = rng.random(mask.shape) < 0.5
+    return batch
 
 
 def started(agent: DQN) -> TrainState:
@@ -58,7 +58,7 @@ def started(agent: DQN) -> TrainState:
 
 
 def q_values(agent: DQN, params, batch: Batch) -> np.ndarray:
-    """f64[B, L, A] of an unroll from the stored carry."""
+    """f64[B, L + 1, A] of an unroll from the stored carry."""
     inputs = common.batch_inputs(batch)
     if agent.reward == "clip":
         inputs = dataclasses.replace(inputs, prev_reward=np.clip(inputs.prev_reward, -1, 1))
@@ -136,7 +136,7 @@ def test_no_forbidden_action_is_ever_taken(epsilon):
 def test_it_has_memory_by_the_network_alone():
     plain, recurrent = dqn(parts.network(core="none"), block_rows=1), dqn()
     assert (plain.sequence.stride, recurrent.sequence.stride) == (1, recurrent.block_rows)
-    with pytest.raises(ValueError, match="sequences start where a carry is stored"):
+    with pytest.raises(ValueError, match="of a recurrent network start where a carry is stored"):
         dqn(stride=1)
     with pytest.raises(ValueError, match="agent dqn acts in discrete action spaces"):
         dqn(parts.network(parts.BOX))

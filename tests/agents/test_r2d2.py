@@ -12,7 +12,7 @@ import pytest
 from rlx import trees
 from rlx.agents import common, q_learning
 from rlx.optimizers import clip_by_average_norm
-from rlx.types import Batch, QActing, TrainState
+from rlx.types import Batch, QActing, Row, TrainState
 from tests import parts
 
 
@@ -25,9 +25,9 @@ def h_inverse(x, e=1e-3):
 
 
 def q_values(agent, params, batch: Batch) -> np.ndarray:
-    """f64[B, L, A]: an unroll from the stored carry."""
-    rows = trees.tree_map(lambda x: np.swapaxes(x, 0, 1), batch.rows)
-    q, _ = jax.jit(functools.partial(parts.q_values, agent))(params, rows.inputs, batch.carry)
+    """f64[B, L + 1, A]: an unroll from the stored carry."""
+    inputs = trees.tree_map(lambda x: np.swapaxes(x, 0, 1), parts.all_inputs(batch))
+    q, _ = jax.jit(functools.partial(parts.q_values, agent))(params, inputs, batch.carry)
     return np.swapaxes(np.asarray(q, np.float64), 0, 1)
 
 
@@ -51,6 +51,14 @@ def oracle_td(agent, state: TrainState, batch: Batch) -> np.ndarray:
             value = h(total + factor * h_inverse(target[b, t + k, best]))
             td[b, i] = value - online[b, t, rows.action[b, t]]
     return td
+
+
+def scalars_of(rows: Row, last_value: np.ndarray) -> Row:
+    """Scalars [B, L + 1] of rows [B, L, ...]: of the row after them only its value matters."""
+    scalars = dataclasses.replace(rows, inputs=dataclasses.replace(rows.inputs, observation={}))
+    longer: Row = trees.tree_map(lambda x: np.concatenate([x, x[:, -1:]], axis=1), scalars)
+    longer.acting.q_max[:, -1] = last_value
+    return longer
 
 
 def started(agent, seed: int = 0) -> TrainState:
@@ -101,13 +109,13 @@ def test_rows_of_a_sequence_over_an_end_are_those_of_their_own_episodes():
         rows.valid[:, end] = False
         rows.discount[:] = 1
         rows.discount[:, end - 1 : end + 1] = 0
-        for side, (low, high) in {"before": (0, end + 1), "after": (end + 1, 13)}.items():
+        for side, (low, high) in {"before": (0, end + 1), "after": (end + 1, 12)}.items():
             if side in changes:
                 shape = rows.inputs.observation["observation"][:, low:high].shape
                 rows.inputs.observation["observation"][:, low:high] = rng.normal(size=shape)
                 rows.reward[:, low:high] = rng.normal(size=(1, high - low))
         rows.reward[:, end] = 0
-        return Batch(rows=rows, carry=batch.carry, importance=batch.importance)
+        return dataclasses.replace(batch, rows=rows)
 
     _, plain = jax.jit(agent.update)(state, with_end({}))
     for side, same in {"before": slice(end + 1, None), "after": slice(0, end + 1)}.items():
@@ -123,15 +131,36 @@ def test_first_td_equals_the_learners_when_all_networks_are_one():
     batch = parts.batch(agent, 16)
     state = jax.jit(agent.init)(jax.random.PRNGKey(0))
     q = q_values(agent, state.params, batch)
-    taken = np.take_along_axis(q, batch.rows.action[..., None], axis=-1)[..., 0]
-    acting = QActing(q=taken.astype(np.float32), q_max=q.max(axis=-1).astype(np.float32))
+    taken = np.take_along_axis(q[:, :-1], batch.rows.action[..., None], axis=-1)[..., 0]
+    largest = q.max(axis=-1).astype(np.float32)
+    acting = QActing(q=taken.astype(np.float32), q_max=largest[:, :-1])
     rows = dataclasses.replace(batch.rows, acting=acting)
     _, output = jax.jit(agent.update)(state, dataclasses.replace(batch, rows=rows))
-    scalars = dataclasses.replace(rows, inputs=dataclasses.replace(rows.inputs, observation={}))
-    first = agent.initial_priorities(scalars)
+    first = agent.initial_priorities(scalars_of(rows, largest[:, -1]))
     assert first.dtype == np.float32
     np.testing.assert_allclose(first, output.priorities, atol=2e-5)
     assert (first == -1).any()
+
+
+def test_a_value_that_is_not_known_yet_changes_the_last_trained_rows_first_priority_only():
+    agent = parts.agent()
+    rows = parts.batch(agent, 64).rows
+    known = scalars_of(rows, np.full(64, 9.0, np.float32))
+    stands_in = scalars_of(rows, rows.acting.q_max[:, -1])
+    first, other = (agent.initial_priorities(scalars) for scalars in (known, stands_in))
+    np.testing.assert_array_equal(first[:, :-1], other[:, :-1])
+    reaches = rows.valid[:, -3:].all(axis=1) & (rows.discount[:, -3:] > 0).all(axis=1)
+    assert (first[reaches, -1] != other[reaches, -1]).all()
+    assert reaches.any()
+    np.testing.assert_array_equal(first[~reaches, -1], other[~reaches, -1])
+
+
+def test_starts_inside_a_block_are_for_networks_without_a_recurrent_state():
+    with pytest.raises(ValueError, match=r"stride=2 must be a multiple of agent.block_rows=4: seq"):
+        parts.agent(stride=2)
+    with pytest.raises(ValueError, match="stride=3 must be a multiple or a divisor"):
+        parts.agent(parts.network(core="none"), stride=3)
+    assert parts.agent(parts.network(core="none"), stride=2).sequence.start_rows == range(0, 4, 2)
 
 
 def test_no_gradient_crosses_the_burn_in():
@@ -143,12 +172,13 @@ def test_no_gradient_crosses_the_burn_in():
     _, carry = apply(state.params, rows.inputs, batch.carry)
     _, target_carry = apply(state.target_params, rows.inputs, batch.carry)
     no_burn_in = dataclasses.replace(agent, burn_in=0)
-    short = Batch(rows=after_burn_in, carry=carry, importance=batch.importance)
+    short = dataclasses.replace(batch, rows=after_burn_in, carry=carry)
 
     def grads(agent, batch, target_carry):
         net, rows = agent.network, common.time_major(batch.rows)
-        target_features, _ = net.apply(state.target_params, rows.inputs, target_carry)
-        inputs, _ = net.stack_frames(rows.inputs, batch.carry)
+        given = common.batch_inputs(batch)
+        target_features, _ = net.apply(state.target_params, given, target_carry)
+        inputs, _ = net.stack_frames(given, batch.carry)
         replayed = q_learning.Replayed(
             rows=common.window(rows, agent.burn_in, None),
             mask=None,
@@ -216,8 +246,11 @@ def test_reward_transform_reaches_targets_and_inputs_alike():
         reward=np.clip(big.reward, -1, 1),
         inputs=dataclasses.replace(big.inputs, prev_reward=np.clip(big.inputs.prev_reward, -1, 1)),
     )
+    after = batch.next.prev_reward * 100
+    batch = dataclasses.replace(batch, next=dataclasses.replace(batch.next, prev_reward=after))
+    clip = dataclasses.replace(batch.next, prev_reward=np.clip(after, -1, 1))
     _, got = jax.jit(clipped.update)(state, dataclasses.replace(batch, rows=big))
-    _, expected = jax.jit(raw.update)(state, dataclasses.replace(batch, rows=by_hand))
+    _, expected = jax.jit(raw.update)(state, dataclasses.replace(batch, rows=by_hand, next=clip))
     np.testing.assert_allclose(got.priorities, expected.priorities, atol=1e-6)
 
 

@@ -10,7 +10,7 @@ from gymnasium import spaces
 
 from rlx.envs.envpool import EnvPool
 from rlx.envs.gymnasium import Gymnasium
-from rlx.types import ArraySpec, BoxSpec, DiscreteSpec
+from rlx.types import ArraySpec, BoxSpec, DiscreteSpec, MultiDiscreteSpec
 
 CONF = Path(__file__).parents[2] / "conf" / "env"
 SETTINGS = {
@@ -68,13 +68,36 @@ class Silent(Counting):
         return super().observe(float(np.sum(action)))
 
 
+class Switching(Counting):
+    """Takes two bits."""
+
+    action_space = spaces.MultiBinary(2)
+
+    def observe(self, action):
+        return super().observe(action if np.ndim(action) == 0 else 10 * action[0] + action[1])
+
+
 class Odd(Counting):
     """Takes what rlx does not."""
 
-    action_space = spaces.MultiDiscrete([2, 2])
+    def __init__(self, space="tuple"):
+        super().__init__()
+        self.action_space = {
+            "tuple": spaces.Tuple([spaces.Discrete(2), spaces.Discrete(2)]),
+            "dict": spaces.Dict({"a": spaces.Discrete(2)}),
+            "integers": spaces.Box(0, 5, (2,), np.int64),
+            "rows": spaces.MultiDiscrete([[2, 2], [3, 3]]),
+            "bits": spaces.MultiBinary((2, 2)),
+        }[space]
 
 
-for _name, _entry in {"Counting": Counting, "Silent": Silent, "Odd": Odd}.items():
+ENTRIES = {
+    "Counting": Counting,
+    "Silent": Silent,
+    "Switching": Switching,
+    "Odd": Odd,
+}
+for _name, _entry in ENTRIES.items():
     gymnasium.register(f"rlx-test/{_name}-v0", _entry)
 
 
@@ -203,8 +226,57 @@ def test_box_actions_have_specs_and_bounds():
     lane = np.array([1, 0], np.int32)
     step = env.step(np.array([[0.5, 2.0], [-1, 0]], np.float32), lane)
     assert step.observation["body/last action"][:, 0].tolist() == [2.5, -1.0]
-    with pytest.raises(ValueError, match="each element in its own bounds"):
-        env.step(np.array([[0, 0], [0, -0.5]], np.float32), lane)
+    step = env.step(np.array([[-7, 1], [0.1, 9]], np.float32), lane)  # clipped, each to its own
+    seen = step.observation["body/last action"][:, 0]
+    np.testing.assert_array_equal(seen, np.float32([0.0, 2.1]))
+    for odd in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            env.step(np.array([[0, 0], [odd, 0]], np.float32), lane)
+    with pytest.raises(ValueError, match=r"float32\[2, 3\]; give numpy float32\[n, 2\]"):
+        env.step(np.zeros((2, 3), np.float32), lane)
+
+
+def test_a_bound_is_that_of_the_environments_own_dtype():
+    class Narrow(Counting):
+        action_space = spaces.Box(-0.1, 0.1, (1,), np.float64)
+
+        def observe(self, action):
+            return super().observe(float(np.sum(action)))
+
+    gymnasium.register("rlx-test/Narrow-v0", Narrow)
+    env = family("rlx-test/Narrow-v0").make(lanes=1, seeds=[1])
+    env.reset()
+    assert float(np.float32(0.1)) > 0.1  # its own check would refuse that
+    env.step(np.array([[0.1]], np.float32), np.zeros(1, np.int32))
+
+
+@pytest.mark.parametrize("vector", ["sync", "async"])
+def test_several_choices_at_once_have_counts_and_starts(vector):
+    choices = family("tests.worlds:rlx-test/Choices-v0", vector=vector)
+    assert choices.spec().action == MultiDiscreteSpec(counts=(4, 2))
+    assert choices.outside().action_start == (3, 0)
+    env = choices.make(lanes=2, seeds=[1, 2])
+    shown = env.reset().observation["observation"]
+    lane = np.array([1, 0], np.int32)
+    right = np.stack([shown[:, :4].argmax(1), shown[:, 4:].argmax(1)], axis=1)[lane]
+    right[1, 1] = 1 - right[1, 1]  # in lane 0, the second choice
+    step = env.step(right.astype(np.int32), lane)
+    assert step.reward.tolist() == [1.0, 0.5]
+    for wrong in ([[0, 1], [4, 0]], [[0, 2], [0, 0]], [[0, -1], [0, 0]]):
+        with pytest.raises(ValueError, match=r"accepted: 0 \.\. 3, 0 \.\. 1$"):
+            env.step(np.array(wrong, np.int32), lane)
+    with pytest.raises(ValueError, match=r"int32\[2\]; give numpy int32\[n, 2\]"):
+        env.step(np.zeros(2, np.int32), lane)
+    env.close()
+
+
+def test_bits_are_choices_of_two():
+    switching = family("rlx-test/Switching-v0")
+    assert switching.spec().action == MultiDiscreteSpec(counts=(2, 2))
+    env = switching.make(lanes=1, seeds=[1])
+    env.reset()
+    step = env.step(np.array([[1, 0]], np.int32), np.zeros(1, np.int32))
+    assert step.observation["body/last action"].tolist() == [[10.0, 10.0]]
 
 
 def test_a_second_reset_starts_again_with_other_episodes():
@@ -273,10 +345,17 @@ def test_wrong_settings_are_one_line_each(env_id, settings, message):
         wrong.spec()
 
 
+ACCEPTED = "accepted: Discrete, MultiDiscrete and MultiBinary of one axis, and Box of floats"
+
+
 @pytest.mark.parametrize(
     ("env_id", "settings", "message"),
     [
-        ("rlx-test/Odd-v0", {}, "takes MultiDiscrete.*accepted: Discrete, and Box of floats"),
+        ("rlx-test/Odd-v0", {}, f"takes Tuple.*{ACCEPTED}"),
+        ("rlx-test/Odd-v0", {"kwargs": {"space": "dict"}}, f"takes Dict.*{ACCEPTED}"),
+        ("rlx-test/Odd-v0", {"kwargs": {"space": "integers"}}, f"takes Box.*{ACCEPTED}"),
+        ("rlx-test/Odd-v0", {"kwargs": {"space": "rows"}}, f"takes MultiDiscrete.*{ACCEPTED}"),
+        ("rlx-test/Odd-v0", {"kwargs": {"space": "bits"}}, f"takes MultiBinary.*{ACCEPTED}"),
         ("Blackjack-v1", {}, "observes Tuple.*accepted: .dicts of. numeric arrays"),
         ("rlx-test/Counting-v0", {"kwargs": {"size": 2}}, "unexpected keyword argument 'size'"),
     ],
@@ -284,6 +363,12 @@ def test_wrong_settings_are_one_line_each(env_id, settings, message):
 def test_what_only_the_environment_can_tell_is_a_clear_line(env_id, settings, message):
     with pytest.raises(ValueError, match=message):
         family(env_id, **settings).make(lanes=1, seeds=[1])
+
+
+def test_an_action_space_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="takes") as error:
+        family("rlx-test/Odd-v0", kwargs={"space": "rows"}).spec()
+    assert "\n" not in str(error.value)
 
 
 def test_seeds_are_one_int32_per_lane():

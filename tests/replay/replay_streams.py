@@ -41,14 +41,14 @@ ATARI_SEQUENCE = SequenceSpec(burn_in=40, unroll=80, n_step=5, stride=40, block_
 
 
 def sequence_spec(
-    *, block_rows: int = 2, length: int = 5, blocks_per_stride: int = 1
+    *, block_rows: int = 2, length: int = 5, blocks_per_stride: int = 1, stride: int | None = None
 ) -> SequenceSpec:
-    """A sequence of that many rows, one of them trained."""
+    """A sequence of that many rows, one of them trained; stride: in rows, of any number."""
     return SequenceSpec(
         burn_in=length - 1,
         unroll=1,
-        n_step=0,
-        stride=block_rows * blocks_per_stride,
+        n_step=1,
+        stride=stride or block_rows * blocks_per_stride,
         block_rows=block_rows,
     )
 
@@ -56,6 +56,11 @@ def sequence_spec(
 def fill(spec: Any, leading: tuple[int, ...]) -> Any:
     """Zeros of a spec with these leading axes."""
     return trees.tree_map(lambda leaf: np.zeros((*leading, *leaf.shape), leaf.dtype), spec)
+
+
+def fill_row(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Values [...] with as many further axes as `like` has, to be broadcast."""
+    return values.reshape(*values.shape, *[1] * (like.ndim - values.ndim))
 
 
 IN_MEMORY = {
@@ -108,14 +113,17 @@ def rollout(
     data.reward[:] = names[:, 1:2]
     data.inputs.time[:] = time
     data.valid[:] = valid
-    data.inputs.observation["image"][:] = (time % 251).reshape(
-        *time.shape, *[1] * (data.inputs.observation["image"].ndim - 2)
-    )
-    before.core[0][:] = names[:, 2:] * k
+    image = data.inputs.observation["image"]
+    image[:] = fill_row(time % 251, image)
+    if before.core:
+        before.core[0][:] = names[:, 2:] * k
+    after = trees.tree_map(lambda leaf: leaf[:, -1].copy(), data.inputs)
+    after.time[:] += 1
+    after.observation["image"][:] = fill_row(after.time % 251, after.observation["image"])
     return Rollout(
         rows=data,
         carry=before,
-        next=None,
+        next=after,
         lane=names[:, 0].astype(np.int32),
         chain=names[:, 1].astype(np.int32),
         number=names[:, 2],

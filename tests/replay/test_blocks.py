@@ -22,7 +22,9 @@ from replay_streams import (
 from rlx import trees
 from rlx.replay import blocks, storage
 from rlx.replay.available import available_bytes
+from rlx.replay.block_spec import BlockSpec
 from rlx.replay.blocks import BlockRing
+from rlx.replay.drawing import Draw, Drawn
 from rlx.replay.memory import Budget, budget
 from rlx.replay.storage import Storing
 from rlx.types import Carry
@@ -50,16 +52,18 @@ def make_ring(slots: int, lanes: int, sequence=None, **specs) -> BlockRing:
     sequence = sequence or sequence_spec()
     return BlockRing(
         capacity_rows=slots * sequence.block_rows,
-        sequence=sequence,
-        row_spec=specs.get("row_spec", row_spec()),
-        carry_spec=specs.get("carry_spec", carry_spec()),
+        spec=BlockSpec(
+            sequence=sequence,
+            row=specs.get("row_spec", row_spec()),
+            carry=specs.get("carry_spec", carry_spec()),
+        ),
         lanes=lanes,
         storing=specs.get("storing"),
     )
 
 
 def startable_keys(ring: BlockRing) -> set[int]:
-    keys = np.arange(ring._next_key)
+    keys = np.arange(ring.next_key)
     return set(keys[ring.leaves(keys) > 0].tolist())
 
 
@@ -75,7 +79,7 @@ def expected_starts(added: list[tuple[int, int, int]], slots: int, sequence) -> 
     }
 
 
-def assert_contiguous(drawn: blocks.Drawn, added: list[tuple[int, int, int]], sequence) -> None:
+def assert_contiguous(drawn: Drawn, added: list[tuple[int, int, int]], sequence) -> None:
     """Every row is the one that its block's name and its place in the window say."""
     for b, key in enumerate(drawn.keys):
         lane, chain, number = added[key]
@@ -84,6 +88,8 @@ def assert_contiguous(drawn: blocks.Drawn, added: list[tuple[int, int, int]], se
         assert (drawn.rows.reward[b] == chain).all()
         assert (drawn.rows.inputs.time[b] == rows).all()
         assert (drawn.rows.inputs.observation["image"][b] == (rows % 251)[:, None]).all()
+        assert drawn.next.time[b] == rows[-1] + 1
+        assert (drawn.next.observation["image"][b] == (rows[-1] + 1) % 251).all()
         assert (drawn.carry.core[0][b] == rows[0]).all()
         assert drawn.weights_version[b] == number * 10
 
@@ -147,7 +153,7 @@ def test_any_history_agrees_with_the_brute_force_twin(storing, stream):
         assert ring.startable == len(expected)
         assert ring.rows == min(len(added), slots) * sequence.block_rows
         if expected:
-            drawn = ring.draw(8, rng)
+            drawn = ring.draw(Draw(batch_size=8), rng)
             assert set(drawn.keys.tolist()) <= expected
             assert_contiguous(drawn, added, sequence)
     assert ring.env_steps == len(added) * sequence.block_rows
@@ -164,7 +170,7 @@ def test_the_newest_start_waits_for_its_last_block():
 
 def test_only_valid_rows_are_env_steps():
     ring = make_ring(12, 2)
-    ring.add(rollout([(0, 0, 0)], ring.sequence, valid=False), ones)
+    ring.add(rollout([(0, 0, 0)], ring.spec.sequence, valid=False), ones)
     assert (ring.env_steps, ring.rows) == (0, 2)
 
 
@@ -179,11 +185,11 @@ def test_only_valid_rows_are_env_steps():
 )
 def test_blocks_out_of_order_are_refused_and_nothing_is_added(bad, message):
     ring = make_ring(12, 2)
-    ring.add(rollout([(1, 3, 0), (1, 3, 1)], ring.sequence), ones)
+    ring.add(rollout([(1, 3, 0), (1, 3, 1)], ring.spec.sequence), ones)
     with pytest.raises(ValueError, match=message):
-        ring.add(rollout([(0, 0, 0), (0, 0, 1), bad], ring.sequence), ones)
+        ring.add(rollout([(0, 0, 0), (0, 0, 1), bad], ring.spec.sequence), ones)
     assert ring.rows == 4
-    ring.add(rollout([(0, 0, 0), (1, 3, 2)], ring.sequence), ones)
+    ring.add(rollout([(0, 0, 0), (1, 3, 2)], ring.spec.sequence), ones)
     assert startable_keys(ring) == {0}
 
 
@@ -195,20 +201,20 @@ def test_a_failing_priority_leaves_the_ring_valid():
         raise FloatingPointError(keys)
 
     with pytest.raises(FloatingPointError):
-        ring.add(rollout(many, ring.sequence), fail)
+        ring.add(rollout(many, ring.spec.sequence), fail)
     assert ring.check_valid() == (True, "")
     assert ring.startable == 0
-    ring.add(rollout(many[ring.rows // 2 :], ring.sequence), ones)
+    ring.add(rollout(many[ring.rows // 2 :], ring.spec.sequence), ones)
     assert ring.check_valid() == (True, "")
     assert ring.startable > 0
 
 
 def test_rows_of_another_spec_are_refused():
     ring = make_ring(12, 2)
-    wide = rollout([(0, 0, 0)], ring.sequence, rows=row_spec((4,)))
-    with pytest.raises(ValueError, match=r"inputs/observation/image is uint8\[1, 2, 4\]"):
+    wide = rollout([(0, 0, 0)], ring.spec.sequence, rows=row_spec((4,)))
+    with pytest.raises(ValueError, match=r"rows/inputs/observation/image is uint8\[1, 2, 4\]"):
         ring.add(wide, ones)
-    good = rollout([(0, 0, 0)], ring.sequence)
+    good = rollout([(0, 0, 0)], ring.spec.sequence)
     double = replace(good, rows=replace(good.rows, reward=good.rows.reward.astype(np.float64)))
     with pytest.raises(ValueError, match="reward is float64"):
         ring.add(double, ones)
@@ -219,45 +225,45 @@ def test_rows_of_another_spec_are_refused():
 def test_feed_forward_carries_and_reused_buffers():
     empty = Carry(core=(), frames={})
     ring = make_ring(12, 2, carry_spec=empty)
-    some = rollout([(0, 0, n) for n in range(4)], ring.sequence)
+    some = rollout([(0, 0, n) for n in range(4)], ring.spec.sequence)
     ring.add(replace(some, carry=empty), ones)
     buffers = ring.buffers(3)
-    drawn = ring.draw(3, np.random.default_rng(0), buffers=buffers)
+    drawn = ring.draw(Draw(batch_size=3), np.random.default_rng(0), buffers)
     assert drawn.rows.reward is buffers.rows.reward
     assert drawn.carry.core == ()
     assert (np.diff(drawn.rows.inputs.time, axis=1) == 1).all()
     with pytest.raises(ValueError, match="holds 3 sequences, 4 are asked for"):
-        ring.draw(4, np.random.default_rng(0), buffers=buffers)
+        ring.draw(Draw(batch_size=4), np.random.default_rng(0), buffers)
 
 
 def test_an_empty_ring_says_so():
     with pytest.raises(ValueError, match="No sequence is startable: 0 blocks"):
-        make_ring(12, 2).draw(1, np.random.default_rng(0))
+        make_ring(12, 2).draw(Draw(batch_size=1), np.random.default_rng(0))
 
 
 def test_a_chain_never_links_to_the_next():
     ring = make_ring(12, 2)
-    ring.add(rollout([(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)], ring.sequence), ones)
-    assert ring._slot.next_key[:4].tolist() == [1, -1, 3, -1]
+    ring.add(rollout([(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)], ring.spec.sequence), ones)
+    assert ring.index.slot.next_key[:4].tolist() == [1, -1, 3, -1]
     assert ring.check_valid() == (True, "")
-    ring._slot.next_key[1] = 2
+    ring.index.slot.next_key[1] = 2
     assert ring.check_valid() == (False, "a link goes to another chain")
 
 
 def test_drawn_sequences_tell_their_probability():
     ring = make_ring(12, 2)
-    ring.add(rollout([(0, 0, n) for n in range(6)], ring.sequence), lambda keys: keys + 1.0)
-    drawn = ring.draw(20, np.random.default_rng(0))
+    ring.add(rollout([(0, 0, n) for n in range(6)], ring.spec.sequence), lambda keys: keys + 1.0)
+    drawn = ring.draw(Draw(batch_size=20), np.random.default_rng(0))
     assert drawn.scaled_probability == pytest.approx(4 * (drawn.keys + 1) / (1 + 2 + 3 + 4))
 
 
 def test_scalars_are_the_windows_without_observations():
     ring = make_ring(12, 2)
-    ring.add(rollout([(1, 0, n) for n in range(4)], ring.sequence), ones)
-    ring._storage.rows["inputs/observation/image"] = None  # reading it would fail
+    ring.add(rollout([(1, 0, n) for n in range(4)], ring.spec.sequence), ones)
+    ring.storage.leaves["rows/inputs/observation/image"] = None  # reading it would fail
     scalars = ring.scalars(np.array([1]))
     assert scalars.inputs.observation == {}
-    assert scalars.inputs.time.tolist() == [[2, 3, 4, 5, 6]]
+    assert scalars.inputs.time.tolist() == [[2, 3, 4, 5, 6, 7]]
 
 
 # --- threads -------------------------------------------------------------------------------------
@@ -265,18 +271,18 @@ def test_scalars_are_the_windows_without_observations():
 
 def test_a_sequence_overwritten_while_it_is_copied_is_drawn_again(storing, monkeypatch):
     ring = make_ring(12, 2, storing=storing)
-    ring.add(rollout([(0, 0, n) for n in range(12)], ring.sequence), ones)
-    copy_out, left = ring._copy_out, [1]
+    ring.add(rollout([(0, 0, n) for n in range(12)], ring.spec.sequence), ones)
+    copy_out, left = ring.reader._copy_out, [1]
 
     def copy_then_overwrite(*args):
         found = copy_out(*args)
         if left.pop() if left else 0:
-            ring.add(rollout([(0, 0, n) for n in range(12, 24)], ring.sequence), ones)
+            ring.add(rollout([(0, 0, n) for n in range(12, 24)], ring.spec.sequence), ones)
         return found
 
-    monkeypatch.setattr(ring, "_copy_out", copy_then_overwrite)
-    drawn = ring.draw(16, np.random.default_rng(0))
-    assert ring.redraws == 16
+    monkeypatch.setattr(ring.reader, "_copy_out", copy_then_overwrite)
+    drawn = ring.draw(Draw(batch_size=16), np.random.default_rng(0))
+    assert ring.reader.redraws == 16
     assert (drawn.keys >= 12).all()
     assert (drawn.rows.inputs.time[:, 0] == 2 * drawn.keys).all()
     assert (drawn.carry.core[0][:, 0] == 2 * drawn.keys).all()
@@ -285,25 +291,25 @@ def test_a_sequence_overwritten_while_it_is_copied_is_drawn_again(storing, monke
 
 def test_a_block_being_written_is_seen_as_changed(monkeypatch):
     ring = make_ring(12, 2)
-    ring.add(rollout([(0, 0, n) for n in range(12)], ring.sequence), ones)
+    ring.add(rollout([(0, 0, n) for n in range(12)], ring.spec.sequence), ones)
     window, write = np.array([[0, 1, 2], [1, 2, 3], [9, 10, 11]]), ring._write
 
-    def look_then_write(part):
-        assert ring._changed(window).tolist() == [0]
+    def look_then_write(*part):
+        assert ring.reader.changed(window).tolist() == [0]
         assert ring.leaves(np.arange(3)).tolist() == [0.0, 1.0, 1.0]
-        write(part)
+        write(*part)
 
     monkeypatch.setattr(ring, "_write", look_then_write)
-    ring.add(rollout([(0, 0, 12)], ring.sequence), ones)
+    ring.add(rollout([(0, 0, 12)], ring.spec.sequence), ones)
 
 
 def test_every_block_of_a_window_is_compared():
     ring = make_ring(12, 2)
-    ring.add(rollout([(0, 0, n) for n in range(12)], ring.sequence), ones)
+    ring.add(rollout([(0, 0, n) for n in range(12)], ring.spec.sequence), ones)
     for block in (3, 4, 5):
-        ring._slot.key[block] = -1
-        assert ring._changed(np.array([[0, 1, 2], [3, 4, 5]])).tolist() == [1]
-        ring._slot.key[block] = block
+        ring.index.slot.key[block] = -1
+        assert ring.reader.changed(np.array([[0, 1, 2], [3, 4, 5]])).tolist() == [1]
+        ring.index.slot.key[block] = block
 
 
 def blocks_of_their_keys(sequence, shape, lanes: int, number: int, count: int):
@@ -352,13 +358,13 @@ def test_a_writer_thread_never_gives_a_torn_sequence(storing):
             time.sleep(0.001)
         buffers = ring.buffers(2)
         for _ in range(1500):
-            check(ring.draw(2, rng, buffers=buffers))
+            check(ring.draw(Draw(batch_size=2), rng, buffers))
     finally:
         stop.set()
         writer.join()
         sys.setswitchinterval(interval)
     assert not torn
-    assert ring.redraws > 0, "the writer never met the reader: the test shows nothing"
+    assert ring.reader.redraws > 0, "the writer never met the reader: the test shows nothing"
     assert ring.check_valid() == (True, "")
 
 
@@ -395,9 +401,7 @@ def test_the_budget_is_the_bytes_of_the_ring():
 def atari_budget(capacity_rows: int, lanes: int = 64) -> Budget:
     return budget(
         capacity_rows=capacity_rows,
-        sequence=ATARI_SEQUENCE,
-        row_spec=ATARI_ROW,
-        carry_spec=ATARI_CARRY,
+        spec=BlockSpec(sequence=ATARI_SEQUENCE, row=ATARI_ROW, carry=ATARI_CARRY),
         lanes=lanes,
     )
 
@@ -438,7 +442,9 @@ def test_a_full_ring_has_as_many_sequences_as_its_budget_says():
 
 def test_stride_must_be_whole_blocks():
     sequence = replace(sequence_spec(), stride=3)
-    with pytest.raises(ValueError, match="stride=3 rows is not a multiple of block_rows=2"):
+    with pytest.raises(
+        ValueError, match="stride=3 rows is neither a multiple nor a divisor of block_rows=2"
+    ):
         make_ring(12, 2, sequence)
 
 
@@ -501,7 +507,7 @@ def test_available_memory_is_the_smallest_limit(tmp_path, files, expected):
 def test_a_restored_ring_goes_on_exactly(storing, count):
     def add(ring, begin, end):
         for n in range(begin, end):
-            ring.add(rollout([(n % 2, 0, n // 2)], ring.sequence), lambda keys: keys + 0.1)
+            ring.add(rollout([(n % 2, 0, n // 2)], ring.spec.sequence), lambda keys: keys + 0.1)
 
     ring, other = make_ring(12, 2, storing=storing), make_ring(12, 2)
     add(ring, 0, count)
@@ -518,32 +524,32 @@ def test_a_restored_ring_goes_on_exactly(storing, count):
     assert startable_keys(ring) == startable_keys(other)
     for name, value in ring.state().items():
         assert np.array_equal(value, other.state()[name]), name
-    drawn = [r.draw(8, np.random.default_rng(3)) for r in (ring, other)]
+    drawn = [r.draw(Draw(batch_size=8), np.random.default_rng(3)) for r in (ring, other)]
     for a, b in zip(*[trees.flatten(vars(d)).values() for d in drawn], strict=True):
         assert np.array_equal(a, b)
 
 
 def test_a_state_whose_blocks_are_missing_is_refused():
     ring = make_ring(12, 2)
-    ring.add(rollout([(0, 0, n) for n in range(5)], ring.sequence), ones)
+    ring.add(rollout([(0, 0, n) for n in range(5)], ring.spec.sequence), ones)
     with pytest.raises(ValueError, match="has 5 blocks, 3 were found"):
         make_ring(12, 2).restore(ring.state(), [blocks_of(ring)[:1]])
 
 
 def test_blocks_overwritten_while_they_are_copied_are_left_out(monkeypatch):
     ring = make_ring(12, 2)
-    ring.add(rollout([(0, 0, n) for n in range(12)], ring.sequence), ones)
-    read = ring._storage.blocks
+    ring.add(rollout([(0, 0, n) for n in range(12)], ring.spec.sequence), ones)
+    read = ring.storage.blocks
 
     def read_then_overwrite(slots):
         found = read(slots)
-        ring.add(rollout([(0, 0, n) for n in range(12, 15)], ring.sequence), ones)
+        ring.add(rollout([(0, 0, n) for n in range(12, 15)], ring.spec.sequence), ones)
         return found
 
-    monkeypatch.setattr(ring._storage, "blocks", read_then_overwrite)
+    monkeypatch.setattr(ring.storage, "blocks", read_then_overwrite)
     found, last = ring.blocks_after(-1, 8)
     assert found.keys.tolist() == [3, 4, 5, 6, 7]
-    assert found.rows["inputs/time"][:, 0].tolist() == [6, 8, 10, 12, 14]
+    assert found.leaves["rows/inputs/time"][:, 0].tolist() == [6, 8, 10, 12, 14]
     assert last == 7
 
 

@@ -15,10 +15,12 @@ from replay_streams import IN_MEMORY, blocks_of, carry_spec, rollout, row_spec, 
 
 from rlx import trees
 from rlx.replay import experience
+from rlx.replay.block_spec import BlockSpec
 from rlx.replay.dataset import Dataset
 from rlx.replay.experience import files, read, rollouts
 from rlx.replay.prioritized import Prioritized
-from rlx.replay.storage import Storing, make_storage
+from rlx.replay.storage import Storing
+from rlx.replay.stores import make_storage
 from rlx.types import Episode, NetInput, Rollout
 
 SEQUENCE = sequence_spec(block_rows=2, length=5)
@@ -79,7 +81,7 @@ def test_a_dataset_is_the_replay_that_was_recorded(tmp_path, monkeypatch):
     assert found.rows == expected.rows == 120
     assert found.startable == expected.startable
     for a, b in zip(blocks_of(expected._ring), blocks_of(found._ring), strict=True):
-        for mine, its in ((a.rows, b.rows), (a.carry, b.carry)):
+        for mine, its in ((a.leaves, b.leaves),):
             assert all(np.array_equal(leaf, its[path]) for path, leaf in mine.items())
     for _ in range(3):
         mine, its = expected.sample(8), found.sample(8)
@@ -198,10 +200,8 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"replay\.storage=mmap needs 0\.00 GB in "):
             make_storage(
                 Storing(storage="mmap", folder=folder),
-                row_spec=row_spec(),
-                carry_spec=carry_spec(),
+                BlockSpec(sequence=SEQUENCE, row=row_spec(), carry=carry_spec()),
                 slots=12,
-                block_rows=2,
             )
 
 

@@ -87,11 +87,11 @@ def restore(folder: Path) -> None:
             break
         number = blocks.keys // LANES
         time_ = number[:, None] * 40 + np.arange(40)
-        assert (blocks.rows["inputs/time"] == time_).all()
-        assert (blocks.rows["action"] == (blocks.keys % LANES)[:, None]).all()
-        image = blocks.rows["inputs/observation/image"]
+        assert (blocks.leaves["rows/inputs/time"] == time_).all()
+        assert (blocks.leaves["rows/action"] == (blocks.keys % LANES)[:, None]).all()
+        image = blocks.leaves["rows/inputs/observation/image"]
         assert (image == (time_ % 251)[:, :, None, None]).all()
-        assert (blocks.carry["core/0"][:, 0] == number * 40).all()
+        assert (blocks.leaves["carry/core/0"][:, 0] == number * 40).all()
         checked, key = checked + len(blocks.keys) * 40, last
     nbytes = sum(segment["nbytes"] for segment in saved["segments"])
     rates = nbytes / 1e6 / saved["seconds"], nbytes / 1e6 / seconds

@@ -214,7 +214,7 @@ def test_importance_is_recomputed_from_the_raw_tree(exponent):
     add(replay, 0, 60)
     for _ in range(20):
         sample = replay.sample(16)
-        raw = np.array(replay._ring._tree.values)
+        raw = np.array(replay._ring.index.tree.values)
         probability = raw[sample.keys % 40] / raw.sum()
         expected = ((raw > 0).sum() * probability) ** -exponent
         assert sample.batch.importance.dtype == np.float32
@@ -227,7 +227,7 @@ def test_importance_by_the_rarest_sequence_of_the_whole_replay():
     add(replay, 0, 60)
     for _ in range(20):
         sample = replay.sample(4)
-        raw = np.array(replay._ring._tree.values)
+        raw = np.array(replay._ring.index.tree.values)
         expected = (raw[sample.keys % 40] / raw[raw > 0].min()) ** -0.6
         assert sample.batch.importance == pytest.approx(expected, rel=1e-6)
         assert sample.batch.importance.max() <= 1
@@ -268,7 +268,7 @@ def test_the_importance_exponent_goes_to_its_final_value_by_env_steps():
         add(replay, begin, begin + 10)  # 20 rows
     assert seen == pytest.approx([0.6, 0.68, 0.76, 0.84, 0.92, 1.0, 1.0])
     assert replay.stats()["replay/importance_exponent"] == 1.0
-    raw = np.array(replay._ring._tree.values)
+    raw = np.array(replay._ring.index.tree.values)
     sample = replay.sample(8)
     probability = raw[sample.keys % 40]
     expected = probability.min() / probability

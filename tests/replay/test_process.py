@@ -107,7 +107,7 @@ def test_a_snapshot_comes_back_here_and_there(start, tmp_path, shards):
         for mine, its in zip(
             *[itertools.chain(*all_blocks(r)) for r in (other, replay)], strict=True
         ):
-            assert all(np.array_equal(leaf, its.rows[path]) for path, leaf in mine.rows.items())
+            assert all(np.array_equal(leaf, its.leaves[path]) for path, leaf in mine.leaves.items())
         assert np.array_equal(
             other.sample(BATCH).keys, make_restored(state, segments, tmp_path, shards)
         )

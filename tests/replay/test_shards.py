@@ -12,21 +12,23 @@ from replay_streams import IN_MEMORY, carry_spec, fill, rollout, row_spec, seque
 from rlx import trees
 from rlx.problems import ConfigError
 from rlx.replay import storage
+from rlx.replay.block_spec import BlockSpec
 from rlx.replay.blocks import BlockRing
+from rlx.replay.drawing import Draw
 from rlx.replay.memory import budget
 from rlx.replay.shards import ShardedRing
-from rlx.replay.storage import Storing, make_storage
+from rlx.replay.storage import Storing
+from rlx.replay.stores import make_storage
 from rlx.replay.uniform import Uniform
 
 SEQUENCE = sequence_spec(block_rows=2, length=5)  # three blocks
+SPEC = BlockSpec(sequence=SEQUENCE, row=row_spec(), carry=carry_spec())
 
 
 def make(lanes: int = 4, blocks: int = 48, shards: int = 2) -> ShardedRing:
     return ShardedRing(
         capacity_rows=2 * blocks,
-        sequence=SEQUENCE,
-        row_spec=row_spec(),
-        carry_spec=carry_spec(),
+        spec=SPEC,
         lanes=lanes,
         storings=[Storing()] * shards,
     )
@@ -46,7 +48,7 @@ def test_every_batch_is_shared_equally_and_every_sequence_is_one_lanes():
     ring = make()
     add(ring, 0, 30)
     assert all(inner.check_valid() == (True, "") for inner in ring.rings)
-    drawn = ring.draw(64, np.random.default_rng(0))
+    drawn = ring.draw(Draw(batch_size=64), np.random.default_rng(0))
     lane = drawn.rows.action  # as replay_streams writes it: the lane, in its rollout
     assert (lane == lane[:, :1]).all()
     assert (lane[:32] % 2 == 0).all()
@@ -68,7 +70,7 @@ def test_a_first_leaf_is_asked_for_with_the_key_that_samples_have():
     add(ring, 0, 6, leaf_of=leaf_of)
     assert len(asked) == len(set(asked)) == 16
     lane_of = dict(asked)
-    drawn = ring.draw(64, np.random.default_rng(0))
+    drawn = ring.draw(Draw(batch_size=64), np.random.default_rng(0))
     for key, lane in zip(drawn.keys.tolist(), drawn.rows.action[:, 0].tolist(), strict=True):
         assert lane_of[key] == lane
 
@@ -76,12 +78,14 @@ def test_a_first_leaf_is_asked_for_with_the_key_that_samples_have():
 def test_priorities_reach_their_sequence_and_late_ones_are_counted():
     ring = make()
     add(ring, 0, 12)
-    keys = np.unique(ring.draw(64, np.random.default_rng(0)).keys)
+    keys = np.unique(ring.draw(Draw(batch_size=64), np.random.default_rng(0)).keys)
     leaves = np.full(len(keys), 1e-9)
     chosen = [int(keys[keys % 2 == shard][3]) for shard in (0, 1)]
     leaves[np.isin(keys, chosen)] = 1e9
     assert ring.set_leaves(keys, leaves) == 0
-    assert set(ring.draw(64, np.random.default_rng(1)).keys.tolist()) == set(chosen)
+    assert set(ring.draw(Draw(batch_size=64), np.random.default_rng(1)).keys.tolist()) == set(
+        chosen
+    )
     add(ring, 12, 30)
     assert ring.set_leaves(keys, leaves) == len(keys)
 
@@ -92,7 +96,7 @@ def test_probabilities_are_those_of_the_draws():
     add(ring, 0, 12, leaf_of=lambda keys: 1.0 + keys % 7)
     rng, counts, said = np.random.default_rng(0), Counter(), {}
     for _ in range(400):
-        drawn = ring.draw(64, rng, find_least=True)
+        drawn = ring.draw(Draw(batch_size=64, find_least=True), rng)
         counts.update(drawn.keys.tolist())
         said |= dict(
             zip(drawn.keys.tolist(), drawn.scaled_probability / ring.startable, strict=True)
@@ -139,9 +143,7 @@ def test_four_shards_draw_as_one_replay_does_to_a_hundredth(spread):
 def one_ring(lanes: int, blocks: int) -> BlockRing:
     return BlockRing(
         capacity_rows=2 * blocks,
-        sequence=SEQUENCE,
-        row_spec=row_spec(),
-        carry_spec=carry_spec(),
+        spec=SPEC,
         lanes=lanes,
     )
 
@@ -183,10 +185,7 @@ def test_a_rollout_is_added_whole_or_not_at_all():
 def test_the_budget_of_shards_is_the_bytes_of_their_rings():
     replay = uniform(shards=4, lanes=4, capacity=2 * 27)
     assert replay.capacity == 2 * 24
-    planned = budget(
-        capacity_rows=2 * 27, sequence=SEQUENCE, row_spec=row_spec(), carry_spec=carry_spec(),
-        lanes=4, shards=4,
-    )  # fmt: skip
+    planned = budget(capacity_rows=2 * 27, spec=SPEC, lanes=4, shards=4)
     assert planned.total_bytes == replay.nbytes
     add(replay_ring := replay._ring, 0, 12)
     assert replay_ring.startable == planned.sequences
@@ -209,12 +208,11 @@ def test_frames_of_all_shards_must_fit_compressed(monkeypatch):
 
     def write(shards: int) -> None:
         storing = Storing(compress="lz4", shards=shards)
-        specs = {"row_spec": row, "carry_spec": carry_spec()}
-        kept = make_storage(storing, **specs, slots=40, block_rows=2)
-        rows = trees.flatten(fill(row, (32, 2)))
-        kept.write(0, rows | {"inputs/observation/image": noise}, trees.flatten(carries))
+        spec = BlockSpec(sequence=SEQUENCE, row=row, carry=carry_spec())
+        kept = make_storage(storing, spec, slots=40)
+        leaves = trees.flatten({"rows": fill(row, (32, 2)), "carry": fill(carry_spec(), (32,))})
+        kept.write(0, leaves | {"rows/inputs/observation/image": noise})
 
-    carries = fill(carry_spec(), (32,))
     write(1)
     with pytest.raises(ConfigError, match=r"about 0\.00 GB compressed.*replay\.compress=none"):
         write(4)
@@ -224,7 +222,10 @@ def test_frames_of_all_shards_must_fit_compressed(monkeypatch):
     ("call", "says"),
     [
         (lambda: make(lanes=3, shards=4), "3 lanes do not divide over 4 shards"),
-        (lambda: make().draw(63, np.random.default_rng(0)), "batches of 63 sequences"),
+        (
+            lambda: make().draw(Draw(batch_size=63), np.random.default_rng(0)),
+            "batches of 63 sequences",
+        ),
         (lambda: make().restore({"shards": 3}, []), "the saved replay has 3 shards, now 2"),
         (lambda: make().restore({"layout": ""}, []), "the saved replay has 1 shards, now 2"),
         (lambda: make().add(rollout([(4, 0, 0)], SEQUENCE), ones), "Lane 4 is not one of the 4"),

@@ -1,0 +1,240 @@
+"""What both environment families share of lanes: who waits for an action, episodes, seeds.
+
+Letters as in `rlx.types`: N lanes, n <= N lanes in one answer, `*` the shape of a leaf.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlx.envs.actions import Actions, describe
+from rlx.types import EnvSpec, Episode, Timestep
+
+
+def lane_index(lane: np.ndarray, every: np.ndarray) -> slice | np.ndarray:
+    """lane i32[n] as an index: a slice if it is `every` lane in order, else intp.
+
+    NumPy indexes by both several times faster than by int32.
+    """
+    if len(lane) == len(every) and (lane == every).all():
+        return slice(None)
+    return lane.astype(np.intp)
+
+
+class EpisodeCounter:
+    """Counts unclipped return and env steps of every lane, under all wrappers."""
+
+    def __init__(self, *, lanes: int, frames_per_env_step: int) -> None:
+        self._return = np.zeros(lanes)  # float64: a sum of up to 1e5 rewards
+        self._env_steps = np.zeros(lanes, np.int64)
+        self._frames_per_env_step = frames_per_env_step
+        self._ended: list[Episode] = []
+
+    def restart(self) -> None:
+        """Forgets the unfinished episodes of all lanes."""
+        self._return[:] = 0
+        self._env_steps[:] = 0
+
+    def add(
+        self,
+        *,
+        index: slice | np.ndarray,
+        lane: np.ndarray,
+        reward: np.ndarray,
+        first: np.ndarray,
+        ended: np.ndarray,
+    ) -> None:
+        """Counts one answer; index of lane i32[n], reward f32[n] raw, first and ended bool[n].
+
+        A reset row (`first`) is no env step.
+        """
+        self._return[index] += reward
+        self._env_steps[index] += ~first
+        if ended.any():
+            for i in lane[ended].tolist():
+                self._end(i)
+
+    def _end(self, lane: int) -> None:
+        env_steps = int(self._env_steps[lane])
+        self._ended.append(
+            Episode(
+                ret=float(self._return[lane]),
+                env_steps=env_steps,
+                frames=env_steps * self._frames_per_env_step,
+                lane=lane,
+            )
+        )
+        self._return[lane] = 0
+        self._env_steps[lane] = 0
+
+    def take(self) -> list[Episode]:
+        """The episodes that ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+
+class Stream:
+    """The lanes of one environment: which wait for an action, whose episode ended, the scores.
+
+    It makes the stream of `rlx.types.Timestep`: the answer after an ended one is `first`. It is
+    found from the previous answer of that lane alone; EnvPool's elapsed_step goes on counting over
+    the resets of `episodic_life`.
+    """
+
+    def __init__(
+        self, *, lanes: int, spec: EnvSpec, actions: Actions, least_in_flight: int = 1
+    ) -> None:
+        self.lanes = lanes
+        self._least_in_flight = least_in_flight  # fewer would never make an answer
+        self._actions = actions
+        self._all = np.arange(lanes, dtype=np.int32)
+        self._answered: np.ndarray | None = None  # the very array of the last answer's lanes
+        self._index_answered: slice | np.ndarray = slice(None)  # the same as an index
+        self._waiting = np.zeros(lanes, bool)
+        self._n_waiting = 0
+        self._done = np.ones(lanes, bool)  # so that the very first answers are `first`
+        self._counter = EpisodeCounter(lanes=lanes, frames_per_env_step=spec.frames_per_env_step)
+        self._uncounted: dict[str, Any] | None = None  # of the last answer, for the counter
+
+    @property
+    def in_flight(self) -> int:
+        """Lanes that were sent an action (or a reset) and have not answered."""
+        return self.lanes - self._n_waiting
+
+    def restart(self) -> None:
+        """All lanes are being reset: none waits, each answers with `first` next."""
+        self._waiting[:] = False
+        self._n_waiting = 0
+        self._done[:] = True
+        self.count()
+        self._counter.restart()
+
+    def claim(self, action: np.ndarray, lane: np.ndarray) -> None:
+        """Checks an action and marks its lanes as acted; raises ValueError and changes nothing.
+
+        Here and not in EnvPool, which aborts the process or corrupts a lane without a word.
+        """
+        if not isinstance(lane, np.ndarray) or lane.dtype != np.int32 or lane.ndim != 1:
+            raise ValueError(f"lane is {describe(lane)}; give numpy int32[n] of lane numbers")
+        self._actions.check(action)
+        n = len(lane)
+        if n == 0 or len(action) != n:
+            raise ValueError(
+                f"{len(action)} actions for {n} lanes; give one each, and at least one"
+            )
+        if self.in_flight + n < self._least_in_flight:
+            raise ValueError(
+                f"{n} lanes acted in, {self.in_flight} busy: an answer takes "
+                f"{self._least_in_flight}, this would wait for ever; act in more lanes at once"
+            )
+        if lane is self._answered:  # the lanes of the last answer, all of them: nothing to check
+            self._answered = None
+            self._waiting[self._index_answered] = False
+            self._n_waiting -= n
+            return
+        self._answered = None
+        # Seen as uint32 a negative lane is huge: one reduction checks both ends.
+        if np.maximum.reduce(lane.view(np.uint32)) >= self.lanes:
+            raise ValueError(
+                f"lane has {lane.min()} .. {lane.max()}; accepted: 0 .. {self.lanes - 1}"
+            )
+        index = lane.astype(np.intp)  # NumPy indexes by intp several times faster than by int32
+        if not self._waiting[index].all():
+            busy = lane[~self._waiting[index]].tolist()
+            raise ValueError(
+                f"lanes {busy} wait for no action; reset first, then act once per answer"
+            )
+        self._waiting[index] = False
+        if np.count_nonzero(self._waiting) != self._n_waiting - n:
+            self._waiting[index] = True
+            raise ValueError(f"lane names a lane twice: {lane.tolist()}; act once per answer")
+        self._n_waiting -= n
+
+    def is_waiting(self, lane: int) -> bool:
+        """Whether this lane has answered and waits for an action."""
+        return bool(self._waiting[lane])
+
+    def answer(
+        self,
+        *,
+        observation: Mapping[str, np.ndarray],
+        reward: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        lane: np.ndarray,
+        ended: np.ndarray | None = None,
+    ) -> Timestep:
+        """The Timestep of n lanes' raw answer, in its order.
+
+        `terminated` and `truncated` (bool[n]) exclude each other; `ended` bool[n] says where the
+        game truly ended, if that is not the same.
+        """
+        index = lane_index(lane, self._all)
+        first = self._done[index].copy()
+        done = terminated | truncated
+        self._done[index] = done
+        self._waiting[index] = True
+        self._n_waiting += len(lane)
+        self._answered, self._index_answered = lane, index
+        self.count()
+        self._uncounted = {
+            "index": index,
+            "lane": lane,
+            "reward": reward,
+            "first": first,
+            "ended": done if ended is None else ended,
+        }
+        return Timestep(
+            observation=observation,
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            first=first,
+            lane=lane,
+        )
+
+    def count(self) -> None:
+        """Counts the last answer's episodes, if not done yet: best while the lanes are busy."""
+        if self._uncounted is not None:
+            self._counter.add(**self._uncounted)
+            self._uncounted = None
+
+    def episodes(self) -> list[Episode]:
+        """The episodes that ended since the last call."""
+        self.count()
+        return self._counter.take()
+
+
+class OneThread:
+    """`with` it around a call that two threads must never be in at once; raises if they are."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(f"two threads are in {self._what} at once; give each its own lanes")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def check_lane(lane: int, lanes: int) -> None:
+    """Raises ValueError unless 0 <= lane < lanes."""
+    if not 0 <= lane < lanes:
+        raise ValueError(f"lane={lane} does not exist; accepted: 0 .. {lanes - 1}")
+
+
+def check_lanes_and_seeds(lanes: int, seeds: Sequence[int]) -> list[int]:
+    """The seeds as a list of int; raises ValueError unless there is one int32 per lane."""
+    found = [int(seed) for seed in seeds]
+    if lanes < 1 or len(found) != lanes:
+        raise ValueError(f"{len(found)} seeds for lanes={lanes}; give one per lane, and lanes >= 1")
+    if any(not -(2**31) <= seed < 2**31 for seed in found):
+        raise ValueError(f"seeds must be int32, got {found}; use rlx.seeding.spawn_int")
+    return found

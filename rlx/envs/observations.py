@@ -1,0 +1,179 @@
+"""What both environment families share of observations: their leaves, and which are read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlx.envs.actions import Start
+from rlx.types import Array, ArraySpec, EnvSpec
+
+# float64 and int64 leaves become 32-bit: the replay and JAX's default hold no more, and doubling
+# every stored observation for digits that the network never sees would be waste.
+NARROWED = {"float64": "float32", "int64": "int32"}
+
+
+def leaf_name(keys: Sequence[str]) -> str:
+    """'a/b' of these keys from an observation's root; an observation that is one array has none."""
+    return "/".join(keys) or "observation"
+
+
+def nearest(given: str, accepted: Iterable[str], count: int = 3) -> str:
+    """'nearest: a, b, c', or the way to see all names when none is near."""
+    by_lower = {name.lower(): name for name in accepted}
+    found = difflib.get_close_matches(given.lower(), list(by_lower), n=count, cutoff=0.5)
+    if not found:
+        return f"nothing near it among {len(by_lower)} names"
+    return "nearest: " + ", ".join(by_lower[name] for name in found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One array of an environment's observation, as the environment gives it."""
+
+    name: str
+    path: tuple[str, ...]  # keys from the root of the raw answer; () when that is the array itself
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One array of an observation, as the rest of rlx sees it."""
+
+    source: Source
+    components: tuple[int, ...] | None
+    scale: tuple[float, ...] | None
+
+    @property
+    def spec(self) -> ArraySpec:
+        """Without the lane axis."""
+        shape = self.source.shape if self.components is None else (len(self.components),)
+        return ArraySpec(shape=shape, dtype=NARROWED.get(self.source.dtype, self.source.dtype))
+
+    def read(self, array: Array) -> Array:
+        """What `Reader` makes of this array [n, *], NumPy's or JAX's."""
+        if self.components is not None:
+            array = array.take(np.asarray(self.components), axis=1)
+        array = array.astype(self.spec.dtype)
+        return array if self.scale is None else array * np.asarray(self.scale, np.float32)[None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outside:
+    """What an environment itself gives and takes, for agents that are used without rlx's lanes."""
+
+    leaves: tuple[Leaf, ...]  # those that the network reads
+    ignored: tuple[str, ...]  # names of those that the settings leave out
+    action_start: Start  # the number of the first action; rlx counts from 0
+
+
+def outside(sources: Sequence[Source], leaves: Sequence[Leaf], action_start: Start) -> Outside:
+    """Of all sources and those selected."""
+    read = {leaf.source.name for leaf in leaves}
+    ignored = tuple(source.name for source in sources if source.name not in read)
+    return Outside(leaves=tuple(leaves), ignored=ignored, action_start=action_start)
+
+
+def outside_of(family: Any, spec: EnvSpec) -> Outside:
+    """A family's own account of it; for one that gives none, as rlx sees the environment."""
+    if hasattr(family, "outside"):
+        told: Outside = family.outside()
+        return told
+    sources = [
+        Source(name=name, path=(), shape=leaf.shape, dtype=leaf.dtype)
+        for name, leaf in sorted(spec.observation.items())
+    ]
+    leaves = [Leaf(source=source, components=None, scale=None) for source in sources]
+    return outside(sources, leaves, 0)
+
+
+def select(
+    sources: Sequence[Source],
+    *,
+    observe: str | Sequence[str] | None,
+    components: Sequence[int] | None,
+    scale: Sequence[float] | None,
+) -> tuple[Leaf, ...]:
+    """The leaves that these settings ask for, sorted by name."""
+    by_name = {source.name: source for source in sources}
+    wanted = [observe] if isinstance(observe, str) else observe
+    names = sorted(by_name if wanted is None else set(wanted))
+    if not names:
+        raise ValueError(
+            f"env.observe=[] selects nothing; give null for all, or of: {_all(by_name)}"
+        )
+    for name in names:
+        if name not in by_name:
+            raise ValueError(
+                f"env.observe={name!r} is no leaf of this observation; accepted: {_all(by_name)}"
+            )
+    if components is not None:
+        _check_components([by_name[name] for name in names], components)
+    columns = None if components is None else tuple(components)
+    factors = None if scale is None else tuple(scale)
+    leaves = [Leaf(source=by_name[n], components=columns, scale=factors) for n in names]
+    if factors is not None:
+        _check_scale(leaves, factors)
+    return tuple(leaves)
+
+
+def _all(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _check_components(sources: Sequence[Source], components: Sequence[int]) -> None:
+    given = f"env.components={list(components)}"
+    if len(sources) != 1 or len(sources[0].shape) != 1:
+        shapes = {source.name: source.shape for source in sources}
+        raise ValueError(
+            f"{given} needs one selected 1-D leaf, got {shapes}; set env.observe to one"
+        )
+    size = sources[0].shape[0]
+    if not components or not all(0 <= c < size for c in components):
+        raise ValueError(f"{given} must name elements 0 .. {size - 1} of {sources[0].name!r}")
+
+
+def _check_scale(leaves: Sequence[Leaf], scale: Sequence[float]) -> None:
+    found = {leaf.source.name: leaf.spec for leaf in leaves}
+    fits = [spec.shape == (len(scale),) and spec.dtype == "float32" for spec in found.values()]
+    if fits != [True]:
+        told = {name: f"{spec.dtype}{list(spec.shape)}" for name, spec in found.items()}
+        raise ValueError(
+            f"env.scale={list(scale)} needs one selected float leaf of {len(scale)} elements, "
+            f"got {told}"
+        )
+
+
+class Reader:
+    """Turns an environment's raw observations into flat dicts of the selected leaves."""
+
+    def __init__(self, leaves: Sequence[Leaf]) -> None:
+        self._parts = [
+            (
+                leaf.source.name,
+                leaf.source.path,
+                None if leaf.components is None else np.asarray(leaf.components),
+                None if leaf.scale is None else np.asarray(leaf.scale, np.float32),
+                NARROWED.get(leaf.source.dtype),
+            )
+            for leaf in leaves
+        ]
+
+    def __call__(self, raw: Any) -> dict[str, np.ndarray]:
+        """{leaf: dtype[n, *]}: views where nothing has to change, so treat them as read-only."""
+        read = {}
+        for name, path, components, scale, dtype in self._parts:
+            array = raw
+            for key in path:
+                array = array[key]
+            if components is not None:
+                array = array.take(components, axis=1)
+            if dtype is not None:
+                array = array.astype(dtype)
+            read[name] = array if scale is None else array * scale
+        return read

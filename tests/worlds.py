@@ -1,0 +1,76 @@
+"""Small real environments, registered with gymnasium: `tests.worlds:rlx-test/<name>-v0`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+
+class Choices(gymnasium.Env):
+    """Two choices at once, the first from 3 on; each is rewarded where it is what was shown."""
+
+    action_space = spaces.MultiDiscrete([4, 2], start=[3, 0])
+    observation_space = spaces.Box(0, 1, (6,), np.float32)
+
+    def __init__(self, length: int = 7) -> None:
+        self.length = length
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.time = 0
+        return self._show(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        assert self.action_space.contains(action), action
+        self.time += 1
+        reward = float((np.asarray(action) == self.shown).mean())
+        return self._show(), reward, self.time == self.length, False, {}
+
+    def _show(self) -> np.ndarray:
+        choices = self.np_random.integers(0, [4, 2])
+        self.shown = choices + np.array([3, 0])
+        return np.concatenate([np.eye(4)[choices[0]], np.eye(2)[choices[1]]]).astype(np.float32)
+
+
+class Masked(gymnasium.Env):
+    """Some of five actions are forbidden, others each time; a forbidden one is an error.
+
+    The rewarded one is the first that is allowed; `sight` tells which that is.
+    """
+
+    action_space = spaces.Discrete(5, start=2)
+    observation_space = spaces.Dict(
+        {
+            "sight": spaces.Box(0, 1, (5,), np.float32),
+            "action_mask": spaces.MultiBinary(5),
+        }
+    )
+
+    def __init__(self, length: int = 9) -> None:
+        self.length = length
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.time = 0
+        return self._show(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        if not self.mask[action - 2]:
+            raise ValueError(f"action {action} is forbidden, the mask is {self.mask}")
+        self.time += 1
+        reward = float(action - 2 == np.flatnonzero(self.mask)[0])
+        ended = self.time == self.length
+        return self._show(), reward, ended, False, {}
+
+    def _show(self) -> dict[str, np.ndarray]:
+        self.mask = self.np_random.random(5) < 0.5
+        self.mask[self.np_random.integers(5)] = True
+        sight = np.eye(5, dtype=np.float32)[np.flatnonzero(self.mask)[0]]
+        return {"sight": sight, "action_mask": self.mask.astype(np.int8)}
+
+
+for _entry in (Choices, Masked):
+    gymnasium.register(f"rlx-test/{_entry.__name__}-v0", _entry)
