@@ -190,7 +190,8 @@ class Loaded:
         *,
         reward: Any = None,
         first: Any = None,
-        epsilon: float = 0.0,
+        greedy: bool | None = None,
+        epsilon: float | None = None,
         seed: int | None = None,
         which: str | Path = "latest",
     ) -> tuple[Any, State]:
@@ -203,8 +204,10 @@ class Loaded:
         an array, i32[k] of choices or f32[*] within the bounds. A batch [N, *] of N environments
         gives [N] of them and takes reward [N] and `first` bool[N] as well: where this
         observation is an episode's first one, so that reward and state before it do not count.
-        `epsilon`: the share of random actions, drawn from `seed` (null: from chance), which is
-        given where a state is not. `which`: read once, when it is first asked for. ValueError
+        `greedy`: the best action the agent knows, which is the default; False: as it samples, of
+        an agent with a distribution of its own. `epsilon`: instead, the share of sampled (of other
+        agents: random) actions. They are drawn from `seed` (null: from chance), which is given
+        where a state is not. `which`: read once, when it is first asked for. ValueError
         for what does not fit the environment.
         """
         key = str(which)
@@ -217,7 +220,13 @@ class Loaded:
                 agent=self.agent, outside=outside, params=self.params(which)
             )
         return self._players[key].act(
-            observation, state, reward=reward, first=first, epsilon=epsilon, seed=seed
+            observation,
+            state,
+            reward=reward,
+            first=first,
+            greedy=greedy,
+            epsilon=epsilon,
+            seed=seed,
         )
 
     def evaluate(

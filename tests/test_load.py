@@ -300,7 +300,10 @@ def test_what_a_state_needs_beside_it(lanes, given, said):
     ("given", "said"),
     [
         ({"epsilon": "0.1"}, r"epsilon is '0.1'; accepted: 0 \.\. 1"),
-        ({"epsilon": None}, r"epsilon is None; accepted: 0 \.\. 1"),
+        ({"greedy": 1}, r"greedy is 1; accepted: True, False, or None"),
+        ({"greedy": True, "epsilon": 0.1}, r"greedy=True and epsilon=0\.1 contradict; give one"),
+        ({"greedy": False, "epsilon": 0}, r"greedy=False and epsilon=0 contradict; give one"),
+        ({"greedy": False}, r"greedy is False, but R2D2 has no distribution .*; give epsilon="),
         ({"epsilon": np.array([0.1, 0.2])}, r"epsilon is array\(\[0.1, 0.2\]\); accepted"),
         ({"epsilon": float("nan")}, r"epsilon is nan; accepted: 0 \.\. 1"),
         ({"seed": 1.5}, "seed is 1.5; accepted: a whole number"),

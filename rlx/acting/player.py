@@ -184,14 +184,14 @@ class Player:
         *,
         reward: Any = None,
         first: Any = None,
-        epsilon: float = 0.0,
+        greedy: bool | None = None,
+        epsilon: float | None = None,
         seed: int | None = None,
     ) -> tuple[Any, State]:
         """As `rlx.api.Loaded.act` says."""
         arrays, lanes = read_observation(self._outside, observation)
         n = 1 if lanes is None else lanes
-        if not (_is_number(epsilon, "fiu") and 0 <= epsilon <= 1):
-            raise ValueError(f"epsilon is {epsilon!r}; accepted: 0 .. 1")
+        exploration = self._exploration(greedy, epsilon)
         if seed is not None and not (_is_number(seed, "iu") and -(2**63) <= seed < 2**63):
             raise ValueError(f"seed is {seed!r}; accepted: a whole number of 64 bits")
         with jax.default_device(self._device):
@@ -202,7 +202,7 @@ class Player:
             else:
                 self._check_state(state, lanes, seed)
                 rewards, firsts = _rewards(reward, lanes), _firsts(first, lanes)
-            each = np.full(n, epsilon, np.float32)
+            each = np.full(n, exploration, np.float32)
             action, leaves, key = self._compiled(
                 self._params, arrays, rewards, firsts, state.leaves, state.key, each
             )
@@ -214,6 +214,24 @@ class Player:
         if lanes is not None:
             return action
         return int(action[0]) if isinstance(self._agent.spec.action, DiscreteSpec) else action[0]
+
+    def _exploration(self, greedy: bool | None, epsilon: float | None) -> float:
+        """0 is greedy, 1 is as the agent samples."""
+        if not (greedy is None or isinstance(greedy, bool)):
+            raise ValueError(f"greedy is {greedy!r}; accepted: True, False, or None")
+        if epsilon is None:
+            if greedy is False and not self._agent.samples:
+                name = type(self._agent).__name__
+                raise ValueError(
+                    f"greedy is False, but {name} has no distribution to draw from; "
+                    "give epsilon= for random actions"
+                )
+            return 1.0 if greedy is False else 0.0
+        if not (_is_number(epsilon, "fiu") and 0 <= epsilon <= 1):
+            raise ValueError(f"epsilon is {epsilon!r}; accepted: 0 .. 1")
+        if greedy is not None and greedy != (epsilon == 0):
+            raise ValueError(f"greedy={greedy} and epsilon={epsilon:g} contradict; give one")
+        return float(epsilon)
 
     def _begin(self, lanes: int | None, seed: int | None) -> State:
         shapes = state_shapes(self._agent, 1 if lanes is None else lanes)

@@ -7,6 +7,7 @@ on once, by the weights that made it, and nothing of other weights is in a batch
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,10 +49,11 @@ def _off_policy_problems(acting: Settings) -> list[Problem]:
 
 def _agent_problems(agent: Agent) -> list[Problem]:
     s = agent.sequence
-    if s.burn_in == 0 and s.unroll == s.stride == s.block_rows:
+    if s.unroll == s.length == s.stride == s.block_rows:
         return []
-    given = f"burn_in={s.burn_in}, unroll={s.unroll}, stride={s.stride}, block_rows={s.block_rows}"
-    says = "an on-policy agent's sequences are blocks: burn_in 0, unroll = stride = block_rows"
+    given = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(s).items())
+    says = "an on-policy agent's sequences are blocks: burn_in=0, n_step=1 (from Batch.next), "
+    says += "unroll=stride=block_rows"
     return [Problem(path="agent", given=given, says=says)]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ import rlx
 from rlx import targets
 from rlx.acting.actor import Actor
 from rlx.acting.local_pool import LocalPool
+from rlx.acting.plan import zero_inputs
 from rlx.keeper import Keeper
 from rlx.learner import Learner
 from rlx.problems import ConfigError
@@ -236,3 +239,26 @@ def test_a_run_that_is_stopped_in_a_round_makes_that_round_anew(tmp_path, conf, 
     assert len(seen.ratio_errors) > before + 3
     assert max(seen.ratio_errors) < 1e-5
     assert set(seen.ages) == {0}
+
+
+def test_a_trained_agent_acts_greedily_or_as_it_samples(tmp_path, conf, seen):
+    train(conf, tmp_path / "run", *POOLS["local"], env_steps=400)
+    run, zeros = rlx.load(tmp_path / "run"), np.zeros((512, 4), np.float32)
+    params = run.params()
+    begin = {"first": np.ones(1, bool), "prev_action": np.full(1, -1, np.int32)}
+    inputs = dataclasses.replace(zero_inputs(run.agent, 1), **begin)
+    key, none = jax.random.PRNGKey(0), np.zeros(1, np.float32)
+    mode, kept, _ = run.agent.act(params, inputs, run.agent.initial_carry(1), key, none)
+    mode, probability = int(mode[0]), float(np.exp(kept.log_probability[0]))
+
+    def chosen(**how: Any) -> float:
+        """The share of lanes that took the mode."""
+        return float(np.mean(run.act(zeros, seed=1, **how)[0] == mode))
+
+    assert chosen() == chosen(greedy=True) == chosen(epsilon=0) == chosen(greedy=True, epsilon=0)
+    assert chosen() == 1.0
+    assert probability < 0.8  # else a sample is hardly ever another one
+    sampled = chosen(greedy=False)
+    assert sampled == chosen(epsilon=1)
+    assert abs(sampled - probability) < 0.1  # 4.5 standard deviations
+    assert abs(chosen(epsilon=0.5) - (1 + probability) / 2) < 0.1

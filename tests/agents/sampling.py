@@ -77,7 +77,7 @@ class Sampling:
     @property
     def sequence(self) -> SequenceSpec:
         rows = self.block_rows
-        return SequenceSpec(burn_in=0, unroll=rows, n_step=N_STEP, stride=rows, block_rows=rows)
+        return SequenceSpec(burn_in=0, unroll=rows, n_step=1, stride=rows, block_rows=rows)
 
     def init(self, key: Array) -> TrainState:
         key, params_key = jax.random.split(key)
@@ -144,9 +144,8 @@ class Sampling:
         }
 
     def _returns(self, values: Array, rows: Row) -> Array:
-        """[T, B], bootstrapped from the values [T or T + 1, B] where an episode is cut."""
-        following = values[-1] if len(values) > self.block_rows else jnp.zeros_like(values[0])
-        returns = []
+        """[T, B] from values [T + 1, B], which stand for what follows the block or a cut."""
+        following, returns = values[-1], []
         for t in reversed(range(self.block_rows)):
             earned = rows.reward[t] + self.discount * rows.discount[t] * following
             following = jnp.where(rows.valid[t], earned, values[t])
@@ -154,7 +153,6 @@ class Sampling:
         return jnp.stack(returns[::-1])
 
 
-N_STEP = 0
 YAML = """
 defaults:
   - override /replay@_global_.replay: online

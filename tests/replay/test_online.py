@@ -175,3 +175,17 @@ def test_no_history_gives_a_row_twice_or_out_of_order(data):
                 assert (rows.inputs.time[b] == first + np.arange(4)).all()
                 assert (chain, first) > newest.get(its, (-1, -1))
                 newest[its] = (chain, first)
+
+
+def test_of_an_on_policy_agent_it_holds_one_batch_that_nothing_makes_late():
+    replay, other = make(on_policy=True, max_delay=1), make(on_policy=True)
+    add(replay, 0, 6)
+    assert not replay.has_enough
+    add(replay, 6, 8)
+    assert replay.has_enough
+    assert replay.startable == replay.min_sequences == 4
+    assert replay.stats()["replay/dropped_sequences"] == 0
+    other.restore(replay.state(), all_blocks(replay))
+    assert other.startable == 0  # a round that was broken off is made anew
+    replay.sample(4)
+    assert not replay.has_enough
