@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from rlx.acting import ray_token
 from rlx.problems import ConfigError, refuse
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class Cluster:
 
     address: None = this process's connection if it has one, else an own cluster on this machine;
     "auto" = the cluster that runs on this machine; "host:port" = that one.
-    Raises ConfigError where there is none, or one of another version.
+    Raises ConfigError where there is none, one of another version, or one that refuses the token.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class Cluster:
     ) -> None:
         self.started_by_us = not ray.is_initialized()
         self.is_own = self.started_by_us and address is None
+        self._tokens = ray_token.remember()
         if self.started_by_us:
-            if address is None:
-                _start(store_bytes)
-            else:
-                _join(address, setting)
+            try:
+                _start(store_bytes) if address is None else _join(address, setting)
+            except BaseException:
+                ray_token.put_back(self._tokens)
+                raise
 
     @property
     def resources(self) -> Mapping[str, float]:
@@ -50,6 +53,7 @@ class Cluster:
         """Leaves the cluster, and ends it if it is our own; not what others had started."""
         if self.started_by_us and ray.is_initialized():
             ray.shutdown()
+            ray_token.put_back(self._tokens)
 
 
 def cores() -> int:
@@ -63,6 +67,7 @@ def _quiet() -> dict[str, Any]:
 
 
 def _start(store_bytes: int) -> None:
+    ray_token.for_own_cluster()
     with (
         _sigterm_not_inherited(),
         _workers_not_nice(),
@@ -107,6 +112,7 @@ def _workers_not_nice() -> Iterator[None]:
 
 def _join(address: str, setting: str) -> None:
     _check_reachable(address, setting)
+    ray_token.for_given_cluster(address, setting)
     try:
         ray.init(address=address, **_quiet())
     except ConnectionError as error:
