@@ -28,9 +28,9 @@ import numpy as np
 import rlx
 from rlx import ops, trees
 from rlx.agents import common
-from rlx.assemble import assemble
-from rlx.config import plain
+from rlx.config.build import plain
 from rlx.replay.prioritized import sequence_priority
+from rlx.training.assemble import assemble
 from rlx.types import Timestep
 
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -28,7 +28,7 @@ import psutil
 
 import rlx
 from rlx import notebook
-from rlx.run_folders import read_rows
+from rlx.runs.folders import read_rows
 
 SMALL = "RLX_SMALL" in os.environ  # set where these notebooks are only tested
 folder = Path(tempfile.mkdtemp(prefix="rlx-")) / "catch"
@@ -126,9 +126,10 @@ plt.show()
 # each core, without rollouts, requests and a loop that takes them.
 
 # %%
-from rlx import bench_measuring, ray_bench
-from rlx.acting.ray_cluster import Cluster
-from rlx.config import build
+from rlx.bench import actors as ray_bench
+from rlx.bench import measuring as bench_measuring
+from rlx.cluster.cluster import Cluster
+from rlx.config.build import build
 
 setup = next(setup for setup in bench_measuring.SETUPS if setup.name == "cartpole")
 agent = bench_measuring.make_agent(setup)

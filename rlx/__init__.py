@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from rlx.api import load as load
     from rlx.api import make as make
     from rlx.api import run as run
-    from rlx.targets import allow as allow
+    from rlx.config.targets import allow as allow
 
 _HOMES = {
     "compose": "rlx.api",
     "load": "rlx.api",
     "make": "rlx.api",
     "run": "rlx.api",
-    "allow": "rlx.targets",
+    "allow": "rlx.config.targets",
 }
 __all__ = ["allow", "compose", "load", "make", "run"]
 

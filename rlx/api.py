@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlx import provenance, xla
-from rlx.composing import compose
-from rlx.config import ROLES, build, check, plain, remember, runtime_names, setting_hints
+from rlx.config.build import ROLES, build, check, plain, remember, runtime_names, setting_hints
+from rlx.config.composing import compose
+from rlx.config.targets import resolve
 from rlx.interfaces import Agent, EnvFamily
-from rlx.metrics import write_whole
+from rlx.machine import xla
 from rlx.problems import ConfigError, Problem, Sources, did_you_mean, refuse
-from rlx.run_folders import (
+from rlx.runs import provenance
+from rlx.runs.folders import (
     CONFIG,
     HYDRA,
     RunFolder,
@@ -31,12 +32,12 @@ from rlx.run_folders import (
     next_resume,
     settings_now,
 )
-from rlx.targets import resolve
+from rlx.runs.metrics import write_whole
 from rlx.types import Params, Weights
 
 if TYPE_CHECKING:
-    from rlx.acting.player import Player, State
-    from rlx.checkpoint import Restored
+    from rlx.evaluation.player import Player, State
+    from rlx.training.checkpoint import Restored
 
 __all__ = ["Loaded", "compose", "load", "make", "run"]
 
@@ -77,8 +78,8 @@ def kept(settings: Mapping[str, Any], folder: Path) -> Iterator[None]:
 
 def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
     """Builds the parts in order, each told of the ones before it, and trains."""
-    from rlx.assemble import assemble
-    from rlx.loop import train
+    from rlx.training.assemble import assemble
+    from rlx.training.loop import train
 
     if settings["deterministic"]:
         refuse_chance(settings)
@@ -87,7 +88,7 @@ def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
     if resume == "auto" and not has_checkpoint(output_dir):
         resume = None  # it begins anew; resume=DIR demands a checkpoint
     if settings["learner"]["processes"] > 1:
-        from rlx.ray_learners import run_group
+        from rlx.training.group import run_group
 
         return run_group(settings, output_dir, resume=resume is not None)
     parts = assemble(settings, output_dir, resume=resume is not None)
@@ -98,7 +99,7 @@ def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
 
 def refuse_chance(settings: Mapping[str, Any]) -> None:
     """Raises ConfigError for settings that cannot give the same bits."""
-    from rlx.assemble import is_local
+    from rlx.training.assemble import is_local
 
     if not is_local(settings):
         says = "only acting=local gives the same bits; choose it, or deterministic=false"
@@ -171,7 +172,7 @@ class Loaded:
         """A checkpoint without its replay: "latest", "best", or the folder of one."""
         import jax
 
-        from rlx.checkpoint import Checkpointer, CheckpointError
+        from rlx.training.checkpoint import Checkpointer, CheckpointError
 
         like = jax.eval_shape(lambda: self.agent.init(jax.random.PRNGKey(0)))
         try:
@@ -212,8 +213,8 @@ class Loaded:
         """
         key = str(which)
         if key not in self._players:
-            from rlx.acting.player import Player
             from rlx.envs.observations import outside_of
+            from rlx.evaluation.player import Player
 
             outside = outside_of(self.family, self.agent.spec)
             self._players[key] = Player(
@@ -242,8 +243,8 @@ class Loaded:
         grid: int = 9,
     ) -> dict[str, Any]:
         """Plays episodes with a checkpoint's parameters; `rlx.evaluate` explains the arguments."""
-        from rlx.films import Film, GridRecorder, Recorder
-        from rlx.playing import evaluate
+        from rlx.evaluation.playing import evaluate
+        from rlx.evaluation.video import Film, GridRecorder, Recorder
 
         settings, restored = plain(self.cfg)["evaluation"], self.restore(which)
         version, name = restored.meta["updates"], f"evaluation-{restored.env_steps}"
@@ -275,7 +276,7 @@ class Loaded:
 
     @cached_property
     def _built(self) -> tuple[EnvFamily, Agent]:
-        from rlx.assemble import build_agent
+        from rlx.training.assemble import build_agent
 
         return build_agent(plain(self.cfg))
 

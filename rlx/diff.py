@@ -16,9 +16,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rlx.options import command
+from rlx.config.options import command
 from rlx.problems import show
-from rlx.run_folders import STATUS_FILE, SUMMARY_FILE, RunFolder, flat, read_object, settings_now
+from rlx.runs.folders import STATUS_FILE, SUMMARY_FILE, RunFolder, flat, read_object, settings_now
 
 JSON = dict[str, Any]
 

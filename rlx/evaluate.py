@@ -33,10 +33,10 @@ from typing import Annotated, Any, Literal
 import jax
 
 from rlx import api
-from rlx.metrics import write_json
-from rlx.options import command
+from rlx.config.options import command
 from rlx.problems import refuse
-from rlx.run_folders import EVALUATION_FILE
+from rlx.runs.folders import EVALUATION_FILE
+from rlx.runs.metrics import write_json
 from rlx.types import Range
 
 JSON = dict[str, Any]

@@ -39,13 +39,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx import api
-from rlx.acting.player import act_in_lanes, state_shapes
+from rlx.config.options import command
 from rlx.envs.actions import Start
 from rlx.envs.observations import Outside, outside_of
+from rlx.evaluation.player import act_in_lanes, state_shapes
 from rlx.interfaces import Agent
-from rlx.metrics import write_whole
-from rlx.options import command
 from rlx.problems import refuse
+from rlx.runs.metrics import write_whole
 from rlx.types import ActionSpec, Array, BoxSpec, DiscreteSpec, Params, Range
 
 JSON = dict[str, Any]

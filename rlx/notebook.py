@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlx.metrics import bottleneck
-from rlx.run_folders import METRICS_FILE, read_rows
+from rlx.runs.folders import METRICS_FILE, read_rows
+from rlx.runs.metrics import bottleneck
 
 CURVES = {
     "train/return_mean": ("training", "#4477aa"),

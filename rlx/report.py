@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlx.metrics import write_whole
-from rlx.options import command
+from rlx.config.options import command
 from rlx.problems import refuse
-from rlx.replay.experience import files, read, read_layout
+from rlx.replay.files.experience import files, read, read_layout
+from rlx.runs.metrics import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from rlx.study import Study
+    from rlx.results.study import Study
 
 # --- recorded experience -------------------------------------------------------------------------
 
@@ -87,10 +87,10 @@ def report_runs(folder: Path, by: Sequence[str] | None = None, out: Path | None 
 
     Raises ValueError where there is no run, ConfigError for an unknown setting in `by`.
     """
-    from rlx.report_figures import draw
-    from rlx.report_page import markdown, page
-    from rlx.results import need
-    from rlx.study import study, tables
+    from rlx.results.figures import draw
+    from rlx.results.page import markdown, page
+    from rlx.results.reading import need
+    from rlx.results.study import study, tables
 
     need("matplotlib")
     given = study(folder, by)
@@ -112,8 +112,8 @@ def report_runs(folder: Path, by: Sequence[str] | None = None, out: Path | None 
 
 
 def _show_runs(given: Study, found: dict[str, pd.DataFrame]) -> None:
-    from rlx.report_page import HEADINGS, plain_table
-    from rlx.study import count
+    from rlx.results.page import HEADINGS, plain_table
+    from rlx.results.study import count
 
     print(count(given.runs))
     for name in ("unfinished", "scores", "human_normalized", "improvement", "speed"):

@@ -1,7 +1,7 @@
 """Trains: `python -m rlx.train acting=ray_pool acting.instances=128`.
 
 Compose, check, run. Everything here is about the command line; the training loop is
-`rlx.loop.train`, and `rlx.run(rlx.compose([...]))` does the same from Python.
+`rlx.training.loop.train`, and `rlx.run(rlx.compose([...]))` does the same from Python.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from rlx import _paths, api, composing
-from rlx.config import ROLES, check, remember
-from rlx.metrics import write_whole
+from rlx import api
+from rlx.config import composing
+from rlx.config import paths as _paths
+from rlx.config.build import ROLES, check, remember
 from rlx.problems import ConfigError, Problem, RunFailed, refuse
-from rlx.run_folders import (
+from rlx.runs.folders import (
     CONFIG,
     HYDRA,
     RESUME,
@@ -36,6 +37,7 @@ from rlx.run_folders import (
     next_resume,
     settings_now,
 )
+from rlx.runs.metrics import write_whole
 
 RENEWED = "renewed"  # in .hydra: settings of an earlier rlx, in the words of this one
 VERSION = {"execution_whitelist": ("rlx.*",)} if composing.HYDRA_14 else composing.VERSION

@@ -331,7 +331,7 @@ class Sample:
     """A batch and what the host must remember of it."""
 
     batch: Batch
-    keys: Array  # i64[B]: starts (rlx.replay.index); never on a device
+    keys: Array  # i64[B]: starts (rlx.replay.ring.index); never on a device
     weights_version: Array  # i64[B]: of each sequence's first block
     # importance = (chance of its draw * sequences that there are / this) ** -exponent
     least_scaled_probability: float

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 from urllib.parse import parse_qs
 
-from rlx.options import command
+from rlx.config.options import command
 from rlx.problems import refuse
+from rlx.results.live import Runs
 from rlx.types import Range
-from rlx.watch_runs import Runs
 
 PAGE = Path(__file__).with_name("watch_page.html")
 MAX_METRICS = 64  # of one question

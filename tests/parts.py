@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from rlx import trees
+from rlx.agents.optimizers import Adam
 from rlx.agents.r2d2 import R2D2
 from rlx.networks.cores import GRU, LSTM, Core, Feedforward
 from rlx.networks.heads import Dueling, Head
 from rlx.networks.recurrent import RecurrentNetwork
 from rlx.networks.torsos import MLP, NatureCNN, Torso
-from rlx.optimizers import Adam
 from rlx.types import (
     ArraySpec,
     Batch,

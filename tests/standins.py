@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from rlx import api, config, provenance, targets
+from rlx import api
+from rlx.config import build as config
+from rlx.config import targets
 from rlx.problems import RunFailed, refuse
+from rlx.runs import provenance
 from rlx.types import Range, Runtime
 
 

@@ -24,7 +24,7 @@ FAILING = """
 import numpy
 from hydra.core.hydra_config import HydraConfig
 from rlx import train
-from rlx.learner import Learner
+from rlx.training.learner import Learner
 put = Learner.put
 def poisoned(learner, batch):
     if HydraConfig.get().job.num == 3 and learner.updates == 9:

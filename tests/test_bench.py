@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from rlx import bench, bench_measuring
-from rlx.learner_bench import REPLAYS
+from rlx.bench import __main__ as bench
+from rlx.bench import measuring as bench_measuring
+from rlx.bench.learner import REPLAYS
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -21,12 +21,12 @@ import optax
 import pytest
 import yaml
 
-from rlx import checkpoint as c
+from rlx.training import checkpoint as c
 from rlx.trees import register
 from rlx.types import TrainState
 
 SETTINGS = c.Checkpoint(every_env_steps=1, keep=2, replay=True, exact=False)
-WARNINGS = "rlx.checkpoint"
+WARNINGS = "rlx.training.checkpoint"
 
 
 def train_state(seed: int = 0, width: int = 8, key: Any = None) -> TrainState:
@@ -81,13 +81,13 @@ def flip_a_bit(path: Path) -> None:
 
 def test_yaml_lists_every_setting_and_no_other() -> None:
     node = yaml.safe_load((Path(__file__).parents[1] / "conf/checkpoint/default.yaml").read_text())
-    assert node.pop("_target_") == "rlx.checkpoint.Checkpoint"
+    assert node.pop("_target_") == "rlx.training.checkpoint.Checkpoint"
     assert set(node) == {field.name for field in dataclasses.fields(c.Checkpoint)}
     c.Checkpoint(**node)
 
 
 def test_importing_is_cheap() -> None:
-    code = "import sys, rlx.checkpoint; print({'jax', 'orbax', 'rich'} & set(sys.modules))"
+    code = "import sys, rlx.training.checkpoint; print({'jax', 'orbax', 'rich'} & set(sys.modules))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "set()"
 
@@ -180,7 +180,7 @@ def test_a_big_replay_is_saved_and_restored_beside_little_else(tmp_path: Path) -
 TWO_DEVICES = """
 import sys, jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rlx.checkpoint import Checkpoint, Checkpointer
+from rlx.training.checkpoint import Checkpoint, Checkpointer
 assert jax.device_count() == 2
 mesh = Mesh(np.array(jax.devices()), "d")
 place = lambda spec: jax.device_put(np.arange(8, dtype=np.uint32), NamedSharding(mesh, spec))
@@ -246,7 +246,7 @@ def test_saving_the_same_env_step_again_replaces_it(tmp_path: Path) -> None:
 
 SAVER = """
 import sys, numpy as np
-from rlx.checkpoint import Checkpoint, Checkpointer
+from rlx.training.checkpoint import Checkpoint, Checkpointer
 settings = Checkpoint(every_env_steps=1, keep=2, replay=True, exact=False)
 checkpointer = Checkpointer(sys.argv[1], settings)
 like = {"w": np.zeros(100_000, np.int64), "v": np.zeros((50, 50), np.int64)}

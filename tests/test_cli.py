@@ -11,16 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from rlx import _paths, api, results, train
-from rlx.run_folders import find_run
+from rlx import api, train
+from rlx.config import paths as _paths
+from rlx.results import reading as results
+from rlx.runs.folders import find_run
 from tests import standins
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = """
 import sys
 from pathlib import Path
-from rlx import _paths
-from rlx.run_folders import find_run
+from rlx.config import paths as _paths
+from rlx.runs.folders import find_run
 from tests import standins
 standins.install()
 folder = Path(sys.argv.pop(1))

@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 import rlx
-from rlx import bench_measuring, config
-from rlx.assemble import build_agent
-from rlx.config import ROLES, plain, runtime_names, setting_hints
-from rlx.targets import resolve
+from rlx.bench import measuring as bench_measuring
+from rlx.config import build as config
+from rlx.config.build import ROLES, plain, runtime_names, setting_hints
+from rlx.config.targets import resolve
+from rlx.training.assemble import build_agent
 
 CONF = Path(__file__).parents[1] / "conf"
 SOURCE = Path(__file__).parents[1] / "rlx"

@@ -18,7 +18,10 @@ import yaml
 from omegaconf import OmegaConf
 
 import rlx
-from rlx import _paths, api, composing, config, moved, targets
+from rlx import api
+from rlx.config import build as config
+from rlx.config import composing, moved, targets
+from rlx.config import paths as _paths
 from rlx.problems import ConfigError, Problem
 from tests import standins
 
@@ -269,13 +272,13 @@ def test_settings_of_an_earlier_rlx_name_todays_classes(old, new):
         ("os.system", "not allowed; accepted: a public class under rlx. or tests."),
         ("pathlib.Path", "not allowed; "),
         ("flax.linen.kw_only_dataclasses.inspect.os.system", "not allowed; "),
-        ("rlx.provenance.subprocess.Popen", "cannot be imported ("),
-        ("rlx.config.os.system", "cannot be imported ("),
-        ("rlx.config.typing.Any", "cannot be imported ("),
-        ("rlx.config.OmegaConf", "not allowed: it is omegaconf.omegaconf.OmegaConf; "),
-        ("rlx.provenance.Path", "not allowed: it is pathlib.Path; "),
-        ("rlx.provenance.subprocess", "not allowed: it is subprocess; "),
-        ("rlx.provenance.save", "not allowed: it is rlx.provenance.save; "),
+        ("rlx.runs.provenance.subprocess.Popen", "cannot be imported ("),
+        ("rlx.config.build.os.system", "cannot be imported ("),
+        ("rlx.config.build.typing.Any", "cannot be imported ("),
+        ("rlx.config.build.OmegaConf", "not allowed: it is omegaconf.omegaconf.OmegaConf; "),
+        ("rlx.runs.provenance.Path", "not allowed: it is pathlib.Path; "),
+        ("rlx.runs.provenance.subprocess", "not allowed: it is subprocess; "),
+        ("rlx.runs.provenance.save", "not allowed: it is rlx.runs.provenance.save; "),
         ("rlx.compose", "no such class; "),
         ("rlx..config.Root", "cannot be imported ("),
         ("rlx.", "no such class; "),
@@ -292,7 +295,7 @@ def test_settings_of_an_earlier_rlx_name_todays_classes(old, new):
             "tests.standins.AgentRole",
             "tests.standins.AgentRole is no AgentRole: it is only an interface",
         ),
-        ("rlx.config.Root", "rlx.config.Root is no AgentRole: it has no unroll"),
+        ("rlx.config.build.Root", "rlx.config.build.Root is no AgentRole: it has no unroll"),
         (3, "not allowed; "),
     ],
 )

@@ -18,12 +18,15 @@ import numpy as np
 import pytest
 
 import rlx
-from rlx import evaluate, films, metrics, playing, tiles
+from rlx import evaluate
 from rlx.agents.r2d2 import R2D2
+from rlx.config.options import read_options
 from rlx.envs.envpool import EnvPool, EnvPoolLanes
-from rlx.options import read_options
-from rlx.playing import run_episodes
+from rlx.evaluation import playing, tiles
+from rlx.evaluation import video as films
+from rlx.evaluation.playing import run_episodes
 from rlx.problems import ConfigError
+from rlx.runs import metrics
 from rlx.seeding import spawn_int
 from rlx.types import Carry, Episode, NetInput, Timestep, Weights
 from tests import parts

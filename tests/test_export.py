@@ -20,8 +20,8 @@ import pytest
 
 import rlx
 from rlx import export
-from rlx.acting.player import Player
 from rlx.envs.observations import outside_of
+from rlx.evaluation.player import Player
 from rlx.networks.torsos import ImpalaResNet, OneHotMLP
 from rlx.types import ArraySpec, DiscreteSpec, EnvSpec
 from tests import parts

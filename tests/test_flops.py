@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from rlx.flops import count_flops
+from rlx.bench.flops import count_flops
 
 X, W = jnp.ones((4, 84, 84, 4)), jnp.ones((8, 8, 4, 32))
 FORWARD = 2 * 4 * 20 * 20 * 8 * 8 * 4 * 32

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import rlx
-from rlx import results
-from rlx.metrics import params_sha256
+from rlx.results import reading as results
+from rlx.runs.metrics import params_sha256
 from rlx.watch import open_server
 
 GOLDEN = Path(__file__).parent / "golden" / "run"

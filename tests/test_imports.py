@@ -11,82 +11,50 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted((ROOT / "rlx").rglob("*.py"))
+PACKAGE = ROOT / "rlx"
+FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A module imports only from lower layers, or from its own package.
-LAYERS = [
-    {
-        "types",
-        "moved",
-        "problems",
-        "_paths",
-        "provenance",
-        "seeding",
-        "atari",
-        "xla",
-        "child",
-        "signals",
-    },
-    {"trees", "interfaces", "ops", "hints", "targets", "flops", "tiles"},
-    {"run_folders"},
-    {"boards"},
-    {"config", "optimizers", "metrics", "statistics"},
-    {"options"},
-    {"networks", "replay", "envs", "progress", "results", "watch_runs", "notebook"},
-    {"study"},
-    {"report_figures"},
-    {"report_page"},
-    {"checkpoint", "nonfinite", "shares"},
-    {"agents", "acting", "learner"},
-    {"films"},
-    {"playing"},
-    {"ray_evaluator"},
-    {"parts"},
-    {"stages"},
-    {"keeper"},
-    {"loop"},
-    {"assemble", "composing"},
-    {"learner_process"},
-    {"ray_learners"},
-    {"api"},
-    {"jobs"},
-    {"train", "evaluate", "report", "diff", "watch", "export", "sweeping", "bench_measuring"},
-    {"ray_jobs", "search", "ray_bench", "replay_bench"},
-    {"learner_bench"},
-    {"bench"},
+# A module imports from its own row or a higher one; wherever the import stands.
+ROWS = [
+    {"types", "problems", "seeding", "machine"},
+    {"trees", "interfaces", "ops", "statistics", "config", "cluster", "envs", "networks"},
+    {"agents", "replay", "acting", "runs"},
+    {"evaluation", "results", "sweeps"},
+    {"training"},
+    {"api", "bench", "notebook"},
+    {"train", "evaluate", "export", "report", "watch", "diff"},
 ]
-
-HYDRA = {"run_folders", "config", "composing", "api", "train"} | {
-    *("sweeping", "ray_jobs", "search"),
+AT_THE_TOP = 18  # files
+HYDRA = {"config", "api", "train", "results/live", "runs/folders", "runs/provenance"} | {
+    *("evaluate", "report", "watch", "diff", "sweeps", "bench"),
 }
 HOMES = {
-    "ray": {f"acting/ray_{name}" for name in ("actors", "cluster", "fleet", "logs", "pool")}
-    | {"ray_learners", "learner_process", "ray_jobs"},
+    "ray": {"cluster", "acting/ray_pool", "acting/ray_actors", "acting/ray_server"}
+    | {"training/group", "training/group_process", "sweeps/ray_jobs"},
     "envpool": {"envs/envpool"},
     "hydra": HYDRA,
     "omegaconf": HYDRA,
 }
 DEVICE_CALLS = {"jit", "pmap", "device_put"}
-DEVICE_HOMES = {"learner", "acting/policy", "acting/player", "replay/device"} | {
-    *("export", "replay_bench", "learner_bench"),
+DEVICE_HOMES = {"training/learner", "acting/policy", "evaluation/player", "replay/ring/device"} | {
+    *("evaluate", "export", "bench"),
 }
 WITHOUT_JAX = {
-    *("types", "seeding", "interfaces"),
-    *(
-        "acting/actor",
-        "acting/blocks",
-        "acting/faults",
-        "acting/inputs",
-        "acting/remote",
-        "acting/remote_env",
-    ),
-    *("acting/whereabouts", "acting/wire"),
+    *("types", "seeding", "interfaces", "envs", "replay", "cluster", "runs/folders"),
+    *("acting/actor", "acting/inputs", "acting/writer", "acting/remote", "acting/remote_env"),
+    "acting/wire",
 }
+WITH_JAX = {"replay/ring/device"}
 
 
 def name_of(file: Path) -> str:
     """'acting/policy' of rlx/acting/policy.py."""
-    return file.relative_to(ROOT / "rlx").with_suffix("").as_posix()
+    return file.relative_to(PACKAGE).with_suffix("").as_posix().removesuffix("/__init__")
+
+
+def lies_in(name: str, places: set[str]) -> bool:
+    """Whether a module is one of these, or in one of these packages."""
+    return any(name == place or name.startswith(f"{place}/") for place in places)
 
 
 def imported(node: ast.AST) -> list[str]:
@@ -111,30 +79,90 @@ def _is_function(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 
-def layer(part: str) -> int:
-    for number, names in enumerate(LAYERS):
+def modules_of(dotted: str) -> str | None:
+    """'acting/policy' of rlx.acting.policy.Policy; None for what is not rlx's."""
+    parts = dotted.split(".")
+    if parts[0] != "rlx":
+        return None
+    for end in range(len(parts), 1, -1):
+        path = PACKAGE.joinpath(*parts[1:end])
+        if path.with_suffix(".py").is_file() or (path / "__init__.py").is_file():
+            return "/".join(parts[1:end])
+    return None
+
+
+def row(name: str) -> int:
+    part = name.split("/")[0]
+    for number, names in enumerate(ROWS):
         if part in names:
             return number
-    raise AssertionError(f"rlx.{part} has no layer: give it one in {__file__}")
+    raise AssertionError(f"rlx/{part} has no row: give it one in {__file__}")
 
 
-def part_of(dotted: str) -> str | None:
-    """'acting' of rlx.acting.policy.Policy; None for other packages and rlx itself."""
-    parts = dotted.split(".")
-    known = {name for names in LAYERS for name in names}
-    return parts[1] if parts[0] == "rlx" and len(parts) > 1 and parts[1] in known else None
+GRAPH = {
+    name_of(file): {
+        other
+        for dotted in imports(ast.parse(file.read_text()))
+        if (other := modules_of(dotted)) is not None
+    }
+    for file in FILES
+}
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_imports_point_one_way(file):
-    own = name_of(file).split("/")[0]
-    if own == "__init__":
-        return
-    tree = ast.parse(file.read_text())
-    for dotted in imports(tree):
-        other = part_of(dotted)
-        allowed = other is None or other == own or layer(other) < layer(own)
-        assert allowed, f"rlx.{name_of(file)} imports {dotted}, which is not below it"
+@pytest.mark.parametrize("name", [name for name in GRAPH if name != "__init__"])
+def test_imports_point_one_way(name):
+    for other in GRAPH[name]:
+        assert row(other) <= row(name), f"rlx/{name} imports rlx/{other}, which is above it"
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The strongly connected parts of more than one node (Tarjan 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in graph.get(node, ()):
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            part = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(part) > 1:
+                found.append(sorted(part))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_no_imports_go_round_in_a_circle():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
+    assert circles({name: others - {name} for name, others in GRAPH.items()}) == []
+
+
+def test_packages_of_one_row_do_not_import_each_other_in_a_circle():
+    parts: dict[str, set[str]] = {}
+    for name, others in GRAPH.items():
+        own = name.split("/")[0]
+        parts.setdefault(own, set()).update(other.split("/")[0] for other in others)
+    assert circles({part: others - {part} for part, others in parts.items()}) == []
+
+
+def test_few_files_lie_at_the_top():
+    assert len(list(PACKAGE.glob("*.py"))) <= AT_THE_TOP
+
+
+def test_packages_load_nothing_by_themselves():
+    loading = [f for f in PACKAGE.rglob("*/__init__.py") if f.read_text().strip()]
+    assert [name_of(file) for file in loading] == ["results"]  # whose functions users import
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
@@ -142,7 +170,8 @@ def test_libraries_stay_in_their_places(file):
     tree, name = ast.parse(file.read_text()), name_of(file)
     for dotted in imports(tree):
         homes = HOMES.get(dotted.split(".")[0])
-        assert homes is None or name in homes, f"rlx/{name}.py imports {dotted}; only {homes} may"
+        fits = homes is None or lies_in(name, homes)
+        assert fits, f"rlx/{name}.py imports {dotted}; only {homes} may"
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
@@ -151,27 +180,27 @@ def test_device_programs_stay_in_their_places(file):
     found = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     found |= {dotted.split(".")[-1] for dotted in imports(tree) if dotted.startswith("jax")}
     used = found & DEVICE_CALLS
-    assert not used or name in DEVICE_HOMES, f"rlx/{name}.py uses {used}; only {DEVICE_HOMES} may"
+    fits = not used or lies_in(name, DEVICE_HOMES)
+    assert fits, f"rlx/{name}.py uses {used}; only {DEVICE_HOMES} may"
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_thin_actors_and_replay_do_without_jax(file):
     name, tree = name_of(file), ast.parse(file.read_text())
-    folder = name.split("/")[0]
-    without = (
-        name in WITHOUT_JAX or folder == "envs" or (folder == "replay" and "device" not in name)
-    )
-    if without or name == "trees":
+    if (lies_in(name, WITHOUT_JAX) and name not in WITH_JAX) or name == "trees":
         loaded = {dotted.split(".")[0] for dotted in imports(tree, top=name == "trees")}
         assert not loaded & {"jax", "flax", "optax"}, f"rlx/{name}.py loads {loaded}"
 
 
 def test_what_an_actor_imports_loads_neither_jax_nor_hydra():
-    thin = sorted(
-        n.replace("/", ".")
-        for n in WITHOUT_JAX | {"trees", "envs/actions", "envs/lanes", "envs/observations"}
-    )
-    names = [n for n in thin if (ROOT / "rlx" / f"{n.replace('.', '/')}.py").exists()]
+    thin = {
+        name_of(file)
+        for file in FILES
+        if lies_in(
+            name_of(file), {n for n in WITHOUT_JAX if n not in ("replay", "cluster", "envs")}
+        )
+    }
+    names = sorted(name.replace("/", ".") for name in thin | {"trees", "envs/lanes"})
     code = f"import sys, rlx, {', '.join(f'rlx.{n}' for n in names)}; print(sorted(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from rlx import xla
-from rlx.learner import Learner
+from rlx.machine import xla
+from rlx.training.learner import Learner
 from tests import parts
 
 UPDATES = 4
@@ -176,7 +176,7 @@ def test_a_share_of_a_gpus_memory_is_asked_for_before_jax_starts(monkeypatch):
 def test_impossible_devices_and_batches_are_refused():
     with pytest.raises(ValueError, match=r"learner.devices=999, but there are \d+ \(cpu\)"):
         learner(999)
-    from rlx.learner import choose_devices
+    from rlx.training.learner import choose_devices
 
     assert len(choose_devices(None, None, 8)) == len(jax.local_devices())
     if len(jax.local_devices()) == 1:

@@ -22,16 +22,16 @@ import pytest
 
 import rlx
 from rlx.acting.exploration import Ladder
-from rlx.acting.faults import ActingFailed
-from rlx.assemble import assemble
-from rlx.config import plain
-from rlx.keeper import Keeper
-from rlx.learner import Learner
-from rlx.loop import train as train_loop
-from rlx.parts import Alone, Parts
+from rlx.cluster.faults import ActingFailed
+from rlx.config.build import plain
 from rlx.problems import ConfigError, RunFailed
-from rlx.run_folders import read_rows
-from rlx.shares import share_exploration, share_of, share_seed
+from rlx.runs.folders import read_rows
+from rlx.training.assemble import assemble
+from rlx.training.keeper import Keeper
+from rlx.training.learner import Learner
+from rlx.training.loop import train as train_loop
+from rlx.training.parts import Alone, Parts
+from rlx.training.shares import share_exploration, share_of, share_seed
 from rlx.types import Batch
 from tests import parts
 from tests.acting.test_ray_pool import wait_for

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import rlx
-from rlx.run_folders import read_rows
+from rlx.runs.folders import read_rows
 
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:

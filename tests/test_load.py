@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import rlx
-from rlx.acting.player import Player
 from rlx.envs.envpool import EnvPool
 from rlx.envs.gymnasium import Gymnasium
 from rlx.envs.observations import Outside, outside_of
-from rlx.playing import run_episodes
+from rlx.evaluation.player import Player
+from rlx.evaluation.playing import run_episodes
 from rlx.seeding import spawn_int
 from rlx.types import Weights
 from tests import parts

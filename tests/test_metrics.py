@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import yaml
 
-from rlx import metrics as m
-from rlx import run_folders
+from rlx.runs import folders as run_folders
+from rlx.runs import metrics as m
 from rlx.types import Episode
 
 SETTINGS = m.Logging(
@@ -61,7 +61,7 @@ class Late:
 
 def test_yaml_lists_every_setting_and_no_other() -> None:
     node = yaml.safe_load((Path(__file__).parents[1] / "conf/logging/default.yaml").read_text())
-    assert node.pop("_target_") == "rlx.metrics.Logging"
+    assert node.pop("_target_") == "rlx.runs.metrics.Logging"
     assert set(node) == {field.name for field in dataclasses.fields(m.Logging)}
     m.Logging(**node)
 
@@ -272,8 +272,8 @@ def test_state_continues_the_window_and_the_open_interval(tmp_path: Path) -> Non
 
 WRITER = """
 import sys, time
-from rlx import metrics as m
-from rlx import run_folders
+from rlx.runs import metrics as m
+from rlx.runs import folders as run_folders
 settings = m.Logging(every_env_steps=1, window_episodes=3, tensorboard=False, wandb=None, 
     console="off",
                      console_every_s=1.0)
@@ -419,8 +419,8 @@ def test_params_sha256_sees_names_dtypes_shapes_and_bits() -> None:
 
 WANDB = """
 import sys
-from rlx import metrics as m
-from rlx import run_folders
+from rlx.runs import metrics as m
+from rlx.runs import folders as run_folders
 settings = m.Logging(every_env_steps=1, window_episodes=3, tensorboard=False, wandb="mine",
                      console="off", console_every_s=1.0)
 resumed = int(sys.argv[2]) if len(sys.argv) > 2 else None

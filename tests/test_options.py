@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from rlx import bench_measuring
-from rlx.options import read_options
+from rlx.bench import measuring as bench_measuring
+from rlx.config.options import read_options
 from rlx.problems import ConfigError
 from rlx.types import Range
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from rlx.metrics import Logging
-from rlx.progress import Progress, choose_mode, line, remaining
+from rlx.runs.metrics import Logging
+from rlx.runs.progress import Progress, choose_mode, line, remaining
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
@@ -135,8 +135,8 @@ def test_showing_a_row_is_cheap() -> None:
 TERMINAL = """
 import logging, sys, time
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="LOG %(message)s")
-from rlx.metrics import Logging
-from rlx.progress import Progress
+from rlx.runs.metrics import Logging
+from rlx.runs.progress import Progress
 settings = Logging(every_env_steps=1, window_episodes=1, tensorboard=False, wandb=None, 
     console="auto",
                    console_every_s=10.0)

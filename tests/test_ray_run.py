@@ -26,11 +26,11 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
 import rlx
-from rlx.acting.ray_fleet import Fleet, Slot
+from rlx.cluster.fleet import Fleet, Slot
+from rlx.evaluation.ray_evaluator import RayEvaluator
 from rlx.problems import ConfigError
-from rlx.ray_evaluator import RayEvaluator
-from rlx.run_folders import read_rows
-from rlx.stages import Stages
+from rlx.runs.folders import read_rows
+from rlx.training.stages import Stages
 from rlx.types import Evaluated, Rollout
 from tests.acting.test_ray_pool import assert_in_order_and_once, streams, wait_for
 from tests.test_run import TINY, run

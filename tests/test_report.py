@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlx import atari, report_figures, report_page, results, study
 from rlx.problems import ConfigError
 from rlx.report import report_runs
-from rlx.report_page import markdown, markdown_table, page, plain_table
-from rlx.run_folders import read_rows
+from rlx.results import atari, study
+from rlx.results import figures as report_figures
+from rlx.results import page as report_page
+from rlx.results import reading as results
+from rlx.results.page import markdown, markdown_table, page, plain_table
+from rlx.runs.folders import read_rows
 from tests.sweeps import TASK
 from tests.test_results import begun, copied
 
@@ -200,7 +203,7 @@ def test_atari_runs_stand_beside_published_scores(games):
     assert whole["gap to human"] == pytest.approx(1 / 3)
     text = page(given, tables, [])
     assert "3 runs of 3 finished and count" in text
-    assert "rlx/atari_scores.csv" in text
+    assert "rlx/results/atari_scores.csv" in text
     assert report_runs(games, []).with_name("curves_frames.png").exists()
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
-from rlx import report_figures, results, study
-from rlx.run_folders import read_rows
+from rlx.results import figures as report_figures
+from rlx.results import reading as results
+from rlx.results import study
+from rlx.runs.folders import read_rows
 
 
 def begun(folder: Path, state: str | None = None, **settings) -> Path:

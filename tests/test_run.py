@@ -22,18 +22,18 @@ import pytest
 import rlx
 from rlx import trees
 from rlx.acting.local_pool import LocalPool
-from rlx.assemble import assemble
-from rlx.config import plain
+from rlx.config.build import plain
 from rlx.envs.envpool import EnvPoolLanes
-from rlx.keeper import Keeper
-from rlx.learner import Learner
-from rlx.metrics import Metrics, without_wall_clock
-from rlx.nonfinite import NonFinite
 from rlx.problems import ConfigError
-from rlx.replay.process import ReplayLost
-from rlx.replay.snapshots import Snapshots
-from rlx.run_folders import read_rows
-from rlx.stages import Stages
+from rlx.replay.files.snapshots import Snapshots
+from rlx.replay.process.client import ReplayLost
+from rlx.runs.folders import read_rows
+from rlx.runs.metrics import Metrics, without_wall_clock
+from rlx.training.assemble import assemble
+from rlx.training.keeper import Keeper
+from rlx.training.learner import Learner
+from rlx.training.nonfinite import NonFinite
+from rlx.training.stages import Stages
 
 ROOT = Path(__file__).resolve().parent.parent
 LANES, REQUEST, ROWS_PER_UPDATE, ROW_EVERY = 4, 8, 16, 200
@@ -68,7 +68,7 @@ STOPPED = """
 import os, sys
 number, env_steps = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 from rlx import train
-from rlx.stages import Stages
+from rlx.training.stages import Stages
 learn = Stages.learn
 def learn_and_stop(loop):
     learn(loop)
@@ -452,7 +452,7 @@ def test_sigterm_ends_an_evaluation_that_would_never_end(monkeypatch, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
         return False
 
-    monkeypatch.setattr("rlx.playing.Starts.complete", property(complete))
+    monkeypatch.setattr("rlx.evaluation.playing.Starts.complete", property(complete))
     summary = run(tmp_path, "total_env_steps=100")
     assert (summary["state"], summary["evaluation_return"]) == ("interrupted", None)
     monkeypatch.undo()
@@ -723,7 +723,7 @@ def test_each_device_draws_from_its_own_memory_what_a_shard_of_the_host_would(co
     code = (
         "import sys, jax, rlx\n"
         "from tests.test_run import TINY\n"
-        "from rlx.learner import Learner\n"
+        "from rlx.training.learner import Learner\n"
         "seen, put = set(), Learner.put\n"
         "def watched(self, batch):\n"
         "    leaf = batch.rows.reward\n"
@@ -916,7 +916,7 @@ def test_what_cannot_work_is_said_of_its_setting_before_memory_is_taken(
     override, path, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(
-        "rlx.assemble.make_replay", lambda *_, **__: pytest.fail("memory was taken")
+        "rlx.training.assemble.make_replay", lambda *_, **__: pytest.fail("memory was taken")
     )
     fitting = [s for s in TINY if not (path == "network" and s.startswith("network.torso"))]
     with pytest.raises(ConfigError) as caught:
@@ -928,10 +928,10 @@ def test_a_deterministic_run_asks_xla_for_it_and_for_the_local_pool(monkeypatch,
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere")
     seen = []
     monkeypatch.setattr(
-        "rlx.assemble.assemble",
+        "rlx.training.assemble.assemble",
         lambda *_, **__: nullcontext(seen.append(os.environ["XLA_FLAGS"])),
     )
-    monkeypatch.setattr("rlx.loop.train", lambda parts: {})
+    monkeypatch.setattr("rlx.training.loop.train", lambda parts: {})
     run(tmp_path / "run", "deterministic=true")
     assert seen[0].startswith("--xla_dump_to=/nowhere ")
     assert seen[0].endswith(" --xla_gpu_deterministic_ops=true")

@@ -17,9 +17,11 @@ import pytest
 import yaml
 
 import rlx
-from rlx import diff, results
+from rlx import diff
 from rlx.problems import ConfigError
-from rlx.run_folders import (
+from rlx.results import reading as results
+from rlx.results.live import Runs
+from rlx.runs.folders import (
     RunFolder,
     find,
     load_yaml,
@@ -28,7 +30,6 @@ from rlx.run_folders import (
     parse_settings,
     settings_now,
 )
-from rlx.watch_runs import Runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,12 +51,12 @@ def command(name: str, *arguments: str | Path, status: int = 0) -> str:
 def test_a_run_of_an_earlier_rlx_is_loaded_and_resumed(run):
     saved = run / ".hydra" / "config.yaml"
     text = saved.read_text()
-    assert "rlx.playing.Evaluation" in text
-    saved.write_text(text.replace("rlx.playing.Evaluation", "rlx.evaluate.Evaluation"))
-    assert rlx.load(run).cfg.evaluation["_target_"] == "rlx.playing.Evaluation"
+    assert "rlx.evaluation.playing.Evaluation" in text
+    saved.write_text(text.replace("rlx.evaluation.playing.Evaluation", "rlx.evaluate.Evaluation"))
+    assert rlx.load(run).cfg.evaluation["_target_"] == "rlx.evaluation.playing.Evaluation"
     command("train", f"resume={run}", "total_env_steps=600", "evaluation.final_episodes=0")
     now = yaml.safe_load((run / ".hydra" / "resume-1" / "config.yaml").read_text())
-    assert (now["evaluation"]["_target_"], now["seed"]) == ("rlx.playing.Evaluation", 0)
+    assert (now["evaluation"]["_target_"], now["seed"]) == ("rlx.evaluation.playing.Evaluation", 0)
     assert now["total_env_steps"] == 600
     assert "rlx.evaluate.Evaluation" in saved.read_text()  # what the run began with stays
 
@@ -242,6 +243,6 @@ def test_only_finite_numbers_are_numbers():
 
 
 def test_it_loads_neither_jax_nor_pandas():
-    code = "import sys, rlx.run_folders; print(sorted(sys.modules))"
+    code = "import sys, rlx.runs.folders; print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert not set(ast.literal_eval(done.stdout)) & {"jax", "pandas", "numpy", "hydra", "omegaconf"}

@@ -16,9 +16,9 @@ from optuna.distributions import (  # noqa: E402
     IntDistribution,
 )
 
-from rlx.jobs import Job  # noqa: E402
-from rlx.search import Search, as_text, distribution, figures  # noqa: E402
-from rlx.sweeping import Refused  # noqa: E402
+from rlx.sweeps.jobs import Job  # noqa: E402
+from rlx.sweeps.search import Search, as_text, distribution, figures  # noqa: E402
+from rlx.sweeps.sweeping import Refused  # noqa: E402
 
 LR = "agent.optimizer.learning_rate=tag(log,interval(1e-5,1e-2))"
 
@@ -232,7 +232,9 @@ def test_a_trial_that_falls_behind_is_hopeless(tmp_path):
 
 def test_a_pruned_trial_has_no_value_in_the_figure(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("rlx.search._draw_history", lambda axes, study, done: drawn.append(done))
+    monkeypatch.setattr(
+        "rlx.sweeps.search._draw_history", lambda axes, study, done: drawn.append(done)
+    )
     found = optuna.create_study(direction="maximize")
     for number in range(2):
         trial = found.ask({"x": FloatDistribution(0, 1)})

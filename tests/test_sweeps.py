@@ -17,13 +17,13 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.rlx.launcher import ProcessLauncher
-from rlx import jobs
 from rlx.api import only_one
-from rlx.composing import compose, quote
-from rlx.jobs import Job, LocalProcess, Outcome, run_jobs
+from rlx.config.composing import compose, quote
+from rlx.machine.signals import sigterm_interrupts, stop_on_signals
 from rlx.problems import ConfigError
-from rlx.signals import sigterm_interrupts, stop_on_signals
-from rlx.sweeping import JobFailed, Refused, Sweep, share_of_cores, share_of_gpus
+from rlx.sweeps import jobs
+from rlx.sweeps.jobs import Job, LocalProcess, Outcome, run_jobs
+from rlx.sweeps.sweeping import JobFailed, Refused, Sweep, share_of_cores, share_of_gpus
 from tests.test_run import TINY
 
 FINISHES = """
@@ -157,7 +157,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from tests.test_sweeps import job, local
-from rlx.jobs import run_jobs
+from rlx.sweeps.jobs import run_jobs
 folder = Path(sys.argv[1])
 write = "open('pid', 'w').write(str(os.getpid()))\\n"
 polite = "import signal, time, sys\\n" + {polite!r}
@@ -255,7 +255,7 @@ def test_settings_of_a_launcher_are_refused_before_anything_begins(bad):
 
 def test_jobs_as_ray_tasks_are_lost_singly_and_never_started_again(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_GRPC_SERVER", "kept from jobs")
-    from rlx.ray_jobs import cluster_of_sweep
+    from rlx.sweeps.ray_jobs import cluster_of_sweep
 
     begun = "open('begun', 'a').write('x'); open('pid', 'w').write(str(os.getpid()))\n"
     polite = "import signal, sys, time\n" + POLITE + begun + "time.sleep(600)"

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlx import tiles
-from rlx.tiles import BAR, CHOSEN, ENDED, HEIGHT, PANEL, WIDTH, Seen, grid, tile
+from rlx.evaluation import tiles
+from rlx.evaluation.tiles import BAR, CHOSEN, ENDED, HEIGHT, PANEL, WIDTH, Seen, grid, tile
 
 WHITE = np.full((210, 160, 3), 255, np.uint8)
 

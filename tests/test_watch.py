@@ -23,9 +23,9 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from rlx import watch
-from rlx.options import read_options
+from rlx.config.options import read_options
 from rlx.problems import ConfigError
-from rlx.watch_runs import EVALUATION, TRAIN, RowsFile, Runs, thin
+from rlx.results.live import EVALUATION, TRAIN, RowsFile, Runs, thin
 from tests.test_run import EVALUATED, ROOT, TINY
 
 HOSTILE = "<img src=x onerror='document.title=1'> & no more"
@@ -33,7 +33,7 @@ HOSTILE = "<img src=x onerror='document.title=1'> & no more"
 RUNS = """
 import sys
 import rlx
-from rlx.stages import Stages
+from rlx.training.stages import Stages
 folder, text, *tiny = sys.argv[1:]
 run = lambda name, *more: rlx.run(rlx.compose([*tiny, *more]), f"{folder}/{name}")
 run("finished", "total_env_steps=600", "tags=[done]")

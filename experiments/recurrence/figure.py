@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from rlx.metrics import read_rows
+from rlx.runs.metrics import read_rows
 
 HERE = Path(__file__).parent
 VARIANTS = {

@@ -37,7 +37,7 @@ class ProcessLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        from rlx.sweeping import Sweep, refuse_settings
+        from rlx.sweeps.sweeping import Sweep, refuse_settings
 
         refuse_settings("count", n_jobs=1 if self._n_jobs is None else self._n_jobs)
         cpus = 1 if self._cpus_per_job is None else self._cpus_per_job
@@ -51,8 +51,8 @@ class ProcessLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from rlx.jobs import Job, LocalProcess, Running
-        from rlx.sweeping import share_of_cores, share_of_gpus, visible_gpus
+        from rlx.sweeps.jobs import Job, LocalProcess, Running
+        from rlx.sweeps.sweeping import share_of_cores, share_of_gpus, visible_gpus
 
         cores = sorted(os.sched_getaffinity(0))
         gpus = visible_gpus() if self._gpus is None else [str(gpu) for gpu in self._gpus]
@@ -97,7 +97,7 @@ class RayLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        from rlx.sweeping import Sweep, refuse_settings
+        from rlx.sweeps.sweeping import Sweep, refuse_settings
 
         refuse_settings("count", n_jobs=1 if self._n_jobs is None else self._n_jobs)
         amounts = {"cpus_per_job": self._cpus, "gpus_per_job": self._gpus}
@@ -110,8 +110,8 @@ class RayLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from rlx.ray_jobs import cluster_of_sweep
-        from rlx.sweeping import refused_in_lines
+        from rlx.sweeps.ray_jobs import cluster_of_sweep
+        from rlx.sweeps.sweeping import refused_in_lines
 
         with (
             refused_in_lines(),

@@ -30,9 +30,9 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         from rlx.api import only_one
-        from rlx.jobs import say
-        from rlx.search import Search, as_text
-        from rlx.sweeping import make_folder, refused_in_lines
+        from rlx.sweeps.jobs import say
+        from rlx.sweeps.search import Search, as_text
+        from rlx.sweeps.sweeping import make_folder, refused_in_lines
 
         given = dict(text.partition("=")[::2] for text in arguments)
         params = {key: as_text(v) for key, v in self._params.items() if key not in given}

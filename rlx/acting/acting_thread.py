@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 
 from rlx.acting.actor import Actor, collect_in_turn
-from rlx.acting.faults import ActingFailed
+from rlx.cluster.faults import ActingFailed
 from rlx.types import Request, Rollout, Weights
 
 Arrived = queue.SimpleQueue[tuple["ActingThread", list[Rollout]]]

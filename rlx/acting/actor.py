@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from rlx import trees
-from rlx.acting.blocks import BlockWriter, Index, row_spec
 from rlx.acting.inputs import InputTracker
+from rlx.acting.writer import BlockWriter, Index, row_spec
 from rlx.interfaces import Env, Exploration
 from rlx.types import Carry, Episode, NetInput, Request, Rollout, SequenceSpec, Timestep, Weights
 

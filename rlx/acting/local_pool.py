@@ -32,7 +32,7 @@ class LocalPool:
     ) -> None:
         """`chain`: how many lives the lanes have had; `env_steps`: made by the run so far.
 
-        `round_blocks`: what a request asks of each lane (`rlx.acting.rounds`); None: env steps.
+        `round_blocks`: what a request asks of each lane (`rlx.training.rounds`); None: env steps.
         """
         self.env_steps_per_request = env_steps_per_request
         self.chain = chain

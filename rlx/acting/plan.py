@@ -9,8 +9,8 @@ import numpy as np
 
 from rlx import trees
 from rlx.acting.actor import Actor
-from rlx.acting.blocks import empty, input_spec
 from rlx.acting.policy import Policy
+from rlx.acting.writer import empty, input_spec
 from rlx.interfaces import Agent, Device, Env, EnvFamily, Exploration
 from rlx.seeding import spawn_int
 from rlx.types import ArraySpec, Carry, NetInput

@@ -22,9 +22,9 @@ import numpy as np
 import ray
 
 from rlx.acting.acting_thread import Orders
-from rlx.acting.faults import ActingFailed
-from rlx.acting.ray_fleet import Answered, Fleet, Lost, Ready
 from rlx.acting.wire import Answer, narrowed, unpack
+from rlx.cluster.faults import ActingFailed
+from rlx.cluster.fleet import Answered, Fleet, Lost, Ready
 from rlx.types import Rollout, Weights
 
 POLL_S = 0.005  # between two looks at what the loop has taken

@@ -18,20 +18,20 @@ import ray
 from ray import cloudpickle
 
 from rlx import trees
-from rlx.acting.blocks import row_spec
-from rlx.acting.faults import Restarts
 from rlx.acting.plan import Plan, carry_spec
 from rlx.acting.ray_actors import RayActors
-from rlx.acting.ray_cluster import Cluster, cores
-from rlx.acting.ray_fleet import Deadlines, Fleet
 from rlx.acting.ray_server import RayServer
 from rlx.acting.remote import RemoteActor
 from rlx.acting.remote_env import RemoteEnv
-from rlx.acting.whereabouts import thread_limits
 from rlx.acting.wire import Compression
+from rlx.acting.writer import row_spec
+from rlx.cluster.cluster import Cluster, cores
+from rlx.cluster.faults import Restarts
+from rlx.cluster.fleet import Deadlines, Fleet
+from rlx.cluster.whereabouts import thread_limits
 from rlx.interfaces import Agent, EnvFamily, Exploration
+from rlx.machine.memory import available_bytes
 from rlx.problems import ConfigError, Problem, refuse
-from rlx.replay.available import available_bytes
 from rlx.types import Range, Rollout, Runtime, Weights
 
 SHARE_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

@@ -22,8 +22,8 @@ from rlx.acting.acting_thread import ActingThread, Arrived, Orders, Threads
 from rlx.acting.actor import Actor
 from rlx.acting.plan import Plan, carry_spec
 from rlx.acting.policy import Policy
-from rlx.acting.ray_fleet import Answered, Fleet, Lost, Ready
 from rlx.acting.remote_env import Step
+from rlx.cluster.fleet import Answered, Fleet, Lost, Ready
 from rlx.types import EnvSpec, Episode, Rollout, Timestep, Weights
 
 POLL_S = 0.2

@@ -11,8 +11,8 @@ import pickle
 from time import time
 from typing import Any
 
-from rlx.acting.whereabouts import Whereabouts, let_the_learner_first, whereabouts
 from rlx.acting.wire import Answer, Compression, pack, widened
+from rlx.cluster.whereabouts import Whereabouts, let_the_learner_first, whereabouts
 from rlx.types import Request, Weights
 
 

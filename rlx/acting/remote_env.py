@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlx.acting.whereabouts import Whereabouts, let_the_learner_first, whereabouts
+from rlx.cluster.whereabouts import Whereabouts, let_the_learner_first, whereabouts
 from rlx.interfaces import Env
 from rlx.types import Episode, Timestep
 

@@ -18,9 +18,9 @@ import optax
 
 from rlx import trees
 from rlx.agents import common, q_learning
+from rlx.agents.optimizers import Adam
 from rlx.interfaces import Network
 from rlx.networks.heads import Head
-from rlx.optimizers import Adam
 from rlx.types import Array, EnvSpec, Params, Range, Runtime, SequenceSpec
 
 trees.register()

@@ -15,8 +15,8 @@ import numpy as np
 
 from rlx import ops
 from rlx.agents import common
+from rlx.agents.optimizers import Adam
 from rlx.interfaces import Network
-from rlx.optimizers import Adam
 from rlx.types import (
     Array,
     ArraySpec,

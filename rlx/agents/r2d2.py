@@ -21,9 +21,9 @@ import jax.numpy as jnp
 
 from rlx import trees
 from rlx.agents import common, q_learning
+from rlx.agents.optimizers import Adam
 from rlx.interfaces import Network
 from rlx.networks.heads import Head
-from rlx.optimizers import Adam
 from rlx.types import Array, EnvSpec, Params, Range, Runtime, SequenceSpec
 
 trees.register()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, final
 import numpy as np
 
 from rlx.interfaces import InitialPriorities, Ring
-from rlx.replay.experience import Layout, files, read, read_layout, rollouts
+from rlx.replay.files.experience import Layout, files, read, read_layout, rollouts
 from rlx.replay.prioritized import Prioritized
 from rlx.types import Blocks, Carry, Range, Rollout, Row, Runtime, SequenceSpec
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, final
 
 import numpy as np
 
+from rlx.replay.ring.storage import Storing
 from rlx.replay.ring_replay import RingReplay
-from rlx.replay.storage import Storing
 from rlx.types import Batch, Blocks, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
 
 

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from rlx.interfaces import InitialPriorities
-from rlx.replay.checks import NOT_VALID, check_priorities
-from rlx.replay.drawing import Draw
+from rlx.replay.ring.checks import NOT_VALID, check_priorities
+from rlx.replay.ring.drawing import Draw
+from rlx.replay.ring.storage import Storing
 from rlx.replay.ring_replay import RingReplay
-from rlx.replay.storage import Storing
 from rlx.types import Batch, Blocks, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlx.interfaces import Ring
-from rlx.replay.available import available_bytes
-from rlx.replay.block_spec import BlockSpec
-from rlx.replay.blocks import BlockRing
-from rlx.replay.experience import Layout, Recorder
-from rlx.replay.memory import budget
+from rlx.machine.memory import available_bytes
+from rlx.replay.files.experience import Layout, Recorder
 from rlx.replay.prefetch import SPARE, Prefetcher
-from rlx.replay.shards import ShardedRing
-from rlx.replay.storage import Storing
+from rlx.replay.ring.block_spec import BlockSpec
+from rlx.replay.ring.budget import budget
+from rlx.replay.ring.ring import BlockRing
+from rlx.replay.ring.shards import ShardedRing
+from rlx.replay.ring.storage import Storing
 from rlx.seeding import spawn_rng
 from rlx.types import Batch, Blocks, Carry, Rollout, Row, Sample, SequenceSpec
 
@@ -54,7 +54,7 @@ class RingReplay(ABC):
     ) -> None:
         """Says the bytes it will take; raises ValueError for what cannot work.
 
-        where: of the process that holds it, which is seen to by who builds it (rlx.assemble).
+        where: of the process that holds it, which is seen to by who builds it (assemble).
         """
         if where == "process" and storing.storage == "device":
             raise ValueError("where=process: blocks on the learner's device are in its process.")

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, final
 
 import numpy as np
 
-from rlx.replay.drawing import Draw
+from rlx.replay.ring.drawing import Draw
+from rlx.replay.ring.storage import Storing
 from rlx.replay.ring_replay import RingReplay
-from rlx.replay.storage import Storing
 from rlx.types import Batch, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
 
 

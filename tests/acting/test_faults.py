@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlx.acting.faults import Cause, History, Restarts, same_error
+from rlx.cluster.faults import Cause, History, Restarts, same_error
 
 
 def history(**changes: float) -> History:

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from rlx import trees
-from rlx.acting.blocks import row_spec
 from rlx.acting.exploration import Constant
 from rlx.acting.local_pool import LocalPool
 from rlx.acting.plan import carry_spec
+from rlx.acting.writer import row_spec
 from rlx.agents import common
 from rlx.agents.r2d2 import R2D2
 from rlx.envs.envpool import EnvPool

@@ -22,13 +22,13 @@ import ray
 from ray.cluster_utils import Cluster
 
 from rlx import trees
-from rlx.acting import ray_logs
 from rlx.acting.exploration import Constant, Ladder
-from rlx.acting.faults import ActingFailed, Restarts
-from rlx.acting.ray_fleet import Answered, Deadlines, Fleet, Lost, Ready, cause_of
-from rlx.acting.ray_logs import last_lines_of
 from rlx.acting.ray_pool import RayPool
-from rlx.acting.whereabouts import whereabouts
+from rlx.cluster import logs as ray_logs
+from rlx.cluster.faults import ActingFailed, Restarts
+from rlx.cluster.fleet import Answered, Deadlines, Fleet, Lost, Ready, cause_of
+from rlx.cluster.logs import last_lines_of
+from rlx.cluster.whereabouts import whereabouts
 from rlx.problems import ConfigError
 from rlx.types import Rollout, Weights
 from tests.acting.faulty_envs import FaultyFamily

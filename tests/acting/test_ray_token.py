@@ -21,7 +21,7 @@ TOKEN, OTHER = "a" * 64, "b" * 64
 DRIVER = """
 import sys
 import numpy as np, ray
-from rlx.acting.ray_cluster import Cluster
+from rlx.cluster.cluster import Cluster
 cluster = Cluster(address=None if sys.argv[1] == "own" else sys.argv[1], store_bytes=0)
 @ray.remote(num_cpus=0)
 class Sum:

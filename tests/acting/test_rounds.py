@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 import rlx
-from rlx import targets
 from rlx.acting.actor import Actor
 from rlx.acting.local_pool import LocalPool
 from rlx.acting.plan import zero_inputs
-from rlx.keeper import Keeper
-from rlx.learner import Learner
+from rlx.config import targets
 from rlx.problems import ConfigError
-from rlx.stages import Stages
+from rlx.training.keeper import Keeper
+from rlx.training.learner import Learner
+from rlx.training.stages import Stages
 from rlx.types import Weights
 from tests.acting.test_ray_pool import actor_processes
 from tests.agents import sampling

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rlx.acting.exploration import Constant
-from rlx.acting.faults import ActingFailed
 from rlx.acting.thread_pool import ThreadPool
+from rlx.cluster.faults import ActingFailed
 from rlx.envs.gymnasium import Gymnasium
 from rlx.problems import ConfigError
 from rlx.types import Rollout

@@ -12,9 +12,9 @@ import optax
 
 from rlx import trees
 from rlx.agents import common
+from rlx.agents.optimizers import Adam
 from rlx.interfaces import Network
 from rlx.networks.heads import Head
-from rlx.optimizers import Adam
 from rlx.types import (
     Array,
     ArraySpec,
@@ -166,7 +166,7 @@ entropy: 0.01
 policy: {_target_: tests.agents.sampling.Linear, outputs: null}
 value: {_target_: tests.agents.sampling.Linear, outputs: 1}
 optimizer:
-  _target_: rlx.optimizers.Adam
+  _target_: rlx.agents.optimizers.Adam
   learning_rate: 3.0e-2
   b1: 0.9
   b2: 0.999

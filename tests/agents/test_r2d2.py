@@ -11,7 +11,7 @@ import pytest
 
 from rlx import trees
 from rlx.agents import common, q_learning
-from rlx.optimizers import clip_by_average_norm
+from rlx.agents.optimizers import clip_by_average_norm
 from rlx.types import Batch, QActing, Row, TrainState
 from tests import parts
 

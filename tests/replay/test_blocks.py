@@ -20,13 +20,14 @@ from replay_streams import (
 )
 
 from rlx import trees
-from rlx.replay import blocks, storage
-from rlx.replay.available import available_bytes
-from rlx.replay.block_spec import BlockSpec
-from rlx.replay.blocks import BlockRing
-from rlx.replay.drawing import Draw, Drawn
-from rlx.replay.memory import Budget, budget
-from rlx.replay.storage import Storing
+from rlx.machine.memory import available_bytes
+from rlx.replay.ring import ring as blocks
+from rlx.replay.ring import storage
+from rlx.replay.ring.block_spec import BlockSpec
+from rlx.replay.ring.budget import Budget, budget
+from rlx.replay.ring.drawing import Draw, Drawn
+from rlx.replay.ring.ring import BlockRing
+from rlx.replay.ring.storage import Storing
 from rlx.types import Carry
 
 

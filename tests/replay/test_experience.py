@@ -14,13 +14,13 @@ import pytest
 from replay_streams import IN_MEMORY, blocks_of, carry_spec, rollout, row_spec, sequence_spec
 
 from rlx import trees
-from rlx.replay import experience
-from rlx.replay.block_spec import BlockSpec
 from rlx.replay.dataset import Dataset
-from rlx.replay.experience import files, read, rollouts
+from rlx.replay.files import experience
+from rlx.replay.files.experience import files, read, rollouts
 from rlx.replay.prioritized import Prioritized
-from rlx.replay.storage import Storing
-from rlx.replay.stores import make_storage
+from rlx.replay.ring.block_spec import BlockSpec
+from rlx.replay.ring.storage import Storing
+from rlx.replay.ring.stores import make_storage
 from rlx.types import Episode, NetInput, Rollout
 
 SEQUENCE = sequence_spec(block_rows=2, length=5)

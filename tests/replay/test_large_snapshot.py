@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from replay_streams import ATARI_CARRY, ATARI_ROW, ATARI_SEQUENCE, IN_MEMORY, rollout
 
-from rlx.replay.snapshots import Snapshots, read_blocks
+from rlx.replay.files.snapshots import Snapshots, read_blocks
 from rlx.replay.uniform import Uniform
 
 ROWS, LANES, AT_ONCE = 1_000_000, 64, 64

@@ -20,11 +20,11 @@ from replay_streams import IN_MEMORY, all_blocks, carry_spec, rollout, row_spec,
 
 from rlx import trees
 from rlx.problems import ConfigError, refuse
-from rlx.replay import process
+from rlx.replay.files.segments import SegmentError
+from rlx.replay.files.snapshots import Snapshots, read_blocks
 from rlx.replay.prioritized import Prioritized
-from rlx.replay.process import ReplayLost, ReplayProcess
-from rlx.replay.segments import SegmentError
-from rlx.replay.snapshots import Snapshots, read_blocks
+from rlx.replay.process import client as process
+from rlx.replay.process.client import ReplayLost, ReplayProcess
 
 SEQUENCE = sequence_spec(block_rows=2, length=5)
 BATCH = 8
@@ -250,7 +250,7 @@ def test_an_error_keeps_its_words_and_the_place_it_came_from():
 
 def test_what_main_defines_cannot_be_imported_there(tmp_path):
     code = (
-        "from rlx.replay.process import ReplayProcess\n"
+        "from rlx.replay.process.client import ReplayProcess\n"
         "def make(): pass\n"
         "ReplayProcess(make, ahead=0, batch_size=8)\n"
     )
@@ -262,7 +262,7 @@ def test_what_main_defines_cannot_be_imported_there(tmp_path):
 def test_it_ends_with_a_run_that_is_killed(tmp_path):
     code = (
         "import sys, time, test_process as t\n"
-        "from rlx.replay.process import ReplayProcess\n"
+        "from rlx.replay.process.client import ReplayProcess\n"
         "replay = ReplayProcess(t.make, ahead=2, batch_size=8)\n"
         "t.add(replay, 0, 40); replay.sample(8)\n"
         "print(replay.pid, flush=True); time.sleep(60)\n"

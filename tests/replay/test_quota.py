@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay_streams import IN_MEMORY, carry_spec, rollout, row_spec, sequence_spec
 
-from rlx.replay.quota import Quota
 from rlx.replay.uniform import Uniform
+from rlx.training.quota import Quota
 
 RATIOS = st.sampled_from([0.01, 0.1, 0.25, 0.8, 1.0, 1.5, 4.0, 32.0, 1 / 3])
 

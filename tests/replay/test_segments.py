@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from rlx.replay.segments import SegmentError, check_segment, read_segment, write_segment
+from rlx.replay.files.segments import SegmentError, check_segment, read_segment, write_segment
 
 ARRAYS = {
     "rows/inputs/observation/image": np.arange(240, dtype=np.uint8).reshape(2, 4, 30),

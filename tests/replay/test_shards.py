@@ -11,14 +11,14 @@ from replay_streams import IN_MEMORY, carry_spec, fill, rollout, row_spec, seque
 
 from rlx import trees
 from rlx.problems import ConfigError
-from rlx.replay import storage
-from rlx.replay.block_spec import BlockSpec
-from rlx.replay.blocks import BlockRing
-from rlx.replay.drawing import Draw
-from rlx.replay.memory import budget
-from rlx.replay.shards import ShardedRing
-from rlx.replay.storage import Storing
-from rlx.replay.stores import make_storage
+from rlx.replay.ring import storage
+from rlx.replay.ring.block_spec import BlockSpec
+from rlx.replay.ring.budget import budget
+from rlx.replay.ring.drawing import Draw
+from rlx.replay.ring.ring import BlockRing
+from rlx.replay.ring.shards import ShardedRing
+from rlx.replay.ring.storage import Storing
+from rlx.replay.ring.stores import make_storage
 from rlx.replay.uniform import Uniform
 
 SEQUENCE = sequence_spec(block_rows=2, length=5)  # three blocks

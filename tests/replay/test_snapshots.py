@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from replay_streams import IN_MEMORY, all_blocks, carry_spec, rollout, row_spec, sequence_spec
 
-from rlx.replay import snapshots
-from rlx.replay.segments import SegmentError
-from rlx.replay.snapshots import Snapshots, read_blocks
+from rlx.replay.files import snapshots
+from rlx.replay.files.segments import SegmentError
+from rlx.replay.files.snapshots import Snapshots, read_blocks
 from rlx.replay.uniform import Uniform
 
 SEQUENCE = sequence_spec(block_rows=2, length=5)

@@ -19,11 +19,11 @@ from replay_streams import blocks_of, carry_spec, fill, row_spec
 
 from rlx import trees
 from rlx.networks.cores import stack_frames
-from rlx.replay import storage
-from rlx.replay.block_spec import BlockSpec
-from rlx.replay.blocks import BlockRing
-from rlx.replay.drawing import Draw, Drawn
-from rlx.replay.storage import Storing
+from rlx.replay.ring import storage
+from rlx.replay.ring.block_spec import BlockSpec
+from rlx.replay.ring.drawing import Draw, Drawn
+from rlx.replay.ring.ring import BlockRing
+from rlx.replay.ring.storage import Storing
 from rlx.types import ArraySpec, Carry, NetInput, Rollout, Row, SequenceSpec
 
 SHAPE = (1, 2, 3)

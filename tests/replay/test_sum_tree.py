@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlx.replay.sum_tree import SumTree, sum_tree_nbytes
+from rlx.replay.ring.sum_tree import SumTree, sum_tree_nbytes
 
 SIZES = st.sampled_from([1, 2, 31, 32, 33, 100, 1024, 1025, 40_000])
 

@@ -1,0 +1,217 @@
+"""Measuring that the benches share: turns of variants, setups, parts without a run, the table.
+
+Every variant of a bench runs in slices, one after the other and round again, so that a noisy
+machine disturbs them alike; a ratio is the median over the rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+
+from rlx import trees
+from rlx.acting.policy import Policy
+from rlx.acting.writer import row_spec
+from rlx.config.build import build
+from rlx.config.paths import config_dir
+from rlx.interfaces import Agent
+from rlx.types import ArraySpec, Batch, DiscreteSpec, EnvSpec, NetInput, Row
+
+SLICE_S = 0.5
+
+PONG = EnvSpec(
+    id="Pong-v5",
+    observation={"observation": ArraySpec(shape=(1, 84, 84), dtype="uint8")},
+    action=DiscreteSpec(n=18),
+    frames_per_env_step=4,
+)
+CARTPOLE = EnvSpec(
+    id="CartPole-v1",
+    observation={"observation": ArraySpec(shape=(2,), dtype="float32")},
+    action=DiscreteSpec(n=2),
+    frames_per_env_step=1,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A benched run: which file of each group, and its environment's spec without EnvPool."""
+
+    name: str
+    env: str
+    network: str
+    agent: str
+    batch_size: int
+    request_env_steps: int  # of a Ray actor's request: some tenths of a second of acting
+    spec: EnvSpec
+
+
+SETUPS = (
+    Setup(
+        name="cartpole",
+        env="cartpole_memory",
+        network="mlp_lstm",
+        agent="r2d2_small",
+        batch_size=32,
+        request_env_steps=8192,
+        spec=CARTPOLE,
+    ),
+    Setup(
+        name="pong",
+        env="atari",
+        network="nature_lstm",
+        agent="r2d2",
+        batch_size=64,
+        request_env_steps=256,
+        spec=PONG,
+    ),
+)
+
+Work = Callable[[], float]  # does a little and answers how much, in the bench's unit
+Settle = Callable[[], object]  # waits for what work has left running
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def measure(
+    variants: Mapping[str, Work], seconds: float, settle: Mapping[str, Settle] | None = None
+) -> dict[str, list[float]]:
+    """Rates per second of each variant, one per round, within about `seconds` for all.
+
+    A variant that leaves work running is settled within its own slice: not at the next one's cost.
+    """
+    waits = {name: (settle or {}).get(name, _nothing) for name in variants}
+    for name, work in variants.items():
+        work()  # compiles
+        waits[name]()
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    end = perf_counter() + seconds
+    while perf_counter() < end or not all(rates.values()):
+        for name, work in variants.items():
+            done, began = 0.0, perf_counter()
+            while perf_counter() - began < SLICE_S or not done:
+                done += work()
+            waits[name]()
+            rates[name].append(done / (perf_counter() - began))
+    return rates
+
+
+def _nothing() -> None:
+    """Nothing was left running."""
+
+
+def rows(
+    rates: Mapping[str, Sequence[float]], *, prefix: str, unit: str, roofline: str
+) -> list[dict[str, Any]]:
+    """Median rates, and the median over the rounds of each round's ratio to the roofline."""
+    return [
+        {
+            "name": f"{prefix}/{name}",
+            "value": statistics.median(values),
+            "unit": unit,
+            "ratio": statistics.median(
+                value / best for value, best in zip(values, rates[roofline], strict=True)
+            ),
+        }
+        for name, values in rates.items()
+    ]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "devices": [str(device.device_kind) for device in jax.local_devices()],
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def report(what: str, found: list[dict[str, Any]]) -> None:
+    """A table, then the same as one line of JSON."""
+    print(f"{'name':<60} {'value':>14} {'unit':<14} {'ratio':>6}")
+    for row in found:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        value = f"{row['value']:,.3f}" if row["value"] < 1 else f"{row['value']:,.1f}"
+        print(f"{row['name']:<60} {value:>14} {row['unit']:<14} {ratio:>6}")
+    print(json.dumps({"what": what, "machine": machine(), "rows": found}))
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def settings(group: str, name: str) -> Any:
+    """One file of a group, as it is (no hydra needed)."""
+    return yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text())
+
+
+def make_agent(setup: Setup, **changes: Any) -> Agent:
+    """The setup's network, with changes of its settings, and agent."""
+    own = settings("network", setup.network) | changes
+    network = build(own, "network", spec=setup.spec)
+    return build(settings("agent", setup.agent), "agent", network=network, spec=setup.spec)
+
+
+def zero_batch(agent: Agent, size: int) -> Batch:
+    """Sequences of valid rows without content, as the replay would give them."""
+    length = agent.sequence.length
+    rows: Row = trees.tree_map(
+        lambda spec: np.zeros((size, length, *spec.shape), spec.dtype),
+        row_spec(agent.spec, agent.acting_spec),
+    )
+    rows.valid[:] = True
+    rows.discount[:] = 1
+    return Batch(
+        rows=rows,
+        next=trees.tree_map(lambda leaf: leaf[:, 0].copy(), rows.inputs),
+        carry=agent.initial_carry(size),
+        importance=np.ones(size, np.float32),
+    )
+
+
+def random_batch(agent: Agent, size: int) -> Batch:
+    """The same with noise for observations."""
+    batch, rng = zero_batch(agent, size), np.random.default_rng(0)
+    for leaf in batch.rows.inputs.observation.values():
+        leaf[...] = rng.integers(0, 256, leaf.shape) if leaf.dtype == np.uint8 else 0.1
+    return trees.tree_map(np.asarray, batch)
+
+
+def raw_stepping(family: Any, lanes: int, policy: Policy | None) -> Work:
+    """EnvPool's own `step` in a bare loop, without adapter, rows or blocks."""
+    pool = family.open(lanes=lanes, seeds=list(range(lanes)))
+    columns = None if family.components is None else np.asarray(family.components)
+    lane = np.arange(lanes, dtype=np.int32)
+    zeros = np.zeros(lanes, np.int32)
+    nothing: Any = np.zeros(lanes, np.float32), np.zeros(lanes, bool)
+    state: dict[str, Any] = {"observation": pool.reset()[0], "action": zeros, "ended": nothing[1]}
+
+    def work() -> float:
+        if policy is not None:
+            seen = state["observation"]
+            inputs = NetInput(
+                observation={"observation": seen if columns is None else seen[:, columns]},
+                prev_action=state["action"],
+                prev_reward=nothing[0],
+                time=zeros,
+                first=nothing[1],
+            )
+            state["action"], _ = policy.act(inputs, None, nothing[0])
+        resets = int(np.count_nonzero(state["ended"]))  # rows that are no env steps
+        state["observation"], _, terminated, truncated, _ = pool.step(state["action"], lane)
+        state["ended"] = terminated | truncated
+        return lanes - resets
+
+    return work

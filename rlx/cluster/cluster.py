@@ -1,0 +1,149 @@
+"""Joining or starting the Ray cluster that a run acts on, and leaving it as it was found."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from rlx.cluster import token as ray_token
+from rlx.problems import ConfigError, refuse
+
+log = logging.getLogger(__name__)
+
+CONNECT_S = 10.0
+NICENESS = "RAY_worker_niceness"  # of the processes that Ray starts
+LEAST_STORE_BYTES = 256 * 1024**2
+
+
+class Cluster:
+    """A connection to Ray. Starts a cluster of this machine's cores if there is no address.
+
+    address: None = this process's connection if it has one, else an own cluster on this machine;
+    "auto" = the cluster that runs on this machine; "host:port" = that one.
+    Raises ConfigError where there is none, one of another version, or one that refuses the token.
+    """
+
+    def __init__(
+        self, *, address: str | None, store_bytes: int, setting: str = "acting.address"
+    ) -> None:
+        self.started_by_us = not ray.is_initialized()
+        self.is_own = self.started_by_us and address is None
+        self._tokens = ray_token.remember()
+        if self.started_by_us:
+            try:
+                _start(store_bytes) if address is None else _join(address, setting)
+            except BaseException:
+                ray_token.put_back(self._tokens)
+                raise
+
+    @property
+    def resources(self) -> Mapping[str, float]:
+        """What all nodes have together, used or not."""
+        return ray.cluster_resources()
+
+    def close(self) -> None:
+        """Leaves the cluster, and ends it if it is our own; not what others had started."""
+        if self.started_by_us and ray.is_initialized():
+            ray.shutdown()
+            ray_token.put_back(self._tokens)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _quiet() -> dict[str, Any]:
+    """The actors' output stays in their own log files; a failed actor's last lines are shown."""
+    return {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+
+
+def _start(store_bytes: int) -> None:
+    ray_token.for_own_cluster()
+    with (
+        _sigterm_not_inherited(),
+        _workers_not_nice(),
+        warnings.catch_warnings(),
+    ):  # JAX warns of the fork; its child becomes Ray at once
+        warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
+        ray.init(
+            address="local",  # whatever RAY_ADDRESS or another program's cluster says
+            num_cpus=cores(),
+            include_dashboard=False,
+            object_store_memory=max(LEAST_STORE_BYTES, store_bytes),
+            **_quiet(),
+        )
+
+
+@contextmanager
+def _sigterm_not_inherited() -> Iterator[None]:
+    """Processes that are started meanwhile do not heed SIGTERM.
+
+    Batch systems send it to every process of a job. A driver whose Ray is gone is ended at once,
+    before it can write a checkpoint; so it is the driver that ends Ray.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _workers_not_nice() -> Iterator[None]:
+    """Beside a learner that never waits, a nice process needs long to start (see RemoteActor)."""
+    if NICENESS in os.environ:
+        yield
+        return
+    os.environ[NICENESS] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[NICENESS]
+
+
+def _join(address: str, setting: str) -> None:
+    _check_reachable(address, setting)
+    ray_token.for_given_cluster(address, setting)
+    try:
+        ray.init(address=address, **_quiet())
+    except ConnectionError as error:
+        says = "no Ray cluster is there; start one with 'ray start --head', or give null for an own"
+        raise refuse(setting, f"{says} ({_one_line(error)})", given=address) from error
+    except (RuntimeError, ValueError) as error:
+        raise _refused(address, setting, error) from error
+
+
+def _check_reachable(address: str, setting: str) -> None:
+    """That something listens at host:port, before Ray tries for minutes."""
+    if address == "auto":
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        raise refuse(setting, "accepted: null, auto, host:port", given=address)
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except (OSError, UnicodeError) as error:
+        says = f"cannot be reached ({error}); tried {host} port {port} for {CONNECT_S:.0f} s"
+        raise refuse(setting, says, given=address) from error
+
+
+def _refused(address: str, setting: str, error: Exception) -> ConfigError:
+    """Such as another version of Ray or Python, or a token that is missing."""
+    line = _one_line(error)
+    says = f"the cluster there refused this program: {line}"
+    if "ersion" in line:
+        says += "; install the same versions of ray and python on all machines"
+    return refuse(setting, says, given=address)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

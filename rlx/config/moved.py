@@ -1,0 +1,56 @@
+"""What an earlier rlx wrote, in the words of this one.
+
+Configurations that were saved with runs name classes, and settings, as they were called then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+MOVED: Mapping[str, str] = {  # targets
+    "rlx.acting.faults.Restarts": "rlx.cluster.faults.Restarts",
+    "rlx.checkpoint.Checkpoint": "rlx.training.checkpoint.Checkpoint",
+    "rlx.evaluate.Evaluation": "rlx.evaluation.playing.Evaluation",
+    "rlx.learner.Group": "rlx.training.learner.Group",
+    "rlx.learner.Learner": "rlx.training.learner.Learner",
+    "rlx.metrics.Logging": "rlx.runs.metrics.Logging",
+    "rlx.optimizers.Adam": "rlx.agents.optimizers.Adam",
+}
+RENAMED: Mapping[str, Mapping[str, str]] = {  # settings, by their class's target of today
+    "rlx.agents.optimizers.Adam": {
+        "warmup_updates": "warmup_gradient_steps",
+        "decay_updates": "decay_gradient_steps",
+    },
+}
+ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does as it was before
+    "rlx.acting.ray_pool.RayPool": {"sync": False},
+}
+
+
+def renewed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain settings of a saved run as today's rlx would have written them.
+
+    It is applied where a saved configuration is read, and nowhere else. The argument is not
+    changed.
+    """
+    now: dict[str, Any] = {str(key): _renewed(value) for key, value in settings.items()}
+    network, agent = now.get("network"), now.get("agent")
+    if isinstance(network, dict) and isinstance(agent, dict) and "head" in network:
+        agent.setdefault("head", network.pop("head"))  # heads became the agent's
+    return now
+
+
+def _renewed(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_renewed(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    found = {key: _renewed(child) for key, child in value.items()}
+    target = found.get("_target_")
+    if not isinstance(target, str):
+        return found
+    target = MOVED.get(target, target)
+    names = RENAMED.get(target, {})
+    found = {names.get(key, key): child for key, child in found.items()}
+    return {**ADDED.get(target, {}), **found, "_target_": target}

@@ -1,0 +1,141 @@
+"""Evaluation in a Ray actor beside the training: `evaluation.where=actor`.
+
+It is watched and replaced like an actor that acts; an evaluation that its end cost is made good by
+the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from time import monotonic
+from typing import Any
+
+from rlx.acting.ray_pool import pickled
+from rlx.cluster.cluster import Cluster
+from rlx.cluster.faults import Restarts
+from rlx.cluster.fleet import Answered, Deadlines, Fleet, Lost, Ready
+from rlx.cluster.whereabouts import (
+    Whereabouts,
+    let_the_learner_first,
+    thread_limits,
+    whereabouts,
+)
+from rlx.evaluation.playing import Evaluation
+from rlx.interfaces import Agent, EnvFamily
+from rlx.types import Evaluated, Weights
+
+POLL_EVERY_S = 0.2
+STORE_BYTES = 256 * 1024**2
+RESTARTS = Restarts(
+    window_s=600.0, max_raised=3, max_fruitless=30, first_wait_s=1.0, longest_wait_s=10.0
+)
+DEADLINES = Deadlines(prepare_s=300.0, request_s=3600.0, resource_s=float("inf"), grace_s=3600.0)
+
+
+class RemoteEvaluator:
+    """Plays episodes in a process of its own; nothing here knows Ray."""
+
+    def __init__(self, *, made_of: bytes) -> None:
+        self._made_of = made_of
+
+    def hello(self) -> Whereabouts:
+        """That the process lives, and where."""
+        return whereabouts()
+
+    def prepare(self, cores: tuple[int, ...] | None) -> None:
+        """Opens what it is made of, which loads JAX."""
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+        self._evaluation, self._family, self._agent, self._seed = pickle.loads(self._made_of)
+        let_the_learner_first()
+
+    def evaluate(self, weights: Weights, env_steps: int) -> Evaluated:
+        """The evaluation that training would have made with these weights."""
+        returns = self._evaluation.returns(
+            agent=self._agent,
+            weights=weights,
+            family=self._family,
+            episodes=self._evaluation.episodes,
+            seed=self._seed,
+        )
+        return Evaluated(
+            returns=tuple(returns), weights_version=weights.version, env_steps=env_steps
+        )
+
+
+class RayEvaluator:
+    """An interfaces.Evaluator; called by one thread."""
+
+    def __init__(
+        self,
+        *,
+        evaluation: Evaluation,
+        family: EnvFamily,
+        agent: Agent,
+        seed: int,
+        address: str | None,
+    ) -> None:
+        """`address`: of the cluster, as `acting.address`."""
+        made_of = pickled((evaluation, family, agent, seed))
+        self._cluster = Cluster(address=address, store_bytes=STORE_BYTES)
+        self._fleet = Fleet(
+            cls=RemoteEvaluator,
+            arguments=lambda index, life: {"made_of": made_of},
+            count=1,
+            least=1,
+            first_chain=0,
+            options={"num_cpus": 0},
+            environment=thread_limits(1),
+            threads=None,
+            at_once=1,
+            restarts=RESTARTS,
+            deadlines=DEADLINES,
+        )
+        self._is_ready, self._skipped = False, 0
+        self._wanted: tuple[Weights, int] | None = None  # submitted before it was ready
+        self._busy = False
+        self._polled_s = 0.0
+
+    def submit(self, weights: Weights, env_steps: int) -> None:
+        """Asks for an evaluation; left out and counted while another is being made."""
+        if self._busy or self._wanted is not None:
+            self._skipped += 1
+            return
+        self._wanted = weights, env_steps
+        self._send()
+
+    def poll(self) -> list[Evaluated]:
+        """What has been found since the last call; looks a few times a second."""
+        if monotonic() - self._polled_s < POLL_EVERY_S:
+            return []
+        self._polled_s = monotonic()
+        found: list[Evaluated] = []
+        for event in self._fleet.poll(0.0):
+            self._heed(event, found)
+        self._send()
+        return found
+
+    def stats(self) -> dict[str, Any]:
+        """How many evaluations were left out."""
+        return {"evaluation/skipped": float(self._skipped)}
+
+    def close(self) -> None:
+        self._fleet.close()
+        self._cluster.close()
+
+    def _heed(self, event: Ready | Answered | Lost, found: list[Evaluated]) -> None:
+        if isinstance(event, Ready):
+            self._is_ready = True
+            return
+        if isinstance(event, Answered):
+            found.append(event.value)
+        else:
+            self._is_ready = False
+            self._skipped += event.requests
+        self._busy = False
+
+    def _send(self) -> None:
+        if self._wanted is not None and self._is_ready and not self._busy:
+            self._fleet.request(0, "evaluate", *self._wanted)
+            self._busy, self._wanted = True, None

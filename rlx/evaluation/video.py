@@ -1,0 +1,212 @@
+"""Films of episodes: of the first one, or of several side by side with their Q-values.
+
+Recorders are given to `rlx.evaluation.playing.run_episodes` as `watch`; its Starts tell which
+episode a lane plays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from rlx.evaluation import tiles
+from rlx.interfaces import Agent
+from rlx.problems import ConfigError, refuse
+from rlx.types import Array, Carry, NetInput, Timestep
+
+log = logging.getLogger(__name__)
+
+VIDEO_FRAMES = 3000  # a longer episode is cut: a GIF is gathered in memory before it is written
+
+
+class Film:
+    """A video file, one picture per env step; a `with` block puts the whole file in place."""
+
+    def __init__(self, folder: Path, name: str, fps: float) -> None:
+        imageio = _imageio()
+        suffix, options = ".gif", {"duration": 1000 / fps, "loop": 0}
+        if _has_ffmpeg():
+            suffix, options = ".mp4", {"fps": fps, "macro_block_size": 2}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{name}{suffix}"
+        self._temporary = self.path.with_name(f".{self.path.name}")
+        self._writer = imageio.get_writer(self._temporary, mode="I", **options)
+        self._pictures = 0
+
+    def add(self, picture: np.ndarray) -> bool:
+        """Whether it is full with this picture, uint8[H, W, 3]."""
+        self._writer.append_data(picture)
+        self._pictures += 1
+        return self._pictures >= VIDEO_FRAMES
+
+    def __enter__(self) -> Film:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: Any, traceback: TracebackType | None
+    ) -> None:
+        self._writer.close()
+        if kind is None:
+            self._temporary.replace(self.path)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+
+class Recorder:
+    """Shows the episode that started first; give it to `run_episodes` as `watch`."""
+
+    def __init__(self, film: Film) -> None:
+        self._film, self._complete = film, False
+
+    def __call__(self, env: Any, timestep: Timestep, starts: Any) -> None:
+        """Adds a picture while lane 0 plays its first episode, whose number is 0."""
+        if self._complete or 0 not in timestep.lane:
+            return
+        full = self._film.add(_picture(env, 0))
+        self._complete = bool(starts.number[0] != 0)
+        if full and not self._complete:
+            _tell_cut(self._film)
+            self._complete = True
+
+
+class GridRecorder:
+    """Shows the episodes that started first, side by side, with the values of their actions.
+
+    Give `run_episodes` it as `watch` and its `acted` as `acted`, and the agent `with_values`.
+    An episode that has ended keeps its last picture until all have.
+    """
+
+    def __init__(self, film: Film, count: int) -> None:
+        """count: episodes, no more than there are lanes: each is its lane's first one."""
+        self._film = film
+        self._seen: list[tiles.Seen | None] = [None] * count
+        self._tiles = [np.zeros((tiles.HEIGHT + tiles.PANEL, tiles.WIDTH, 3), np.uint8)] * count
+        self._rows: list[tuple[int, int]] = []  # (lane, its row in the answer), to be acted in
+        self._complete = False
+
+    def __call__(self, env: Any, timestep: Timestep, starts: Any) -> None:
+        """Takes pictures of the episodes under way; what they show is complete when acted."""
+        self._rows = []
+        if self._complete:
+            return
+        changed = False
+        for row, lane in enumerate(timestep.lane.tolist()):
+            if lane >= len(self._seen) or _ended(self._seen[lane]):
+                continue
+            ended = bool(starts.number[lane] != lane)
+            self._seen[lane] = self._next(env, lane, float(timestep.reward[row]), ended)
+            changed = True
+            if ended:
+                self._draw(lane)
+            else:
+                self._rows.append((lane, row))
+        if all(map(_ended, self._seen)):
+            self._add()
+            self._complete = True
+        elif changed and not self._rows:
+            self._add()
+
+    def acted(self, action: np.ndarray, acting: Any) -> None:
+        """action [n, *], acting f32[n, A] of `with_values` or another agent's own record."""
+        for lane, row in self._rows:
+            seen = self._seen[lane]
+            assert seen is not None
+            values = acting[row] if isinstance(acting, np.ndarray) else None
+            spread = 0.0 if values is None else float(np.abs(values - values.mean()).max())
+            self._seen[lane] = dataclasses.replace(
+                seen,
+                values=values,
+                action=int(action[row]) if values is not None else None,
+                spread=max(seen.spread, spread),
+            )
+            self._draw(lane)
+        if self._rows:
+            self._add()
+
+    def _next(self, env: Any, lane: int, reward: float, ended: bool) -> tiles.Seen:
+        before = self._seen[lane]
+        return tiles.Seen(
+            picture=_picture(env, lane),
+            title=f"episode {lane}",
+            ret=before.ret + reward if before else 0.0,
+            env_step=before.env_step + 1 if before else 0,
+            values=None,
+            action=None,
+            spread=before.spread if before else 0.0,
+            ended=ended,
+        )
+
+    def _draw(self, lane: int) -> None:
+        seen = self._seen[lane]
+        assert seen is not None
+        self._tiles[lane] = tiles.tile(seen)
+
+    def _add(self) -> None:
+        if self._film.add(tiles.grid(self._tiles)) and not all(map(_ended, self._seen)):
+            _tell_cut(self._film)
+            self._complete, self._rows = True, []
+
+
+def _ended(seen: tiles.Seen | None) -> bool:
+    return seen is not None and seen.ended
+
+
+def _tell_cut(film: Film) -> None:
+    log.warning("%s: cut after %d frames.", film.path, VIDEO_FRAMES)
+
+
+def _picture(env: Any, lane: int) -> np.ndarray:
+    try:
+        picture: np.ndarray = env.render(lane)
+    except ValueError as error:
+        raise not_recorded(str(error)) from error
+    return picture
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WithValues:
+    """An agent whose record of acting time is every action's value, f32[N, A]."""
+
+    agent: Any
+
+    def initial_carry(self, batch: int) -> Carry:
+        return self.agent.initial_carry(batch)
+
+    def act(
+        self, params: Any, inputs: NetInput, carry: Carry, key: Array, exploration: Array
+    ) -> tuple[Array, Array, Carry]:
+        values, _ = self.agent.values(params, inputs, carry)  # XLA computes what is common once
+        action, _, carry = self.agent.act(params, inputs, carry, key, exploration)
+        return action, values, carry
+
+
+def with_values(agent: Agent) -> Any:
+    """The same, for acting alone; an agent that has no values of actions as it is."""
+    return WithValues(agent=agent) if hasattr(agent, "values") else agent
+
+
+def _imageio() -> Any:
+    try:
+        import imageio.v2
+    except ImportError as error:
+        raise not_recorded("imageio is not installed; pip install rlx[video]") from error
+    return imageio.v2
+
+
+def _has_ffmpeg() -> bool:
+    try:
+        return bool(importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe())
+    except (ImportError, RuntimeError):  # the latter: the package without the program
+        return False
+
+
+def not_recorded(why: str) -> ConfigError:
+    """What is wrong with recording, in one line, to raise."""
+    return refuse("record", why.strip().split("\n")[0])

@@ -1,0 +1,240 @@
+"""Recorded experience: a folder of segments that hold the blocks which actors delivered.
+
+    DIR/dataset.json                what every segment is like: leaves, rows of a block, lanes
+    DIR/<run>-000000.npz ...        blocks in the order in which they came (see segments)
+
+Several runs may record into one folder if their rows are alike. What is read follows the order in
+which it was written, run after run, so a lane's blocks come as they came to the replay then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from time import time_ns
+from typing import Any
+
+import numpy as np
+
+from rlx import trees
+from rlx.replay.files.segments import SEGMENT_BYTES, SegmentError, read_segment, write_segment
+from rlx.replay.ring.block_spec import INPUTS
+from rlx.types import ArraySpec, Carry, Leaves, Rollout, Row, SequenceSpec
+
+FORMAT = 1
+FILE = "dataset.json"
+KIND = "experience"
+NAME = re.compile(r"[0-9a-f]{16}-\d{6,}\.npz")
+COLUMNS = ("lane", "chain", "number", "weights_version")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What all blocks of a dataset have in common."""
+
+    leaves: dict[str, list[Any]]  # path below rows/ or carry/ -> [shape, dtype]
+    block_rows: int
+    lanes: int
+
+    @classmethod
+    def of(cls, sequence: SequenceSpec, row_spec: Row, carry_spec: Carry, lanes: int) -> Layout:
+        specs: Mapping[str, ArraySpec] = trees.flatten({"rows": row_spec, "carry": carry_spec})
+        leaves = {path: [list(leaf.shape), leaf.dtype] for path, leaf in specs.items()}
+        return cls(leaves=leaves, block_rows=sequence.block_rows, lanes=lanes)
+
+    def differences(self, other: Layout) -> str:
+        """'rows/action [[], int32], here missing; ...'; '' where blocks of both are alike."""
+        found = []
+        if self.block_rows != other.block_rows:
+            found.append(f"blocks of {self.block_rows} rows, here {other.block_rows}")
+        if self.lanes != other.lanes:
+            found.append(f"{self.lanes} lanes, here {other.lanes}")
+        for path in sorted({*self.leaves, *other.leaves}):
+            mine, its = self.leaves.get(path, "missing"), other.leaves.get(path, "missing")
+            if mine != its:
+                found.append(f"{path} {mine}, here {its}")
+        return "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
+
+
+class Recorder:
+    """Writes rollouts into a dataset, a segment at a time, in a thread of its own."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        """Raises ValueError for a folder that holds something else."""
+        # Names in the order of time: that is the order in which runs are read.
+        self._folder, self._run, self._files = folder, f"{time_ns():016x}", 0
+        self._kept: list[dict[str, np.ndarray]] = []
+        self._bytes = 0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="record")
+        self._written: Future[Any] | None = None
+        about = {"format": FORMAT, "kind": KIND, **dataclasses.asdict(layout)}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+            if set(held) <= {FILE}:  # nothing was recorded yet
+                (folder / f".{FILE}").write_text(json.dumps(about, indent=1) + "\n")
+                (folder / f".{FILE}").rename(folder / FILE)
+                return
+        except OSError as error:
+            says = f"replay.record={folder} cannot be written ({error.strerror}); give another"
+            raise ValueError(says) from error
+        if found := read_layout(folder).differences(layout):
+            raise ValueError(
+                f"replay.record={folder} holds other experience ({found}); give another folder"
+            )
+
+    def add(self, rollout: Rollout) -> None:
+        """Copies a rollout's blocks; writes them out when there are enough for a file.
+
+        Raises what kept an earlier file from being written.
+        """
+        if not len(rollout.lane) and not rollout.episodes:
+            return
+        arrays = {k: np.array(v) for k, v in _to_arrays(rollout).items()}
+        self._kept.append(arrays)
+        self._bytes += sum(array.nbytes for array in arrays.values())
+        if self._bytes >= SEGMENT_BYTES:
+            self._write()
+
+    def flush(self) -> None:
+        """Writes what there is, and waits for it."""
+        if self._kept:
+            self._write()
+        self._wait()
+
+    def close(self) -> None:
+        """Writes the rest."""
+        self.flush()
+        self._writer.shutdown()
+
+    def _write(self) -> None:
+        self._wait()
+        kept, self._kept, self._bytes = self._kept, [], 0
+        path = self._folder / f"{self._run}-{self._files:06d}.npz"
+        self._files += 1
+        self._written = self._writer.submit(_write_segment, path, kept, self._run)
+
+    def _wait(self) -> None:
+        if self._written is not None:
+            self._written.result()
+            self._written = None
+
+
+def _write_segment(path: Path, kept: list[dict[str, np.ndarray]], run: str) -> None:
+    arrays = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
+    write_segment(path, arrays, {"kind": KIND, "run": run})
+
+
+def _to_arrays(rollout: Rollout) -> Leaves:
+    rows = {f"rows/{path}": leaf for path, leaf in trees.flatten(rollout.rows).items()}
+    carry = {f"carry/{path}": leaf for path, leaf in trees.flatten(rollout.carry).items()}
+    following = {f"next/{path}": leaf for path, leaf in trees.flatten(rollout.next).items()}
+    columns = {name: getattr(rollout, name) for name in COLUMNS}
+    episodes = {
+        "episode/return": np.array([e.ret for e in rollout.episodes], np.float64),
+        "episode/env_steps": np.array([e.env_steps for e in rollout.episodes], np.int64),
+        "episode/lane": np.array([e.lane for e in rollout.episodes], np.int32),
+    }
+    return {**columns, **rows, **carry, **following, **episodes}
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_layout(folder: Path) -> Layout:
+    """Of a dataset; raises ValueError for a folder that is none."""
+    path = folder / FILE
+    try:
+        about = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: no recorded experience: {FILE} is missing or damaged"
+        ) from error
+    if not isinstance(about, dict) or (about.get("format"), about.get("kind")) != (FORMAT, KIND):
+        raise ValueError(f"{path}: no recorded experience that this rlx reads (format {FORMAT})")
+    try:
+        layout = Layout(**{field.name: about[field.name] for field in dataclasses.fields(Layout)})
+        if not isinstance(layout.leaves, dict) or not isinstance(layout.block_rows, int):
+            raise ValueError(f"{path}: damaged: leaves or block_rows are none")
+        return layout
+    except KeyError as error:
+        raise ValueError(f"{path}: damaged: {error} is missing") from error
+
+
+EPISODES = ("episode/return", "episode/env_steps", "episode/lane")
+
+
+def files(folder: Path) -> list[Path]:
+    """The segments, run after run; raises ValueError if there is none, or one is missing."""
+    runs: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if not NAME.fullmatch(path.name):
+            continue
+        runs.setdefault(path.name.partition("-")[0], []).append(path)
+    if not runs:
+        raise ValueError(f"{folder}: recorded nothing yet: there is no segment in it")
+    for paths in runs.values():
+        numbers = [int(path.stem.partition("-")[2]) for path in paths]
+        if numbers != list(range(len(numbers))):
+            lost = min(set(range(max(numbers) + 1)) - set(numbers))
+            name = f"{paths[0].name.partition('-')[0]}-{lost:06d}.npz"
+            raise ValueError(f"{folder / name}: missing: a later one of that run is there")
+    return [path for _, paths in sorted(runs.items()) for path in paths]
+
+
+def read(folder: Path) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
+    """Each segment's arrays; raises ValueError, naming the file, for a damaged or foreign one."""
+    layout = read_layout(folder)
+    for path in files(folder):
+        try:
+            arrays, about = read_segment(path)
+        except SegmentError as error:
+            raise ValueError(str(error)) from error
+        if about.get("kind") != KIND:
+            raise ValueError(f"{path}: a segment, but not of recorded experience")
+        _check_segment(path, arrays, layout)
+        yield path, arrays
+
+
+def _check_segment(path: Path, arrays: Mapping[str, np.ndarray], layout: Layout) -> None:
+    following = [f"next/{n.removeprefix(INPUTS)}" for n in layout.leaves if n.startswith(INPUTS)]
+    promised = (*COLUMNS, *EPISODES, *layout.leaves, *following)
+    if lacking := [name for name in promised if name not in arrays]:
+        raise ValueError(f"{path}: has no {lacking[0]}, which {FILE} promises")
+    n = len(arrays["lane"])
+    for name, (shape, dtype) in layout.leaves.items():
+        leading = (n, layout.block_rows) if name.startswith("rows/") else (n,)
+        if arrays[name].shape != (*leading, *shape) or arrays[name].dtype != dtype:
+            raise ValueError(f"{path}: {name} is not {dtype}{shape} by block, as {FILE} promises")
+
+
+def rollouts(folder: Path, row_spec: Row, carry_spec: Carry) -> Iterator[Rollout]:
+    """The recorded blocks as they came, with chains that go on rising from run to run."""
+    run, first_chain, newest = "", 0, -1
+    for path, arrays in read(folder):
+        if run != (run := path.name.partition("-")[0]):
+            first_chain = newest + 1
+        chain = arrays["chain"] + np.int32(first_chain)
+        newest = max(newest, int(chain.max(initial=newest)))
+        yield Rollout(
+            rows=trees.unflatten(row_spec, _below(arrays, "rows/")),
+            carry=trees.unflatten(carry_spec, _below(arrays, "carry/")),
+            next=trees.unflatten(row_spec.inputs, _below(arrays, "next/")),
+            lane=arrays["lane"],
+            chain=chain,
+            number=arrays["number"],
+            weights_version=arrays["weights_version"],
+            episodes=(),
+            env_steps=int(np.count_nonzero(arrays["rows/valid"])),
+            frames=0,
+            timings={},
+        )
+
+
+def _below(arrays: Mapping[str, np.ndarray], name: str) -> Leaves:
+    return {path.removeprefix(name): x for path, x in arrays.items() if path.startswith(name)}

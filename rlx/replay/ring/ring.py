@@ -1,0 +1,272 @@
+"""The ring of blocks under every sequence replay.
+
+Each row is stored once. `index` says which blocks there are and which sequences start in them,
+`storage` holds their leaves, and `drawing` copies sequences out.
+
+Threads: one writer and any number of readers. The writer takes away leaves and keys, then writes
+the data, then gives the keys; see `rlx.replay.ring.drawing` for the readers' part.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, final
+
+import numpy as np
+
+from rlx.machine.memory import available_bytes
+from rlx.replay.ring import saving
+from rlx.replay.ring.block_spec import CARRY, NEXT, ROWS, VALID, BlockSpec, block_leaves
+from rlx.replay.ring.budget import budget
+from rlx.replay.ring.checks import checked_leaves
+from rlx.replay.ring.drawing import Draw, Drawn, Reader
+from rlx.replay.ring.index import Arrivals, BlockIndex
+from rlx.replay.ring.storage import Storing
+from rlx.replay.ring.stores import make_storage
+from rlx.types import Batch, Blocks, Leaves, Rollout, Row
+
+LeafOf = Callable[[np.ndarray], np.ndarray]  # keys i64[M] of startable sequences -> f64[M] > 0
+
+
+@final
+class BlockRing:
+    """Stores blocks of many lanes; copies out sequences drawn in proportion to their leaves."""
+
+    def __init__(
+        self, *, capacity_rows: int, spec: BlockSpec, lanes: int, storing: Storing | None = None
+    ) -> None:
+        """Raises ValueError if the ring does not fit."""
+        storing = storing or Storing()
+        self.budget = budget(capacity_rows=capacity_rows, spec=spec, lanes=lanes, storing=storing)
+        self.budget.check(available_bytes())
+        self.spec, self.lanes = spec, lanes
+        self.slots = self.budget.blocks
+        self.env_steps = 0  # valid rows ever added
+        self.blocks_dropped = 0  # of an older chain than their lane's latest
+        self.index = BlockIndex(self.slots, lanes, spec.sequence)
+        self.storage = make_storage(storing, spec, self.slots)
+        self._lock = threading.Lock()  # the index and the counters
+        self._writing = threading.Lock()  # the data
+        self.reader = Reader(spec, self.index, self.storage, self._lock)
+
+    # --- what it holds ---
+
+    @property
+    def startable(self) -> int:
+        """Sequences that can be drawn now."""
+        return self.index.startable
+
+    @property
+    def rows(self) -> int:
+        """Rows stored now."""
+        return self.index.live * self.spec.sequence.block_rows
+
+    @property
+    def capacity_rows(self) -> int:
+        """Rows that it can hold."""
+        return self.budget.rows
+
+    @property
+    def block_nbytes(self) -> float:
+        """Bytes of one block, before compression."""
+        return self.budget.total_bytes / self.slots
+
+    @property
+    def rings(self) -> list[BlockRing]:
+        """Itself (see rlx.replay.ring.shards for several)."""
+        return [self]
+
+    @property
+    def copies_into_buffers(self) -> bool:
+        """Whether `draw` fills buffers; else it answers arrays of its own."""
+        return self.storage.in_place
+
+    @property
+    def oldest_key(self) -> int:
+        """The oldest stored block's; `next_key` if the ring is empty."""
+        return self.index.oldest_key
+
+    @property
+    def oldest_start(self) -> int:
+        """The key of the first sequence that may be there (see `rlx.replay.ring.index`)."""
+        return self.index.oldest_key * self.index.starts_per_block
+
+    @property
+    def next_key(self) -> int:
+        """The next block's to come."""
+        return self.index.next_key
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes taken now."""
+        return self.storage.nbytes + self.index.nbytes
+
+    @property
+    def bytes_per_row(self) -> float:
+        """All bytes of the ring by rows of capacity."""
+        return self.nbytes / self.budget.rows
+
+    def stats(self) -> dict[str, float]:
+        """Metrics: how full it is, and what was dropped or drawn again since the run began."""
+        return {
+            "replay/fill": self.rows / self.budget.rows,
+            "replay/startable_sequences": float(self.startable),
+            "replay/blocks_dropped": float(self.blocks_dropped),
+            "replay/redraws": float(self.reader.redraws),
+        }
+
+    # --- writing ---
+
+    def add(self, rollout: Rollout, leaf_of: LeafOf) -> None:
+        """Adds a rollout's blocks; `leaf_of` gives the leaves of the sequences they complete.
+
+        Raises ValueError, with nothing added, for a block out of order within its chain or rows
+        that are not of the spec. Blocks of an older chain of their lane are dropped and counted.
+        """
+        with self._writing:
+            for arrivals, leaves in self._parts(rollout):
+                with self._lock:
+                    self.index.retire(arrivals.keys % self.slots)
+                self._write(arrivals, leaves)
+                with self._lock:
+                    self.index.publish(arrivals)
+                    self.env_steps += int(np.count_nonzero(leaves[VALID]))
+                    starts = self.index.completed(arrivals.keys)
+                if starts.size:
+                    first = leaf_of(starts)
+                    with self._lock:
+                        self.index.start(starts, first)
+
+    def check(self, rollout: Rollout) -> None:
+        """Raises what `add` would, and adds nothing."""
+        self._checked(rollout)
+        self.index.admit(rollout.lane, rollout.chain, rollout.number)
+
+    def set_leaves(self, keys: np.ndarray, leaves: np.ndarray) -> int:
+        """Sets f64[n] > 0 of i64[n] keys and answers how many were overwritten since: ignored."""
+        with self._lock:
+            return self.index.set_leaves(np.asarray(keys, np.int64), leaves)
+
+    def scalars(self, keys: np.ndarray) -> Row:
+        """Row [M, L + 1] of these sequences without observations; for the writer's thread only.
+
+        The last one is the row after the sequence, or its last row once more where the sequence
+        ends with a block.
+        """
+        windows = self.index.windows(keys, self.index.window(keys))
+        return self.spec.scalar_rows(self.storage.scalars(windows))
+
+    def _parts(self, rollout: Rollout) -> Iterator[tuple[Arrivals, Leaves]]:
+        """The blocks to write, a few at a time so that readers never find the ring empty."""
+        leaves = self._checked(rollout)
+        kept, previous = self.index.admit(rollout.lane, rollout.chain, rollout.number)
+        self.blocks_dropped += len(rollout.lane) - len(kept)
+        first_key, most = self.next_key, max(1, self.slots // 8)
+        for begin in range(0, len(kept), most):
+            some = kept[begin : begin + most]
+            index = saving.as_slice(some)
+            yield (
+                Arrivals(
+                    keys=first_key + begin + np.arange(len(some)),
+                    previous_key=previous[begin : begin + most],
+                    lane=rollout.lane[index],
+                    chain=rollout.chain[index],
+                    number=rollout.number[index],
+                    weights_version=rollout.weights_version[index],
+                ),
+                {path: leaf[index] for path, leaf in leaves.items()},
+            )
+
+    def _checked(self, rollout: Rollout) -> Leaves:
+        """The leaves of a rollout's blocks [M, ...]."""
+        found = block_leaves(rollout.rows, rollout.carry, rollout.next, self.spec.leaves)
+        for what in (ROWS, CARRY, NEXT):
+            checked_leaves(what, found, self.spec.stored, len(rollout.lane))
+        return found
+
+    def _write(self, arrivals: Arrivals, leaves: Leaves) -> None:
+        self.storage.write(int(arrivals.keys[0]) % self.slots, leaves)
+
+    # --- reading ---
+
+    def buffers(self, batch_size: int) -> Batch:
+        """A batch of uninitialised arrays to draw into, again and again."""
+        return self.spec.buffers(batch_size)
+
+    def draw(self, how: Draw, rng: np.random.Generator, buffers: Batch | None = None) -> Drawn:
+        """See Reader.draw."""
+        return self.reader.draw(how, rng, buffers)
+
+    def read(self, keys: np.ndarray, buffers: Batch | None = None) -> Drawn:
+        """See Reader.read."""
+        return self.reader.read(keys, buffers)
+
+    def leaves(self, keys: np.ndarray) -> np.ndarray:
+        """f64[n]: the leaf of each key i64[n]; 0 where it cannot be drawn (any more)."""
+        with self._lock:
+            return self.index.leaves(keys)
+
+    @property
+    def all_leaves(self) -> np.ndarray:
+        """f64[slots * starts per block]: a read-only view."""
+        return self.index.tree.values
+
+    def load_leaves(self, leaves: np.ndarray) -> None:
+        """Sets all leaves, zero where they are zero now."""
+        with self._lock:
+            self.index.load_leaves(leaves)
+
+    # --- saving ---
+
+    def state(self) -> dict[str, Any]:
+        """Flat names to arrays and JSON scalars: all that `restore` needs beside the blocks."""
+        with self._writing, self._lock:
+            counters = {
+                "env_steps": self.env_steps,
+                "blocks_dropped": self.blocks_dropped,
+                "redraws": self.reader.redraws,
+            }
+            layout = saving.layout(self.spec, self.slots, self.lanes)
+            return {"layout": layout, **counters, **self.index.state()}
+
+    def blocks_after(self, key: int, most: int) -> tuple[Blocks, int]:
+        """Copies of up to `most` blocks with later keys, the oldest first; for any thread.
+
+        Answers the key to go on after, too: the one given if nothing later came. Blocks that are
+        overwritten meanwhile are left out.
+        """
+        with self._lock:
+            first = max(key + 1, self.next_key - self.slots)
+            keys = np.arange(first, min(first + most, self.next_key))
+            last = int(keys[-1]) if keys.size else key
+            keys = keys[self.index.are_live(keys)]
+        leaves = self.storage.blocks(keys % self.slots)
+        with self._lock:
+            same = self.index.are_live(keys)
+        kept = {path: leaf[same] for path, leaf in leaves.items()}
+        return Blocks(keys=keys[same], leaves=kept), last
+
+    def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
+        """Takes over a saved state, given all blocks of it (and perhaps older ones) of each ring.
+
+        Raises ValueError if it is of a ring made otherwise, or a block is missing.
+        """
+        saving.check_shards(state, 1)
+        saving.check_layout(state["layout"], saving.layout(self.spec, self.slots, self.lanes))
+        with self._writing, self._lock:
+            self.index.restore(state)
+            self.env_steps = int(state["env_steps"])
+            self.blocks_dropped = int(state["blocks_dropped"])
+            self.reader.redraws = int(state["redraws"])
+            found = sum(
+                saving.write_blocks(some, self.index, self.storage)
+                for its in blocks
+                for some in its
+            )
+        saving.check_found(found, self.index.live)
+
+    def check_valid(self) -> tuple[bool, str]:
+        """Whether tables, links, tree and counters agree (slow: for tests)."""
+        with self._writing, self._lock:
+            return self.index.check_valid()

@@ -1,0 +1,296 @@
+"""What a run keeps: evaluations, rows of metrics, checkpoints, its status and its summary."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rlx.problems import RunFailed
+from rlx.replay.files.snapshots import Snapshots
+from rlx.runs import metrics
+from rlx.runs.progress import Progress
+from rlx.training.checkpoint import Checkpointer
+from rlx.training.stages import Stages
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """An evaluation was left because the run is to stop: where episodes have no end it has none."""
+
+
+class Keeper:
+    """Keeps what the stages make, each thing on its own clock of env steps."""
+
+    def __init__(self, stages: Stages) -> None:
+        self._stages, self._parts = stages, stages.parts
+        parts = self._parts
+        self._evaluated: float | None = None  # the newest evaluation's mean return
+        if parts.resumed:
+            self._evaluated = parts.resumed.meta["evaluation_return"]
+        self._score: float | None = None  # the same, until a checkpoint has it
+        self._before = 0  # env steps at the last `keep`
+        self._first_update = parts.learner.updates  # of this process
+        self._row: dict[str, Any] = stages.metrics.last_row or {}
+        self._checkpoints = Checkpointer(parts.output_dir, parts.checkpoint)
+        self._snapshots = Snapshots(
+            self._checkpoints.segments_folder, parts.resumed.segments if parts.resumed else ()
+        )
+        self._save_due = False
+        self._progress = Progress(parts.total_env_steps, parts.logging)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a snapshot of the replay is being written beside the training."""
+        return self._snapshots.is_writing
+
+    # --- while it runs ---------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Says that the run runs."""
+        metrics.write_status(self._parts.output_dir, "running", self._row)
+        self._before = self._stages.count.env_steps
+        if self._parts.checkpoint.exact and self._parts.resumed is None:
+            self.save()  # so that a run stopped before its first checkpoint has one, too
+
+    def keep(self) -> None:
+        """Evaluates, writes a row of metrics and saves what is due.
+
+        It keeps nothing in the middle of an on-policy agent's round, whose blocks would be lost.
+        """
+        parts, stages = self._parts, self._stages
+        if stages.in_a_round:
+            return
+        if parts.peers.rank == 0 and self._is_due(parts.evaluation.every_env_steps):
+            self._begin_to_evaluate()
+        with stages.left_to_the_end():
+            self._take_evaluations()
+        if self._is_due(parts.logging.every_env_steps):
+            self._write_row()
+        if self._save_due and not any(news.is_writing for news in stages.news):
+            self.save()
+        if self._is_due(parts.checkpoint.every_env_steps):
+            self._begin_to_save()
+        self._before = stages.count.env_steps
+        if self._progress.is_due:
+            self._progress.update(self._live())
+
+    def _is_due(self, every: int | None) -> bool:
+        """Whether a multiple of so many env steps was passed since `keep`; never if None."""
+        return every is not None and self._before // every != self._stages.count.env_steps // every
+
+    # --- ends ------------------------------------------------------------------------------------
+
+    def end(self, state: metrics.State) -> dict[str, Any]:
+        """The last evaluation (not of an interrupted run), row, checkpoint and summary."""
+        stages, learner = self._stages, self._parts.learner
+        saved = self._finished_before() or self._end(state)
+        self._progress.update(self._live())
+        metrics.write_status(self._parts.output_dir, state, self._row)
+        return metrics.write_summary(
+            self._parts.output_dir,
+            state=state,
+            env_steps=stages.count.env_steps,
+            frames=stages.count.frames,
+            updates=learner.updates,
+            wall_s=stages.wall_s,
+            train_return=self._row.get("train/return_mean"),
+            evaluation_return=self._evaluated,
+            params_sha256=metrics.params_sha256(learner.state().params),
+            checkpoint=saved,
+        )
+
+    def _end(self, state: metrics.State) -> Path:
+        """Evaluates, writes the last row and saves; answers the checkpoint."""
+        self._stages.settle()
+        self._say_if_nothing_was_learnt()
+        evaluation = self._parts.evaluation
+        if state == "finished" and self._parts.peers.rank == 0:
+            if evaluation.final_episodes:
+                self.evaluate(evaluation.final_episodes)
+            elif self._is_due(evaluation.every_env_steps):
+                self.evaluate(evaluation.episodes)
+        self._write_row()
+        if state == "interrupted" and self._parts.checkpoint.exact:
+            # Resuming off the clock would part this run from an unstopped one.
+            return self._checkpoints.paths()[-1]
+        return self.save(finished=state == "finished")
+
+    def _say_if_nothing_was_learnt(self) -> None:
+        replay, learner = self._parts.replay, self._parts.learner
+        if learner.updates == self._first_update:
+            log.warning(
+                "no update was made: the replay got %d env steps and has %d sequences to draw; "
+                "learning begins at replay.min_env_steps=%d and replay.min_sequences=%d",
+                *(replay.env_steps, replay.startable, replay.min_env_steps, replay.min_sequences),
+            )
+
+    def _finished_before(self) -> Path | None:
+        """The checkpoint of a finished run that was resumed and had nothing left to do."""
+        resumed = self._parts.resumed
+        if resumed is None or not resumed.meta["finished"]:
+            return None
+        now = (self._stages.count.env_steps, self._parts.learner.updates)
+        return resumed.path if now == (resumed.env_steps, resumed.meta["updates"]) else None
+
+    def fail(self, error: BaseException) -> None:
+        """Writes what went wrong where `status.json` is read; keeps what was learnt."""
+        if isinstance(error, RunFailed) and error.is_worth_saving:
+            log.error("%s; saving a checkpoint", error)
+            with suppress(Exception):
+                self.save()
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        state: metrics.State = "failed"
+        if isinstance(error, KeyboardInterrupt):  # a second Ctrl-C: without a checkpoint
+            state, line = "interrupted", "interrupted a second time: without a checkpoint"
+        metrics.write_status(self._parts.output_dir, state, self._row, error=line)
+
+    def close(self) -> None:
+        """Closes the run's files; actors are the parts' own."""
+        try:
+            self._progress.close()
+        finally:
+            self._stages.metrics.close()
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def _begin_to_save(self) -> None:
+        """Saves, or begins to write the replay's blocks; the rest follows when they are written."""
+        checkpoint = self._parts.checkpoint
+        if checkpoint.replay and not checkpoint.exact:
+            self._snapshots.write_ahead(self._parts.replay)
+            self._save_due = True
+            return
+        self.save()
+        if checkpoint.exact:
+            self._stages.publish()
+
+    def save(self, *, finished: bool = False) -> Path:
+        """A checkpoint of everything.
+
+        It changes no bit of the training, whenever it is made: priorities that the replay has not
+        got yet are saved beside it. An exact run ends the update in flight and opens its
+        environments anew, as one that resumes from here will.
+        """
+        if self._parts.checkpoint.exact:
+            self._stages.settle()
+        peers = self._parts.peers
+        if peers.rank == 0:  # the others come first: what is saved here is there, too
+            peers.exchange(None)
+        self._save_due = False
+        with self._stages.times.measure("checkpoint"):
+            saved = self._write_checkpoint(finished)
+        if peers.rank != 0:
+            peers.exchange(None)
+        peers.exchange(None)  # nobody goes on, or fails, before the first one's is in place
+        return saved
+
+    def _write_checkpoint(self, finished: bool) -> Path:
+        parts, replay = self._parts, self._parts.replay
+        replay.flush()
+        keeps = parts.checkpoint.replay
+        segments = self._snapshots.complete(replay) if keeps else []
+        score, self._score = self._score, None  # an evaluation is the score of one checkpoint
+        saved = self._checkpoints.save(
+            self._stages.count.env_steps,
+            state=parts.learner.state() if parts.peers.rank == 0 else {},
+            meta=self._meta() | {"finished": finished},
+            replay_state=replay.state() | self._stages.unsettled() if keeps else None,
+            segments=segments,
+            score=score,
+        )
+        self._snapshots.forget(self._checkpoints.segments_kept())
+        if parts.checkpoint.exact and not finished:
+            parts.pool.reopen()
+        return saved
+
+    def _meta(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the training state and the replay."""
+        parts, stages = self._parts, self._stages
+        return {
+            "env_steps": stages.count.env_steps,
+            "frames": stages.count.frames,
+            "updates": parts.learner.updates,
+            "wall_s": stages.wall_s,
+            "chain": parts.pool.chain,
+            "metrics": stages.metrics.state(),
+            "quota": parts.quota.state(),
+            "evaluation_return": self._evaluated,
+            "processes": parts.peers.count,
+        }
+
+    # --- evaluations -----------------------------------------------------------------------------
+
+    def _begin_to_evaluate(self) -> None:
+        """Evaluates now, or has an evaluator do so beside the training."""
+        parts = self._parts
+        if parts.evaluator is not None:
+            parts.evaluator.submit(parts.learner.publish().weights(), self._stages.count.env_steps)
+            return
+        with suppress(Stopped):  # `agree` will hear of it
+            self.evaluate(parts.evaluation.episodes)
+
+    def evaluate(self, episodes: int) -> None:
+        """Leaves the update in flight alone: evaluating changes no bit of training."""
+        parts = self._parts
+        with self._stages.times.measure("evaluation"):
+            weights = parts.learner.publish().weights()
+            returns = parts.evaluation.returns(
+                agent=parts.agent,
+                weights=weights,
+                family=parts.family,
+                episodes=episodes,
+                seed=parts.seed,
+                watch=self._leave_if_stopped,
+            )
+        self._note(returns, weights.version)
+
+    def _take_evaluations(self) -> None:
+        """Notes what an evaluator beside the training has found."""
+        for found in self._parts.evaluator.poll() if self._parts.evaluator else ():
+            self._note(found.returns, found.weights_version)
+            self._stages.metrics.record("evaluation/of_env_steps", found.env_steps)
+
+    def _note(self, returns: Any, weights_version: int) -> None:
+        self._evaluated = self._score = sum(returns) / len(returns)
+        self._stages.metrics.record("evaluation/return_mean", self._evaluated)
+        self._stages.metrics.record("evaluation/weights_version", weights_version)
+
+    def _leave_if_stopped(self, *_: object) -> None:
+        if self._stages.stop.is_set():
+            raise Stopped
+
+    # --- rows ------------------------------------------------------------------------------------
+
+    def _write_row(self) -> None:
+        stages = self._stages
+        with stages.times.measure("logging"):
+            self._row = stages.metrics.row(
+                stages.count.env_steps,
+                stages.count.frames,
+                self._parts.learner.updates,
+                stages.wall_s,
+                self._gauges() | stages.times.fractions(),
+            )
+            metrics.write_status(self._parts.output_dir, "running", self._row)
+
+    def _gauges(self) -> dict[str, float | None]:
+        parts = self._parts
+        return {
+            **parts.replay.stats(),
+            **parts.pool.stats(),
+            **(parts.evaluator.stats() if parts.evaluator else {}),
+            "replay/ratio": parts.quota.ratio_so_far(parts.replay.env_steps),
+            "learner/gradient_steps": float(parts.learner.gradient_steps),
+            **({"learner/restarts": float(parts.peers.restarts)} if parts.peers.count > 1 else {}),
+        }
+
+    def _live(self) -> dict[str, Any]:
+        return self._row | {
+            **self._parts.pool.stats(),
+            "env_steps": self._stages.count.env_steps,
+            "updates": self._parts.learner.updates,
+            "wall_s": self._stages.wall_s,
+        }

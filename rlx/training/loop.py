@@ -1,0 +1,42 @@
+"""The training loop: keep, act, agree, learn. Read this first, then `rlx.training.stages`.
+
+With `acting=local` it is exactly sequential: the same seed gives the same bits. The host never
+waits for the update it has just started, only for the one before.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext, suppress
+from typing import Any
+
+from rlx.machine.signals import stop_on_signals
+from rlx.training.keeper import Keeper, Stopped
+from rlx.training.parts import Parts
+from rlx.training.stages import Stages
+
+
+def train(parts: Parts, stop: threading.Event | None = None) -> dict[str, Any]:
+    """Runs to `total_env_steps`, or until `stop` (None: a signal); returns the summary."""
+    with nullcontext(stop) if stop else stop_on_signals() as stop:
+        stages = Stages(parts, stop)
+        keeper = Keeper(stages)
+        try:
+            keeper.begin()
+            stages.publish()
+            while not stages.finished() and not stages.stopped():
+                keeper.keep()  # before the others: what is due at the end is left to `end`
+                stages.act()
+                stages.agree(is_writing=keeper.is_writing)
+                stages.learn()
+            if stages.failure is not None:
+                raise stages.failure
+            with suppress(Stopped):
+                if stages.finished():
+                    return keeper.end("finished")
+            return keeper.end("interrupted")
+        except BaseException as error:
+            keeper.fail(error)
+            raise
+        finally:
+            keeper.close()

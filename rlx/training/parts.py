@@ -1,0 +1,88 @@
+"""Everything that a run is made of, and how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from rlx.evaluation.playing import Evaluation
+from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers, Replay
+from rlx.runs.metrics import Logging
+from rlx.training.checkpoint import Checkpoint, Restored
+from rlx.training.learner import Learner
+from rlx.training.quota import Quota
+from rlx.types import Batch
+
+T = TypeVar("T")
+
+CLOSE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything that a run is made of, built and checked."""
+
+    output_dir: Path
+    seed: int
+    total_env_steps: int
+    stop_after_s: float | None
+    stop_after_updates: int | None
+    family: EnvFamily
+    agent: Agent
+    pool: ActingPool
+    replay: Replay
+    quota: Quota
+    learner: Learner
+    evaluation: Evaluation
+    evaluator: Evaluator | None  # beside the training; None: evaluations interrupt it
+    checkpoint: Checkpoint
+    logging: Logging
+    peers: Peers
+    resumed: Restored | None  # applied to learner, replay, quota and pool already
+
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the evaluator, the actors, whose cluster it may be in, and the replay."""
+        with ExitStack() as ends:  # all of them, the last one first, whatever one may raise
+            ends.callback(self.replay.close)
+            ends.callback(self.pool.close, CLOSE_TIMEOUT_S)
+            if self.evaluator is not None:
+                ends.callback(self.evaluator.close)
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """How far the run is."""
+
+    env_steps: int = 0
+    frames: int = 0
+    wall_s: float = 0.0  # before this process
+
+
+@dataclass(frozen=True, kw_only=True)
+class InFlight:
+    """An update that was started; asking what became of it waits for its end."""
+
+    keys: np.ndarray  # i64[B] of its sequences
+    priorities: Callable[[], np.ndarray | None]  # None: the agent keeps none
+    is_finite: Callable[[], bool]
+    batch: Batch | None  # None: of a run before this process
+
+
+class Alone:
+    """The interfaces.Peers of a run with one learner process."""
+
+    rank, count, restarts = 0, 1, 0
+
+    def exchange(self, mine: T) -> Sequence[T]:
+        return [mine]

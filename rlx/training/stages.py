@@ -1,0 +1,249 @@
+"""The three stages of the training loop: act, agree with the other learner processes, learn."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+from rlx.interfaces import Agent, PrioritizedReplay, Replay
+from rlx.problems import RunFailed
+from rlx.runs.metrics import Metrics, StageTimes
+from rlx.training import nonfinite
+from rlx.training.checkpoint import Restored
+from rlx.training.learner import Published
+from rlx.training.parts import Counters, InFlight, Parts
+from rlx.types import Episode, News, Rollout, Sample
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 0.2  # for actors, before the loop looks at its clocks and signals again
+
+
+def _prioritized(replay: Replay) -> PrioritizedReplay | None:
+    """The replay, if updates are to give it priorities."""
+    if isinstance(replay, PrioritizedReplay) and replay.needs_priorities:
+        return replay
+    return None
+
+
+def _without_priorities(agent: Agent) -> str:
+    return (
+        f"replay draws by priorities, which updates of {type(agent).__name__} do not give; choose "
+        "replay=uniform or replay=online, or set replay.priority_exponent=0"
+    )
+
+
+class Stages:
+    """A run in progress: its stages, and what they share."""
+
+    def __init__(self, parts: Parts, stop: threading.Event | None = None) -> None:
+        self.parts = parts
+        self.stop = stop or threading.Event()
+        self.count = Counters()
+        resumed_at = parts.resumed.env_steps if parts.resumed else None
+        self.metrics = Metrics(parts.output_dir, parts.logging, resumed_at)
+        self.times = StageTimes()
+        self.failure: RunFailed | None = None  # of the actors or the evaluator
+        self.news: Sequence[News] = ()  # everybody's, of the last `agree`
+        self.in_a_round = False  # of an on-policy agent: blocks are made for the next update
+        self._made = Counters()  # by this process's own actors since the last `agree`
+        self._ended: list[Episode] = []  # since then
+        self._began = perf_counter()
+        self._in_flight: InFlight | None = None  # the last update, until it is settled
+        self._published: Published | None = None  # of the update in flight
+        self._prioritized = _prioritized(parts.replay)
+        self._acting_version = 0
+        if parts.resumed:
+            self._resume(parts.resumed)
+
+    def finished(self) -> bool:
+        """Whether the run is at its end, by what all learner processes know alike.
+
+        An on-policy agent first learns from the round that has begun.
+        """
+        parts = self.parts
+        if self.in_a_round:
+            return False
+        wall_s = max((news.wall_s for news in self.news), default=self.count.wall_s)
+        return (
+            self.count.env_steps >= parts.total_env_steps
+            or (parts.stop_after_s is not None and wall_s >= parts.stop_after_s)
+            or (
+                parts.stop_after_updates is not None
+                and parts.learner.updates >= parts.stop_after_updates
+            )
+        )
+
+    def stopped(self) -> bool:
+        """Whether any process was told to stop; several hear of it when they agree."""
+        alone = self.parts.peers.count == 1
+        return self.stop.is_set() if alone else any(news.stop for news in self.news)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of training, without the time the run was stopped."""
+        return self.count.wall_s + perf_counter() - self._began
+
+    # --- the three stages ------------------------------------------------------------------------
+
+    def act(self) -> None:
+        """Adds what the pool has ready, unless the learner is owed updates."""
+        pool, replay, quota = self.parts.pool, self.parts.replay, self.parts.quota
+        if replay.has_enough or not quota.may_act(replay.env_steps, replay.startable):
+            return
+        nothing_else_to_do = not quota.may_learn(replay.env_steps, replay.startable)
+        with self.times.measure("acting"):
+            rollouts: list[Rollout] = []
+            with self.left_to_the_end():
+                rollouts = pool.collect(
+                    pool.env_steps_per_request,
+                    WAIT_S if nothing_else_to_do else 0.0,
+                    self.parts.learner.updates,
+                )
+        with self.times.measure("replay_add"):
+            for rollout in rollouts:
+                replay.add(rollout)
+                self._made.env_steps += rollout.env_steps
+                self._made.frames += rollout.frames
+                self._ended.extend(rollout.episodes)
+
+    def agree(self, *, is_writing: bool = False) -> None:
+        """Counts what was made by all learner processes, which do everything at the same count.
+
+        is_writing: whether this one writes a snapshot of its replay.
+        """
+        replay, quota = self.parts.replay, self.parts.quota
+        enough = replay.env_steps >= replay.min_env_steps
+        if enough and replay.startable >= replay.min_sequences:
+            quota.open(0 if self.parts.agent.on_policy else replay.env_steps)
+        mine = News(
+            env_steps=self._made.env_steps,
+            frames=self._made.frames,
+            episodes=tuple(self._ended),
+            startable=replay.startable,
+            may_learn=quota.may_learn(replay.env_steps, replay.startable),
+            is_writing=is_writing,
+            wall_s=self.wall_s,
+            stop=self.stop.is_set(),
+        )
+        self._made, self._ended = Counters(), []
+        with self.times.measure("wait_peers"):
+            self.news = self.parts.peers.exchange(mine)
+        for news in self.news:
+            self.count.env_steps += news.env_steps
+            self.count.frames += news.frames
+            self.metrics.episodes(news.episodes)
+
+    def learn(self) -> None:
+        """Starts one update if all quotas allow it, then ends the one before it."""
+        replay, quota, learner = self.parts.replay, self.parts.quota, self.parts.learner
+        on_policy = self.parts.agent.on_policy
+        may_learn = all(news.may_learn for news in self.news)
+        self.in_a_round = on_policy and not may_learn
+        if not may_learn:
+            return
+        with self.times.measure("sample"):
+            sample = replay.sample(learner.batch_size)
+        with self.times.measure("learner_put"):
+            batch = learner.put(sample.batch)
+        self.metrics.record("learner/device_busy", float(learner.is_busy))
+        with self.times.measure("learner_update"):
+            output = learner.update(batch, self._largest_importance(sample))
+        if self._prioritized is not None and output.priorities is None:
+            raise RunFailed(_without_priorities(self.parts.agent))
+        quota.trained(learner.batch_size * self.parts.agent.sequence.unroll)
+        self.settle()
+        self._in_flight = InFlight(
+            keys=sample.keys,
+            priorities=partial(learner.priorities, output),
+            is_finite=partial(learner.is_finite, output),
+            batch=sample.batch,
+        )
+        if on_policy or learner.updates % learner.publish_every_updates == 0:
+            with self.times.measure("publish"):
+                self._published = learner.publish()
+        if on_policy:  # the next round is made with these weights
+            self.settle()
+        age = learner.updates - sample.weights_version.mean()
+        self.metrics.record_all(output.metrics)
+        self.metrics.record("replay/age_updates", age)
+        self.metrics.record("weights/age_updates", learner.updates - self._acting_version)
+
+    # --- details ---------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Ends the update in flight: its priorities reach the replay, its weights the actors."""
+        if (last := self._in_flight) is None:
+            return
+        self._in_flight = None
+        with self.times.measure("wait_learner"):
+            priorities = last.priorities()
+        if not last.is_finite():
+            self._leave_out(last)
+        elif self._prioritized is not None and priorities is not None:
+            with self.times.measure("sample"):
+                self._prioritized.update_priorities(last.keys, priorities)
+        if self._published is not None:
+            self.publish(self._published)
+            self._published = None
+
+    def publish(self, published: Published | None = None) -> None:
+        """Gives the actors these weights, or those of now; waits for the update that makes them."""
+        published = published or self.parts.learner.publish()
+        with self.times.measure("publish"):
+            self.parts.pool.publish(published.weights(), self.count.env_steps)
+        self._acting_version = published.version
+
+    def unsettled(self) -> dict[str, Any]:
+        """Priorities that the replay has not got yet, for a checkpoint; waits for their update."""
+        last = self._in_flight
+        if self._prioritized is None or last is None or not last.is_finite():
+            return {}
+        if (priorities := last.priorities()) is None:
+            return {}
+        return {"pending_keys": last.keys, "pending_td": priorities}
+
+    @contextmanager
+    def left_to_the_end(self) -> Iterator[None]:
+        """What fails here is raised when all processes have stopped, and can save."""
+        try:
+            yield
+        except RunFailed as error:
+            self.failure = error
+            self.stop.set()
+
+    def _largest_importance(self, sample: Sample) -> float | None:
+        """Of this process's share of the batch, as drawn from the shares of all; None if alone."""
+        everyone, peers = [news.startable for news in self.news], self.parts.peers
+        if peers.count == 1:
+            return None
+        # Each share gives an equal part of the batch, however many sequences it holds.
+        more = sum(everyone) / (peers.count * everyone[peers.rank])
+        return float((sample.least_scaled_probability * more) ** -sample.importance_exponent)
+
+    def _leave_out(self, update: InFlight) -> None:
+        """Keeps its batch for inspection; raises NonFinite unless such updates are left out."""
+        path = nonfinite.keep_batch(self.parts.output_dir, update.keys, update.batch)
+        if self.parts.learner.on_nonfinite == "stop":
+            raise nonfinite.NonFinite(path)
+        if path is not None:
+            log.warning("an update was left out: loss or gradients are not finite; see %s", path)
+
+    def _resume(self, resumed: Restored) -> None:
+        meta, saved = resumed.meta, resumed.replay_state or {}
+        self.count = Counters(
+            env_steps=meta["env_steps"], frames=meta["frames"], wall_s=meta["wall_s"]
+        )
+        self.metrics.restore(meta["metrics"])
+        if (pending := saved.get("pending_td")) is not None:
+            self._in_flight = InFlight(
+                keys=saved["pending_keys"],
+                priorities=lambda: pending,
+                is_finite=lambda: True,
+                batch=None,
+            )
