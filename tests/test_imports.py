@@ -57,7 +57,9 @@ HYDRA = {"config", "composing", "api", "train", "evaluate", "report", "bench", "
     *("sweeping", "ray_jobs", "search"),
 }
 HOMES = {
-    "ray": {f"acting/ray_{name}" for name in ("actors", "cluster", "fleet", "logs", "pool")}
+    "ray": {
+        f"acting/ray_{name}" for name in ("actors", "cluster", "fleet", "logs", "pool", "token")
+    }
     | {"ray_learners", "learner_process", "ray_jobs"},
     "envpool": {"envs/envpool"},
     "hydra": HYDRA,
