@@ -11,7 +11,9 @@ from typing import Any
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 # YNNPACK's convolutions run at two thirds the speed of Eigen's (experiments/benchmarks/learner.md).
 OWN_CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-KNOWN_BY = ("0.10.1", "0.10.2")  # jaxlib: XLA ends the process at a flag that it does not know
+# Releases of jaxlib that are faster with it: XLA ends the process at a flag that it does not know,
+# and jaxlib 0.11 and 0.12 know this one but gain too little of it (docs/learner.md).
+GAIN_BY = ("0.10.1", "0.10.2")
 
 
 def add_flag(flag: str) -> None:
@@ -22,11 +24,11 @@ def add_flag(flag: str) -> None:
 
 
 def fast_convolutions() -> list[str]:
-    """Flags for fast convolutions on CPUs, as far as this jaxlib knows them.
+    """Flags for fast convolutions on CPUs, where this jaxlib knows them and gains from them.
 
     They are for processes with an environment of their own, too: what the user set is kept.
     """
-    if version("jaxlib") not in KNOWN_BY:
+    if version("jaxlib") not in GAIN_BY:
         return []
     return _of_name(_name(OWN_CONVOLUTIONS), _given() or "")[-1:] or [OWN_CONVOLUTIONS]
 
