@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ from rlx.interfaces import Agent, EnvFamily
 from rlx.machine import xla
 from rlx.problems import ConfigError, Problem, Sources, did_you_mean, refuse
 from rlx.runs import provenance
+from rlx.runs.files import only_one, write_whole
 from rlx.runs.folders import (
     CONFIG,
     HYDRA,
@@ -32,7 +32,6 @@ from rlx.runs.folders import (
     next_resume,
     settings_now,
 )
-from rlx.runs.metrics import write_whole
 from rlx.types import Params, Weights
 
 if TYPE_CHECKING:
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from rlx.training.checkpoint import Restored
 
 __all__ = ["Loaded", "compose", "load", "make", "run"]
-
-LOCK_FILE = ".lock"
 
 
 def run(
@@ -107,21 +104,6 @@ def refuse_chance(settings: Mapping[str, Any]) -> None:
     if settings["replay"].get("prefetch"):
         says = "a thread draws when it can; set it to 0, or deterministic=false"
         raise refuse("replay.prefetch", says, given=str(settings["replay"]["prefetch"]))
-
-
-@contextmanager
-def only_one(folder: Path, key: str = "output_dir", name: str = LOCK_FILE) -> Iterator[None]:
-    """Holds the folder's lock, which the system frees however a process ends.
-
-    key: the setting that a ConfigError names where another process holds it.
-    """
-    with (folder / name).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            says = "another process is at work in it; wait for its end, or give another folder"
-            raise refuse(key, says, given=str(folder)) from error
-        yield
 
 
 def open_output(settings: Mapping[str, Any], output_dir: Path | str | None) -> Path:

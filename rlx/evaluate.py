@@ -35,8 +35,8 @@ import jax
 from rlx import api
 from rlx.config.options import command
 from rlx.problems import refuse
+from rlx.runs.files import write_json
 from rlx.runs.folders import EVALUATION_FILE
-from rlx.runs.metrics import write_json
 from rlx.types import Range
 
 JSON = dict[str, Any]

@@ -45,7 +45,7 @@ from rlx.envs.observations import Outside, outside_of
 from rlx.evaluation.player import act_in_lanes, state_shapes
 from rlx.interfaces import Agent
 from rlx.problems import refuse
-from rlx.runs.metrics import write_whole
+from rlx.runs.files import write_whole
 from rlx.types import ActionSpec, Array, BoxSpec, DiscreteSpec, Params, Range
 
 JSON = dict[str, Any]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlx.runs.folders import METRICS_FILE, read_rows
-from rlx.runs.metrics import bottleneck
+from rlx.runs.times import bottleneck
 
 CURVES = {
     "train/return_mean": ("training", "#4477aa"),

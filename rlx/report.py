@@ -26,7 +26,7 @@ import numpy as np
 from rlx.config.options import command
 from rlx.problems import refuse
 from rlx.replay.files.experience import files, read, read_layout
-from rlx.runs.metrics import write_whole
+from rlx.runs.files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

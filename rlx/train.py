@@ -25,6 +25,7 @@ from rlx.config import composing
 from rlx.config import paths as _paths
 from rlx.config.build import ROLES, check, remember
 from rlx.problems import ConfigError, Problem, RunFailed, refuse
+from rlx.runs.files import write_whole
 from rlx.runs.folders import (
     CONFIG,
     HYDRA,
@@ -37,7 +38,6 @@ from rlx.runs.folders import (
     next_resume,
     settings_now,
 )
-from rlx.runs.metrics import write_whole
 
 RENEWED = "renewed"  # in .hydra: settings of an earlier rlx, in the words of this one
 VERSION = {"execution_whitelist": ("rlx.*",)} if composing.HYDRA_14 else composing.VERSION

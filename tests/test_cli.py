@@ -14,6 +14,7 @@ import pytest
 from rlx import api, train
 from rlx.config import paths as _paths
 from rlx.results import reading as results
+from rlx.runs import files
 from rlx.runs.folders import find_run
 from tests import standins
 
@@ -202,7 +203,7 @@ def test_resume_keeps_the_runs_configuration_and_folder(conf):
 def test_a_refused_resume_leaves_no_settings_that_no_run_had(conf):
     assert command(conf, "hydra.run.dir=out", "total_env_steps=3").returncode == 0
     out = conf.parent / "out"
-    with api.only_one(out):
+    with files.only_one(out):
         done = command(conf, "resume=out", "total_env_steps=5")
     assert done.returncode == 2
     assert "another process is at work in it" in done.stderr
@@ -218,7 +219,7 @@ def test_resume_auto_keeps_the_settings_that_the_run_began_with(conf):
     assert command(conf, "--config-dir", str(conf), *given, "total_env_steps=5").returncode == 0
     assert (out / ".hydra" / "config.yaml").read_text() == first
     assert results.read(out)[0].settings["total_env_steps"] == 5
-    with api.only_one(out):
+    with files.only_one(out):
         assert command(conf, *given, "total_env_steps=7").returncode == 2
     assert (out / ".hydra" / "config.yaml").read_text() == first
     assert results.read(out)[0].settings["total_env_steps"] == 5

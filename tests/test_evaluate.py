@@ -26,7 +26,7 @@ from rlx.evaluation import playing, tiles
 from rlx.evaluation import video as films
 from rlx.evaluation.playing import run_episodes
 from rlx.problems import ConfigError
-from rlx.runs import metrics
+from rlx.runs import status
 from rlx.seeding import spawn_int
 from rlx.types import Carry, Episode, NetInput, Timestep, Weights
 from tests import parts
@@ -248,7 +248,7 @@ def test_evaluations_are_added_newest_last(run):
 def test_a_loaded_run_gives_its_parts(run):
     loaded = rlx.load(run)
     summary = json.loads((run / "summary.json").read_text())
-    assert metrics.params_sha256(loaded.params()) == summary["params_sha256"]
+    assert status.params_sha256(loaded.params()) == summary["params_sha256"]
     assert loaded.agent is loaded.agent
     assert loaded.agent.sequence.unroll == 4
     assert loaded.family.spec() == loaded.agent.spec

@@ -16,7 +16,7 @@ import pytest
 
 import rlx
 from rlx.results import reading as results
-from rlx.runs.metrics import params_sha256
+from rlx.runs.status import params_sha256
 from rlx.watch import open_server
 
 GOLDEN = Path(__file__).parent / "golden" / "run"

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
+from rlx.runs import files, status, times
 from rlx.runs import folders as run_folders
 from rlx.runs import metrics as m
 from rlx.types import Episode
@@ -210,7 +211,7 @@ def test_a_new_run_in_an_old_folder_loses_no_row(tmp_path: Path) -> None:
 
 def test_a_kill_between_the_two_files_loses_and_doubles_nothing(tmp_path: Path, monkeypatch):
     write_rows(tmp_path, 100, 200, 300)
-    real = m.write_whole
+    real = files.write_whole
 
     def killed(path: Path, data: bytes) -> None:
         if path.name == m.METRICS_FILE:
@@ -281,7 +282,7 @@ metrics = m.Metrics(sys.argv[1], settings, 0)
 for n in range(10**9):
     metrics.row(n, n, n, float(n), {"x" * 2000: 1})
     if n % 100 == 0:
-        m.write_status(sys.argv[1], "running", metrics.last_row)
+        status.write_status(sys.argv[1], "running", metrics.last_row)
     if n == 200:
         print("going", flush=True)
         time.sleep(float(sys.argv[2]))
@@ -312,14 +313,14 @@ def test_after_kill_9_rows_and_status_can_be_read(tmp_path: Path, pause_s: int) 
 
 
 def test_fractions_tell_where_the_time_went_and_start_anew() -> None:
-    stages = m.StageTimes()
+    stages = times.StageTimes()
     with stages.measure("acting"):
         time.sleep(0.06)
     with stages.measure("sample"):
         time.sleep(0.02)
     time.sleep(0.02)
     found = stages.fractions()
-    assert set(found) == {f"time/{name}" for name in m.STAGES}
+    assert set(found) == {f"time/{name}" for name in times.STAGES}
     assert sum(found.values()) == pytest.approx(1.0)
     assert found["time/acting"] == pytest.approx(0.6, abs=0.1)
     assert found["time/sample"] == pytest.approx(0.2, abs=0.1)
@@ -329,7 +330,7 @@ def test_fractions_tell_where_the_time_went_and_start_anew() -> None:
 
 
 def test_a_stage_that_is_running_counts_to_both_intervals() -> None:
-    stages = m.StageTimes()
+    stages = times.StageTimes()
     with stages.measure("logging"):
         time.sleep(0.03)
         assert stages.fractions()["time/logging"] > 0.9
@@ -339,7 +340,7 @@ def test_a_stage_that_is_running_counts_to_both_intervals() -> None:
 
 
 def test_a_stage_ends_with_an_exception() -> None:
-    stages = m.StageTimes()
+    stages = times.StageTimes()
     with pytest.raises(KeyError), stages.measure("acting"):
         raise KeyError
     time.sleep(0.02)
@@ -347,7 +348,7 @@ def test_a_stage_ends_with_an_exception() -> None:
 
 
 def test_measuring_costs_less_than_two_microseconds() -> None:
-    stages = m.StageTimes()
+    stages = times.StageTimes()
 
     def measured() -> None:
         with stages.measure("acting"):
@@ -358,14 +359,14 @@ def test_measuring_costs_less_than_two_microseconds() -> None:
 
 def test_an_unknown_stage_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'act': must be one of acting, replay_add"):
-        m.StageTimes().measure("act")
+        times.StageTimes().measure("act")
 
 
 def test_the_bottleneck_names_the_stage_and_the_setting() -> None:
-    text = m.bottleneck({"env_steps": 5, "time/acting": 0.71, "time/sample": 0.2})
+    text = times.bottleneck({"env_steps": 5, "time/acting": 0.71, "time/sample": 0.2})
     assert text.startswith("acting 71 % of the time: the environments are the bottleneck; try ")
     assert "acting.envs_per_actor" in text
-    assert m.bottleneck({"env_steps": 5}) == ""
+    assert times.bottleneck({"env_steps": 5}) == ""
 
 
 # --- whole files ---------------------------------------------------------------------------------
@@ -373,7 +374,7 @@ def test_the_bottleneck_names_the_stage_and_the_setting() -> None:
 
 def test_write_json_is_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "x.json"
-    m.write_json(path, {"a": float("nan"), "b": [np.int64(3), Path("c")]})
+    files.write_json(path, {"a": float("nan"), "b": [np.int64(3), Path("c")]})
     assert json.loads(path.read_text()) == {"a": None, "b": [3, "c"]}
 
     def full(handle: int) -> None:
@@ -381,22 +382,22 @@ def test_write_json_is_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
-        m.write_json(path, {"a": 2})
+        files.write_json(path, {"a": 2})
     assert json.loads(path.read_text())["a"] is None
 
 
 def test_status_and_summary(tmp_path: Path) -> None:
     row = {"env_steps": 9, "updates": 3, "acting/env_steps_per_s": 5.0, "learner/loss": 1.0}
-    m.write_status(tmp_path, "failed", row, "ValueError: no")
-    status = json.loads((tmp_path / m.STATUS_FILE).read_text())
-    assert (status["pid"], status["host"]) == (os.getpid(), platform.node())
-    assert status["updated_at"].endswith("+00:00")
+    status.write_status(tmp_path, "failed", row, "ValueError: no")
+    found = json.loads((tmp_path / m.STATUS_FILE).read_text())
+    assert (found["pid"], found["host"]) == (os.getpid(), platform.node())
+    assert found["updated_at"].endswith("+00:00")
     told = ("state", "env_steps", "updates", "frames", "env_steps_per_s", "error")
-    assert [status[k] for k in told] == ["failed", 9, 3, None, 5.0, "ValueError: no"]
+    assert [found[k] for k in told] == ["failed", 9, 3, None, 5.0, "ValueError: no"]
     with pytest.raises(ValueError, match="state='done': must be one of starting, running"):
-        m.write_status(tmp_path, "done")  # type: ignore[arg-type]
+        status.write_status(tmp_path, "done")  # type: ignore[arg-type]
     counters = {"env_steps": 9, "frames": 36, "updates": 3, "wall_s": 1.5}
-    summary = m.write_summary(
+    summary = status.write_summary(
         tmp_path, state="finished", **counters, train_return=1.0, evaluation_return=math.nan,
         params_sha256="ab", checkpoint=tmp_path,
     )  # fmt: skip
@@ -408,12 +409,14 @@ def test_status_and_summary(tmp_path: Path) -> None:
 def test_params_sha256_sees_names_dtypes_shapes_and_bits() -> None:
     w = np.arange(6, dtype=np.float32)
     base = {"b": {"w": w}, "a": jnp.ones(2)}
-    assert m.params_sha256(base) == m.params_sha256({"a": np.ones(2, np.float32), "b": {"w": w}})
+    assert status.params_sha256(base) == status.params_sha256(
+        {"a": np.ones(2, np.float32), "b": {"w": w}}
+    )
     flipped = w.copy()
     flipped.view(np.uint32)[3] ^= 1
     others = [w.reshape(2, 3), w.view(np.int32), flipped]
-    digests = {m.params_sha256(base), m.params_sha256({"b": {"v": w}, "a": jnp.ones(2)})}
-    digests |= {m.params_sha256(base | {"b": {"w": other}}) for other in others}
+    digests = {status.params_sha256(base), status.params_sha256({"b": {"v": w}, "a": jnp.ones(2)})}
+    digests |= {status.params_sha256(base | {"b": {"w": other}}) for other in others}
     assert len(digests) == 5
 
 

@@ -17,10 +17,10 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.rlx.launcher import ProcessLauncher
-from rlx.api import only_one
 from rlx.config.composing import compose, quote
 from rlx.machine.signals import sigterm_interrupts, stop_on_signals
 from rlx.problems import ConfigError
+from rlx.runs.files import only_one
 from rlx.sweeps import jobs
 from rlx.sweeps.jobs import Job, LocalProcess, Outcome, run_jobs
 from rlx.sweeps.sweeping import JobFailed, Refused, Sweep, share_of_cores, share_of_gpus

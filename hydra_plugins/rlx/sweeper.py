@@ -29,7 +29,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from rlx.api import only_one
+        from rlx.runs.files import only_one
         from rlx.sweeps.jobs import say
         from rlx.sweeps.search import Search, as_text
         from rlx.sweeps.sweeping import make_folder, refused_in_lines

@@ -13,7 +13,7 @@ import numpy as np
 
 from rlx.results.reading import Run, need
 from rlx.results.study import CURVES, Curve, Study, curve, plural, profiles, task_of
-from rlx.runs.metrics import STAGES
+from rlx.runs.times import STAGES
 from rlx.statistics import Estimate
 
 # Okabe and Ito's colours, which the colour-blind tell apart; lines change their dashes after them.

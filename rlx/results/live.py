@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlx.runs.folders import METRICS_FILE, RunFolder, age_s, find, number
-from rlx.runs.metrics import bottleneck
+from rlx.runs.times import bottleneck
 
 JSON = dict[str, Any]
 Curve = list[list[float]]  # [env steps], [values]

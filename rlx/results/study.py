@@ -21,7 +21,7 @@ from rlx.problems import refuse
 from rlx.results import atari
 from rlx.results.reading import SCORES, SEED, Run, need, read, run_rows, value_of, varying
 from rlx.runs.folders import number
-from rlx.runs.metrics import STAGES, bottleneck
+from rlx.runs.times import STAGES, bottleneck
 from rlx.statistics import (
     Estimate,
     iqm,

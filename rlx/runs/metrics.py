@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard events, status.json, summary.json.
+"""Metrics of a run: rows of metrics.jsonl and events for TensorBoard and Weights & Biases.
 
 A row of metrics.jsonl is written every so many env steps, by count and never by time, so that two
 runs of one seed write the same rows, aside from the names that `is_wall_clock` knows. Counts are
@@ -7,32 +7,24 @@ env steps, frames and updates, as the names say; `_s` is seconds, `_per_s` per s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-import os
-import platform
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from time import perf_counter
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import numpy as np
-
-from rlx import trees
 from rlx.runs.boards import open_boards
-from rlx.runs.folders import METRICS_FILE, STATUS_FILE, SUMMARY_FILE, parse_row
-from rlx.types import Episode, Params, Range
+from rlx.runs.files import as_float, clean, write_whole
+from rlx.runs.folders import METRICS_FILE, parse_row
+from rlx.types import Episode, Range
 
 log = logging.getLogger(__name__)
 
 JSON = dict[str, Any]
-State = Literal["starting", "running", "finished", "interrupted", "failed"]
 
 DISCARDED_FILE = "metrics.discarded.jsonl"
 
@@ -159,7 +151,7 @@ class Metrics:
         means = {name: mean.take() for name, mean in self._means.items()}
         found = counts | self._train() | self._rates(counts) | means | dict(extra or {})
         row = dict.fromkeys(NAMES) | {name: found[name] for name in sorted(found)}
-        self.last_row = _clean(row)
+        self.last_row = clean(row)
         self._means.clear()
         self._write(self.last_row)
         return self.last_row
@@ -239,7 +231,7 @@ class _Mean:
             if hasattr(value, "copy_to_host_async"):
                 value.copy_to_host_async()
         for value in ready:
-            if math.isfinite(number := _number(value)):
+            if math.isfinite(number := as_float(value)):
                 self.total += number
                 self.count += 1
 
@@ -252,30 +244,9 @@ class _Mean:
         return [self.total, self.count]
 
 
-def _number(value: Any) -> float:
-    array = np.asarray(value, dtype=np.float64)
-    return float(array.mean()) if array.size else math.nan
-
-
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return math.fsum(values) / len(values) if values else math.nan
-
-
-def _clean(value: Any) -> Any:
-    """The same in JSON's types; what is not finite becomes None."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _clean(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_clean(child) for child in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, np.integer | np.bool_):
-        return value.item()
-    number = _number(value)
-    return number if math.isfinite(number) else None
 
 
 # --- rows that are taken back -------------------------------------------------------------------
@@ -311,168 +282,3 @@ def _add_discarded(path: Path, lines: bytes) -> None:
     before = path.read_bytes() if path.exists() else b""
     if not before.endswith(lines):  # else a kill came between this and the shortening
         write_whole(path, before + lines)
-
-
-# --- whole files ---------------------------------------------------------------------------------
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replaces a file in one step: a reader, or a run after a kill, sees the old or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves, the next write replaces
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path | str, value: Mapping[str, Any]) -> None:
-    """Replaces a JSON file in one step; numbers that are not finite become null."""
-    text = json.dumps(_clean(value), indent=2, allow_nan=False)
-    write_whole(Path(path), text.encode() + b"\n")
-
-
-def write_status(
-    output_dir: Path | str,
-    state: State,
-    row: Mapping[str, Any] | None = None,
-    error: str | None = None,
-) -> None:
-    """Writes status.json: what the run does now, with the counters and rates of its last row.
-
-    `error`: the last line of what went wrong.
-    """
-    if state not in get_args(State):
-        raise ValueError(f"state={state!r}: must be one of {', '.join(get_args(State))}.")
-    row = row or {}
-    counters = {name: row.get(name) for name in ("env_steps", "frames", "updates", "wall_s")}
-    rates = {
-        "env_steps_per_s": row.get("acting/env_steps_per_s"),
-        "updates_per_s": row.get("learner/updates_per_s"),
-    }
-    about = {
-        "train_return": row.get("train/return_mean"),
-        "pid": os.getpid(),
-        "host": platform.node(),
-        "updated_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "error": error,
-    }
-    write_json(Path(output_dir) / STATUS_FILE, {"state": state} | counters | rates | about)
-
-
-def write_summary(
-    output_dir: Path | str,
-    *,
-    state: State,
-    env_steps: int,
-    frames: int,
-    updates: int,
-    wall_s: float,
-    train_return: float | None,
-    evaluation_return: float | None,
-    params_sha256: str,
-    checkpoint: Path | str | None,
-) -> JSON:
-    """Writes summary.json, what a run came to, and returns it."""
-    summary: JSON = {
-        "state": state,
-        "env_steps": env_steps,
-        "frames": frames,
-        "updates": updates,
-        "wall_s": wall_s,
-        "train_return": train_return,
-        "evaluation_return": evaluation_return,
-        "params_sha256": params_sha256,
-        "checkpoint": checkpoint,
-    }
-    summary = _clean(summary)
-    write_json(Path(output_dir) / SUMMARY_FILE, summary)
-    return summary
-
-
-def params_sha256(params: Params) -> str:
-    """A fingerprint of parameters: over the paths, dtypes, shapes and bytes of their leaves."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(trees.flatten(params).items()):
-        array = np.asarray(leaf)
-        digest.update(json.dumps([path, str(array.dtype), list(array.shape)]).encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-# --- where the time goes -------------------------------------------------------------------------
-
-# What each stage of the loop waits for, and the setting to turn when it takes most of the time.
-STAGES: Mapping[str, str] = {
-    "acting": "the environments are the bottleneck; try acting.envs_per_actor or env.threads",
-    "replay_add": "adding blocks is the bottleneck; try a larger agent.block_rows",
-    "sample": "sampling is the bottleneck; try a smaller learner.batch_size",
-    "wait_peers": "the other learner processes are the bottleneck; see learners/*/metrics.jsonl",
-    "learner_put": "copying batches to the device is the bottleneck; try learner.batch_size",
-    "learner_update": "the learner is the bottleneck; try learner.devices or replay.ratio",
-    "wait_learner": "the learner is the bottleneck; try learner.devices or replay.ratio",
-    "publish": "publishing weights is the bottleneck; try learner.publish_every_updates",
-    "evaluation": "evaluations take most of the time; try evaluation.every_env_steps",
-    "checkpoint": "checkpoints take most of the time; try checkpoint.every_env_steps",
-    "logging": "logging takes most of the time; try logging.every_env_steps",
-    "other": "time outside all stages; profile the loop",
-}
-
-
-class _Timer:
-    """The seconds spent in one stage; enters and leaves in well under a microsecond."""
-
-    __slots__ = ("since", "spent")
-
-    def __init__(self) -> None:
-        self.since: float | None = None
-        self.spent = 0.0
-
-    def __enter__(self) -> None:
-        self.since = perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        if self.since is not None:
-            self.spent += perf_counter() - self.since
-        self.since = None
-
-    def take(self, now: float) -> float:
-        """The seconds until now, those of a stage still running among them; starts anew."""
-        spent, self.spent = self.spent, 0.0
-        if self.since is not None:
-            spent += now - self.since
-            self.since = now
-        return spent
-
-
-class StageTimes:
-    """A stopwatch for the loop's thread: `with stages.measure("acting"): ...`; not nested."""
-
-    def __init__(self) -> None:
-        self._timers = {name: _Timer() for name in STAGES}
-        self._begun = perf_counter()
-
-    def measure(self, name: str) -> _Timer:
-        """Counts the time of a `with` block to a stage of STAGES."""
-        try:
-            return self._timers[name]
-        except KeyError:
-            raise ValueError(f"stage {name!r}: must be one of {', '.join(STAGES)}.") from None
-
-    def fractions(self) -> dict[str, float]:
-        """{"time/acting": 0.71, ...} since the last call, 0 .. 1; "time/other" is the rest."""
-        now = perf_counter()
-        total = max(now - self._begun, 1e-9)
-        spent = {name: timer.take(now) for name, timer in self._timers.items()}
-        spent["other"] += max(0.0, total - sum(spent.values()))
-        self._begun = now
-        return {f"time/{name}": seconds / total for name, seconds in spent.items()}
-
-
-def bottleneck(fractions: Mapping[str, Any]) -> str:
-    """One line on the stage that takes most of the time, from `StageTimes.fractions()` or a row."""
-    known = {name: fractions.get(f"time/{name}") or 0.0 for name in STAGES}
-    name = max(known, key=lambda stage: known[stage])
-    if known[name] <= 0:
-        return ""
-    return f"{name} {100 * known[name]:.0f} % of the time: {STAGES[name]}"

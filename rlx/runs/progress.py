@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from time import monotonic
 from typing import Any, Literal, NoReturn, TextIO
 
-from rlx.runs.metrics import Logging, bottleneck
+from rlx.runs.metrics import Logging
+from rlx.runs.times import bottleneck
 
 REDRAW_S = 0.25  # s: the live block is drawn at most so often; drawing takes about 2 ms
 SMOOTHING = 0.7  # weight of the past in the rate that the remaining time is told from

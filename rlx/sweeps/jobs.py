@@ -21,8 +21,8 @@ from time import monotonic, sleep
 from typing import Any, Protocol
 
 from rlx.machine.signals import sigterm_interrupts
+from rlx.runs.files import write_whole
 from rlx.runs.folders import STATUS_FILE, SUMMARY_FILE, read_object
-from rlx.runs.metrics import write_whole
 
 CONSOLE_FILE = "console.log"
 RUNS_FILE = "runs.csv"

@@ -18,10 +18,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, open_dict
 
-from rlx.api import LOCK_FILE, only_one
 from rlx.config.build import check, plain
 from rlx.config.composing import quote
 from rlx.problems import ConfigError, Problem, refuse, show
+from rlx.runs.files import LOCK_FILE, only_one
 from rlx.runs.folders import YAML_ERRORS, config_file, flat, parse_settings
 from rlx.sweeps.jobs import RUNS_FILE, Job, Outcome, Start, Watch, outcome, record, run_jobs, say
 

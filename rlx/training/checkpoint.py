@@ -33,7 +33,7 @@ import numpy as np
 from rlx import trees
 from rlx.replay.files.segments import SegmentError, check_segment
 from rlx.replay.files.snapshots import read_blocks
-from rlx.runs.metrics import write_json
+from rlx.runs.files import write_json
 from rlx.types import Blocks, Range
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from rlx.cluster.cluster import Cluster
 from rlx.config.build import build
 from rlx.machine.signals import stop_on_signals
 from rlx.problems import ConfigError, RunFailed, refuse
-from rlx.runs import metrics
+from rlx.runs import status
 from rlx.runs.folders import METRICS_FILE
 from rlx.runs.progress import Progress
 from rlx.training.assemble import check_agreement
@@ -163,9 +163,9 @@ def _failing_is_told(output_dir: Path) -> Iterator[None]:
     except ConfigError:
         raise
     except BaseException as error:
-        state: metrics.State = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        state: status.State = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         line = f"{type(error).__name__}: {error}".splitlines()[0]
-        metrics.write_status(output_dir, state, last_row(output_dir), error=line)
+        status.write_status(output_dir, state, last_row(output_dir), error=line)
         raise
 
 

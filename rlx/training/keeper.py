@@ -9,7 +9,7 @@ from typing import Any
 
 from rlx.problems import RunFailed
 from rlx.replay.files.snapshots import Snapshots
-from rlx.runs import metrics
+from rlx.runs import status
 from rlx.runs.progress import Progress
 from rlx.training.checkpoint import Checkpointer
 from rlx.training.stages import Stages
@@ -50,7 +50,7 @@ class Keeper:
 
     def begin(self) -> None:
         """Says that the run runs."""
-        metrics.write_status(self._parts.output_dir, "running", self._row)
+        status.write_status(self._parts.output_dir, "running", self._row)
         self._before = self._stages.count.env_steps
         if self._parts.checkpoint.exact and self._parts.resumed is None:
             self.save()  # so that a run stopped before its first checkpoint has one, too
@@ -83,13 +83,13 @@ class Keeper:
 
     # --- ends ------------------------------------------------------------------------------------
 
-    def end(self, state: metrics.State) -> dict[str, Any]:
+    def end(self, state: status.State) -> dict[str, Any]:
         """The last evaluation (not of an interrupted run), row, checkpoint and summary."""
         stages, learner = self._stages, self._parts.learner
         saved = self._finished_before() or self._end(state)
         self._progress.update(self._live())
-        metrics.write_status(self._parts.output_dir, state, self._row)
-        return metrics.write_summary(
+        status.write_status(self._parts.output_dir, state, self._row)
+        return status.write_summary(
             self._parts.output_dir,
             state=state,
             env_steps=stages.count.env_steps,
@@ -98,11 +98,11 @@ class Keeper:
             wall_s=stages.wall_s,
             train_return=self._row.get("train/return_mean"),
             evaluation_return=self._evaluated,
-            params_sha256=metrics.params_sha256(learner.state().params),
+            params_sha256=status.params_sha256(learner.state().params),
             checkpoint=saved,
         )
 
-    def _end(self, state: metrics.State) -> Path:
+    def _end(self, state: status.State) -> Path:
         """Evaluates, writes the last row and saves; answers the checkpoint."""
         self._stages.settle()
         self._say_if_nothing_was_learnt()
@@ -142,10 +142,10 @@ class Keeper:
             with suppress(Exception):
                 self.save()
         line = f"{type(error).__name__}: {error}".splitlines()[0]
-        state: metrics.State = "failed"
+        state: status.State = "failed"
         if isinstance(error, KeyboardInterrupt):  # a second Ctrl-C: without a checkpoint
             state, line = "interrupted", "interrupted a second time: without a checkpoint"
-        metrics.write_status(self._parts.output_dir, state, self._row, error=line)
+        status.write_status(self._parts.output_dir, state, self._row, error=line)
 
     def close(self) -> None:
         """Closes the run's files; actors are the parts' own."""
@@ -274,7 +274,7 @@ class Keeper:
                 stages.wall_s,
                 self._gauges() | stages.times.fractions(),
             )
-            metrics.write_status(self._parts.output_dir, "running", self._row)
+            status.write_status(self._parts.output_dir, "running", self._row)
 
     def _gauges(self) -> dict[str, float | None]:
         parts = self._parts

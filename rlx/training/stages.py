@@ -12,7 +12,8 @@ from typing import Any
 
 from rlx.interfaces import Agent, PrioritizedReplay, Replay
 from rlx.problems import RunFailed
-from rlx.runs.metrics import Metrics, StageTimes
+from rlx.runs.metrics import Metrics
+from rlx.runs.times import StageTimes
 from rlx.training import nonfinite
 from rlx.training.checkpoint import Restored
 from rlx.training.learner import Published

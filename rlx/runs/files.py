@@ -1,0 +1,70 @@
+"""Files that are written whole: a reader, or a run after a kill, sees the old or the new one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlx.problems import refuse
+
+LOCK_FILE = ".lock"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replaces a file in one step: a reader, or a run after a kill, sees the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves, the next write replaces
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path | str, value: Mapping[str, Any]) -> None:
+    """Replaces a JSON file in one step; numbers that are not finite become null."""
+    text = json.dumps(clean(value), indent=2, allow_nan=False)
+    write_whole(Path(path), text.encode() + b"\n")
+
+
+def as_float(value: Any) -> float:
+    array = np.asarray(value, dtype=np.float64)
+    return float(array.mean()) if array.size else math.nan
+
+
+def clean(value: Any) -> Any:
+    """The same in JSON's types; what is not finite becomes None."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): clean(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(child) for child in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.integer | np.bool_):
+        return value.item()
+    number = as_float(value)
+    return number if math.isfinite(number) else None
+
+
+@contextmanager
+def only_one(folder: Path, key: str = "output_dir", name: str = LOCK_FILE) -> Iterator[None]:
+    """Holds the folder's lock, which the system frees however a process ends.
+
+    key: the setting that a ConfigError names where another process holds it.
+    """
+    with (folder / name).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            says = "another process is at work in it; wait for its end, or give another folder"
+            raise refuse(key, says, given=str(folder)) from error
+        yield
