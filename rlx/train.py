@@ -21,8 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from rlx import api
-from rlx.config import composing
-from rlx.config import paths as _paths
+from rlx.config import composing, paths
 from rlx.config.build import ROLES, check, remember
 from rlx.problems import ConfigError, Problem, RunFailed, refuse
 from rlx.runs.files import write_whole
@@ -50,7 +49,7 @@ def main() -> None:
     except ConfigError as error:
         _leave(error)
     try:
-        hydra.main(config_path=str(_paths.config_dir()), config_name="config", **VERSION)(job)()
+        hydra.main(config_path=str(paths.config_dir()), config_name="config", **VERSION)(job)()
     except KeyboardInterrupt:
         print("rlx: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -167,7 +166,7 @@ def _resume_argv(folder: Path, args: Any) -> list[str]:
     values = [text for text in args.overrides if text.partition("=")[0].lstrip("+") != "resume"]
     return [
         *("--config-path", str(_settings(folder)), "--config-name", "config"),
-        composing.search(_paths.config_dir()),
+        composing.search(paths.config_dir()),
         "hydra/job_logging=rlx",
         f"hydra.run.dir={composing.quote(str(folder))}",
         _resume_subdir(folder),

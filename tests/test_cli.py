@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlx import api, train
-from rlx.config import paths as _paths
+from rlx.config import paths
 from rlx.results import reading as results
 from rlx.runs import files
 from rlx.runs.folders import find_run
@@ -22,12 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DRIVER = """
 import sys
 from pathlib import Path
-from rlx.config import paths as _paths
+from rlx.config import paths
 from rlx.runs.folders import find_run
 from tests import standins
 standins.install()
 folder = Path(sys.argv.pop(1))
-_paths.config_dir = lambda: folder
+paths.config_dir = lambda: folder
 from rlx import train
 train.main()
 """
@@ -80,7 +80,7 @@ def test_bad_overrides_end_with_status_2_and_a_line_each(conf):
 def prepared(monkeypatch, conf: Path, *argv: str) -> list[str] | str:
     """What `prepare` makes of a command line, in this process."""
     monkeypatch.chdir(conf.parent)
-    monkeypatch.setattr(_paths, "config_dir", lambda: conf)
+    monkeypatch.setattr(paths, "config_dir", lambda: conf)
     monkeypatch.setattr(train, "check", lambda cfg: None)
     try:
         return train.prepare(list(argv))
@@ -260,7 +260,8 @@ def test_a_wheel_holds_conf_and_runs_from_another_folder(tmp_path):
     (wheel,) = tmp_path.glob("rlx-*.whl")
     shutil.unpack_archive(wheel, tmp_path / "site", "zip")
     shutil.rmtree(source)
-    code = "from rlx import _paths, train; print(_paths.config_dir()); train.main()"
+    code = "from rlx import train; from rlx.config import paths; "
+    code += "print(paths.config_dir()); train.main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "--info", "searchpath"],
         cwd=tmp_path,

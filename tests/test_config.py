@@ -20,8 +20,7 @@ from omegaconf import OmegaConf
 import rlx
 from rlx import api
 from rlx.config import build as config
-from rlx.config import composing, moved, targets
-from rlx.config import paths as _paths
+from rlx.config import composing, moved, paths, targets
 from rlx.problems import ConfigError, Problem
 from tests import standins
 
@@ -31,10 +30,10 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def conf(tmp_path, monkeypatch):
     folder = standins.write_conf(tmp_path / "conf")
-    monkeypatch.setattr(_paths, "config_dir", lambda: folder)
+    monkeypatch.setattr(paths, "config_dir", lambda: folder)
     monkeypatch.setattr(targets, "_allowed", {"rlx.", "tests."})
     monkeypatch.setattr(config, "ROLES", standins.roles())
-    monkeypatch.setattr(composing, "_paths", _paths)
+    monkeypatch.setattr(composing, "paths", paths)
     monkeypatch.setattr(api, "ROLES", config.ROLES)
     monkeypatch.setattr(api, "start", standins.start)
     monkeypatch.chdir(tmp_path)
@@ -342,7 +341,7 @@ def test_an_installed_package_is_allowed_by_its_entry_point(tmp_path):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pkgx\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[rlx.allow]\npkgx = pkgx\n")
-    code = "from rlx import targets; print(targets.resolve('pkgx.Agent'))"
+    code = "from rlx.config import targets; print(targets.resolve('pkgx.Agent'))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": standins.search_path(tmp_path, HERE.parent)},

@@ -215,7 +215,7 @@ def test_flags_in_a_file_are_kept(monkeypatch, tmp_path):
 
 def test_the_flag_does_what_it_is_for():
     code = (
-        "from rlx import xla; xla.prepare(); import jax, jax.numpy as jnp;"
+        "from rlx.machine import xla; xla.prepare(); import jax, jax.numpy as jnp;"
         "from rlx.networks.convolution import _convolve;"
         "f = jax.jit(_convolve, static_argnums=2);"
         "x, k = jnp.ones((16, 20, 20, 32)), jnp.ones((4, 4, 32, 64));"

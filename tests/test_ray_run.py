@@ -155,7 +155,7 @@ def test_what_raises_always_ends_with_a_checkpoint_and_status_1(tmp_path, monkey
     code = (
         "import rlx, tests.test_ray_run as t\n"
         "from tests.acting.faulty_envs import FaultyFamily\n"
-        "from rlx import assemble\n"
+        "from rlx.training import assemble\n"
         "build = assemble.build\n"
         "def faulty(node, role, **given):\n"
         "    made = build(node, role, **given)\n"

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from rlx.config import paths as _paths
+from rlx.config import paths
 from rlx.config.build import ROLES, remember
 from rlx.problems import ConfigError, Problem, Sources, did_you_mean, nearest, refuse
 
@@ -75,7 +75,7 @@ def find_sources(
 @contextlib.contextmanager
 def _hydra(config_dir: Path | str | None) -> Iterator[ConfigLoader]:
     """A Hydra of our own for a moment; what a user or a running job had is put back."""
-    folder = str(Path(config_dir or _paths.config_dir()).resolve())
+    folder = str(Path(config_dir or paths.config_dir()).resolve())
     with _lock:
         saved, job_name = GlobalHydra.instance().hydra, JobRuntime.instance().get("name")
         GlobalHydra.instance().hydra = None
@@ -140,7 +140,7 @@ def _file(loader: ConfigLoader, path: str, overrides: list[str]) -> tuple[Path, 
         folders += [Path(str(p).removeprefix("file://")) for p in found or []]
     for folder in folders:
         if path and (folder / f"{path}.yaml").is_file():
-            name = "conf" if folder == _paths.config_dir() else str(folder)
+            name = "conf" if folder == paths.config_dir() else str(folder)
             return folder / f"{path}.yaml", f"{name}/{path}.yaml"
     return None
 
