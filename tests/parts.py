@@ -20,6 +20,7 @@ from rlx.types import (
     Carry,
     DiscreteSpec,
     EnvSpec,
+    MultiDiscreteSpec,
     NetInput,
     QActing,
     Row,
@@ -48,6 +49,19 @@ BOX = EnvSpec(
     observation=VECTOR.observation,
     action=BoxSpec(shape=(2,), low=(-1.0, -1.0), high=(1.0, 1.0)),
     frames_per_env_step=1,
+)
+CHOICES = EnvSpec(
+    id="choices",
+    observation=VECTOR.observation,
+    action=MultiDiscreteSpec(counts=(3, 2)),
+    frames_per_env_step=1,
+)
+MASKED = EnvSpec(
+    id="masked",
+    observation=VECTOR.observation | {"mask": ArraySpec(shape=(4,), dtype="int8")},
+    action=DiscreteSpec(n=4),
+    frames_per_env_step=1,
+    action_mask="mask",
 )
 
 
@@ -127,22 +141,40 @@ def inputs(spec: EnvSpec, *leading: int, rng: np.random.Generator) -> NetInput:
     """Random inputs with resets here and there."""
     first = rng.random(leading) < 0.2
     observation = {
-        name: (
-            rng.integers(0, 256, (*leading, *leaf.shape)).astype(leaf.dtype)
-            if leaf.dtype == "uint8"
-            else rng.normal(size=(*leading, *leaf.shape)).astype(leaf.dtype)
-        )
+        name: observed(name, leaf, spec, *leading, rng=rng)
         for name, leaf in spec.observation.items()
     }
-    assert isinstance(spec.action, DiscreteSpec)
-    action = rng.integers(0, spec.action.n, leading).astype(np.int32)
+    action = actions(spec, *leading, rng=rng)
+    every_element = first.reshape(*leading, *(1 for _ in spec.action.array.shape))
+    none = np.asarray(spec.action.none, action.dtype)
     return NetInput(
         observation=observation,
-        prev_action=np.where(first, np.int32(-1), action),
+        prev_action=np.where(every_element, none, action),
         prev_reward=np.where(first, 0, rng.normal(size=leading)).astype(np.float32),
         time=np.zeros(leading, np.int32),
         first=first,
     )
+
+
+def observed(
+    name: str, leaf: ArraySpec, spec: EnvSpec, *leading: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Noise for a leaf; a mask that allows fewer than half of the actions, and sometimes none."""
+    shape = (*leading, *leaf.shape)
+    if name == spec.action_mask:
+        return (rng.random(shape) < 0.4).astype(leaf.dtype)
+    noise = rng.integers(0, 256, shape) if leaf.dtype == "uint8" else rng.normal(size=shape)
+    return noise.astype(leaf.dtype)
+
+
+def actions(spec: EnvSpec, *leading: int, rng: np.random.Generator) -> np.ndarray:
+    """Random actions [*leading, *], those of a box beyond its bounds, too."""
+    if isinstance(spec.action, DiscreteSpec):
+        return rng.integers(0, spec.action.n, leading).astype(np.int32)
+    if isinstance(spec.action, MultiDiscreteSpec):
+        counts = spec.action.counts
+        return rng.integers(0, counts, (*leading, len(counts))).astype(np.int32)
+    return (2 * rng.normal(size=(*leading, *spec.action.shape))).astype(np.float32)
 
 
 def random_carry(net: RecurrentNetwork, batch: int, rng: np.random.Generator) -> Carry:

@@ -115,6 +115,7 @@ class GridRecorder:
 
     def acted(self, action: np.ndarray, acting: Any) -> None:
         """action [n, *], acting f32[n, A] of `with_values` or another agent's own record."""
+        is_choice = action.ndim == 1 and action.dtype.kind == "i"
         for lane, row in self._rows:
             seen = self._seen[lane]
             assert seen is not None
@@ -123,7 +124,7 @@ class GridRecorder:
             self._seen[lane] = dataclasses.replace(
                 seen,
                 values=values,
-                action=int(action[row]) if values is not None else None,
+                action=int(action[row]) if is_choice else None,
                 spread=max(seen.spread, spread),
             )
             self._draw(lane)
