@@ -15,9 +15,9 @@ import numpy as np
 
 from rlx import trees
 from rlx.agents import common
+from rlx.agents.optimizers import Adam
 from rlx.interfaces import Network
 from rlx.networks.heads import Head
-from rlx.optimizers import Adam
 from rlx.types import (
     Array,
     ArraySpec,

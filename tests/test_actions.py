@@ -17,11 +17,11 @@ import pytest
 
 import rlx
 from rlx import export, trees
-from rlx.acting.blocks import row_spec
 from rlx.acting.exploration import Constant
 from rlx.acting.local_pool import LocalPool
 from rlx.acting.plan import carry_spec
 from rlx.acting.thread_pool import ThreadPool
+from rlx.acting.writer import row_spec
 from rlx.envs.envpool import EnvPool
 from rlx.envs.gymnasium import Gymnasium
 from rlx.networks.actions import encode_action, encode_previous
@@ -250,7 +250,7 @@ head:
   _target_: tests.sampling.Value
   hidden: 8
 optimizer:
-  _target_: rlx.optimizers.Adam
+  _target_: rlx.agents.optimizers.Adam
   learning_rate: 1.0e-3
   b1: 0.9
   b2: 0.999
