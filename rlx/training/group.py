@@ -34,7 +34,7 @@ from rlx.problems import ConfigError, RunFailed, refuse
 from rlx.runs import status
 from rlx.runs.folders import METRICS_FILE
 from rlx.runs.progress import Progress
-from rlx.training.assemble import check_agreement
+from rlx.training.agreement import check_agreement
 from rlx.training.checkpoint import Checkpointer
 from rlx.training.group_process import LearnerProcess
 from rlx.training.learner import Group
