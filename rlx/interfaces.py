@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -228,21 +229,54 @@ class Exploration(Protocol):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What a run tells the pool that it opens."""
+
+    family: EnvFamily
+    agent: Agent
+    exploration: Exploration
+    seed: int
+    chain: int  # how many lives the lanes have had
+    env_steps: int  # made by the run so far
+    round_blocks: int | None  # a request's, of each lane (rlx.training.rounds); None: env steps
+
+
+class PoolSettings(Protocol):
+    """The settings of a pool (conf/acting): opens it for a run."""
+
+    @property
+    def instances(self) -> int:
+        """Actors."""
+
+    @property
+    def envs_per_actor(self) -> int:
+        """Lanes of each actor."""
+
+    @property
+    def env_steps_per_request(self) -> int:
+        """Env steps over all lanes that answer a request."""
+
+    def open(self, context: RunContext) -> ActingPool:
+        """Raises ConfigError or ValueError for what cannot work."""
+
+
 class ActingPool(Protocol):
     """Holds actors."""
 
-    env_steps_per_request: int
-    chain: int  # how many lives the lanes have had
+    @property
+    def chain(self) -> int:
+        """How many lives the lanes have had."""
 
     @property
     def burst_env_steps(self) -> int:
         """Env steps of one full round of requests."""
 
-    def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
+    def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
         """Rollouts that are there, or come within `timeout_s`; [] if none does.
 
-        `want_env_steps`: of each further request. `updates`: made by the learner so far; with
-        `max_weight_age_updates` no request is sent whose weights would be older than that.
+        `updates`: made by the learner so far; with `max_weight_age_updates` no request is sent
+        whose weights would be older than that.
         """
 
     def publish(self, weights: Weights, env_steps: int) -> None: ...

@@ -21,7 +21,7 @@ import pytest
 
 import rlx
 from rlx import trees
-from rlx.acting.local_pool import LocalPool
+from rlx.acting.local_pool import OpenLocalPool
 from rlx.config.build import plain
 from rlx.envs.envpool import EnvPoolLanes
 from rlx.problems import ConfigError
@@ -206,14 +206,14 @@ def test_the_last_interval_is_evaluated_once_also_without_a_final_evaluation(tmp
 class Recorder:
     """Stands before a pool and keeps what it gives."""
 
-    def __init__(self, pool: LocalPool) -> None:
+    def __init__(self, pool: OpenLocalPool) -> None:
         self._pool, self.given = pool, []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pool, name)
 
-    def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> Any:
-        self.given.append(self._pool.collect(want_env_steps, timeout_s, updates))
+    def collect(self, timeout_s: float, updates: int) -> Any:
+        self.given.append(self._pool.collect(timeout_s, updates))
         return self.given[-1]
 
 
@@ -224,7 +224,7 @@ class Player(Recorder):
         self.given = list(given)
         return self
 
-    def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> Any:
+    def collect(self, timeout_s: float, updates: int) -> Any:
         return self.given.pop(0)
 
 
@@ -524,21 +524,21 @@ def test_the_replay_ratio_is_kept_and_told_as_it_is(loops, tmp_path):
 
 def test_actors_act_with_the_version_that_was_published_last(loops, monkeypatch, tmp_path):
     versions: list[int] = []
-    publish, collect = LocalPool.publish, LocalPool.collect
+    publish, collect = OpenLocalPool.publish, OpenLocalPool.collect
 
-    def published(pool: LocalPool, weights: Any, env_steps: int) -> None:
+    def published(pool: OpenLocalPool, weights: Any, env_steps: int) -> None:
         versions.append(weights.version)
         publish(pool, weights, env_steps)
 
-    def collected(pool: LocalPool, *given: Any) -> Any:
+    def collected(pool: OpenLocalPool, *given: Any) -> Any:
         (rollout,) = collect(pool, *given)
         assert pool._actors[0].weights_version == versions[-1]
         # A block began at most one request ago.
         assert set(rollout.weights_version.tolist()) <= set(versions[-2:])
         return [rollout]
 
-    monkeypatch.setattr(LocalPool, "publish", published)
-    monkeypatch.setattr(LocalPool, "collect", collected)
+    monkeypatch.setattr(OpenLocalPool, "publish", published)
+    monkeypatch.setattr(OpenLocalPool, "collect", collected)
     summary = run(tmp_path)
     assert versions == list(range(0, summary["updates"] + 1, 2))
     ages = [row["weights/age_updates"] for row in rows(tmp_path)]

@@ -11,7 +11,7 @@ from rlx import trees
 from rlx.acting.actor import Actor
 from rlx.acting.policy import Policy
 from rlx.acting.writer import empty, input_spec
-from rlx.interfaces import Agent, Device, Env, EnvFamily, Exploration
+from rlx.interfaces import Agent, Device, Env, EnvFamily, Exploration, RunContext
 from rlx.seeding import spawn_int
 from rlx.types import ArraySpec, Carry, NetInput
 
@@ -72,6 +72,19 @@ class Plan:
         policy.compile(zero_inputs(self.agent, self.envs_per_actor))
         if some := getattr(self.family, "batch_size", None):  # lanes that answer at a time
             policy.compile(zero_inputs(self.agent, some), np.arange(some, dtype=np.int32))
+
+
+def make_plan(context: RunContext, *, instances: int, envs_per_actor: int, device: Device) -> Plan:
+    """The plan of a run's pool."""
+    return Plan(
+        family=context.family,
+        agent=context.agent,
+        exploration=context.exploration,
+        seed=context.seed,
+        instances=instances,
+        envs_per_actor=envs_per_actor,
+        device=device,
+    )
 
 
 def carry_spec(agent: Agent) -> Carry:

@@ -56,6 +56,11 @@ class Cluster:
             ray_token.put_back(self._tokens)
 
 
+def is_own(address: str | None) -> bool:
+    """Whether a connection with this address would start a cluster of this machine."""
+    return address is None and not ray.is_initialized()
+
+
 def cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0))

@@ -32,7 +32,7 @@ ROLES = {  # group -> the Protocol or class that its target must be
     "replay": "rlx.interfaces.Replay",
     "agent": "rlx.interfaces.Agent",
     "exploration": "rlx.interfaces.Exploration",
-    "acting": "rlx.interfaces.ActingPool",
+    "acting": "rlx.interfaces.PoolSettings",
     "learner": "rlx.training.learner.Learner",
     "evaluation": "rlx.evaluation.playing.Evaluation",
     "checkpoint": "rlx.training.checkpoint.Checkpoint",

@@ -11,10 +11,10 @@ import pickle
 from time import monotonic
 from typing import Any
 
-from rlx.acting.ray_pool import pickled
 from rlx.cluster.cluster import Cluster
 from rlx.cluster.faults import Restarts
 from rlx.cluster.fleet import Answered, Deadlines, Fleet, Lost, Ready
+from rlx.cluster.pickled import pickled
 from rlx.cluster.whereabouts import (
     Whereabouts,
     let_the_learner_first,

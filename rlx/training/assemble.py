@@ -23,7 +23,16 @@ from rlx.acting.recorded import Recorded
 from rlx.acting.writer import empty, row_spec
 from rlx.config.build import build, prepare
 from rlx.evaluation.playing import Evaluation
-from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers, Prioritizing
+from rlx.interfaces import (
+    ActingPool,
+    Agent,
+    EnvFamily,
+    Evaluator,
+    Peers,
+    PoolSettings,
+    Prioritizing,
+    RunContext,
+)
 from rlx.problems import refuse
 from rlx.replay.process.client import ReplayProcess
 from rlx.training.agreement import check_agreement
@@ -62,6 +71,7 @@ def assemble(
     evaluation, checkpoint, logging_ = (
         build(settings[group], group) for group in ("evaluation", "checkpoint", "logging")
     )
+    acting: PoolSettings = build(settings["acting"], "acting")
     check_agreement(settings)
     family, agent = build_agent(settings)
     _check_network(agent)
@@ -77,7 +87,7 @@ def assemble(
         replay = make_replay(
             settings["replay"],
             agent,
-            lanes=settings["acting"]["instances"] * settings["acting"]["envs_per_actor"],
+            lanes=acting.instances * acting.envs_per_actor,
             seed=own_seed,
             devices=learner.devices,
             batch_size=learner.batch_size,
@@ -86,11 +96,9 @@ def assemble(
         if resumed is not None:
             restore_replay(replay, resumed)
         if getattr(replay, "is_recorded", False):
-            pool: ActingPool = _nobody_acts(settings, agent, chain)
+            pool: ActingPool = _nobody_acts(acting.env_steps_per_request, agent, chain)
         else:
-            pool = build(
-                settings["acting"],
-                "acting",
+            context = RunContext(
                 family=family,
                 agent=agent,
                 exploration=exploration,
@@ -99,6 +107,7 @@ def assemble(
                 env_steps=resumed.env_steps if resumed else 0,
                 round_blocks=round_blocks,
             )
+            pool = open_pool(acting, context)
         undo.callback(pool.close, CLOSE_S)
         quota = Quota(
             ratio=replay.ratio,
@@ -133,10 +142,17 @@ def assemble(
     )
 
 
-def _nobody_acts(settings: Mapping[str, Any], agent: Agent, chain: int) -> Recorded:
+def open_pool(acting: PoolSettings, context: RunContext) -> ActingPool:
+    """The pool of these settings; its ValueError is a problem of them."""
+    try:
+        return acting.open(context)
+    except ValueError as error:
+        raise refuse("acting", str(error)) from error
+
+
+def _nobody_acts(want: int, agent: Agent, chain: int) -> Recorded:
     """The pool of a run that trains from recorded experience."""
     log.info("replay=dataset: no actor runs; what acting and exploration set is not used")
-    want = settings["acting"]["env_steps_per_request"]
     rows = empty(row_spec(agent.spec, agent.acting_spec), 0, agent.sequence.block_rows)
     none = np.zeros(0, np.int64)
     nothing = Rollout(

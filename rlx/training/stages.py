@@ -102,9 +102,7 @@ class Stages:
             rollouts: list[Rollout] = []
             with self.left_to_the_end():
                 rollouts = pool.collect(
-                    pool.env_steps_per_request,
-                    WAIT_S if nothing_else_to_do else 0.0,
-                    self.parts.learner.updates,
+                    WAIT_S if nothing_else_to_do else 0.0, self.parts.learner.updates
                 )
         with self.times.measure("replay_add"):
             for rollout in rollouts:
