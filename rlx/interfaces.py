@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from rlx.problems import Problem
 from rlx.types import (
     Array,
     Batch,
@@ -67,6 +68,55 @@ class EnvFamily(Protocol):
 
     def make(self, *, lanes: int, seeds: Sequence[int]) -> Env:
         """`seeds`: one int32 per lane."""
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """Settings that can be judged before anything is made of them."""
+
+    def problems(self) -> Sequence[str]:
+        """What is wrong, a line each."""
+
+
+@runtime_checkable
+class CheckedFamily(Protocol):
+    """An environment family that can judge its settings for a number of lanes."""
+
+    def problems(self, *, lanes: int | None) -> Sequence[str]:
+        """What is wrong, a line each; no environment is made."""
+
+
+@runtime_checkable
+class Asynchronous(Protocol):
+    """An environment family whose lanes may answer some at a time."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Lanes per answer; None: all."""
+
+
+@runtime_checkable
+class ThinFamily(Protocol):
+    """An environment family that says whether its processes must load JAX; others must."""
+
+    needs_jax: bool
+
+
+@runtime_checkable
+class Outward(Protocol):
+    """An environment family that tells how its environments look without rlx."""
+
+    def outside(self) -> Any:
+        """An `rlx.envs.observations.Outside`."""
+
+
+@runtime_checkable
+class Agrees(Protocol):
+    """A class of settings with rules on how other groups must be set beside it."""
+
+    @staticmethod
+    def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
+        """What these settings of a whole run break of its rules."""
 
 
 class Network(Protocol):
@@ -144,6 +194,14 @@ class Prioritizing(Protocol):
         The last row is the one after the sequence, and where that has not come yet (the sequence
         ends with a block) the sequence's last row once more. Observations are left out ({}).
         """
+
+
+@runtime_checkable
+class ValuesActions(Protocol):
+    """An agent that has a value for each action."""
+
+    def values(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
+        """(values [N, A], carry)."""
 
 
 class Ring(Protocol):
@@ -259,6 +317,29 @@ class PoolSettings(Protocol):
 
     def open(self, context: RunContext) -> ActingPool:
         """Raises ConfigError or ValueError for what cannot work."""
+
+
+@runtime_checkable
+class Served(Protocol):
+    """The settings of a pool in which one request may be for all actors together."""
+
+    @property
+    def is_served(self) -> bool: ...
+
+
+@runtime_checkable
+class InRounds(Protocol):
+    """The settings of a pool of which some suit an on-policy agent only, or no such agent."""
+
+    def round_problems(self, *, on_policy: bool) -> Sequence[Problem]:
+        """What is wrong with them for such an agent."""
+
+
+@runtime_checkable
+class TakesTurns(Protocol):
+    """The settings of a pool that may act in turns with the learner, in its thread."""
+
+    takes_turns: bool
 
 
 class ActingPool(Protocol):

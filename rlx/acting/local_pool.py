@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from rlx.acting.actor import Actor
 from rlx.acting.plan import make_plan
 from rlx.interfaces import Device, RunContext
-from rlx.types import Range, Request, Rollout, Weights
+from rlx.problems import Problem
+from rlx.types import OfTheRun, Range, Request, Rollout, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +19,17 @@ class LocalPool:
 
     instances: Annotated[int, Range(ge=1)]
     envs_per_actor: Annotated[int, Range(ge=1)]
-    env_steps_per_request: Annotated[int, Range(ge=1)]
+    env_steps_per_request: Annotated[int, Range(ge=1), OfTheRun(over="lanes")]
     device: Device
     takes_turns: ClassVar[bool] = True  # with the learner
+
+    @staticmethod
+    def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
+        """Turns are taken by the replay's ratio."""
+        if settings["replay"].get("ratio", "its own") is not None:
+            return []
+        says = "acting=local takes turns with the learner and needs a ratio; set replay.ratio=0.8"
+        return [Problem(path="replay.ratio", given="null", says=says)]
 
     def open(self, context: RunContext) -> OpenLocalPool:
         """Opens the environments of all actors."""

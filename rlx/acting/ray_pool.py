@@ -7,7 +7,7 @@ actors (`rlx.acting.ray_actors`) or for them (`rlx.acting.ray_server`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from rlx import trees
-from rlx.acting.plan import Plan, carry_spec, make_plan
+from rlx.acting.plan import Plan, age_problems, carry_spec, make_plan, newest_only
 from rlx.acting.ray_actors import RayActors, Traffic
 from rlx.acting.ray_resources import Placement, Resources, Room, check_store
 from rlx.acting.ray_server import RayServer
@@ -28,8 +28,9 @@ from rlx.cluster.cluster import Cluster
 from rlx.cluster.faults import Restarts
 from rlx.cluster.fleet import Deadlines, Fleet
 from rlx.cluster.pickled import pickled
-from rlx.interfaces import Agent, RunContext
-from rlx.types import Range, Rollout, Weights
+from rlx.interfaces import Agent, RunContext, ThinFamily
+from rlx.problems import Problem
+from rlx.types import OfTheRun, Range, Rollout, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,10 @@ class RayPool:
 
     instances: Annotated[int, Range(ge=1)]
     envs_per_actor: Annotated[int, Range(ge=1)]
-    env_steps_per_request: Annotated[int, Range(ge=1)]
+    env_steps_per_request: Annotated[int, Range(ge=1), OfTheRun(over="lanes")]
     requests_per_actor: Annotated[int, Range(ge=1)]
     sync: bool
-    min_instances: Annotated[int, Range(ge=1)]
+    min_instances: Annotated[int, Range(ge=1), OfTheRun(over="actors")]
     inference: Literal["actor", "server"]
     max_batch: Annotated[int, Range(ge=1)]
     max_wait_ms: Annotated[float, Range(ge=0)]
@@ -55,7 +56,7 @@ class RayPool:
     compress: Compression
     weights_dtype: Literal["float32", "bfloat16"]
     max_weight_age_updates: Annotated[int, Range(ge=1)] | None
-    max_in_flight_bytes: Annotated[int, Range(ge=1)]
+    max_in_flight_bytes: Annotated[int, Range(ge=1), OfTheRun()]
     ingest_threads: Annotated[int, Range(ge=1)]
     start_at_once: Annotated[int, Range(ge=1)]
     start_timeout_s: Annotated[float, Range(gt=0)]
@@ -63,6 +64,21 @@ class RayPool:
     resource_timeout_s: Annotated[float, Range(gt=0)]
     grace_s: Annotated[float, Range(gt=0)]
     restarts: Restarts
+
+    @staticmethod
+    def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
+        """Weights that can never be as new as asked for."""
+        return age_problems(settings)
+
+    def round_problems(self, *, on_policy: bool) -> Sequence[Problem]:
+        """An on-policy agent acts in rounds, with its newest weights as they are."""
+        if on_policy:
+            accepted = {"sync": True, "inference": "actor", "weights_dtype": "float32"}
+            return newest_only({name: getattr(self, name) for name in accepted}, accepted)
+        if not self.sync:
+            return []
+        says = "is for on-policy agents, which learn in rounds; this one does not, set it to false"
+        return [Problem(path="acting.sync", given="true", says=says)]
 
     def open(self, context: RunContext) -> OpenRayPool:
         """Joins the cluster and starts the actors; raises ConfigError for what it cannot have."""
@@ -235,7 +251,8 @@ def _actor_arguments(plan: Plan, compression: Compression) -> Arguments:
 
 def _env_arguments(plan: Plan) -> Arguments:
     """(index, chain) -> the keywords of `RemoteEnv`."""
-    packed, needs_jax = pickled(plan.family), getattr(plan.family, "needs_jax", True)
+    packed, family = pickled(plan.family), plan.family
+    needs_jax = family.needs_jax if isinstance(family, ThinFamily) else True
     return lambda index, chain: {
         "family": packed,
         "seeds": plan.seeds(index, chain),

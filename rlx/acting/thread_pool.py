@@ -8,16 +8,17 @@ environments step while the device acts for the other.
 from __future__ import annotations
 
 import queue
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from rlx.acting.acting_thread import ActingThread, Arrived, Orders, Threads
 from rlx.acting.actor import Actor
-from rlx.acting.plan import Plan, make_plan
-from rlx.interfaces import Device, RunContext
-from rlx.problems import refuse
-from rlx.types import Range, Rollout, Weights
+from rlx.acting.plan import Plan, age_problems, make_plan, newest_only
+from rlx.interfaces import CheckedFamily, Device, RunContext
+from rlx.problems import Problem, refuse
+from rlx.types import OfTheRun, Range, Rollout, Weights
 
 GROUPS = 2  # of lanes, of each thread
 
@@ -28,7 +29,7 @@ class ThreadPool:
 
     instances: Annotated[int, Range(ge=1)]
     envs_per_actor: Annotated[int, Range(ge=2)]
-    env_steps_per_request: Annotated[int, Range(ge=1)]
+    env_steps_per_request: Annotated[int, Range(ge=1), OfTheRun(over="lanes")]
     requests_per_actor: Annotated[int, Range(ge=1)]
     device: Device
     realtime: bool
@@ -41,13 +42,23 @@ class ThreadPool:
         """Requests that may wait for the loop, of each thread."""
         return self.max_pending if self.realtime else self.requests_per_actor
 
+    @staticmethod
+    def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
+        """Weights that can never be as new as asked for."""
+        return age_problems(settings)
+
+    def round_problems(self, *, on_policy: bool) -> Sequence[Problem]:
+        """An on-policy agent's environments wait for its newest weights."""
+        return newest_only({"realtime": self.realtime}, {"realtime": False}) if on_policy else []
+
     def open(self, context: RunContext) -> OpenThreadPool:
         """Starts the threads; raises ConfigError for lanes that do not fit two groups."""
         if self.envs_per_actor % GROUPS:
             says = f"each thread acts for {GROUPS} groups of lanes in turn; give an even number"
             raise refuse("acting.envs_per_actor", says, given=str(self.envs_per_actor))
-        find = getattr(context.family, "problems", None)  # no part of every family
-        if problems := find(lanes=self.envs_per_actor // GROUPS) if find else []:
+        family, lanes = context.family, self.envs_per_actor // GROUPS
+        problems = family.problems(lanes=lanes) if isinstance(family, CheckedFamily) else ()
+        if problems:
             raise refuse("env", f"{problems[0]}; each group has half of acting.envs_per_actor")
         return OpenThreadPool(self, context)
 

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlx.config.hints import choices, describe, is_class, matches, split, wrong
 from rlx.config.targets import fits, full_name, lacks, load, resolve
+from rlx.interfaces import Checked
 from rlx.problems import ConfigError, Problem, Sources, did_you_mean, refuse, show
 from rlx.types import FromRun, Range
 
@@ -143,7 +144,7 @@ class Call:
     def problems(self) -> list[Problem]:
         """What the class itself says of its settings, where it needs nothing from the run."""
         inner = [p for call in _calls(self.settings) for p in call.problems()]
-        if inner or not hasattr(self.cls, "problems") or self._needs_run():
+        if inner or not isinstance(self.cls, Checked) or self._needs_run():
             return inner
         try:
             texts = self.make({}).problems()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlx.envs.actions import Start
+from rlx.interfaces import Outward
 from rlx.types import Array, ArraySpec, BoxSpec, DiscreteSpec, EnvSpec
 
 # float64 and int64 leaves become 32-bit: the replay and JAX's default hold no more, and doubling
@@ -81,7 +82,7 @@ def outside(sources: Sequence[Source], leaves: Sequence[Leaf], action_start: Sta
 
 def outside_of(family: Any, spec: EnvSpec) -> Outside:
     """A family's own account of it; for one that gives none, as rlx sees the environment."""
-    if hasattr(family, "outside"):
+    if isinstance(family, Outward):
         told: Outside = family.outside()
         return told
     sources = [

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rlx.evaluation import tiles
-from rlx.interfaces import Agent
+from rlx.interfaces import Agent, ValuesActions
 from rlx.problems import ConfigError, refuse
 from rlx.types import Array, Carry, NetInput, Timestep
 
@@ -190,7 +190,7 @@ class WithValues:
 
 def with_values(agent: Agent) -> Any:
     """The same, for acting alone; an agent that has no values of actions as it is."""
-    return WithValues(agent=agent) if hasattr(agent, "values") else agent
+    return WithValues(agent=agent) if isinstance(agent, ValuesActions) else agent
 
 
 def _imageio() -> Any:

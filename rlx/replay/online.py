@@ -10,10 +10,22 @@ from typing import Annotated, Any, final
 import numpy as np
 
 from rlx.interfaces import Ring
+from rlx.replay.agreement import queue_clashes
 from rlx.replay.held import HeldRing, Shape
 from rlx.replay.ring.block_spec import BlockSpec
 from rlx.replay.ring.storage import Storing
-from rlx.types import Batch, Blocks, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
+from rlx.types import (
+    Batch,
+    Blocks,
+    Carry,
+    OfTheRun,
+    Range,
+    Rollout,
+    Row,
+    Runtime,
+    Sample,
+    SequenceSpec,
+)
 
 
 @final
@@ -24,15 +36,16 @@ class Online:
     """
 
     trains_once = True
+    clashes = staticmethod(queue_clashes)
     ratio = None  # the queue itself keeps both sides in step
     min_env_steps = 0
 
     def __init__(
         self,
         *,
-        capacity: Annotated[int, Range(ge=1)],
-        min_sequences: Annotated[int, Range(ge=1)],
-        max_delay: Annotated[int, Range(ge=1)],
+        capacity: Annotated[int, Range(ge=1), OfTheRun()],
+        min_sequences: Annotated[int, Range(ge=1), OfTheRun()],
+        max_delay: Annotated[int, Range(ge=1), OfTheRun()],
         gather_threads: Annotated[int, Range(ge=1)],
         record: str | None,
         sequence: Runtime[SequenceSpec],

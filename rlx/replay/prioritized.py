@@ -15,12 +15,24 @@ from typing import Annotated, Any, Literal, final
 import numpy as np
 
 from rlx.interfaces import InitialPriorities, Ring
+from rlx.replay.agreement import ring_clashes
 from rlx.replay.held import HeldRing, Shape, storings_of
 from rlx.replay.ring.block_spec import BlockSpec
 from rlx.replay.ring.checks import NOT_VALID, check_priorities
 from rlx.replay.ring.drawing import Draw
 from rlx.replay.ring.storage import Storing
-from rlx.types import Batch, Blocks, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
+from rlx.types import (
+    Batch,
+    Blocks,
+    Carry,
+    OfTheRun,
+    Range,
+    Rollout,
+    Row,
+    Runtime,
+    Sample,
+    SequenceSpec,
+)
 
 
 def sequence_priority(rows: np.ndarray, eta: float) -> np.ndarray:
@@ -44,19 +56,21 @@ def importance_of(scaled_probability: np.ndarray, exponent: float, least: float)
 class Prioritized:
     """Draws sequences in proportion to (priority + epsilon)^priority_exponent."""
 
+    clashes = staticmethod(ring_clashes)
+
     def __init__(
         self,
         *,
-        capacity: Annotated[int, Range(ge=1)],
+        capacity: Annotated[int, Range(ge=1), OfTheRun()],
         ratio: Annotated[float, Range(gt=0)] | None,
-        min_sequences: Annotated[int, Range(ge=1)],
-        min_env_steps: Annotated[int, Range(ge=0)],
+        min_sequences: Annotated[int, Range(ge=1), OfTheRun()],
+        min_env_steps: Annotated[int, Range(ge=0), OfTheRun()],
         priority_exponent: Annotated[float, Range(ge=0)],
         priority_eta: Annotated[float, Range(ge=0, le=1)],
         priority_epsilon: Annotated[float, Range(gt=0)],
         importance_exponent: Annotated[float, Range(ge=0)],
         importance_exponent_final: Annotated[float, Range(ge=0)] | None,
-        anneal_env_steps: Annotated[int, Range(ge=1)] | None,
+        anneal_env_steps: Annotated[int, Range(ge=1), OfTheRun()] | None,
         importance_scale: Literal["batch", "replay"],
         initial_priority: Literal["acting", "max"],
         stratified: bool,

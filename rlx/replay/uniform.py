@@ -8,24 +8,38 @@ from typing import Annotated, Any, Literal, final
 import numpy as np
 
 from rlx.interfaces import Ring
+from rlx.replay.agreement import ring_clashes
 from rlx.replay.held import HeldRing, Shape, storings_of
 from rlx.replay.ring.block_spec import BlockSpec
 from rlx.replay.ring.drawing import Draw
 from rlx.replay.ring.storage import Storing
-from rlx.types import Batch, Blocks, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
+from rlx.types import (
+    Batch,
+    Blocks,
+    Carry,
+    OfTheRun,
+    Range,
+    Rollout,
+    Row,
+    Runtime,
+    Sample,
+    SequenceSpec,
+)
 
 
 @final
 class Uniform:
     """Draws every startable sequence with the same chance; importance is 1."""
 
+    clashes = staticmethod(ring_clashes)
+
     def __init__(
         self,
         *,
-        capacity: Annotated[int, Range(ge=1)],
+        capacity: Annotated[int, Range(ge=1), OfTheRun()],
         ratio: Annotated[float, Range(gt=0)] | None,
-        min_sequences: Annotated[int, Range(ge=1)],
-        min_env_steps: Annotated[int, Range(ge=0)],
+        min_sequences: Annotated[int, Range(ge=1), OfTheRun()],
+        min_env_steps: Annotated[int, Range(ge=0), OfTheRun()],
         storage: Literal["memory", "mmap", "device"],
         folder: str | None,
         compress: Literal["none", "lz4"],

@@ -22,6 +22,7 @@ from rlx.seeding import spawn_int
 from rlx.types import (
     Array,
     Batch,
+    OfTheRun,
     Params,
     Range,
     Runtime,
@@ -69,7 +70,7 @@ class Learner:
         *,
         processes: Annotated[int, Range(ge=1)],
         group: Group,
-        batch_size: Annotated[int, Range(ge=1)],
+        batch_size: Annotated[int, Range(ge=1), OfTheRun(exactly=True)],
         platform: Literal["cpu", "gpu"] | None,
         devices: Annotated[int, Range(ge=1)] | None,
         memory_fraction: Annotated[float, Range(gt=0, le=1)] | None,

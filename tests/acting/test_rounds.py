@@ -14,7 +14,7 @@ import pytest
 
 import rlx
 from rlx.acting.actor import Actor
-from rlx.acting.local_pool import LocalPool
+from rlx.acting.local_pool import OpenLocalPool
 from rlx.acting.plan import zero_inputs
 from rlx.config import targets
 from rlx.problems import ConfigError
@@ -161,13 +161,13 @@ def test_a_killed_actor_s_part_of_a_round_is_made_again_with_the_same_weights(
 
 def older_weights(patch: pytest.MonkeyPatch) -> None:
     """Acting goes on with the version before the newest."""
-    publish, kept = LocalPool.publish, []
+    publish, kept = OpenLocalPool.publish, []
 
-    def late(pool: LocalPool, weights: Weights, env_steps: int) -> None:
+    def late(pool: OpenLocalPool, weights: Weights, env_steps: int) -> None:
         kept.append(weights)
         publish(pool, kept[max(0, len(kept) - 2)], env_steps)
 
-    patch.setattr(LocalPool, "publish", late)
+    patch.setattr(OpenLocalPool, "publish", late)
 
 
 def a_leaked_row(patch: pytest.MonkeyPatch) -> None:
