@@ -24,11 +24,12 @@ from rlx import trees
 from rlx.acting.local_pool import OpenLocalPool
 from rlx.config.build import plain
 from rlx.envs.envpool import EnvPoolLanes
-from rlx.problems import ConfigError
+from rlx.problems import ConfigError, Problem
 from rlx.replay.files.snapshots import Snapshots
 from rlx.replay.process.client import ReplayLost
 from rlx.runs.folders import read_rows
 from rlx.runs.metrics import Metrics, without_wall_clock
+from rlx.training.agreement import check_agreement
 from rlx.training.assemble import assemble
 from rlx.training.keeper import Keeper
 from rlx.training.learner import Learner
@@ -922,6 +923,23 @@ def test_what_cannot_work_is_said_of_its_setting_before_memory_is_taken(
     with pytest.raises(ConfigError) as caught:
         rlx.run(rlx.compose([*fitting, *override.split()]), tmp_path / "run")
     assert [problem.path for problem in caught.value.problems] == [path]
+
+
+class Fussy:
+    """A class of settings with a rule of its own (interfaces.Agrees)."""
+
+    @staticmethod
+    def clashes(settings: Any) -> list[Problem]:
+        return [Problem(path="exploration", says=f"not with seed {settings['seed']}")]
+
+
+def test_a_part_of_ones_own_has_its_rules_asked_with_all_others(monkeypatch):
+    settings = plain(rlx.compose([*TINY, "replay.ratio=null"]))
+    monkeypatch.setattr("rlx.config.targets._allowed", {"rlx.", "tests."})
+    settings["exploration"] = {"_target_": "tests.test_run.Fussy"}
+    with pytest.raises(ConfigError) as caught:
+        check_agreement(settings)
+    assert [problem.path for problem in caught.value.problems] == ["exploration", "replay.ratio"]
 
 
 def test_a_deterministic_run_asks_xla_for_it_and_for_the_local_pool(monkeypatch, tmp_path):
