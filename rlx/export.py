@@ -154,7 +154,7 @@ def _check(platforms: Sequence[str]) -> None:
 
 
 def _narrowed(dtype: str) -> np.dtype:
-    """As JAX takes it: 64-bit arrays are given as they are and become 32-bit there."""
+    """The dtype as JAX takes it: 64-bit arrays become 32-bit there."""
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
 
 

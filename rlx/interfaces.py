@@ -211,11 +211,11 @@ class Ring(Protocol):
     def block_nbytes(self) -> float: ...
     @property
     def oldest_key(self) -> int:
-        """Of the blocks that are there, or the next one's if none is."""
+        """The number of the oldest stored block; `next_key` if the ring is empty."""
 
     @property
     def next_key(self) -> int:
-        """Of the next block to come."""
+        """The number of the next block to come."""
 
     def blocks_after(self, key: int, most: int) -> tuple[Blocks, int]:
         """Copies of the blocks with later keys, and the key to go on after; for any thread."""

@@ -33,11 +33,11 @@ class Plan:
 
     @property
     def lanes(self) -> int:
-        """Of all actors together."""
+        """The number of lanes of all actors together."""
         return self.instances * self.envs_per_actor
 
     def seeds(self, index: int, chain: int) -> list[int]:
-        """Of one actor's life: each lane has its own."""
+        """The seeds of one actor's life, one for each lane."""
         first = index * self.envs_per_actor
         lanes = range(first, first + self.envs_per_actor)
         return [spawn_int(self.seed, "env", lane, chain) for lane in lanes]

@@ -261,20 +261,20 @@ def _env_arguments(plan: Plan) -> Arguments:
 
 
 def _most_env_steps(plan: Plan, want_env_steps: int, want_blocks: int | None) -> int:
-    """Of a request: it ends with a step of all lanes, or with a block of each of them."""
+    """The most env steps of a request: it ends with a step of all lanes, or a block of each."""
     if want_blocks is not None:
         return want_blocks * plan.envs_per_actor * plan.agent.sequence.block_rows
     return want_env_steps + plan.envs_per_actor - 1
 
 
 def _rollout_bytes(plan: Plan, most_env_steps: int) -> int:
-    """At most: a request may finish a block of every lane, which began before it."""
+    """The most bytes of a rollout: a request may finish one block of each lane."""
     rows = max(most_env_steps, plan.envs_per_actor * plan.agent.sequence.block_rows)
     return rows * row_bytes(plan.agent)
 
 
 def row_bytes(agent: Agent) -> int:
-    """Of one env step on the wire, uncompressed."""
+    """The bytes of one env step on the wire, uncompressed."""
     row = trees.flatten(row_spec(agent.spec, agent.acting_spec)).values()
     carry = trees.flatten(carry_spec(agent)).values()
     sizes = [int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in row]

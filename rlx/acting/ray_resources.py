@@ -106,7 +106,7 @@ class Room:
 
 
 def check_store(max_in_flight_bytes: int, address: str | None) -> None:
-    """That an own cluster's object store, of twice these bytes, fits in memory."""
+    """Refuses an own cluster whose object store, of twice these bytes, does not fit in memory."""
     most = available_bytes() // 2
     if is_own(address) and max_in_flight_bytes > most:
         says = f"Ray's object store takes twice as much; at most {most} bytes fit here"

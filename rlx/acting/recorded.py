@@ -19,7 +19,7 @@ class Recorded:
         self._nothing = nothing
 
     def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
-        """So many env steps have been played."""
+        """A rollout that says how many env steps of the record were played."""
         return [self._nothing]
 
     def publish(self, weights: Weights, env_steps: int) -> None:

@@ -132,7 +132,7 @@ def batch_inputs(batch: Batch) -> NetInput:
 
 
 def transform_inputs(inputs: NetInput, reward: str) -> NetInput:
-    """With the agent's transform of rewards on the previous ones, too."""
+    """The inputs with the agent's transform of rewards on the previous rewards."""
     return replace(inputs, prev_reward=ops.transform_reward(inputs.prev_reward, reward, jnp))
 
 

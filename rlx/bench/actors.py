@@ -108,7 +108,7 @@ class Rooflines:
 
 
 def make_rooflines(agent: Any, family: Any, *, instances: int) -> Rooflines:
-    """So many, each with the lanes of an actor of `make_pool`, all ready."""
+    """Makes that many rooflines, all ready, each with the lanes of an actor of `make_pool`."""
     return Rooflines(
         Plan(
             family=family,
@@ -198,7 +198,7 @@ def _scaling(setup: measuring.Setup, agent: Any, family: Any, prefix: str) -> li
 
 
 def _latency(setup: measuring.Setup, agent: Any, family: Any, prefix: str) -> list[dict[str, Any]]:
-    """From publishing to acting, with requests of one env step a lane and no queue of them."""
+    """The time from publishing to acting, with requests of one env step a lane and no queue."""
     lanes = measuring.settings("acting", "ray_pool")["envs_per_actor"]
     changes = {"env_steps_per_request": lanes, "requests_per_actor": 1, "instances": ACTORS}
     pool = make_pool(setup, agent, family, **changes)

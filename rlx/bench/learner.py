@@ -109,7 +109,7 @@ class Compiled:
 
 
 class LoopPath:
-    """As the loop does it: fresh host batches, TD errors one update late, publishing."""
+    """Updates as the loop makes them: fresh host batches, late priorities, publishing."""
 
     def __init__(self, agent: Agent, size: int) -> None:
         own = measuring.settings("learner", "default") | {"batch_size": size}

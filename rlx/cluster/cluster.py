@@ -62,7 +62,7 @@ def is_own(address: str | None) -> bool:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -104,7 +104,7 @@ def _sigterm_not_inherited() -> Iterator[None]:
 
 @contextmanager
 def _workers_not_nice() -> Iterator[None]:
-    """Beside a learner that never waits, a nice process needs long to start (see RemoteActor)."""
+    """Starts worker processes at full priority: nice ones start slowly beside a busy learner."""
     if NICENESS in os.environ:
         yield
         return
@@ -128,7 +128,7 @@ def _join(address: str, setting: str) -> None:
 
 
 def _check_reachable(address: str, setting: str) -> None:
-    """That something listens at host:port, before Ray tries for minutes."""
+    """Refuses an address where nothing listens, as Ray would try it for minutes."""
     if address == "auto":
         return
     host, colon, port = address.rpartition(":")
@@ -142,7 +142,7 @@ def _check_reachable(address: str, setting: str) -> None:
 
 
 def _refused(address: str, setting: str, error: Exception) -> ConfigError:
-    """Such as another version of Ray or Python, or a token that is missing."""
+    """The refusal of a cluster that Ray cannot join (another version, a missing token)."""
     line = _one_line(error)
     says = f"the cluster there refused this program: {line}"
     if "ersion" in line:

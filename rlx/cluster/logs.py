@@ -21,7 +21,7 @@ READ_S = 5.0  # for another machine to answer
 
 
 def last_lines(path: str) -> str:
-    """Of a log file on this machine; '' if it can't be read."""
+    """The last lines of a log file on this machine; '' if it can't be read."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - LINES_BYTES))
@@ -33,7 +33,7 @@ def last_lines(path: str) -> str:
 
 
 def last_lines_of(where: Whereabouts | None) -> str:
-    """Of an actor's log; its node reads it if that is another machine and still there."""
+    """The last lines of an actor's log, which its node reads if it is another machine."""
     if where is None or not where.log:
         return ""
     if where.host == socket.gethostname():

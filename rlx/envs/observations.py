@@ -52,7 +52,7 @@ class Leaf:
 
     @property
     def spec(self) -> ArraySpec:
-        """Without the lane axis."""
+        """The spec of one lane's leaf."""
         shape = self.source.shape if self.components is None else (len(self.components),)
         return ArraySpec(shape=shape, dtype=NARROWED.get(self.source.dtype, self.source.dtype))
 
@@ -74,7 +74,7 @@ class Outside:
 
 
 def outside(sources: Sequence[Source], leaves: Sequence[Leaf], action_start: Start) -> Outside:
-    """Of all sources and those selected."""
+    """What the environment gives, of all sources and those selected."""
     read = {leaf.source.name for leaf in leaves}
     ignored = tuple(source.name for source in sources if source.name not in read)
     return Outside(leaves=tuple(leaves), ignored=ignored, action_start=action_start)

@@ -106,7 +106,7 @@ def read_observation(outside: Outside, given: Any) -> tuple[dict[str, np.ndarray
 
 
 def accepted_dtypes(leaf: Leaf) -> list[str]:
-    """As the environment has it, as rlx stores it, and the 64 bits of which rlx makes that."""
+    """The dtypes that a leaf may have: the environment's, rlx's, and 64 bits that rlx narrows."""
     wide = [name for name, stored in NARROWED.items() if stored == leaf.spec.dtype]
     return sorted({leaf.source.dtype, leaf.spec.dtype, *wide})
 
@@ -188,7 +188,7 @@ class Player:
         epsilon: float | None = None,
         seed: int | None = None,
     ) -> tuple[Any, State]:
-        """As `rlx.api.Loaded.act` says."""
+        """Chooses actions as `rlx.api.Loaded.act` says."""
         arrays, lanes = read_observation(self._outside, observation)
         n = 1 if lanes is None else lanes
         exploration = self._exploration(greedy, epsilon)
@@ -210,7 +210,7 @@ class Player:
         return self._told(np.asarray(action), lanes), after
 
     def _told(self, action: np.ndarray, lanes: int | None) -> Any:
-        """Of one unbatched environment an int, or the array of one action."""
+        """The action as the caller gets it: an int or one array where nothing was batched."""
         if lanes is not None:
             return action
         return int(action[0]) if isinstance(self._agent.spec.action, DiscreteSpec) else action[0]

@@ -53,7 +53,7 @@ def _name(flag: str) -> str:
 
 
 def prepare(settings: Mapping[str, Any] | None = None) -> None:
-    """Before JAX is used in a process that learns or evaluates; later it changes nothing.
+    """Sets XLA up; call it before JAX is used, as it changes nothing later.
 
     settings: a run's, with learner.memory_fraction (of a GPU's memory) and deterministic.
     """

@@ -116,7 +116,7 @@ class Dataset:
 
     @property
     def env_steps(self) -> int:
-        """Of the record, played so far."""
+        """Env steps of the record that were played so far."""
         return self._played_env_steps
 
     def add(self, rollout: Rollout) -> None:

@@ -37,6 +37,6 @@ def game(env_id: str) -> str | None:
 
 
 def human_normalized(name: str, score: Any) -> Any:
-    """Of one score or an array of them; 0: as random play, 1: as the human tester."""
+    """One score, or an array of them, where random play is 0 and the human tester is 1."""
     known = scores()[name]
     return (score - known["random"]) / (known["human"] - known["random"])

@@ -88,7 +88,7 @@ class RowsFile:
         self.names: dict[str, None] = {}  # of metrics that some row has a number of, in order
 
     def keep(self, names: Sequence[str]) -> None:
-        """From now on these columns, too."""
+        """Keeps these columns, too, from now on."""
         new = [name for name in names if name not in self.columns]
         if new:
             self._names += new
@@ -196,7 +196,7 @@ class Run:
         return self._about | {key: self._rows.curve(of, SMALL) for key, of in curves.items()}
 
     def full(self, metrics: Sequence[str]) -> JSON:
-        """With the names of all metrics, and the curves of these; unknown ones are left out."""
+        """The run with the names of all metrics and the curves of these that it has."""
         names = list(dict.fromkeys([TRAIN, EVALUATION, *self._rows.names]))
         known = [name for name in metrics if name in names]
         self._rows.keep(known)
@@ -226,7 +226,7 @@ def _named(settings: Mapping[str, Any], group: str, key: str) -> str:
 
 
 def thin(pairs: Sequence[tuple[float, float]], points: int) -> Curve:
-    """At most so many points: the mean of each stretch of neighbours; the last one as it is."""
+    """A curve of at most so many points: means of neighbours; the last point stays as it is."""
     if len(pairs) <= points:
         return [[x for x, _ in pairs], [y for _, y in pairs]]
     count, body = points - 1, pairs[:-1]

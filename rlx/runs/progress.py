@@ -133,7 +133,7 @@ class Progress:
 
 
 def _raise_again() -> NoReturn:
-    """In place of rich's own answer to a broken pipe, which ends the process."""
+    """Raises a broken pipe's error again; rich itself would end the process."""
     raise  # the BrokenPipeError that is being handled
 
 

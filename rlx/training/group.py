@@ -157,7 +157,7 @@ def _newest(output_dir: Path) -> str | None:
 
 @contextmanager
 def _failing_is_told(output_dir: Path) -> Iterator[None]:
-    """In status.json, which a process that was killed has left as it was."""
+    """Writes a failure into status.json, which a killed process has left as it was."""
     try:
         yield
     except ConfigError:
@@ -284,7 +284,7 @@ class Life:
         return answers
 
     def _answer(self, reference: Any) -> Any:
-        """Of a call that has ended; raises the ConfigError or RunFailed of a process, or Lost."""
+        """A call's answer; raises the ConfigError or RunFailed of a process, or Lost."""
         try:
             return ray.get(reference)
         except ray_errors.RayTaskError as error:
@@ -303,7 +303,7 @@ class Life:
             raise Lost(f"a learner process was lost ({_first_line(error)})") from error
 
     def _as_of_one(self, error: ConfigError) -> ConfigError:
-        """Its numbers are those of a share."""
+        """The refusal, with a note that its numbers are those of one process's share."""
         of = f" (in one of {self._count} learner processes, for its share)"
         return ConfigError([replace(problem, says=problem.says + of) for problem in error.problems])
 

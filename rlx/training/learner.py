@@ -126,7 +126,7 @@ class Learner:
 
     @property
     def devices(self) -> tuple[jax.Device, ...]:
-        """That share a batch, in this order."""
+        """The devices that share a batch, in this order."""
         return tuple(self._devices)
 
     def update(self, batch: Batch, largest_importance: float | None = None) -> UpdateOutput:

@@ -57,7 +57,7 @@ def restore_learner(
 
 
 def _own_part(folder: Path, restored: Restored, with_replay: bool) -> Restored:
-    """With what this process had saved of its own, if it was there then."""
+    """The checkpoint with this process's own part, if the process was there then."""
     checkpoints = Checkpointer(folder, None)
     path = checkpoints.folder / restored.path.name
     try:  # the training state is one

@@ -92,7 +92,7 @@ def log_file(run: Path, rank: int) -> Path:
 
 
 def share_seed(seed: int, peers: Peers) -> int:
-    """Of a process's environments, exploration and draws; the first has the run's own."""
+    """The seed of a process's environments, exploration and draws; the first has the run's own."""
     return seed if peers.rank == 0 else spawn_int(seed, "learner process", peers.rank)
 
 

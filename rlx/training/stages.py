@@ -217,7 +217,7 @@ class Stages:
             self.stop.set()
 
     def _largest_importance(self, sample: Sample) -> float | None:
-        """Of this process's share of the batch, as drawn from the shares of all; None if alone."""
+        """The largest importance of this process's share of the batch; None if it is alone."""
         everyone, peers = [news.startable for news in self.news], self.parts.peers
         if peers.count == 1:
             return None
