@@ -28,7 +28,7 @@ from rlx.problems import ConfigError, RunFailed
 from rlx.runs.folders import read_rows
 from rlx.training.assemble import assemble
 from rlx.training.keeper import Keeper
-from rlx.training.learner import Learner
+from rlx.training.learner import OpenLearner
 from rlx.training.loop import train as train_loop
 from rlx.training.parts import Alone, Parts
 from rlx.training.shares import share_exploration, share_of, share_seed
@@ -148,7 +148,7 @@ def test_lanes_of_all_processes_explore_as_those_of_one():
 # --- updates -------------------------------------------------------------------------------------
 
 
-def update(subject: Learner, batches: list[tuple[Batch, float | None]]) -> list[np.ndarray]:
+def update(subject: OpenLearner, batches: list[tuple[Batch, float | None]]) -> list[np.ndarray]:
     """Parameters, targets, optimiser and the last TD errors."""
     for batch, largest in batches:
         output = subject.update(subject.put(batch), largest)
