@@ -195,12 +195,12 @@ class Loaded:
         """
         key = str(which)
         if key not in self._players:
-            from rlx.envs.observations import outside_of
+            from rlx.envs.observations import raw_spaces_of
             from rlx.evaluation.player import Player
 
-            outside = outside_of(self.family, self.agent.spec)
+            raw_spaces = raw_spaces_of(self.family, self.agent.spec)
             self._players[key] = Player(
-                agent=self.agent, outside=outside, params=self.params(which)
+                agent=self.agent, raw_spaces=raw_spaces, params=self.params(which)
             )
         return self._players[key].act(
             observation,

@@ -77,7 +77,7 @@ class EpisodeCounter:
         return ended
 
 
-class Stream:
+class LaneTracker:
     """The lanes of one environment: which wait for an action, whose episode ended, the scores.
 
     It makes the stream of `rlx.types.Timestep`: the answer after an ended one is `first`. It is

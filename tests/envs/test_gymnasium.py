@@ -256,7 +256,7 @@ def test_a_bound_is_that_of_the_environments_own_dtype():
 def test_several_choices_at_once_have_counts_and_starts(vector):
     choices = family("tests.worlds:rlx-test/Choices-v0", vector=vector)
     assert choices.spec().action == MultiDiscreteSpec(counts=(4, 2))
-    assert choices.outside().action_start == (3, 0)
+    assert choices.raw_spaces().action_start == (3, 0)
     env = choices.make(lanes=2, seeds=[1, 2])
     shown = env.reset().observation["observation"]
     lane = np.array([1, 0], np.int32)
