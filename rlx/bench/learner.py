@@ -134,13 +134,13 @@ class LoopPath:
     def settle(self) -> None:
         while self._waiting:
             keys, output = self._waiting.pop()
-            self.heed(keys, np.asarray(self._learner.priorities(output)))
+            self.update_priorities(keys, np.asarray(self._learner.priorities(output)))
 
     def draw(self) -> tuple[np.ndarray, Batch]:
         """The same batch always."""
         return self._keys, self._batch
 
-    def heed(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         """Nobody needs the TD errors."""
 
     def close(self) -> None:
@@ -158,7 +158,7 @@ class FromReplay(LoopPath):
         sample = self._replay.sample(self._size)
         return sample.keys, sample.batch
 
-    def heed(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         self._replay.update_priorities(keys, priorities)
 
     def close(self) -> None:

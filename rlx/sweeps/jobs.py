@@ -57,7 +57,7 @@ class Outcome:
     error: str | None  # in one line
 
     @property
-    def is_well(self) -> bool:
+    def succeeded(self) -> bool:
         """Not of a run that was interrupted: it has not come to its end."""
         return self.state in ("finished", "pruned")
 
@@ -137,7 +137,7 @@ def run_jobs(
                         _book(one, status, outcomes)
                         record(jobs, outcomes)
                     else:
-                        _heed(one, watch, grace_s)
+                        _ask_or_kill(one, watch, grace_s)
                 sleep(POLL_S)
         except BaseException:
             _end([one.process for one in live.values()], grace_s)
@@ -149,7 +149,7 @@ def run_jobs(
     return [outcomes[job.number] for job in jobs]
 
 
-def _heed(one: _Live, watch: Watch, grace_s: float) -> None:
+def _ask_or_kill(one: _Live, watch: Watch, grace_s: float) -> None:
     """Asks a job to end early if the watch says so, and kills it if it does not."""
     if one.asked is None and watch(one.job):
         one.process.stop()

@@ -283,7 +283,7 @@ def _of_job(problem: Problem, number: int) -> Problem:
 
 def tell_again(job: Job, found: Outcome) -> None:
     """Says a job's name and what came of it, if it did not come to its end."""
-    if not found.is_well:
+    if not found.succeeded:
         say(f"{job.label} {found.state}: {found.error or 'skip_done=true goes on with it'}")
 
 
@@ -298,7 +298,7 @@ def _sum_up(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> None:
 
 def _as_return(one: Outcome, job: Job, cfg: DictConfig) -> JobReturn:
     """For Hydra's sweepers: the run's summary, or an exception for who asks for it."""
-    failed = not one.is_well
+    failed = not one.succeeded
     value: Any = JobFailed(f"rlx: {job.label}: {one.error or one.state}")
     if not failed:
         value = {**one.summary, "state": one.state}
