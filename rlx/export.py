@@ -173,8 +173,8 @@ def _limits(action: ActionSpec, start: Start) -> JSON:
 
 
 def _nested(bounds: Sequence[float], shape: tuple[int, ...]) -> Any:
-    told = [bound if math.isfinite(bound) else None for bound in bounds]
-    return np.asarray(told, object).reshape(shape).tolist()
+    finite = [bound if math.isfinite(bound) else None for bound in bounds]
+    return np.asarray(finite, object).reshape(shape).tolist()
 
 
 def _described(tree: Any) -> JSON:

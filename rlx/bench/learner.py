@@ -84,13 +84,13 @@ def bench_learner(
     found = measuring.rows(rates, prefix=prefix, unit="updates/s", roofline="compiled update")
     trained = size * agent.sequence.unroll
     rows = [row | {"value": row["value"] * trained, "unit": "trained rows/s"} for row in found]
-    told = [
+    details = [
         {"name": f"{prefix}/one product", "value": max(flop_rates) / 1e9, "unit": "GFLOP/s"},
         {"name": f"{prefix}/update", "value": update.flops / 1e9, "unit": "GFLOP"},
     ]
     if profile:
-        told += [row | {"name": f"{prefix}/{row['name']}"} for row in _profiled(update, prefix)]
-    return [*found, *rows, *({**row, "ratio": row.get("ratio")} for row in told)]
+        details += [row | {"name": f"{prefix}/{row['name']}"} for row in _profiled(update, prefix)]
+    return [*found, *rows, *({**row, "ratio": row.get("ratio")} for row in details)]
 
 
 class Compiled:

@@ -316,8 +316,8 @@ def _action_spec(env_id: str, space: Any) -> tuple[ActionSpec, Start]:
     if isinstance(space, spaces.Box) and space.dtype.kind == "f":
         low, high = space.low.ravel().tolist(), space.high.ravel().tolist()
         return BoxSpec(shape=tuple(space.shape), low=tuple(low), high=tuple(high)), 0
-    told = " ".join(str(space).split())  # arrays print over several lines
+    found = " ".join(str(space).split())  # arrays print over several lines
     raise ValueError(
-        f"env.id={env_id!r} takes {told}; accepted: Discrete, MultiDiscrete and MultiBinary of "
+        f"env.id={env_id!r} takes {found}; accepted: Discrete, MultiDiscrete and MultiBinary of "
         "one axis, and Box of floats"
     )

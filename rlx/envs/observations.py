@@ -82,8 +82,8 @@ def raw_spaces(sources: Sequence[Source], leaves: Sequence[Leaf], action_start: 
 def raw_spaces_of(family: Any, spec: EnvSpec) -> RawSpaces:
     """A family's own account of it; for one that gives none, as rlx sees the environment."""
     if hasattr(family, "raw_spaces"):
-        told: RawSpaces = family.raw_spaces()
-        return told
+        own: RawSpaces = family.raw_spaces()
+        return own
     sources = [
         Source(name=name, path=(), shape=leaf.shape, dtype=leaf.dtype)
         for name, leaf in sorted(spec.observation.items())
@@ -182,10 +182,10 @@ def _check_scale(leaves: Sequence[Leaf], scale: Sequence[float]) -> None:
     found = {leaf.source.name: leaf.spec for leaf in leaves}
     fits = [spec.shape == (len(scale),) and spec.dtype == "float32" for spec in found.values()]
     if fits != [True]:
-        told = {name: f"{spec.dtype}{list(spec.shape)}" for name, spec in found.items()}
+        described = {name: f"{spec.dtype}{list(spec.shape)}" for name, spec in found.items()}
         raise ValueError(
             f"env.scale={list(scale)} needs one selected float leaf of {len(scale)} elements, "
-            f"got {told}"
+            f"got {described}"
         )
 
 

@@ -96,14 +96,16 @@ def read_observation(raw_spaces: RawSpaces, given: Any) -> tuple[dict[str, np.nd
         shaped = array.shape[array.ndim - fits :] == leaf.source.shape and array.ndim <= fits + 1
         if not shaped or array.dtype.name not in accepted_dtypes(leaf) or 0 in array.shape[:1]:
             raise ValueError(
-                f"observation{_at(raw_spaces, name)} is {describe(array)}; {_told(leaf)}"
+                f"observation{_at(raw_spaces, name)} is {describe(array)}; {_accepted(leaf)}"
             )
         lanes.add(len(array) if array.ndim > fits else None)
         array = array.astype(leaf.spec.dtype, copy=False)
         arrays[name] = array if array.ndim > fits else array[None]
     if len(lanes) > 1:
-        told = ", ".join(f"{name} {describe(np.asarray(flat[name]))}" for name in arrays)
-        raise ValueError(f"observation has {told}; give all leaves of one lane, or all of N lanes")
+        described = ", ".join(f"{name} {describe(np.asarray(flat[name]))}" for name in arrays)
+        raise ValueError(
+            f"observation has {described}; give all leaves of one lane, or all of N lanes"
+        )
     return arrays, lanes.pop()
 
 
@@ -119,8 +121,8 @@ def _by_name(raw_spaces: RawSpaces, given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         if len(names) == 1 and not raw_spaces.ignored:
             return {names[0]: given}
-        told = describe(given)
-        raise ValueError(f"observation is {told}; give a dict of {', '.join(names)}")
+        described = describe(given)
+        raise ValueError(f"observation is {described}; give a dict of {', '.join(names)}")
     flat = _flat(given)
     missing = [name for name in names if name not in flat]
     unknown = [name for name in flat if name not in names and name not in raw_spaces.ignored]
@@ -148,7 +150,7 @@ def _at(raw_spaces: RawSpaces, name: str) -> str:
     return "" if len(raw_spaces.leaves) == 1 else f" {name!r}"
 
 
-def _told(leaf: Leaf) -> str:
+def _accepted(leaf: Leaf) -> str:
     shape = ", ".join(map(str, leaf.source.shape))
     batch = ", ".join(map(str, ("N", *leaf.source.shape)))
     dtype = leaf.source.dtype
@@ -209,9 +211,9 @@ class Player:
                 self._params, arrays, rewards, firsts, state.leaves, state.key, each
             )
         after = State(leaves=leaves, key=key, lanes=lanes, player=self)
-        return self._told(np.asarray(action), lanes), after
+        return self._outward(np.asarray(action), lanes), after
 
-    def _told(self, action: np.ndarray, lanes: int | None) -> Any:
+    def _outward(self, action: np.ndarray, lanes: int | None) -> Any:
         """Of one unbatched environment an int, or the array of one action."""
         if lanes is not None:
             return action

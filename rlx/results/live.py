@@ -169,17 +169,17 @@ class LiveRun:
         status, settings = self._folder.status, self._folder.settings
         state, note = self._folder.state()
         row = self._rows.last
-        told = self._folder.summary | status | row  # the later, the newer
+        newest = self._folder.summary | status | row  # the later, the newer
         evaluation = self._rows.newest(EVALUATION)
         if evaluation is None:
-            evaluation = number(told.get("evaluation_return"))
+            evaluation = number(newest.get("evaluation_return"))
         self._about = {
             "name": self._name,
             "state": state,
             "note": note,
             "age_s": age_s(status),
             "total_env_steps": number(settings.get("total_env_steps")),
-            **{name: number(told.get(name)) for name in ("env_steps", "updates", "wall_s")},
+            **{name: number(newest.get(name)) for name in ("env_steps", "updates", "wall_s")},
             **{short: number(row.get(name)) for short, name in ROW_NAMES.items()},
             "evaluation_return": evaluation,
             "left_s": self._left_s(settings) if state == "running" else None,

@@ -167,9 +167,9 @@ class Sweep:
     ) -> None:
         for job, _ in composed:
             if job.number in refused:
-                told = "; ".join(map(str, refused[job.number]))
-                self._outcomes[job.number] = Outcome(state="not started", summary={}, error=told)
-                say(f"{job.label} is refused: {told}")
+                reasons = "; ".join(map(str, refused[job.number]))
+                self._outcomes[job.number] = Outcome(state="not started", summary={}, error=reasons)
+                say(f"{job.label} is refused: {reasons}")
 
     def _before(
         self, folder: Path, cfg: DictConfig, skip_done: bool, also: Sequence[str]
@@ -292,8 +292,8 @@ def _sum_up(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> None:
     counts: dict[str, int] = {}
     for one in outcomes:
         counts[one.state] = counts.get(one.state, 0) + 1
-    told = ", ".join(f"{count} {state}" for state, count in counts.items())
-    say(f"{len(jobs)} jobs: {told}; {jobs[0].sweep / RUNS_FILE}")
+    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    say(f"{len(jobs)} jobs: {states}; {jobs[0].sweep / RUNS_FILE}")
 
 
 def _as_return(one: Outcome, job: Job, cfg: DictConfig) -> JobReturn:

@@ -245,10 +245,10 @@ class Life:
 
     def watch(self, stop: threading.Event, console: Console) -> dict[str, Any]:
         """Waits for the end of all; raises what one raised, or ProcessLost."""
-        waiting, told = list(self._runs), False
+        waiting, stop_sent = list(self._runs), False
         while waiting:
-            if stop.is_set() and not told:
-                told = True
+            if stop.is_set() and not stop_sent:
+                stop_sent = True
                 for process in self._processes:
                     process.stop.remote()
             done, waiting = ray.wait(waiting, num_returns=1, timeout=WATCH_S)

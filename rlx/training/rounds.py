@@ -66,8 +66,8 @@ def _acting_problems(settings: Settings) -> list[Problem]:
     accepted = {"sync": True, "inference": "actor", "weights_dtype": "float32", "realtime": False}
     for name, value in accepted.items():
         if acting.get(name, value) != value:
-            told = str(value).lower()
-            says = f"an on-policy agent acts with its newest weights only; set it to {told}"
+            wanted = str(value).lower()
+            says = f"an on-policy agent acts with its newest weights only; set it to {wanted}"
             given = str(acting[name]).lower()
             wrong.append(Problem(path=f"acting.{name}", given=given, says=says))
     return wrong
