@@ -71,7 +71,7 @@ def play(agent: R2D2, weights: Weights, **changes: Any) -> list[Episode]:
 
 
 def returns(episodes: Sequence[Episode]) -> list[float]:
-    return [episode.ret for episode in episodes]
+    return [episode.return_ for episode in episodes]
 
 
 # --- which episodes count ------------------------------------------------------------------------
@@ -413,10 +413,10 @@ def test_a_grid_shows_what_is_played_and_why(agent, weights, tmp_path, monkeypat
         mine = [seen for seen in shown if seen.title == f"episode {lane}"]
         *before, last = mine
         assert [seen.env_step for seen in mine] == list(range(found[lane].env_steps + 1))
-        assert [seen.ret for seen in mine] == [float(n) for n in range(len(mine))]
+        assert [seen.return_ for seen in mine] == [float(n) for n in range(len(mine))]
         assert last.ended
         assert last.values is None
-        assert last.ret == found[lane].ret
+        assert last.return_ == found[lane].return_
         for seen in before:
             assert seen.values is not None
             assert seen.values.shape == (2,)

@@ -62,7 +62,7 @@ class EpisodeCounter:
         env_steps = int(self._env_steps[lane])
         self._ended.append(
             Episode(
-                ret=float(self._return[lane]),
+                return_=float(self._return[lane]),
                 env_steps=env_steps,
                 frames=env_steps * self._frames_per_env_step,
                 lane=lane,

@@ -56,7 +56,7 @@ class Evaluation:
             seed=seed,
             watch=watch,
         )
-        return [episode.ret for episode in finished]
+        return [episode.return_ for episode in finished]
 
 
 # --- playing -------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def evaluate(
         acted=recorder.acted if isinstance(recorder, GridRecorder) else None,
         render=recorder is not None,
     )
-    returns = [episode.ret for episode in finished]
+    returns = [episode.return_ for episode in finished]
     return {
         "env_id": agent.spec.id,
         "seed": seed,

@@ -136,7 +136,7 @@ class GridRecorder:
         return tiles.Seen(
             picture=_picture(env, lane),
             title=f"episode {lane}",
-            ret=before.ret + reward if before else 0.0,
+            return_=before.return_ + reward if before else 0.0,
             env_step=before.env_step + 1 if before else 0,
             values=None,
             action=None,

@@ -217,7 +217,7 @@ def test_an_end_exactly_at_the_limit_is_terminated():
         step = env.step(lane, lane)
     assert (step.terminated.tolist(), step.truncated.tolist()) == ([True], [False])
     (episode,) = env.episodes()
-    assert (episode.ret, episode.env_steps, episode.frames) == (6.0, 3, 3)
+    assert (episode.return_, episode.env_steps, episode.frames) == (6.0, 3, 3)
 
 
 def test_box_actions_have_specs_and_bounds():
