@@ -195,12 +195,12 @@ class Loaded:
         """
         key = str(which)
         if key not in self._players:
-            from rlx.envs.observations import outside_of
+            from rlx.envs.observations import raw_spaces_of
             from rlx.evaluation.player import Player
 
-            outside = outside_of(self.family, self.agent.spec)
+            raw_spaces = raw_spaces_of(self.family, self.agent.spec)
             self._players[key] = Player(
-                agent=self.agent, outside=outside, params=self.params(which)
+                agent=self.agent, raw_spaces=raw_spaces, params=self.params(which)
             )
         return self._players[key].act(
             observation,
@@ -226,18 +226,18 @@ class Loaded:
     ) -> dict[str, Any]:
         """Plays episodes with a checkpoint's parameters; `rlx.evaluate` explains the arguments."""
         from rlx.evaluation.playing import evaluate
-        from rlx.evaluation.video import Film, GridRecorder, Recorder
+        from rlx.evaluation.video import GridRecorder, VideoFile, VideoRecorder
 
         settings, restored = plain(self.cfg)["evaluation"], self.restore(which)
         version, name = restored.meta["updates"], f"evaluation-{restored.env_steps}"
         lanes = settings["envs"] if envs is None else envs
         name += "-grid" if record == "grid" else ""
         folder = self.output_dir / "videos"
-        with Film(folder, name, record_fps) if record else nullcontext() as film:
-            recorder: Recorder | GridRecorder | None = None
-            if film is not None:
+        with VideoFile(folder, name, record_fps) if record else nullcontext() as file:
+            recorder: VideoRecorder | GridRecorder | None = None
+            if file is not None:
                 count = min(grid, lanes, episodes)
-                recorder = GridRecorder(film, count) if record == "grid" else Recorder(film)
+                recorder = GridRecorder(file, count) if record == "grid" else VideoRecorder(file)
             result = evaluate(
                 agent=self.agent,
                 weights=Weights(version=version, params=self.agent.acting_params(restored.state)),
@@ -249,7 +249,7 @@ class Loaded:
                 recorder=recorder,
             )
         about = {"checkpoint": str(restored.path), "env_steps": restored.env_steps}
-        video = str(film.path) if film else None
+        video = str(file.path) if file else None
         return {**about, "updates": version, **result, "video": video}
 
     @cached_property

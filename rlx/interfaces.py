@@ -106,8 +106,8 @@ class ThinFamily(Protocol):
 class Outward(Protocol):
     """An environment family that tells how its environments look without rlx."""
 
-    def outside(self) -> Any:
-        """An `rlx.envs.observations.Outside`."""
+    def raw_spaces(self) -> Any:
+        """An `rlx.envs.observations.RawSpaces`."""
 
 
 @runtime_checkable

@@ -211,7 +211,7 @@ class Episode:
     a second.
     """
 
-    ret: float  # sum of raw rewards
+    return_: float  # sum of raw rewards
     env_steps: int
     frames: int
     lane: int  # the environment's own index; the actor makes it the global id

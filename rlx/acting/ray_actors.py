@@ -179,7 +179,7 @@ class RayActors:
                 self._take_back()
                 self._send_requests()
                 for event in self._fleet.poll(POLL_S):
-                    self._heed(event)
+                    self._handle(event)
                 if not any(slot.requests for slot in self._fleet.slots):
                     self._wake.wait(IDLE_S)  # there was nothing that `poll` could wait for
                     self._wake.clear()
@@ -189,7 +189,7 @@ class RayActors:
             self._failed = ActingFailed(f"acting on Ray ended by {type(error).__name__}: {error}")
             self._failed.__cause__ = error
 
-    def _heed(self, event: Ready | Answered | Lost) -> None:
+    def _handle(self, event: Ready | Answered | Lost) -> None:
         index = event.index
         if isinstance(event, Ready):
             self._life[index] = event.chain

@@ -89,12 +89,12 @@ class RayLanes:
             if self.closing.is_set():
                 raise Closed
             for event in self._fleet.poll(max(0.0, left)):
-                self._heed(event)
+                self._handle(event)
 
     def attend(self) -> None:
         """Takes note of what happened to the actors while nobody steps them."""
         for event in self._fleet.poll(0.0):
-            self._heed(event)
+            self._handle(event)
 
     def episodes(self) -> list[Episode]:
         """The episodes that ended since the last call."""
@@ -108,7 +108,7 @@ class RayLanes:
     def _any_stepping(self) -> bool:
         return any(slot.requests and slot.state == "ready" for slot in self._fleet.slots)
 
-    def _heed(self, event: Ready | Answered | Lost) -> None:
+    def _handle(self, event: Ready | Answered | Lost) -> None:
         index = event.index
         if isinstance(event, Answered):
             self._waiting.append((index, event.value))

@@ -12,7 +12,7 @@ from time import time
 from typing import Any
 
 from rlx.acting.wire import Answer, Compression, pack, widened
-from rlx.cluster.whereabouts import Whereabouts, let_the_learner_first, whereabouts
+from rlx.cluster.whereabouts import Whereabouts, lower_priority, whereabouts
 from rlx.types import Request, Weights
 
 
@@ -55,7 +55,7 @@ class RemoteActor:
         prepare_process(cache=self._cache, on_cpu=plan.device == "cpu")
         plan.compile()
         self._actor = plan.actor(self._index, self._chain)
-        let_the_learner_first()
+        lower_priority()
 
     def collect(
         self, weights: Weights, env_steps: int, want_env_steps: int, want_blocks: int | None

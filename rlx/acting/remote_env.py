@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlx.cluster.whereabouts import Whereabouts, let_the_learner_first, whereabouts
+from rlx.cluster.whereabouts import Whereabouts, lower_priority, whereabouts
 from rlx.interfaces import Env
 from rlx.types import Episode, Timestep
 
@@ -48,7 +48,7 @@ class RemoteEnv:
             sys.modules.setdefault("jax", None)  # type: ignore[arg-type]
         family = pickle.loads(self._family)
         self._env = family.make(lanes=len(self._seeds), seeds=self._seeds)
-        let_the_learner_first()
+        lower_priority()
 
     def reset(self) -> Step:
         """Starts every lane."""

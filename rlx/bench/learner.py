@@ -25,7 +25,7 @@ import numpy as np
 
 from rlx.bench import measuring
 from rlx.bench.flops import count_flops
-from rlx.bench.replay import Blocks, filled, frames_of
+from rlx.bench.replay import BenchBlocks, filled, frames_of
 from rlx.config.build import build
 from rlx.config.paths import config_dir
 from rlx.interfaces import Agent
@@ -64,7 +64,7 @@ def bench_learner(
     if torch is not None:
         paths["PyTorch's update"] = Torch(torch, size, dense or 0)
     if from_replays:
-        blocks = Blocks(agent, frames_of(setup))
+        blocks = BenchBlocks(agent, frames_of(setup))
         for name, keeping in REPLAYS.items():
             replay, _ = filled(agent, REPLAYED_ROWS, blocks, keeping, size)
             paths[name] = FromReplay(agent, size, replay)
@@ -84,13 +84,13 @@ def bench_learner(
     found = measuring.rows(rates, prefix=prefix, unit="updates/s", roofline="compiled update")
     trained = size * agent.sequence.unroll
     rows = [row | {"value": row["value"] * trained, "unit": "trained rows/s"} for row in found]
-    told = [
+    details = [
         {"name": f"{prefix}/one product", "value": max(flop_rates) / 1e9, "unit": "GFLOP/s"},
         {"name": f"{prefix}/update", "value": update.flops / 1e9, "unit": "GFLOP"},
     ]
     if profile:
-        told += [row | {"name": f"{prefix}/{row['name']}"} for row in _profiled(update, prefix)]
-    return [*found, *rows, *({**row, "ratio": row.get("ratio")} for row in told)]
+        details += [row | {"name": f"{prefix}/{row['name']}"} for row in _profiled(update, prefix)]
+    return [*found, *rows, *({**row, "ratio": row.get("ratio")} for row in details)]
 
 
 class Compiled:
@@ -134,13 +134,13 @@ class LoopPath:
     def settle(self) -> None:
         while self._waiting:
             keys, output = self._waiting.pop()
-            self.heed(keys, np.asarray(self._learner.priorities(output)))
+            self.update_priorities(keys, np.asarray(self._learner.priorities(output)))
 
     def draw(self) -> tuple[np.ndarray, Batch]:
         """The same batch always."""
         return self._keys, self._batch
 
-    def heed(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         """Nobody needs the TD errors."""
 
     def close(self) -> None:
@@ -158,7 +158,7 @@ class FromReplay(LoopPath):
         sample = self._replay.sample(self._size)
         return sample.keys, sample.batch
 
-    def heed(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         self._replay.update_priorities(keys, priorities)
 
     def close(self) -> None:

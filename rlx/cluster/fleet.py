@@ -288,8 +288,8 @@ class Fleet:
             why = "raised what every other actor raised"
         if why:
             lines = last_lines_of(where)
-            told = f"; the last lines of its log:\n{lines}" if lines else ""
-            raise ActingFailed(f"actor {slot.index} {why}: {error}{told}")
+            tail = f"; the last lines of its log:\n{lines}" if lines else ""
+            raise ActingFailed(f"actor {slot.index} {why}: {error}{tail}")
 
     def _kill(self, slot: Slot) -> None:
         if slot.handle is not None:
@@ -355,8 +355,8 @@ def _amounts(resources: Mapping[str, float]) -> Iterator[tuple[str, float]]:
 
 
 def _some(numbers: list[int], most: int = 8) -> str:
-    told = ", ".join(map(str, numbers[:most]))
-    return told if len(numbers) <= most else f"{told} and {len(numbers) - most} more"
+    shown = ", ".join(map(str, numbers[:most]))
+    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"
 
 
 def cause_of(error: Exception) -> Cause:

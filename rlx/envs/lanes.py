@@ -62,7 +62,7 @@ class EpisodeCounter:
         env_steps = int(self._env_steps[lane])
         self._ended.append(
             Episode(
-                ret=float(self._return[lane]),
+                return_=float(self._return[lane]),
                 env_steps=env_steps,
                 frames=env_steps * self._frames_per_env_step,
                 lane=lane,
@@ -77,7 +77,7 @@ class EpisodeCounter:
         return ended
 
 
-class Stream:
+class LaneTracker:
     """The lanes of one environment: which wait for an action, whose episode ended, the scores.
 
     It makes the stream of `rlx.types.Timestep`: the answer after an ended one is `first`. It is

@@ -57,7 +57,7 @@ class Leaf:
         return ArraySpec(shape=shape, dtype=NARROWED.get(self.source.dtype, self.source.dtype))
 
     def read(self, array: Array) -> Array:
-        """What `Reader` makes of this array [n, *], NumPy's or JAX's."""
+        """What `ObservationReader` makes of this array [n, *], NumPy's or JAX's."""
         if self.components is not None:
             array = array.take(np.asarray(self.components), axis=1)
         array = array.astype(self.spec.dtype)
@@ -65,7 +65,7 @@ class Leaf:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outside:
+class RawSpaces:
     """What an environment itself gives and takes, for agents that are used without rlx's lanes."""
 
     leaves: tuple[Leaf, ...]  # those that the network reads
@@ -73,24 +73,24 @@ class Outside:
     action_start: Start  # the number of the first action; rlx counts from 0
 
 
-def outside(sources: Sequence[Source], leaves: Sequence[Leaf], action_start: Start) -> Outside:
+def raw_spaces(sources: Sequence[Source], leaves: Sequence[Leaf], action_start: Start) -> RawSpaces:
     """What the environment gives, of all sources and those selected."""
     read = {leaf.source.name for leaf in leaves}
     ignored = tuple(source.name for source in sources if source.name not in read)
-    return Outside(leaves=tuple(leaves), ignored=ignored, action_start=action_start)
+    return RawSpaces(leaves=tuple(leaves), ignored=ignored, action_start=action_start)
 
 
-def outside_of(family: Any, spec: EnvSpec) -> Outside:
+def raw_spaces_of(family: Any, spec: EnvSpec) -> RawSpaces:
     """A family's own account of it; for one that gives none, as rlx sees the environment."""
     if isinstance(family, Outward):
-        told: Outside = family.outside()
-        return told
+        own: RawSpaces = family.raw_spaces()
+        return own
     sources = [
         Source(name=name, path=(), shape=leaf.shape, dtype=leaf.dtype)
         for name, leaf in sorted(spec.observation.items())
     ]
     leaves = [Leaf(source=source, components=None, scale=None) for source in sources]
-    return outside(sources, leaves, 0)
+    return raw_spaces(sources, leaves, 0)
 
 
 def select(
@@ -183,14 +183,14 @@ def _check_scale(leaves: Sequence[Leaf], scale: Sequence[float]) -> None:
     found = {leaf.source.name: leaf.spec for leaf in leaves}
     fits = [spec.shape == (len(scale),) and spec.dtype == "float32" for spec in found.values()]
     if fits != [True]:
-        told = {name: f"{spec.dtype}{list(spec.shape)}" for name, spec in found.items()}
+        described = {name: f"{spec.dtype}{list(spec.shape)}" for name, spec in found.items()}
         raise ValueError(
             f"env.scale={list(scale)} needs one selected float leaf of {len(scale)} elements, "
-            f"got {told}"
+            f"got {described}"
         )
 
 
-class Reader:
+class ObservationReader:
     """Turns an environment's raw observations into flat dicts of the selected leaves."""
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:

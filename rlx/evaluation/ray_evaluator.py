@@ -17,7 +17,7 @@ from rlx.cluster.fleet import Answered, Deadlines, Fleet, Lost, Ready
 from rlx.cluster.pickled import pickled
 from rlx.cluster.whereabouts import (
     Whereabouts,
-    let_the_learner_first,
+    lower_priority,
     thread_limits,
     whereabouts,
 )
@@ -48,7 +48,7 @@ class RemoteEvaluator:
         if cores is not None:
             os.sched_setaffinity(0, cores)
         self._evaluation, self._family, self._agent, self._seed = pickle.loads(self._made_of)
-        let_the_learner_first()
+        lower_priority()
 
     def evaluate(self, weights: Weights, env_steps: int) -> Evaluated:
         """The evaluation that training would have made with these weights."""
@@ -112,7 +112,7 @@ class RayEvaluator:
         self._polled_s = monotonic()
         found: list[Evaluated] = []
         for event in self._fleet.poll(0.0):
-            self._heed(event, found)
+            self._handle(event, found)
         self._send()
         return found
 
@@ -124,7 +124,7 @@ class RayEvaluator:
         self._fleet.close()
         self._cluster.close()
 
-    def _heed(self, event: Ready | Answered | Lost, found: list[Evaluated]) -> None:
+    def _handle(self, event: Ready | Answered | Lost, found: list[Evaluated]) -> None:
         if isinstance(event, Ready):
             self._is_ready = True
             return

@@ -33,7 +33,7 @@ class Seen:
 
     picture: np.ndarray  # uint8[H, W, 3]
     title: str
-    ret: float  # unclipped, so far
+    return_: float  # unclipped, so far
     env_step: int
     values: np.ndarray | None  # f32[A]; None: not told, or the episode has ended
     action: int | None  # None: not told, or it is not one choice
@@ -87,7 +87,7 @@ def _fitted(picture: Any) -> Any:
 def _lines(draw: Any, seen: Seen) -> None:
     top = HEIGHT + EDGE
     _text(draw, (EDGE, top), seen.title, TEXT)
-    _text(draw, (WIDTH - EDGE, top), f"return {_number(seen.ret)}", TEXT, "ra")
+    _text(draw, (WIDTH - EDGE, top), f"return {_number(seen.return_)}", TEXT, "ra")
     _text(draw, (EDGE, top + LINE), f"env step {seen.env_step}", DIM)
     if seen.ended:
         _text(draw, (WIDTH - EDGE, top + LINE), "ended", ENDED, "ra")

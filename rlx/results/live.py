@@ -40,12 +40,12 @@ TAIL = 64  # bytes before the offset by which a file is known again
 # --- all runs ------------------------------------------------------------------------------------
 
 
-class Runs:
+class LiveRuns:
     """All runs below a folder. For several threads: one looks at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._lock = folder, threading.Lock()
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, LiveRun] = {}
 
     def all(self) -> list[JSON]:
         """What is known of each run now, by name."""
@@ -67,7 +67,7 @@ class Runs:
 
     def _find(self) -> None:
         found = {path.relative_to(self._folder).as_posix(): path for path in find(self._folder)}
-        self._runs = {name: self._runs.get(name) or Run(found[name], name) for name in found}
+        self._runs = {name: self._runs.get(name) or LiveRun(found[name], name) for name in found}
 
 
 # --- one run -------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ class RowsFile:
         return number(self.last.get(ENV_STEPS_PER_S))
 
 
-class Run:
+class LiveRun:
     """One folder, as it was when it was last polled."""
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -169,17 +169,17 @@ class Run:
         status, settings = self._folder.status, self._folder.settings
         state, note = self._folder.state()
         row = self._rows.last
-        told = self._folder.summary | status | row  # the later, the newer
+        newest = self._folder.summary | status | row  # the later, the newer
         evaluation = self._rows.newest(EVALUATION)
         if evaluation is None:
-            evaluation = number(told.get("evaluation_return"))
+            evaluation = number(newest.get("evaluation_return"))
         self._about = {
             "name": self._name,
             "state": state,
             "note": note,
             "age_s": age_s(status),
             "total_env_steps": number(settings.get("total_env_steps")),
-            **{name: number(told.get(name)) for name in ("env_steps", "updates", "wall_s")},
+            **{name: number(newest.get(name)) for name in ("env_steps", "updates", "wall_s")},
             **{short: number(row.get(name)) for short, name in ROW_NAMES.items()},
             "evaluation_return": evaluation,
             "left_s": self._left_s(settings) if state == "running" else None,

@@ -345,10 +345,10 @@ def is_alive(pid: int) -> bool:
 def age_s(status: Mapping[str, Any]) -> float | None:
     """Seconds since a status.json was written, by its own clock."""
     try:
-        told = datetime.fromisoformat(status["updated_at"]).timestamp()
+        updated_s = datetime.fromisoformat(status["updated_at"]).timestamp()
     except (KeyError, TypeError, ValueError, OverflowError, OSError):
         return None
-    return max(0.0, time.time() - told)
+    return max(0.0, time.time() - updated_s)
 
 
 def changed_at(path: Path) -> float:

@@ -57,7 +57,7 @@ class Outcome:
     error: str | None  # in one line
 
     @property
-    def is_well(self) -> bool:
+    def succeeded(self) -> bool:
         """Not of a run that was interrupted: it has not come to its end."""
         return self.state in ("finished", "pruned")
 
@@ -137,7 +137,7 @@ def run_jobs(
                         _book(one, status, outcomes)
                         record(jobs, outcomes)
                     else:
-                        _heed(one, watch, grace_s)
+                        _ask_or_kill(one, watch, grace_s)
                 sleep(POLL_S)
         except BaseException:
             _end([one.process for one in live.values()], grace_s)
@@ -149,7 +149,7 @@ def run_jobs(
     return [outcomes[job.number] for job in jobs]
 
 
-def _heed(one: _Live, watch: Watch, grace_s: float) -> None:
+def _ask_or_kill(one: _Live, watch: Watch, grace_s: float) -> None:
     """Asks a job to end early if the watch says so, and kills it if it does not."""
     if one.asked is None and watch(one.job):
         one.process.stop()
@@ -171,7 +171,7 @@ def outcome(job: Job, status: int | str, before: Before = NOTHING_BEFORE) -> Out
     summary = _new_object(job.folder / SUMMARY_FILE, before)
     if status == 0 and summary:
         return Outcome(state=str(summary.get("state")), summary=summary, error=None)
-    told = _new_object(job.folder / STATUS_FILE, before).get("error") or _last_line(
+    error = _new_object(job.folder / STATUS_FILE, before).get("error") or _last_line(
         job.folder / CONSOLE_FILE, before.console_bytes
     )
     if isinstance(status, str):
@@ -180,7 +180,7 @@ def outcome(job: Job, status: int | str, before: Before = NOTHING_BEFORE) -> Out
         why = f"was killed by {_signal_name(-status)}"
     else:
         why = f"ended with status {status}"
-    return Outcome(state="failed", summary={}, error=f"{why}: {told}" if told else why)
+    return Outcome(state="failed", summary={}, error=f"{why}: {error}" if error else why)
 
 
 def _new_object(path: Path, before: Before) -> dict[str, Any]:
@@ -220,11 +220,11 @@ def _record(jobs: Sequence[Job], outcomes: Mapping[int, Outcome]) -> None:
     rows = {int(row["job"]): row for row in _rows_before(folder / RUNS_FILE)}
     for job in jobs:
         found = outcomes.get(job.number) or Outcome(state="", summary={}, error=None)
-        told = {name: found.summary.get(name) for name in ("evaluation_return", "env_steps")}
-        told |= {"wall_s": found.summary.get("wall_s"), "error": found.error}
+        result = {name: found.summary.get(name) for name in ("evaluation_return", "env_steps")}
+        result |= {"wall_s": found.summary.get("wall_s"), "error": found.error}
         about = {"job": job.number, "state": found.state}
         about |= {"folder": os.path.relpath(job.folder, folder)}
-        rows[job.number] = about | dict(_pairs(job)) | told
+        rows[job.number] = about | dict(_pairs(job)) | result
     keys = dict.fromkeys(key for row in rows.values() for key in row)
     columns = ["job", "state", *(key for key in keys if key not in RESULTS), *RESULTS]
     text = io.StringIO()
@@ -267,8 +267,8 @@ def _tell(job: Job, found: Outcome, seconds: float) -> None:
         say(f"{job.label} failed after {seconds:.0f} s: {found.error}")
     else:
         result = found.summary.get("evaluation_return")
-        told = "" if result is None else f", evaluation return {result:.4g}"
-        say(f"{job.label} {found.state} after {seconds:.0f} s{told}")
+        shown = "" if result is None else f", evaluation return {result:.4g}"
+        say(f"{job.label} {found.state} after {seconds:.0f} s{shown}")
 
 
 def _end(processes: Sequence[Running], grace_s: float) -> None:

@@ -118,11 +118,13 @@ class Search:
         self._seen[job.number] = path.stat().st_size
         last = self._reported.get(job.number, -1)
         rows = [row for row in read_rows(path) if row.get(REPORTED) is not None]
-        told = [row for row in rows if row["env_steps"] > last]  # Optuna warns of those of before
-        for row in told:
+        new_rows = [
+            row for row in rows if row["env_steps"] > last
+        ]  # Optuna warns of those of before
+        for row in new_rows:
             trial.report(row[REPORTED], row["env_steps"])
             self._reported[job.number] = row["env_steps"]
-        return bool(told) and trial.should_prune()
+        return bool(new_rows) and trial.should_prune()
 
     def _open(
         self, direction: str, sampler: str, pruner: str, seed: int, arguments: list[str]
@@ -186,12 +188,12 @@ class Search:
 
     def _sum_up(self) -> dict[str, Any]:
         counts = {name: len(self._in_state(name)) for name in ("COMPLETE", "PRUNED", "FAIL")}
-        told = ", ".join(f"{count} {name.lower()}" for name, count in counts.items() if count)
+        states = ", ".join(f"{count} {name.lower()}" for name, count in counts.items() if count)
         if not counts["COMPLETE"]:
-            raise Refused(f"rlx: no trial came to its end ({told}); {self._folder / 'runs.csv'}")
+            raise Refused(f"rlx: no trial came to its end ({states}); {self._folder / 'runs.csv'}")
         best = self._study.best_trial
         won = f"best {best.value:.4g}: job {best.number}, {' '.join(_as_overrides(best.params))}"
-        say(f"{sum(counts.values())} trials: {told}; {won}")
+        say(f"{sum(counts.values())} trials: {states}; {won}")
         for path in figures(self._study, self._folder):
             say(f"figure: {path}")
         return {"best_value": best.value, "best_job": best.number, "best": dict(best.params)}

@@ -167,9 +167,9 @@ class Sweep:
     ) -> None:
         for job, _ in composed:
             if job.number in refused:
-                told = "; ".join(map(str, refused[job.number]))
-                self._outcomes[job.number] = Outcome(state="not started", summary={}, error=told)
-                say(f"{job.label} is refused: {told}")
+                reasons = "; ".join(map(str, refused[job.number]))
+                self._outcomes[job.number] = Outcome(state="not started", summary={}, error=reasons)
+                say(f"{job.label} is refused: {reasons}")
 
     def _before(
         self, folder: Path, cfg: DictConfig, skip_done: bool, also: Sequence[str]
@@ -283,7 +283,7 @@ def _of_job(problem: Problem, number: int) -> Problem:
 
 def tell_again(job: Job, found: Outcome) -> None:
     """Says a job's name and what came of it, if it did not come to its end."""
-    if not found.is_well:
+    if not found.succeeded:
         say(f"{job.label} {found.state}: {found.error or 'skip_done=true goes on with it'}")
 
 
@@ -292,13 +292,13 @@ def _sum_up(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> None:
     counts: dict[str, int] = {}
     for one in outcomes:
         counts[one.state] = counts.get(one.state, 0) + 1
-    told = ", ".join(f"{count} {state}" for state, count in counts.items())
-    say(f"{len(jobs)} jobs: {told}; {jobs[0].sweep / RUNS_FILE}")
+    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    say(f"{len(jobs)} jobs: {states}; {jobs[0].sweep / RUNS_FILE}")
 
 
 def _as_return(one: Outcome, job: Job, cfg: DictConfig) -> JobReturn:
     """For Hydra's sweepers: the run's summary, or an exception for who asks for it."""
-    failed = not one.is_well
+    failed = not one.succeeded
     value: Any = JobFailed(f"rlx: {job.label}: {one.error or one.state}")
     if not failed:
         value = {**one.summary, "state": one.state}
