@@ -1,4 +1,4 @@
-"""Actors in the process, one after another: exactly sequential, the same bits for the same seed."""
+"""Actors in this process, one after another: sequential, the same bits for the same seed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LocalPool:
     ) -> None:
         """`chain`: how many lives the lanes have had; `env_steps`: made by the run so far.
 
-        `round_blocks`: what a request asks of each lane (`rlx.training.rounds`); None: env steps.
+        `round_blocks`: blocks of each lane in a request (`rlx.training.rounds`); None: env steps.
         """
         self.env_steps_per_request = env_steps_per_request
         self.chain = chain
@@ -58,7 +58,7 @@ class LocalPool:
         return self._plan.instances * self.env_steps_per_request
 
     def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
-        """The next actor's answer; it is made here and now, so there is nothing to wait for."""
+        """Makes and returns the next actor's rollout; it never waits."""
         actor = self._actors[self._turn]
         self._turn = (self._turn + 1) % len(self._actors)
         request = Request(
@@ -74,7 +74,7 @@ class LocalPool:
         return [rollout]
 
     def publish(self, weights: Weights, env_steps: int) -> None:
-        """Every actor's next request brings these."""
+        """Publishes the weights; every actor's next request brings them."""
         self._weights, self._env_steps = weights, env_steps
 
     def reopen(self) -> None:

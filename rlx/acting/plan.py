@@ -1,4 +1,4 @@
-"""What every actor of a pool is made from: small, frozen, and fit to travel to another machine."""
+"""What each actor of a pool is made from: a small frozen record that travels to other machines."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Plan:
 
     @property
     def lanes(self) -> int:
-        """Of all actors together."""
+        """The number of lanes of all actors together."""
         return self.instances * self.envs_per_actor
 
     def seeds(self, index: int, chain: int) -> list[int]:
-        """Of one actor's life: each lane has its own."""
+        """The seeds of one actor's life, one per lane."""
         first = index * self.envs_per_actor
         lanes = range(first, first + self.envs_per_actor)
         return [spawn_int(self.seed, "env", lane, chain) for lane in lanes]
 
     def env(self, index: int, chain: int) -> Env:
-        """The lanes of one actor's life."""
+        """Makes the lanes of one actor's life."""
         return self.family.make(lanes=self.envs_per_actor, seeds=self.seeds(index, chain))
 
     def policy(self, index: int, chain: int) -> Policy:
@@ -53,7 +53,7 @@ class Plan:
         )
 
     def actor(self, index: int, chain: int) -> Actor:
-        """Actor `index` in its life number `chain`."""
+        """Makes actor `index` for its life number `chain`."""
         return Actor(
             env=self.env(index, chain),
             policy=self.policy(index, chain),
@@ -67,7 +67,7 @@ class Plan:
         )
 
     def compile(self) -> None:
-        """Compiles the policy for this many lanes, or finds it in JAX's compilation cache."""
+        """Compiles the policy for this many lanes, or takes it from JAX's compilation cache."""
         policy = self.policy(0, 0)
         policy.compile(zero_inputs(self.agent, self.envs_per_actor))
         if some := getattr(self.family, "batch_size", None):  # lanes that answer at a time
@@ -81,6 +81,6 @@ def carry_spec(agent: Agent) -> Carry:
 
 
 def zero_inputs(agent: Agent, lanes: int) -> NetInput:
-    """Inputs [lanes, ...] without content."""
+    """Inputs [lanes, ...] of zeros."""
     inputs = empty(input_spec(agent.spec), lanes)
     return trees.tree_map(np.zeros_like, inputs)

@@ -23,14 +23,14 @@ class Recorded:
         return self.env_steps_per_request
 
     def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
-        """So many env steps have been played."""
+        """Returns one rollout without blocks at once: the record's env steps are already stored."""
         return [self._nothing]
 
     def publish(self, weights: Weights, env_steps: int) -> None:
-        """Nobody acts with them."""
+        """Does nothing: no actor acts with the weights."""
 
     def reopen(self) -> None:
-        """There are no environments."""
+        """Does nothing: there are no environments."""
 
     def stats(self) -> dict[str, float]:
         return {}

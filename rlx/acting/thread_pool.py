@@ -22,7 +22,7 @@ GROUPS = 2  # of lanes, of each thread
 
 
 class ThreadPool:
-    """An interfaces.ActingPool."""
+    """An interfaces.ActingPool whose actors run in threads of this process."""
 
     def __init__(
         self,
@@ -93,15 +93,15 @@ class ThreadPool:
 
     @property
     def chain(self) -> int:
-        """The newest of any lane."""
+        """The newest chain of any lane."""
         return max(self._first_chain, *(thread.chain for thread in self._threads.threads))
 
     def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
-        """What has arrived, or the first thing that does within `timeout_s`."""
+        """The rollouts that have arrived, or the first to arrive within `timeout_s`."""
         return self._threads.collect(timeout_s, updates)
 
     def publish(self, weights: Weights, env_steps: int) -> None:
-        """The next requests bring these."""
+        """Publishes the weights; the next requests bring them."""
         self._orders.publish(weights, env_steps)
 
     def reopen(self) -> None:

@@ -37,7 +37,7 @@ class Answer:
 
 
 def pack(rollout: Rollout, compression: Compression) -> tuple[Rollout, int, int]:
-    """(the rollout to send, its arrays' bytes before, and after)."""
+    """Returns (the rollout to send, its arrays' bytes before, and after)."""
     if compression == "none":
         raw = nbytes(rollout)
         return rollout, raw, raw
@@ -46,7 +46,7 @@ def pack(rollout: Rollout, compression: Compression) -> tuple[Rollout, int, int]
 
 
 def unpack(rollout: Rollout) -> Rollout:
-    """The inverse of `pack`, whatever the compression."""
+    """Inverts `pack`, whatever the compression."""
     return replace_arrays(rollout, _unpack_array)
 
 
@@ -78,7 +78,7 @@ def _nbytes(leaf: Any) -> int:
 
 
 def _pack_array(array: np.ndarray) -> Any:
-    """Bytes are worth it (emulator frames shrink about tenfold), floats are not."""
+    """Compresses arrays of bytes (emulator frames shrink about tenfold), but no floats."""
     if array.dtype != np.uint8 or array.nbytes < WORTH_COMPRESSING:
         return array
     data = lz4.block.compress(np.ascontiguousarray(array), store_size=True)
@@ -93,7 +93,7 @@ def _unpack_array(leaf: Any) -> np.ndarray:
 
 
 def narrowed(weights: Weights, dtype: str) -> Weights:
-    """As they travel: float32 parameters in `dtype`."""
+    """The weights as they travel: float32 parameters become `dtype`."""
     if dtype == "float32":
         return weights
 
@@ -104,7 +104,7 @@ def narrowed(weights: Weights, dtype: str) -> Weights:
 
 
 def widened(weights: Weights) -> Weights:
-    """As they are used: the inverse of `narrowed`."""
+    """The weights as they are used: the inverse of `narrowed`."""
 
     def widen(x: np.ndarray) -> np.ndarray:
         return x.astype(np.float32) if x.dtype.name == "bfloat16" else x

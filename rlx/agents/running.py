@@ -16,7 +16,7 @@ from rlx.types import Array, record
 
 @record
 class Moments:
-    """Of all that was observed."""
+    """Count, mean and squared deviations of all rows that were observed."""
 
     count: Array  # f32[]: rows
     mean: Array  # f32[*]
@@ -34,7 +34,7 @@ def nothing(shape: tuple[int, ...] = ()) -> Moments:
 def observe(
     moments: Moments, x: Array, mask: Array | None = None, axis_name: str | None = None
 ) -> Moments:
-    """With the rows x [..., *] of all devices; mask bool[...]: which count (None: all)."""
+    """Adds the rows x [..., *] of all devices; mask bool[...]: the rows that count (None: all)."""
     leading = x.ndim - moments.mean.ndim
     rows = x.reshape(-1, *x.shape[leading:]).astype(jnp.float32)
     kept = jnp.ones(len(rows), bool) if mask is None else mask.reshape(-1)
@@ -46,7 +46,7 @@ def observe(
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """The moments of the rows of both."""
+    """The moments of the rows of both, merged exactly."""
     count = a.count + b.count
     share = b.count / jnp.maximum(1, count)
     difference = b.mean - a.mean

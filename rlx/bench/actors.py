@@ -58,7 +58,7 @@ class Roofline:
         self._work()
 
     def run(self, seconds: float) -> float:
-        """Env steps per second over so many seconds."""
+        """Env steps per second, measured over `seconds`."""
         done, began = 0.0, perf_counter()
         while perf_counter() - began < seconds:
             done += self._work()
@@ -66,7 +66,7 @@ class Roofline:
 
 
 def zero_weights(agent: Any, version: int = 0) -> Weights:
-    """Acting parameters without content."""
+    """Acting parameters of zeros."""
     params = jax.eval_shape(lambda: agent.acting_params(agent.init(jax.random.PRNGKey(0))))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
     return Weights(version=version, params=zeros)
@@ -94,7 +94,7 @@ class Rooflines:
             self._fleet.poll(0.1)
 
     def rate(self, seconds: float) -> float:
-        """Env steps per second of all together."""
+        """Env steps per second of all rooflines together."""
         for slot in self._fleet.slots:
             self._fleet.request(slot.index, "run", seconds)
         rates: list[float] = []
@@ -107,7 +107,7 @@ class Rooflines:
 
 
 def make_rooflines(agent: Any, family: Any, *, instances: int) -> Rooflines:
-    """So many, each with the lanes of an actor of `make_pool`, all ready."""
+    """Makes `instances` rooflines, each with the lanes of a `make_pool` actor; all are ready."""
     return Rooflines(
         Plan(
             family=family,
@@ -192,7 +192,7 @@ def _against_roofline(
 
 
 def _scaling(setup: measuring.Setup, agent: Any, family: Any, prefix: str) -> list[dict[str, Any]]:
-    """Ratios are to one actor."""
+    """The scaling curve; ratios are to one actor."""
     found: list[dict[str, Any]] = []
     for instances in SCALE:
         pool = make_pool(setup, agent, family, instances=instances)
@@ -203,7 +203,7 @@ def _scaling(setup: measuring.Setup, agent: Any, family: Any, prefix: str) -> li
 
 
 def _latency(setup: measuring.Setup, agent: Any, family: Any, prefix: str) -> list[dict[str, Any]]:
-    """From publishing to acting, with requests of one env step a lane and no queue of them."""
+    """The time from publishing to acting, with requests of one env step per lane and no queue."""
     lanes = measuring.settings("acting", "ray_pool")["envs_per_actor"]
     changes = {"env_steps_per_request": lanes, "requests_per_actor": 1, "instances": ACTORS}
     pool = make_pool(setup, agent, family, **changes)

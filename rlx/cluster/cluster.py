@@ -46,18 +46,18 @@ class Cluster:
 
     @property
     def resources(self) -> Mapping[str, float]:
-        """What all nodes have together, used or not."""
+        """The resources of all nodes together, used or not."""
         return ray.cluster_resources()
 
     def close(self) -> None:
-        """Leaves the cluster, and ends it if it is our own; not what others had started."""
+        """Leaves the cluster; ends it only if this run started it."""
         if self.started_by_us and ray.is_initialized():
             ray.shutdown()
             ray_token.put_back(self._tokens)
 
 
 def cores() -> int:
-    """That this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -85,7 +85,7 @@ def _start(store_bytes: int) -> None:
 
 @contextmanager
 def _sigterm_not_inherited() -> Iterator[None]:
-    """Processes that are started meanwhile do not heed SIGTERM.
+    """Makes processes that are started meanwhile ignore SIGTERM.
 
     Batch systems send it to every process of a job. A driver whose Ray is gone is ended at once,
     before it can write a checkpoint; so it is the driver that ends Ray.
@@ -99,7 +99,7 @@ def _sigterm_not_inherited() -> Iterator[None]:
 
 @contextmanager
 def _workers_not_nice() -> Iterator[None]:
-    """Beside a learner that never waits, a nice process needs long to start (see RemoteActor)."""
+    """Starts Ray's workers at normal priority: nice ones start slowly beside a busy learner."""
     if NICENESS in os.environ:
         yield
         return
@@ -123,7 +123,7 @@ def _join(address: str, setting: str) -> None:
 
 
 def _check_reachable(address: str, setting: str) -> None:
-    """That something listens at host:port, before Ray tries for minutes."""
+    """Raises ConfigError if nothing listens at host:port; Ray itself would try for minutes."""
     if address == "auto":
         return
     host, colon, port = address.rpartition(":")
@@ -137,7 +137,7 @@ def _check_reachable(address: str, setting: str) -> None:
 
 
 def _refused(address: str, setting: str, error: Exception) -> ConfigError:
-    """Such as another version of Ray or Python, or a token that is missing."""
+    """The ConfigError of a refused connection: another Ray or Python version, a missing token."""
     line = _one_line(error)
     says = f"the cluster there refused this program: {line}"
     if "ersion" in line:

@@ -21,7 +21,7 @@ READ_S = 5.0  # for another machine to answer
 
 
 def last_lines(path: str) -> str:
-    """Of a log file on this machine; '' if it can't be read."""
+    """The last lines of a log file on this machine; '' if it can't be read."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - LINES_BYTES))
@@ -33,7 +33,7 @@ def last_lines(path: str) -> str:
 
 
 def last_lines_of(where: Whereabouts | None) -> str:
-    """Of an actor's log; its node reads it if that is another machine and still there."""
+    """The last lines of an actor's log; a node that is still there reads it if it is remote."""
     if where is None or not where.log:
         return ""
     if where.host == socket.gethostname():
@@ -54,7 +54,7 @@ def _from_node(where: Whereabouts) -> str:
 
 
 class LastLines:
-    """Puts failed actors' last lines into the run's log, without making anybody wait for them."""
+    """Puts failed actors' last lines into the run's log, in a thread of its own."""
 
     def __init__(self) -> None:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="actors' logs")
@@ -63,7 +63,7 @@ class LastLines:
         self._reader.submit(_tell, index, where)
 
     def close(self) -> None:
-        """Waits for the one being read: Ray must not be asked after it was shut down."""
+        """Waits for the log being read: Ray must not be called after its shutdown."""
         self._reader.shutdown(wait=True, cancel_futures=True)
 
 

@@ -24,7 +24,7 @@ class Whereabouts:
 
 
 def whereabouts() -> Whereabouts:
-    """Of this process."""
+    """The Whereabouts of this process."""
     stderr = "/proc/self/fd/2"
     log = os.readlink(stderr) if os.path.exists(stderr) else ""
     return Whereabouts(
@@ -36,7 +36,7 @@ def whereabouts() -> Whereabouts:
 
 
 def lower_priority() -> None:
-    """From now on this process only takes what time is left; it began with a full share."""
+    """Lowers the priority of this process's threads, so that the learner gets its time first."""
     for thread in Path("/proc/self/task").glob("*"):  # niceness is each thread's own
         with suppress(OSError):  # it has ended, or is nicer already
             os.setpriority(os.PRIO_PROCESS, int(thread.name), NICENESS)

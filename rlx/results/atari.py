@@ -37,6 +37,6 @@ def game(env_id: str) -> str | None:
 
 
 def human_normalized(name: str, score: Any) -> Any:
-    """Of one score or an array of them; 0: as random play, 1: as the human tester."""
+    """The human-normalised value of one score or an array: 0 is random play, 1 the human tester."""
     known = scores()[name]
     return (score - known["random"]) / (known["human"] - known["random"])

@@ -88,7 +88,7 @@ class RowsFile:
         self.names: dict[str, None] = {}  # of metrics that some row has a number of, in order
 
     def keep(self, names: Sequence[str]) -> None:
-        """From now on these columns, too."""
+        """Keeps these columns, too, from now on."""
         new = [name for name in names if name not in self.columns]
         if new:
             self._names += new
@@ -96,7 +96,7 @@ class RowsFile:
             self.poll()
 
     def poll(self) -> None:
-        """Takes the rows that were added; a last line that has no end yet waits for it."""
+        """Reads the rows that were added; an unfinished last line waits for the next poll."""
         try:
             found = self._path.stat()
             if (found.st_size, found.st_mtime_ns) != self._seen:
@@ -118,7 +118,7 @@ class RowsFile:
         self._seen = (found.st_size, found.st_mtime_ns)
 
     def _read_tail(self, file: Any) -> bytes:
-        """The bytes before the offset: others, where a resume took rows away and wrote new ones."""
+        """The bytes before the offset; they differ if a resume removed rows and wrote new ones."""
         begin = max(0, self._offset - TAIL)
         file.seek(begin)
         return bytes(file.read(self._offset - begin))
@@ -137,12 +137,12 @@ class RowsFile:
             self.names |= {name: None for name in new if number(row[name]) is not None}
 
     def curve(self, name: str, points: int) -> Curve:
-        """Env steps and values where there is one: of neighbours the mean, at most `points`."""
+        """Env steps and values where a value exists; at most `points`, as means of neighbours."""
         pairs = zip(self.columns["env_steps"], self.columns[name], strict=True)
         return thin([(x, y) for x, y in pairs if not math.isnan(y)], points)
 
     def newest(self, name: str) -> float | None:
-        """The last value that is one."""
+        """The last finite value of a column."""
         column = self.columns[name]
         return next((value for value in reversed(column) if not math.isnan(value)), None)
 
@@ -156,7 +156,7 @@ class RowsFile:
 
 
 class LiveRun:
-    """One folder, as it was when it was last polled."""
+    """One run's folder as of the last poll."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._name, self._folder = name, RunFolder(folder)
@@ -191,12 +191,12 @@ class LiveRun:
         }
 
     def brief(self) -> JSON:
-        """For the list of all runs."""
+        """What the list of all runs shows of this one."""
         curves = {"train": TRAIN, "evaluation": EVALUATION}
         return self._about | {key: self._rows.curve(of, SMALL) for key, of in curves.items()}
 
     def full(self, metrics: Sequence[str]) -> JSON:
-        """With the names of all metrics, and the curves of these; unknown ones are left out."""
+        """All that is known of the run: the metrics' names, and the curves of the given ones."""
         names = list(dict.fromkeys([TRAIN, EVALUATION, *self._rows.names]))
         known = [name for name in metrics if name in names]
         self._rows.keep(known)
@@ -226,7 +226,7 @@ def _named(settings: Mapping[str, Any], group: str, key: str) -> str:
 
 
 def thin(pairs: Sequence[tuple[float, float]], points: int) -> Curve:
-    """At most so many points: the mean of each stretch of neighbours; the last one as it is."""
+    """Thins a curve to at most `points`, means of neighbours; the last point stays as it is."""
     if len(pairs) <= points:
         return [[x for x, _ in pairs], [y for _, y in pairs]]
     count, body = points - 1, pairs[:-1]

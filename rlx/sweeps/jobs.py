@@ -58,7 +58,7 @@ class Outcome:
 
     @property
     def succeeded(self) -> bool:
-        """Not of a run that was interrupted: it has not come to its end."""
+        """Whether the job finished or was pruned; an interrupted run did not succeed."""
         return self.state in ("finished", "pruned")
 
 
@@ -69,7 +69,7 @@ class Running(Protocol):
         """None while it runs, then its exit status, or why it has none."""
 
     def stop(self) -> None:
-        """Asks for its end, which comes with a checkpoint."""
+        """Asks the job to end, which it does with a checkpoint."""
 
     def kill(self) -> None: ...
 
@@ -80,14 +80,14 @@ Watch = Callable[[Job], bool]  # of a running job, now and then: whether it is t
 
 @dataclass(frozen=True, kw_only=True)
 class Before:
-    """What an earlier run had left in a job's folder, which tells nothing of this one."""
+    """What an earlier run left in a job's folder; it says nothing about this job."""
 
     stamps: Mapping[str, tuple[int, ...]]  # by name, of status.json and summary.json
     console_bytes: int
 
     @classmethod
     def of(cls, folder: Path) -> Before:
-        """As the folder is now."""
+        """The record of the folder as it is now."""
         stamps = {name: _stamp(folder / name) for name in (STATUS_FILE, SUMMARY_FILE)}
         console = folder / CONSOLE_FILE
         return cls(stamps=stamps, console_bytes=console.stat().st_size if console.exists() else 0)
@@ -188,7 +188,7 @@ def _new_object(path: Path, before: Before) -> dict[str, Any]:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Another one after each writing; no clock is asked, as that of a file server may be wrong."""
+    """A stamp that changes with each write; it uses no clock, as a file server's may be wrong."""
     try:
         found = path.stat()
     except OSError:
@@ -206,7 +206,7 @@ def _signal_name(number: int) -> str:
 def record(jobs: Sequence[Job], outcomes: Mapping[int, Outcome]) -> None:
     """Writes the sweep's runs.csv: one line for each job, those of before included.
 
-    A disk that is full is no reason to end what runs: it is said, and the next one may be written.
+    A full disk does not end the jobs: it is reported, and the next write may succeed.
     """
     try:
         _record(jobs, outcomes)
@@ -235,7 +235,7 @@ def _record(jobs: Sequence[Job], outcomes: Mapping[int, Outcome]) -> None:
 
 
 def _rows_before(path: Path) -> list[dict[str, Any]]:
-    """Of an earlier sweep; what is no row of ours, as after an edit, is left out."""
+    """The rows of an earlier sweep; lines that are no rows of ours (an edit) are skipped."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
@@ -244,7 +244,7 @@ def _rows_before(path: Path) -> list[dict[str, Any]]:
 
 
 def say(text: str) -> None:
-    """One line of the sweep's own on the terminal."""
+    """Prints one line of the sweep's own on the terminal."""
     print(f"rlx: {text}", file=sys.stderr, flush=True)
 
 
@@ -301,7 +301,7 @@ def _pairs(job: Job) -> list[tuple[str, str]]:
 
 
 def _last_line(path: Path, begin: int = 0) -> str:
-    """Of what stands after `begin`; a job may have written gigabytes, so only the end is read."""
+    """The last line after byte `begin`; only the end is read, as a job may write gigabytes."""
     try:
         with path.open("rb") as file:
             file.seek(max(begin, file.seek(0, os.SEEK_END) - TAIL_BYTES))

@@ -29,7 +29,7 @@ OWN_STORE_BYTES = 1 << 30  # of a cluster that is started for the sweep
 
 
 class SweepCluster:
-    """Where the jobs of one sweep run, and what each is given."""
+    """The cluster that one sweep's jobs run on, and the resources of each job."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ def _run(
     environment: Mapping[str, str],
     grace_s: float,
 ) -> int:
-    """In the task: the job's exit status. The process ends with this one, however that ends."""
+    """Runs the job inside the task; returns its exit status. The job ends with this process."""
     # ray.cancel interrupts by it; of a sweep that a script started with &, Ray inherits "ignored".
     signal.signal(signal.SIGINT, signal.default_int_handler)
     become = [sys.executable, "-m", "rlx.machine.tied", str(os.getpid()), ""]
@@ -166,9 +166,9 @@ def _run(
 
 
 def _without_ray(environment: Mapping[str, str]) -> dict[str, str]:
-    """What makes a process a worker of Ray is not for the job, which is a program of its own.
+    """The environment without what makes a process a Ray worker, as the job is its own program.
 
-    But what lets it into the cluster is.
+    What lets it into the cluster stays.
     """
 
     def is_for_jobs(key: str) -> bool:

@@ -86,7 +86,7 @@ class Search:
         return frozenset(self._space)
 
     def run(self, launch: Launch) -> Any:
-        """Asks for trials, runs them a batch at a time, and tells what they came to."""
+        """Asks for trials, runs them in batches, and reports their results."""
         self._forget_lost()
         while (left := self._n_trials - len(self._ended())) > 0:
             trials = [self._study.ask(self._space) for _ in range(min(self._batch, left))]
@@ -111,7 +111,7 @@ class Search:
         return self._sum_up()
 
     def is_hopeless(self, job: Job) -> bool:
-        """Reports what a running trial has newly evaluated; whether the pruner would end it."""
+        """Reports a running trial's new evaluations; returns whether the pruner would end it."""
         path, trial = job.folder / METRICS_FILE, self._trials.get(job.number)
         if trial is None or not path.exists() or path.stat().st_size == self._seen.get(job.number):
             return False
@@ -174,7 +174,7 @@ class Search:
             self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
     def _forget_all(self) -> None:
-        """Of a study in which nothing could begin: it may be given other settings then."""
+        """Forgets a study in which no trial could begin, so that it may get other settings."""
         optuna.delete_study(study_name=STUDY, storage=self._storage)
 
     def _ended(self) -> list[Any]:
@@ -200,7 +200,7 @@ class Search:
 
 
 def distribution(override: Override) -> optuna.distributions.BaseDistribution:
-    """What Hydra's grammar says of a value, as Optuna's: the same values."""
+    """Optuna's distribution of the same values as a sweep in Hydra's grammar."""
     value: Any = override.value()
     try:
         return _distribution(override, value)

@@ -58,7 +58,7 @@ def _agent_problems(agent: Agent) -> list[Problem]:
 
 
 def _acting_problems(settings: Settings) -> list[Problem]:
-    """What would act with other weights than the newest, or learn from a part of the lanes."""
+    """The problems of settings that act with older weights, or learn from a part of the lanes."""
     acting, wrong = settings["acting"], []
     if (answering := settings["env"].get("batch_size")) is not None:
         says = "an on-policy agent's lanes answer together; set it to null"
@@ -74,7 +74,7 @@ def _acting_problems(settings: Settings) -> list[Problem]:
 
 
 def _batch_problems(settings: Settings) -> list[Problem]:
-    """A batch is a round, and the replay holds one."""
+    """The problems of the batch and the replay: a batch is a round, and the replay holds one."""
     replay, lanes = settings["replay"], _lanes(settings)
     batch_size = settings["learner"]["batch_size"]
     if not getattr(resolve(replay["_target_"])[0], "trains_once", False):

@@ -26,7 +26,7 @@ WAIT_S = 0.2  # for actors, before the loop looks at its clocks and signals agai
 
 
 def _prioritized(replay: Replay) -> PrioritizedReplay | None:
-    """The replay, if updates are to give it priorities."""
+    """The replay, if updates give it priorities; else None."""
     if isinstance(replay, PrioritizedReplay) and replay.needs_priorities:
         return replay
     return None
@@ -81,7 +81,7 @@ class Stages:
         )
 
     def stopped(self) -> bool:
-        """Whether any process was told to stop; several hear of it when they agree."""
+        """Whether any process was asked to stop; several learn of it when they agree."""
         alone = self.parts.peers.count == 1
         return self.stop.is_set() if alone else any(news.stop for news in self.news)
 
@@ -219,7 +219,7 @@ class Stages:
             self.stop.set()
 
     def _largest_importance(self, sample: Sample) -> float | None:
-        """Of this process's share of the batch, as drawn from the shares of all; None if alone."""
+        """This share's largest importance, with probabilities over all shares; None if alone."""
         everyone, peers = [news.startable for news in self.news], self.parts.peers
         if peers.count == 1:
             return None
