@@ -81,7 +81,7 @@ env.close()
 
 # %%
 pool.publish(learner.publish().weights(), env_steps=0)
-rollouts = [r for _ in range(4) for r in pool.collect(256, timeout_s=60, updates=0)]
+rollouts = [r for _ in range(4) for r in pool.collect(timeout_s=60, updates=0)]
 rollout = rollouts[0]
 print(f"{len(rollout.lane)} blocks of {agent.sequence.block_rows} rows, lanes {set(rollout.lane)}")
 for name, leaf in trees.flatten(rollout.rows).items():

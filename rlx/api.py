@@ -96,9 +96,9 @@ def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
 
 def refuse_chance(settings: Mapping[str, Any]) -> None:
     """Raises ConfigError for settings that cannot give the same bits."""
-    from rlx.training.assemble import is_local
+    from rlx.training.agreement import takes_turns
 
-    if not is_local(settings):
+    if not takes_turns(settings):
         says = "only acting=local gives the same bits; choose it, or deterministic=false"
         raise refuse("deterministic", says, given="true")
     if settings["replay"].get("prefetch"):

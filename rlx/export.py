@@ -156,7 +156,7 @@ def _check(platforms: Sequence[str]) -> None:
 
 
 def _narrowed(dtype: str) -> np.dtype:
-    """The spec as JAX takes it: callers give 64-bit arrays as they are, JAX makes them 32-bit."""
+    """The dtype as JAX takes it: 64-bit arrays become 32-bit there."""
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
 
 

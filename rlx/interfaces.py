@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from rlx.problems import Problem
 from rlx.types import (
     Array,
     Batch,
@@ -66,6 +68,55 @@ class EnvFamily(Protocol):
 
     def make(self, *, lanes: int, seeds: Sequence[int]) -> Env:
         """`seeds`: one int32 per lane."""
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """Settings that can be judged before anything is made of them."""
+
+    def problems(self) -> Sequence[str]:
+        """What is wrong, a line each."""
+
+
+@runtime_checkable
+class CheckedFamily(Protocol):
+    """An environment family that can judge its settings for a number of lanes."""
+
+    def problems(self, *, lanes: int | None) -> Sequence[str]:
+        """What is wrong, a line each; no environment is made."""
+
+
+@runtime_checkable
+class Asynchronous(Protocol):
+    """An environment family whose lanes may answer some at a time."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Lanes per answer; None: all."""
+
+
+@runtime_checkable
+class ThinFamily(Protocol):
+    """An environment family that says whether its processes must load JAX; others must."""
+
+    needs_jax: bool
+
+
+@runtime_checkable
+class Outward(Protocol):
+    """An environment family that gives the raw spaces of its environments."""
+
+    def raw_spaces(self) -> Any:
+        """An `rlx.envs.observations.RawSpaces`."""
+
+
+@runtime_checkable
+class Agrees(Protocol):
+    """A class of settings with rules on how other groups must be set beside it."""
+
+    @staticmethod
+    def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
+        """What these settings of a whole run break of its rules."""
 
 
 class Network(Protocol):
@@ -145,6 +196,14 @@ class Prioritizing(Protocol):
         """
 
 
+@runtime_checkable
+class ValuesActions(Protocol):
+    """An agent that has a value for each action."""
+
+    def values(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
+        """(values [N, A], carry)."""
+
+
 class Ring(Protocol):
     """Blocks in the order in which they were added, as a snapshot reads them."""
 
@@ -156,7 +215,7 @@ class Ring(Protocol):
 
     @property
     def next_key(self) -> int:
-        """The number that the next added block gets."""
+        """The number of the next block to come."""
 
     def blocks_after(self, key: int, most: int) -> tuple[Blocks, int]:
         """Copies of the blocks with later keys, and the key to continue after; for any thread."""
@@ -228,21 +287,77 @@ class Exploration(Protocol):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What a run tells the pool that it opens."""
+
+    family: EnvFamily
+    agent: Agent
+    exploration: Exploration
+    seed: int
+    chain: int  # how many lives the lanes have had
+    env_steps: int  # made by the run so far
+    round_blocks: int | None  # a request's, of each lane (rlx.training.rounds); None: env steps
+
+
+class PoolSettings(Protocol):
+    """The settings of a pool (conf/acting): opens it for a run."""
+
+    @property
+    def instances(self) -> int:
+        """Actors."""
+
+    @property
+    def envs_per_actor(self) -> int:
+        """Lanes of each actor."""
+
+    @property
+    def env_steps_per_request(self) -> int:
+        """Env steps over all lanes that answer a request."""
+
+    def open(self, context: RunContext) -> ActingPool:
+        """Raises ConfigError or ValueError for what cannot work."""
+
+
+@runtime_checkable
+class Served(Protocol):
+    """The settings of a pool in which one request may be for all actors together."""
+
+    @property
+    def is_served(self) -> bool: ...
+
+
+@runtime_checkable
+class InRounds(Protocol):
+    """The settings of a pool of which some suit an on-policy agent only, or no such agent."""
+
+    def round_problems(self, *, on_policy: bool) -> Sequence[Problem]:
+        """What is wrong with them for such an agent."""
+
+
+@runtime_checkable
+class TakesTurns(Protocol):
+    """The settings of a pool that may act in turns with the learner, in its thread."""
+
+    takes_turns: bool
+
+
 class ActingPool(Protocol):
     """Holds the actors of a run and collects their rollouts."""
 
-    env_steps_per_request: int
-    chain: int  # how many lives the lanes have had
+    @property
+    def chain(self) -> int:
+        """How many lives the lanes have had."""
 
     @property
     def burst_env_steps(self) -> int:
         """Env steps of one full round of requests."""
 
-    def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
-        """The rollouts that have arrived, or arrive within `timeout_s`; [] if none does.
+    def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
+        """Rollouts that are there, or come within `timeout_s`; [] if none does.
 
-        `want_env_steps`: of each further request. `updates`: made by the learner so far; with
-        `max_weight_age_updates` no request is sent whose weights would be older than that.
+        `updates`: made by the learner so far; with `max_weight_age_updates` no request is sent
+        whose weights would be older than that.
         """
 
     def publish(self, weights: Weights, env_steps: int) -> None: ...

@@ -192,7 +192,7 @@ def _resampled_iqm(values: np.ndarray, rng: np.random.Generator, times: int) -> 
 def _draws(
     strata: Sequence[np.ndarray], seed: int, resamples: int, width: int = 1
 ) -> Iterator[list[np.ndarray]]:
-    """Yields, for each f64[runs, ...], resampled [times, runs, ...], a chunk of times at once.
+    """For each f64[runs, ...] a [times, runs, ...] of runs drawn anew, a few times at once.
 
     width: elements that the statistic makes of each score, which bounds how many.
     """

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 Array = Any  # numpy.ndarray or jax.Array
 Observation = Mapping[str, Array]
@@ -34,6 +34,18 @@ class Range:
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfTheRun:
+    """Marks a count over all learner processes, of which each takes its share, rounded up.
+
+    exactly: the share must not be rounded. over: "actors" counts actors, and is divided where
+    they are; "lanes" counts over an actor's lanes, and is divided where these are.
+    """
+
+    exactly: bool = False
+    over: Literal["run", "actors", "lanes"] = "run"
 
 
 class FromRun:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 from rlx import trees
+from rlx.agents import running
 from rlx.agents.optimizers import Adam
 from rlx.agents.r2d2 import R2D2
 from rlx.networks.cores import GRU, LSTM, Core, Feedforward
@@ -24,6 +26,8 @@ from rlx.types import (
     NetInput,
     QActing,
     Row,
+    TrainState,
+    UpdateOutput,
 )
 
 CORES: dict[str, Core] = {
@@ -135,6 +139,32 @@ def agent(net: RecurrentNetwork | None = None, **changes: Any) -> R2D2:
         "spec": net.spec,
     }
     return R2D2(**settings | changes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Watching:
+    """R2D2 that also keeps the moments of the observations that it learns from."""
+
+    r2d2: R2D2
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.r2d2, name)
+
+    def init(self, key: Any) -> TrainState:
+        moments = running.nothing(self.r2d2.spec.observation["observation"].shape)
+        return dataclasses.replace(self.r2d2.init(key), statistics={"observation": moments})
+
+    def update(
+        self, state: TrainState, batch: Batch, *, axis_name: str | None = None
+    ) -> tuple[TrainState, UpdateOutput]:
+        after, output = self.r2d2.update(state, batch, axis_name=axis_name)
+        moments = running.observe(
+            state.statistics["observation"],
+            batch.rows.inputs.observation["observation"],
+            batch.rows.valid,
+            axis_name,
+        )
+        return dataclasses.replace(after, statistics={"observation": moments}), output
 
 
 def inputs(spec: EnvSpec, *leading: int, rng: np.random.Generator) -> NetInput:

@@ -28,6 +28,7 @@ from rlx.networks.actions import encode_action, encode_previous
 from rlx.replay.uniform import Uniform
 from rlx.types import BoxSpec, DiscreteSpec, MultiDiscreteSpec, Rollout, Row, Weights
 from tests import parts
+from tests.acting.test_keystone import context
 from tests.sampling import RandomAgent, Value
 from tests.test_export import AFTERWARDS, WITHOUT_RLX, documented
 
@@ -78,16 +79,11 @@ def make_pool(kind: str, family: Any, agent: RandomAgent, exploration: float = 0
         "envs_per_actor": 4,
         "env_steps_per_request": 40,
         "device": "cpu",
-        "family": family,
-        "agent": agent,
-        "exploration": Constant(value=exploration),
-        "seed": 5,
-        "chain": 0,
-        "env_steps": 0,
     }
+    told = context(family, agent, exploration=Constant(value=exploration))
     if kind == "local":
-        return LocalPool(**settings)
-    return ThreadPool(
+        return LocalPool(**settings).open(told)
+    threads = ThreadPool(
         **settings,
         requests_per_actor=2,
         realtime=False,
@@ -95,6 +91,7 @@ def make_pool(kind: str, family: Any, agent: RandomAgent, exploration: float = 0
         max_weight_age_updates=None,
         request_timeout_s=60.0,
     )
+    return threads.open(told)
 
 
 def acted(kind: str, family: Any, core: str = "lstm") -> tuple[RandomAgent, Any, list[Rollout]]:
@@ -105,7 +102,7 @@ def acted(kind: str, family: Any, core: str = "lstm") -> tuple[RandomAgent, Any,
     pool.publish(Weights(version=0, params=params), 0)
     rollouts: list[Rollout] = []
     while sum(rollout.env_steps for rollout in rollouts) < 400:
-        rollouts += pool.collect(40, 60.0, 0)
+        rollouts += pool.collect(60.0, 0)
     pool.close(20.0)
     return agent, params, rollouts
 

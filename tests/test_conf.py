@@ -58,6 +58,13 @@ def test_every_option_builds_and_one_update_traces(option):
     trace_update(agent, settings["learner"]["batch_size"])
 
 
+@pytest.mark.parametrize("network", [o for o in OPTIONS if o.startswith("network=")])
+@pytest.mark.parametrize("agent", [o for o in OPTIONS if o.startswith("agent=")])
+def test_any_network_goes_with_any_agent(agent, network):
+    settings, _, made = built(agent, network, *COMPANIONS.get(network, []))
+    trace_update(made, settings["learner"]["batch_size"])
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_builds_and_one_update_traces(name):
     settings, _, agent = built(f"experiment={name}")

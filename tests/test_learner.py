@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from rlx.machine import xla
-from rlx.training.learner import Learner
+from rlx.training.checkpoint import Checkpoint, Checkpointer
+from rlx.training.learner import Learner, OpenLearner
 from tests import parts
 
 UPDATES = 4
 
 
-def learner(devices: int | None = 1, **changes) -> Learner:
+def learner(devices: int | None = 1, **changes) -> OpenLearner:
     settings = {
         "processes": 1,
         "group": None,
@@ -26,18 +27,20 @@ def learner(devices: int | None = 1, **changes) -> Learner:
         "memory_fraction": None,
         "publish_every_updates": 1,
         "on_nonfinite": "stop",
-        "seed": 3,
     }
-    return Learner(**settings | {"agent": parts.agent(target_period_updates=3)} | changes)
+    agent = changes.pop("agent", None) or parts.agent(target_period_updates=3)
+    seed = changes.pop("seed", 3)
+    return Learner(**settings | changes).open(agent, seed)
 
 
 def run(devices: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Parameters and TD errors after a few updates on the same batches."""
-    subject = learner(devices)
+    """All that updates change, and priorities, after a few of them on the same batches."""
+    subject = learner(devices, agent=parts.Watching(r2d2=parts.agent(target_period_updates=3)))
     for seed in range(UPDATES):
         output = subject.update(subject.put(parts.batch(subject._agent, 8, seed=seed)))
     state = subject.state()
-    leaves = jax.tree.leaves((state.params, state.target_params, state.opt_state))
+    changed = (state.params, state.target_params, state.opt_state, state.statistics)
+    leaves = jax.tree.leaves(changed)
     return leaves, subject.priorities(output)
 
 
@@ -121,6 +124,23 @@ def test_restored_learner_goes_on_bit_for_bit():
         resumed.update(resumed.put(batch))
     assert resumed.updates == 4
     jax.tree.map(np.testing.assert_array_equal, resumed.state(), whole.state())
+
+
+def test_statistics_are_of_all_rows_learnt_from_and_come_back_from_a_checkpoint(tmp_path):
+    subject = learner(agent=parts.Watching(r2d2=parts.agent()))
+    batches = [parts.batch(subject._agent, 8, seed=seed) for seed in range(3)]
+    for batch in batches:
+        subject.update(subject.put(batch))
+    seen = np.concatenate([b.rows.inputs.observation["observation"][b.rows.valid] for b in batches])
+    settings = Checkpoint(every_env_steps=1, keep=1, replay=False, exact=False)
+    Checkpointer(tmp_path, settings).save(9, state=subject.state(), meta={})
+    like = jax.tree.map(np.zeros_like, subject.state())
+    restored = Checkpointer(tmp_path, None).restore(like, with_replay=False).state
+    jax.tree.map(np.testing.assert_array_equal, restored, subject.state())
+    moments = restored.statistics["observation"]
+    assert moments.count == len(seen)
+    np.testing.assert_allclose(moments.mean, seen.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(moments.spread / len(seen), seen.var(axis=0), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["importance", "reward"])

@@ -141,7 +141,7 @@ class Actor:
 
     @property
     def weights_version(self) -> int:
-        """The version of the weights that it acts with now; -1 before the first weights."""
+        """The version of the weights it acts with now; -1 before the first."""
         return self._policy.version
 
     @property
@@ -205,7 +205,7 @@ class Actor:
             self._finish(full, lane, inputs)
 
     def _started_lanes(self, timestep: Timestep) -> tuple[Timestep, np.ndarray]:
-        """The answer without the lanes whose very first observation it holds: it closes no row."""
+        """The answer without the lanes whose very first observation it is: that closes no row."""
         opened = self._started[timestep.lane]
         self._started[timestep.lane] = True
         self._all_started = bool(self._started.all() and opened.all())

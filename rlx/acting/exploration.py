@@ -51,7 +51,7 @@ class Constant:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """One amount for all lanes, linear from `start` to `final` over `decay_env_steps` env steps."""
+    """Every lane goes from `start` to `final` over the first `decay_env_steps` of the run."""
 
     start: Amount
     final: Amount

@@ -2,52 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 from rlx.acting.actor import Actor
-from rlx.acting.plan import Plan
-from rlx.interfaces import Agent, Device, EnvFamily, Exploration
-from rlx.types import Range, Request, Rollout, Runtime, Weights
+from rlx.acting.plan import make_plan
+from rlx.interfaces import Device, RunContext
+from rlx.problems import Problem
+from rlx.types import OfTheRun, Range, Request, Rollout, Weights
 
 
+@dataclass(frozen=True, kw_only=True)
 class LocalPool:
+    """The settings of a pool in this process (interfaces.PoolSettings); conf/acting/local.yaml."""
+
+    instances: Annotated[int, Range(ge=1)]
+    envs_per_actor: Annotated[int, Range(ge=1)]
+    env_steps_per_request: Annotated[int, Range(ge=1), OfTheRun(over="lanes")]
+    device: Device
+    takes_turns: ClassVar[bool] = True  # with the learner
+
+    @staticmethod
+    def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
+        """Turns are taken by the replay's ratio."""
+        if settings["replay"].get("ratio", "its own") is not None:
+            return []
+        says = "acting=local takes turns with the learner and needs a ratio; set replay.ratio=0.8"
+        return [Problem(path="replay.ratio", given="null", says=says)]
+
+    def open(self, context: RunContext) -> OpenLocalPool:
+        """Opens the environments of all actors."""
+        return OpenLocalPool(self, context)
+
+
+class OpenLocalPool:
     """An interfaces.ActingPool; its actors step when `collect` is called, and only then."""
 
-    takes_turns = True  # with the learner
-
-    def __init__(
-        self,
-        *,
-        instances: Annotated[int, Range(ge=1)],
-        envs_per_actor: Annotated[int, Range(ge=1)],
-        env_steps_per_request: Annotated[int, Range(ge=1)],
-        device: Device,
-        family: Runtime[EnvFamily],
-        agent: Runtime[Agent],
-        exploration: Runtime[Exploration],
-        seed: Runtime[int],
-        chain: Runtime[int],
-        env_steps: Runtime[int],
-        round_blocks: Runtime[int | None],
-    ) -> None:
-        """`chain`: how many lives the lanes have had; `env_steps`: made by the run so far.
-
-        `round_blocks`: blocks of each lane in a request (`rlx.training.rounds`); None: env steps.
-        """
-        self.env_steps_per_request = env_steps_per_request
-        self.chain = chain
-        self._plan = Plan(
-            family=family,
-            agent=agent,
-            exploration=exploration,
-            seed=seed,
-            instances=instances,
-            envs_per_actor=envs_per_actor,
-            device=device,
+    def __init__(self, settings: LocalPool, context: RunContext) -> None:
+        self.chain = context.chain
+        self._want_env_steps = settings.env_steps_per_request
+        self._plan = make_plan(
+            context,
+            instances=settings.instances,
+            envs_per_actor=settings.envs_per_actor,
+            device=settings.device,
         )
-        self._round_blocks = round_blocks
+        self._round_blocks = context.round_blocks
         self._weights: Weights | None = None
-        self._env_steps = env_steps
+        self._env_steps = context.env_steps
         self._turn = 0
         self._seconds = {"policy_s": 0.0, "env_s": 0.0, "total_s": 0.0}
         self._actors = self._open()
@@ -55,16 +58,16 @@ class LocalPool:
     @property
     def burst_env_steps(self) -> int:
         """Env steps of one full round of requests."""
-        return self._plan.instances * self.env_steps_per_request
+        return self._plan.instances * self._want_env_steps
 
-    def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
-        """Makes and returns the next actor's rollout; it never waits."""
+    def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
+        """The next actor's answer; it is made here and now, so there is nothing to wait for."""
         actor = self._actors[self._turn]
         self._turn = (self._turn + 1) % len(self._actors)
         request = Request(
             weights=self._weights if self._turn_is_stale(actor) else None,
             env_steps=self._env_steps,
-            want_env_steps=want_env_steps,
+            want_env_steps=self._want_env_steps,
             want_blocks=self._round_blocks,
         )
         rollout = actor.collect(request)

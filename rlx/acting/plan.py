@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +13,8 @@ from rlx import trees
 from rlx.acting.actor import Actor
 from rlx.acting.policy import Policy
 from rlx.acting.writer import empty, input_spec
-from rlx.interfaces import Agent, Device, Env, EnvFamily, Exploration
+from rlx.interfaces import Agent, Asynchronous, Device, Env, EnvFamily, Exploration, RunContext
+from rlx.problems import Problem
 from rlx.seeding import spawn_int
 from rlx.types import ArraySpec, Carry, NetInput
 
@@ -34,7 +37,7 @@ class Plan:
         return self.instances * self.envs_per_actor
 
     def seeds(self, index: int, chain: int) -> list[int]:
-        """The seeds of one actor's life, one per lane."""
+        """The seeds of one actor's life, one for each lane."""
         first = index * self.envs_per_actor
         lanes = range(first, first + self.envs_per_actor)
         return [spawn_int(self.seed, "env", lane, chain) for lane in lanes]
@@ -70,8 +73,47 @@ class Plan:
         """Compiles the policy for this many lanes, or takes it from JAX's compilation cache."""
         policy = self.policy(0, 0)
         policy.compile(zero_inputs(self.agent, self.envs_per_actor))
-        if some := getattr(self.family, "batch_size", None):  # lanes that answer at a time
+        some = self.family.batch_size if isinstance(self.family, Asynchronous) else None
+        if some:  # lanes that answer at a time
             policy.compile(zero_inputs(self.agent, some), np.arange(some, dtype=np.int32))
+
+
+def make_plan(context: RunContext, *, instances: int, envs_per_actor: int, device: Device) -> Plan:
+    """The plan of a run's pool."""
+    return Plan(
+        family=context.family,
+        agent=context.agent,
+        exploration=context.exploration,
+        seed=context.seed,
+        instances=instances,
+        envs_per_actor=envs_per_actor,
+        device=device,
+    )
+
+
+def age_problems(settings: Mapping[str, Any]) -> list[Problem]:
+    """Whether acting.max_weight_age_updates lets weights be older than they are published."""
+    oldest, every = (
+        settings["acting"]["max_weight_age_updates"],
+        settings["learner"]["publish_every_updates"],
+    )
+    if oldest is None or oldest >= every:
+        return []
+    says = f"weights are published every {every} updates (learner.publish_every_updates): "
+    says += f"actors would wait for ever; accepted: null or an int >= {every}"
+    return [Problem(path="acting.max_weight_age_updates", given=str(oldest), says=says)]
+
+
+def newest_only(given: Mapping[str, Any], accepted: Mapping[str, Any]) -> list[Problem]:
+    """The problems of pool settings that let an on-policy agent act with older weights."""
+    found = []
+    for name, value in accepted.items():
+        if given[name] != value:
+            says = "an on-policy agent acts with its newest weights only; set it to "
+            shown = str(given[name]).lower()
+            says += str(value).lower()
+            found.append(Problem(path=f"acting.{name}", given=shown, says=says))
+    return found
 
 
 def carry_spec(agent: Agent) -> Carry:

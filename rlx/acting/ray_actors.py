@@ -15,6 +15,7 @@ import threading
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from time import monotonic, time
 from typing import Any, Literal
 
@@ -34,36 +35,33 @@ RECENT = 100  # latencies that the metric is the median of
 SILENT_S = 900.0  # without any rollout although actors are ready: something is wrong
 
 
-class RayActors:
-    """Rollouts of a fleet of `rlx.acting.remote.RemoteActor`.
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What travels between actors and learner, and how much of it at once.
 
-    most_env_steps: of a request; per_actor: requests under way for each; most: for all together.
-    want_blocks: each actor makes one request with each version of the weights, for so many blocks
-    of each lane; the replacement of one that is lost on the way makes its part with the same
-    weights.
+    With `want_blocks` each actor makes one request with each version of the weights, for so many
+    blocks of each lane; the replacement of one that is lost on the way makes its part with the
+    same weights.
     """
 
-    def __init__(
-        self,
-        *,
-        fleet: Fleet,
-        want_env_steps: int,
-        want_blocks: int | None,
-        most_env_steps: int,
-        per_actor: int,
-        most: int,
-        weights_dtype: Literal["float32", "bfloat16"],
-        max_age: int | None,
-        ingest_threads: int,
-        env_steps: int,
-    ) -> None:
-        self._fleet, self._want = fleet, want_env_steps
-        self._want_blocks = want_blocks
-        self._most_env_steps = most_env_steps
-        self._per_actor, self._most = per_actor, most
-        self._weights_dtype, self._max_age = weights_dtype, max_age
+    want_env_steps: int  # of a request
+    want_blocks: int | None
+    most_env_steps: int  # that a request may answer
+    per_actor: int  # requests under way for each actor
+    most: int  # for all together
+    weights_dtype: Literal["float32", "bfloat16"]
+    max_age: int | None  # updates; no request is sent with older weights
+    ingest_threads: int  # that unpack rollouts
+
+
+class RayActors:
+    """Rollouts of a fleet of `rlx.acting.remote.RemoteActor`."""
+
+    def __init__(self, *, fleet: Fleet, traffic: Traffic, env_steps: int) -> None:
+        """env_steps: made by the run so far."""
+        self._fleet, self._traffic = fleet, traffic
         self._orders = Orders(env_steps)
-        self._unpackers = ThreadPoolExecutor(ingest_threads, thread_name_prefix="unpack")
+        self._unpackers = ThreadPoolExecutor(traffic.ingest_threads, thread_name_prefix="unpack")
         self._arrived: queue.SimpleQueue[tuple[int, int, Future[Answer]]] = queue.SimpleQueue()
         self._failed: BaseException | None = None
         self._lock = threading.Lock()  # of what follows, which the loop and the thread share
@@ -88,7 +86,8 @@ class RayActors:
     @property
     def burst_env_steps(self) -> int:
         """Env steps of one full round of requests."""
-        return min(len(self._fleet.slots) * self._per_actor, self._most) * self._most_env_steps
+        requests = min(len(self._fleet.slots) * self._traffic.per_actor, self._traffic.most)
+        return requests * self._traffic.most_env_steps
 
     @property
     def chain(self) -> int:
@@ -195,7 +194,7 @@ class RayActors:
         if isinstance(event, Ready):
             self._life[index] = event.chain
             self._under_way[index] = 0
-            self._idle.extend([index] * self._per_actor)
+            self._idle.extend([index] * self._traffic.per_actor)
         elif isinstance(event, Answered):
             self._last_sign_s = monotonic()
             self._answered[index] = event.value.weights_version
@@ -203,7 +202,7 @@ class RayActors:
             self._arrived.put((index, self._life[index], unpacked))
         else:
             with self._lock:
-                self._counts["lost_env_steps"] += event.requests * self._most_env_steps
+                self._counts["lost_env_steps"] += event.requests * self._traffic.most_env_steps
                 self._used[index] = -1
             self._life[index] = -1
             self._under_way[index] = 0
@@ -222,12 +221,13 @@ class RayActors:
         weights, env_steps, updates = self._orders.read()
         if weights is None or not self._idle:
             return
-        if self._max_age is not None and updates - weights.version > self._max_age:
+        max_age = self._traffic.max_age
+        if max_age is not None and updates - weights.version > max_age:
             return  # until newer ones are published
         reference = self._stored(weights)
-        asked = (reference, env_steps, self._want, self._want_blocks)
+        asked = (reference, env_steps, self._traffic.want_env_steps, self._traffic.want_blocks)
         for index in self._may_be_asked(weights.version):
-            if sum(self._under_way) >= self._most:
+            if sum(self._under_way) >= self._traffic.most:
                 return
             self._idle.remove(index)
             self._under_way[index] += 1
@@ -235,15 +235,18 @@ class RayActors:
             self._fleet.request(index, "collect", *asked)
 
     def _may_be_asked(self, version: int) -> list[int]:
-        """The idle actors, longest idle first; in a round only those that still owe their part."""
-        if self._want_blocks is None:
+        """Idle actors, the longest idle first; of a round those that have not made their part."""
+        if self._traffic.want_blocks is None:
             return list(self._idle)
         return [index for index in self._idle if self._answered[index] != version]
 
     def _stored(self, weights: Weights) -> Any:
         """The object store's one copy of this version."""
         if self._reference is None or self._reference[0] != weights.version:
-            self._reference = weights.version, ray.put(narrowed(weights, self._weights_dtype))
+            self._reference = (
+                weights.version,
+                ray.put(narrowed(weights, self._traffic.weights_dtype)),
+            )
         return self._reference[1]
 
 

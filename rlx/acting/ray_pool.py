@@ -6,155 +6,195 @@ actors (`rlx.acting.ray_actors`) or for them (`rlx.acting.ray_server`).
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
-import ray
-from ray import cloudpickle
 
 from rlx import trees
-from rlx.acting.plan import Plan, carry_spec
-from rlx.acting.ray_actors import RayActors
+from rlx.acting.plan import Plan, age_problems, carry_spec, make_plan, newest_only
+from rlx.acting.ray_actors import RayActors, Traffic
+from rlx.acting.ray_resources import Placement, Resources, Room, check_store
 from rlx.acting.ray_server import RayServer
 from rlx.acting.remote import RemoteActor
 from rlx.acting.remote_env import RemoteEnv
 from rlx.acting.wire import Compression
 from rlx.acting.writer import row_spec
-from rlx.cluster.cluster import Cluster, cores
+from rlx.cluster.cluster import Cluster
 from rlx.cluster.faults import Restarts
 from rlx.cluster.fleet import Deadlines, Fleet
-from rlx.cluster.whereabouts import thread_limits
-from rlx.interfaces import Agent, EnvFamily, Exploration
-from rlx.machine.memory import available_bytes
-from rlx.problems import ConfigError, Problem, refuse
-from rlx.types import Range, Rollout, Runtime, Weights
-
-SHARE_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-LARGEST_PLAN = 1_000_000  # bytes, pickled
+from rlx.cluster.pickled import pickled
+from rlx.interfaces import Agent, RunContext, ThinFamily
+from rlx.problems import Problem
+from rlx.types import OfTheRun, Range, Rollout, Weights
 
 
+@dataclass(frozen=True, kw_only=True)
 class RayPool:
+    """The settings of a pool on Ray (an interfaces.PoolSettings); see conf/acting/ray_pool.yaml."""
+
+    instances: Annotated[int, Range(ge=1)]
+    envs_per_actor: Annotated[int, Range(ge=1)]
+    env_steps_per_request: Annotated[int, Range(ge=1), OfTheRun(over="lanes")]
+    requests_per_actor: Annotated[int, Range(ge=1)]
+    sync: bool
+    min_instances: Annotated[int, Range(ge=1), OfTheRun(over="actors")]
+    inference: Literal["actor", "server"]
+    max_batch: Annotated[int, Range(ge=1)]
+    max_wait_ms: Annotated[float, Range(ge=0)]
+    cpus_per_actor: Annotated[float, Range(ge=0)]
+    gpus_per_actor: Annotated[float, Range(ge=0)]
+    memory_per_actor: Annotated[int, Range(ge=1)] | None
+    resources: dict[str, float]
+    placement: Placement
+    threads_per_actor: Annotated[int, Range(ge=1)]
+    address: str | None
+    compress: Compression
+    weights_dtype: Literal["float32", "bfloat16"]
+    max_weight_age_updates: Annotated[int, Range(ge=1)] | None
+    max_in_flight_bytes: Annotated[int, Range(ge=1), OfTheRun()]
+    ingest_threads: Annotated[int, Range(ge=1)]
+    start_at_once: Annotated[int, Range(ge=1)]
+    start_timeout_s: Annotated[float, Range(gt=0)]
+    request_timeout_s: Annotated[float, Range(gt=0)]
+    resource_timeout_s: Annotated[float, Range(gt=0)]
+    grace_s: Annotated[float, Range(gt=0)]
+    restarts: Restarts
+
+    @staticmethod
+    def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
+        """Weights that can never be as new as asked for."""
+        return age_problems(settings)
+
+    def round_problems(self, *, on_policy: bool) -> Sequence[Problem]:
+        """An on-policy agent acts in rounds, with its newest weights as they are."""
+        if on_policy:
+            accepted = {"sync": True, "inference": "actor", "weights_dtype": "float32"}
+            return newest_only({name: getattr(self, name) for name in accepted}, accepted)
+        if not self.sync:
+            return []
+        says = "is for on-policy agents, which learn in rounds; this one does not, set it to false"
+        return [Problem(path="acting.sync", given="true", says=says)]
+
+    def open(self, context: RunContext) -> OpenRayPool:
+        """Joins the cluster and starts the actors; raises ConfigError for what it cannot have."""
+        room = self.room
+        room.check_settings(self.address)
+        check_store(self.max_in_flight_bytes, self.address)
+        plan = self._plan(context)
+        arguments = (
+            _env_arguments(plan) if self.is_served else _actor_arguments(plan, self.compress)
+        )
+        cluster = Cluster(address=self.address, store_bytes=2 * self.max_in_flight_bytes)
+        try:
+            room.check_cluster(cluster)
+            fleet = self._fleet(arguments, context.chain)
+            source = self._source(fleet, plan, context)
+        except BaseException:
+            cluster.close()
+            raise
+        return OpenRayPool(cluster=cluster, fleet=fleet, source=source)
+
+    @property
+    def is_served(self) -> bool:
+        """Whether one policy acts for all actors."""
+        return self.inference == "server"
+
+    @property
+    def room(self) -> Room:
+        """What the actors ask of the cluster."""
+        each = Resources(
+            cpus=self.cpus_per_actor,
+            gpus=self.gpus_per_actor,
+            memory=self.memory_per_actor,
+            custom=self.resources,
+            placement=self.placement,
+            threads=self.threads_per_actor,
+        )
+        return Room(each=each, instances=self.instances, least=self.min_instances)
+
+    @property
+    def deadlines(self) -> Deadlines:
+        """How long the fleet waits."""
+        return Deadlines(
+            prepare_s=self.start_timeout_s,
+            request_s=self.request_timeout_s,
+            resource_s=self.resource_timeout_s,
+            grace_s=self.grace_s,
+        )
+
+    @property
+    def ahead(self) -> int:
+        """Requests under way of each actor, or of a server."""
+        # With a limit on the weights' age no request waits behind another while they grow older.
+        return 1 if self.max_weight_age_updates or self.sync else self.requests_per_actor
+
+    def traffic(self, plan: Plan, round_blocks: int | None) -> Traffic:
+        """What travels, in as many requests at once as `max_in_flight_bytes` allows."""
+        most_env_steps = _most_env_steps(plan, self.env_steps_per_request, round_blocks)
+        return Traffic(
+            want_env_steps=self.env_steps_per_request,
+            want_blocks=round_blocks if self.sync else None,
+            most_env_steps=most_env_steps,
+            per_actor=self.ahead,
+            most=max(1, self.max_in_flight_bytes // _rollout_bytes(plan, most_env_steps)),
+            weights_dtype=self.weights_dtype,
+            max_age=self.max_weight_age_updates,
+            ingest_threads=self.ingest_threads,
+        )
+
+    def _plan(self, context: RunContext) -> Plan:
+        return make_plan(
+            context,
+            instances=self.instances,
+            envs_per_actor=self.envs_per_actor,
+            device="learner" if self.is_served or self.gpus_per_actor else "cpu",
+        )
+
+    def _fleet(self, arguments: Arguments, first_chain: int) -> Fleet:
+        each, several = self.room.each, jax.process_count() > 1
+        return Fleet(
+            cls=RemoteEnv if self.is_served else RemoteActor,
+            arguments=arguments,
+            count=self.instances,
+            least=self.min_instances,
+            first_chain=first_chain,
+            options=each.options(),
+            environment=each.environment(),
+            # Fleets of several learner processes do not know which cores the others took.
+            threads=None if each.gpus or several else each.threads,
+            free_answers=1 if self.is_served else 0,  # of `reset`
+            at_once=self.start_at_once,
+            restarts=self.restarts,
+            deadlines=self.deadlines,
+        )
+
+    def _source(self, fleet: Fleet, plan: Plan, context: RunContext) -> RayActors | RayServer:
+        if not self.is_served:
+            traffic = self.traffic(plan, context.round_blocks)
+            return RayActors(fleet=fleet, traffic=traffic, env_steps=context.env_steps)
+        return RayServer(
+            fleet=fleet,
+            plan=plan,
+            want_env_steps=self.env_steps_per_request,
+            ahead=self.ahead,
+            max_batch=self.max_batch,
+            max_wait_s=self.max_wait_ms / 1000,
+            max_age=self.max_weight_age_updates,
+            chain=context.chain,
+            env_steps=context.env_steps,
+        )
+
+
+class OpenRayPool:
     """An interfaces.ActingPool whose actors may fail, and come and go with their machines."""
 
-    def __init__(
-        self,
-        *,
-        instances: Annotated[int, Range(ge=1)],
-        envs_per_actor: Annotated[int, Range(ge=1)],
-        env_steps_per_request: Annotated[int, Range(ge=1)],
-        requests_per_actor: Annotated[int, Range(ge=1)],
-        sync: bool,
-        min_instances: Annotated[int, Range(ge=1)],
-        inference: Literal["actor", "server"],
-        max_batch: Annotated[int, Range(ge=1)],
-        max_wait_ms: Annotated[float, Range(ge=0)],
-        cpus_per_actor: Annotated[float, Range(ge=0)],
-        gpus_per_actor: Annotated[float, Range(ge=0)],
-        memory_per_actor: Annotated[int, Range(ge=1)] | None,
-        resources: dict[str, float],
-        placement: Literal["PACK", "SPREAD"] | dict[str, str],
-        threads_per_actor: Annotated[int, Range(ge=1)],
-        address: str | None,
-        compress: Compression,
-        weights_dtype: Literal["float32", "bfloat16"],
-        max_weight_age_updates: Annotated[int, Range(ge=1)] | None,
-        max_in_flight_bytes: Annotated[int, Range(ge=1)],
-        ingest_threads: Annotated[int, Range(ge=1)],
-        start_at_once: Annotated[int, Range(ge=1)],
-        start_timeout_s: Annotated[float, Range(gt=0)],
-        request_timeout_s: Annotated[float, Range(gt=0)],
-        resource_timeout_s: Annotated[float, Range(gt=0)],
-        grace_s: Annotated[float, Range(gt=0)],
-        restarts: Restarts,
-        family: Runtime[EnvFamily],
-        agent: Runtime[Agent],
-        exploration: Runtime[Exploration],
-        seed: Runtime[int],
-        chain: Runtime[int],
-        env_steps: Runtime[int],
-        round_blocks: Runtime[int | None],
-    ) -> None:
-        """Settings: conf/acting/ray_pool.yaml. What the run supplies: as in LocalPool."""
-        self.env_steps_per_request = env_steps_per_request
-        self._instances = instances
-        served, several = inference == "server", jax.process_count() > 1
-        plan = Plan(
-            family=family,
-            agent=agent,
-            exploration=exploration,
-            seed=seed,
-            instances=instances,
-            envs_per_actor=envs_per_actor,
-            device="learner" if served or gpus_per_actor else "cpu",
-        )
-        wants = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor, "memory": memory_per_actor}
-        _check_settings(instances, min_instances, address, wants)
-        _check_store(max_in_flight_bytes, address)
-        arguments = _env_arguments(plan) if served else _actor_arguments(plan, compress)
-        self._cluster = Cluster(address=address, store_bytes=2 * max_in_flight_bytes)
-        try:
-            _check_cluster(self._cluster, instances, min_instances, wants, resources)
-            self._fleet = Fleet(
-                cls=RemoteEnv if served else RemoteActor,
-                arguments=arguments,
-                count=instances,
-                least=min_instances,
-                first_chain=chain,
-                options={
-                    **{name: amount for name, amount in wants.items() if amount is not None},
-                    "resources": dict(resources),
-                    **_placement(placement),
-                },
-                environment=SHARE_GPU if gpus_per_actor else thread_limits(threads_per_actor),
-                # Fleets of several learner processes do not know which cores the others took.
-                threads=None if gpus_per_actor or several else threads_per_actor,
-                free_answers=1 if served else 0,  # of `reset`
-                at_once=start_at_once,
-                restarts=restarts,
-                deadlines=Deadlines(
-                    prepare_s=start_timeout_s,
-                    request_s=request_timeout_s,
-                    resource_s=resource_timeout_s,
-                    grace_s=grace_s,
-                ),
-            )
-        except BaseException:
-            self._cluster.close()
-            raise
-        # With a limit on the weights' age no request waits behind another while they grow older.
-        ahead = 1 if max_weight_age_updates or sync else requests_per_actor
-        self.source: RayActors | RayServer
-        if served:
-            self.source = RayServer(
-                fleet=self._fleet,
-                plan=plan,
-                want_env_steps=env_steps_per_request,
-                ahead=ahead,
-                max_batch=max_batch,
-                max_wait_s=max_wait_ms / 1000,
-                max_age=max_weight_age_updates,
-                chain=chain,
-                env_steps=env_steps,
-            )
-        else:
-            most_env_steps = _most_env_steps(plan, env_steps_per_request, round_blocks)
-            self.source = RayActors(
-                fleet=self._fleet,
-                want_env_steps=env_steps_per_request,
-                want_blocks=round_blocks if sync else None,
-                most_env_steps=most_env_steps,
-                per_actor=ahead,
-                most=max(1, max_in_flight_bytes // _rollout_bytes(plan, most_env_steps)),
-                weights_dtype=weights_dtype,
-                max_age=max_weight_age_updates,
-                ingest_threads=ingest_threads,
-                env_steps=env_steps,
-            )
+    def __init__(self, *, cluster: Cluster, fleet: Fleet, source: RayActors | RayServer) -> None:
+        self._cluster, self._fleet, self.source = cluster, fleet, source
 
     @property
     def burst_env_steps(self) -> int:
@@ -166,7 +206,7 @@ class RayPool:
         """The newest of any lane."""
         return self.source.chain
 
-    def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
+    def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
         """What has arrived, or the first thing that does within `timeout_s`."""
         return self.source.collect(timeout_s, updates)
 
@@ -182,7 +222,7 @@ class RayPool:
         failures = self._fleet.failures()
         return {
             "acting/actors_ready": float(self._fleet.ready),
-            "acting/actors_wanted": float(self._instances),
+            "acting/actors_wanted": float(len(self._fleet.slots)),
             "acting/restarts": float(sum(failures.values())),
             **{f"acting/restarts_{cause}": float(n) for cause, n in failures.items()},
             **self.source.stats(),
@@ -211,7 +251,8 @@ def _actor_arguments(plan: Plan, compression: Compression) -> Arguments:
 
 def _env_arguments(plan: Plan) -> Arguments:
     """(index, chain) -> the keywords of `RemoteEnv`."""
-    packed, needs_jax = pickled(plan.family), getattr(plan.family, "needs_jax", True)
+    packed, family = pickled(plan.family), plan.family
+    needs_jax = family.needs_jax if isinstance(family, ThinFamily) else True
     return lambda index, chain: {
         "family": packed,
         "seeds": plan.seeds(index, chain),
@@ -220,20 +261,20 @@ def _env_arguments(plan: Plan) -> Arguments:
 
 
 def _most_env_steps(plan: Plan, want_env_steps: int, want_blocks: int | None) -> int:
-    """Of a request: it ends with a step of all lanes, or with a block of each of them."""
+    """The most env steps of a request: it ends with a step of all lanes, or a block of each."""
     if want_blocks is not None:
         return want_blocks * plan.envs_per_actor * plan.agent.sequence.block_rows
     return want_env_steps + plan.envs_per_actor - 1
 
 
 def _rollout_bytes(plan: Plan, most_env_steps: int) -> int:
-    """At most: a request may finish a block of every lane, which began before it."""
+    """The most bytes of a rollout: a request may finish one block of each lane."""
     rows = max(most_env_steps, plan.envs_per_actor * plan.agent.sequence.block_rows)
     return rows * row_bytes(plan.agent)
 
 
 def row_bytes(agent: Agent) -> int:
-    """Of one env step on the wire, uncompressed."""
+    """The bytes of one env step on the wire, uncompressed."""
     row = trees.flatten(row_spec(agent.spec, agent.acting_spec)).values()
     carry = trees.flatten(carry_spec(agent)).values()
     sizes = [int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in row]
@@ -241,99 +282,7 @@ def row_bytes(agent: Agent) -> int:
     return sum(sizes) + sum(carries) // agent.sequence.block_rows + 1
 
 
-def pickled(made_of: Any) -> bytes:
-    """What actors are made of, to travel; ConfigError if it can't."""
-    try:
-        packed = cloudpickle.dumps(made_of)
-    except Exception as error:  # it is anybody's code
-        line = " ".join(str(error).split())[:200]
-        says = f"cannot be pickled for actors in other processes ({line}); use acting=local, or "
-        raise refuse("env", says + "keep open files, locks and lambdas out of it") from error
-    if len(packed) > LARGEST_PLAN:
-        says = f"is {len(packed):,} bytes when pickled; actors take at most {LARGEST_PLAN:,}: "
-        raise refuse("env", says + "let each environment load its data itself")
-    return packed
-
-
 def cache_folder() -> Path:
     """Where the actors of a machine keep compiled policies, from run to run."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "rlx" / "xla"
-
-
-def _placement(placement: str | Mapping[str, str]) -> dict[str, Any]:
-    if isinstance(placement, str):
-        return {"scheduling_strategy": {"PACK": "DEFAULT", "SPREAD": "SPREAD"}[placement]}
-    return {"label_selector": dict(placement)}
-
-
-def _check_settings(
-    instances: int, min_instances: int, address: str | None, wants: Mapping[str, float | None]
-) -> None:
-    """What can be said before Ray is there."""
-    if min_instances > instances:
-        says = f"more than acting.instances={instances}; accepted: 1 .. {instances}"
-        raise refuse("acting.min_instances", says, given=str(min_instances))
-    gpus = wants["num_gpus"] or 0.0
-    if gpus > 1 and gpus != int(gpus):
-        says = "accepted: a share of one GPU (0 .. 1), or whole ones"
-        raise refuse("acting.gpus_per_actor", says, given=f"{gpus:g}")
-    if address is None and not ray.is_initialized():
-        _check_room(instances, {"CPU": float(cores())}, wants)
-
-
-def _check_store(max_in_flight_bytes: int, address: str | None) -> None:
-    """That an own cluster's object store, of twice these bytes, fits in memory."""
-    most = available_bytes() // 2
-    if address is None and not ray.is_initialized() and max_in_flight_bytes > most:
-        says = f"Ray's object store takes twice as much; at most {most} bytes fit here"
-        raise refuse("acting.max_in_flight_bytes", says, given=str(max_in_flight_bytes))
-
-
-def _check_cluster(
-    cluster: Cluster,
-    instances: int,
-    min_instances: int,
-    wants: Mapping[str, float | None],
-    resources: Mapping[str, float],
-) -> None:
-    """What no waiting helps: a kind of resource that no node has, or an own machine's limits."""
-    have = cluster.resources
-    problems = []
-    for name, amount in resources.items():
-        if have.get(name, 0.0) < amount:
-            offered = sorted(k for k in have if ":" not in k and k not in RAYS_OWN) or ["none"]
-            says = f"no node offers it; the cluster's own resources: {', '.join(offered)}"
-            problems.append(
-                Problem(path=f"acting.resources.{name}", given=f"{amount:g}", says=says)
-            )
-    gpus = wants["num_gpus"] or 0.0
-    if gpus * min_instances > have.get("GPU", 0.0):
-        says = f"the cluster has {have.get('GPU', 0.0):g} GPUs, {min_instances} actors ask for "
-        says += f"{gpus * min_instances:g}; set it to 0 (actors act on CPUs)"
-        problems.append(Problem(path="acting.gpus_per_actor", given=f"{gpus:g}", says=says))
-    if problems:
-        raise ConfigError(problems)
-    if cluster.is_own:
-        _check_room(instances, have, wants)
-
-
-RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
-
-
-def _check_room(
-    instances: int, have: Mapping[str, float], wants: Mapping[str, float | None]
-) -> None:
-    """Refuses more than this machine has, with the two nearest settings that fit."""
-    asked = (("num_cpus", "CPU", "cpus_per_actor"), ("memory", "memory", "memory_per_actor"))
-    for want, resource, setting in asked:
-        each, total = wants[want] or 0.0, have.get(resource, math.inf)
-        if each * instances <= total:
-            continue
-        share = total / instances  # rounded down to something that reads well
-        fits = f"{math.floor(share * 1000) / 1000:g}" if want == "num_cpus" else f"{int(share)}"
-        says = f"{instances} actors ask for {each * instances:g} {resource}, this machine has "
-        says += f"{total:g}; set acting.{setting}={fits}"
-        if most := int(total // each):
-            says += f", or acting.instances={most} with more acting.envs_per_actor"
-        raise refuse("acting.instances", says, given=str(instances))

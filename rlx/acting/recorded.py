@@ -14,16 +14,12 @@ class Recorded:
 
     def __init__(self, *, env_steps_per_request: int, chain: int, nothing: Rollout) -> None:
         """`nothing`: a rollout without blocks."""
-        self.env_steps_per_request = env_steps_per_request
+        self.burst_env_steps = env_steps_per_request  # of one full round of requests
         self.chain = chain
         self._nothing = nothing
 
-    @property
-    def burst_env_steps(self) -> int:
-        return self.env_steps_per_request
-
-    def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
-        """Returns one rollout without blocks at once: the record's env steps are already stored."""
+    def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
+        """A rollout that says how many env steps of the record were played."""
         return [self._nothing]
 
     def publish(self, weights: Weights, env_steps: int) -> None:

@@ -8,96 +8,104 @@ environments step while the device acts for the other.
 from __future__ import annotations
 
 import queue
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from rlx.acting.acting_thread import ActingThread, Arrived, Orders, Threads
 from rlx.acting.actor import Actor
-from rlx.acting.plan import Plan
-from rlx.interfaces import Agent, Device, EnvFamily, Exploration
-from rlx.problems import refuse
-from rlx.types import Range, Rollout, Runtime, Weights
+from rlx.acting.plan import Plan, age_problems, make_plan, newest_only
+from rlx.interfaces import CheckedFamily, Device, RunContext
+from rlx.problems import Problem, refuse
+from rlx.types import OfTheRun, Range, Rollout, Weights
 
 GROUPS = 2  # of lanes, of each thread
 
 
+@dataclass(frozen=True, kw_only=True)
 class ThreadPool:
-    """An interfaces.ActingPool whose actors run in threads of this process."""
+    """The settings of a pool in threads (an interfaces.PoolSettings); conf/acting/threads.yaml."""
 
-    def __init__(
-        self,
-        *,
-        instances: Annotated[int, Range(ge=1)],
-        envs_per_actor: Annotated[int, Range(ge=2)],
-        env_steps_per_request: Annotated[int, Range(ge=1)],
-        requests_per_actor: Annotated[int, Range(ge=1)],
-        device: Device,
-        realtime: bool,
-        max_pending: Annotated[int, Range(ge=1)],
-        max_weight_age_updates: Annotated[int, Range(ge=1)] | None,
-        request_timeout_s: Annotated[float, Range(gt=0)],
-        family: Runtime[EnvFamily],
-        agent: Runtime[Agent],
-        exploration: Runtime[Exploration],
-        seed: Runtime[int],
-        chain: Runtime[int],
-        env_steps: Runtime[int],
-        round_blocks: Runtime[int | None],
-    ) -> None:
-        """Settings: conf/acting/threads.yaml. What the run supplies: as in LocalPool."""
-        if envs_per_actor % GROUPS:
+    instances: Annotated[int, Range(ge=1)]
+    envs_per_actor: Annotated[int, Range(ge=2)]
+    env_steps_per_request: Annotated[int, Range(ge=1), OfTheRun(over="lanes")]
+    requests_per_actor: Annotated[int, Range(ge=1)]
+    device: Device
+    realtime: bool
+    max_pending: Annotated[int, Range(ge=1)]
+    max_weight_age_updates: Annotated[int, Range(ge=1)] | None
+    request_timeout_s: Annotated[float, Range(gt=0)]
+
+    @property
+    def ahead(self) -> int:
+        """Requests that may wait for the loop, of each thread."""
+        return self.max_pending if self.realtime else self.requests_per_actor
+
+    @staticmethod
+    def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
+        """Weights that can never be as new as asked for."""
+        return age_problems(settings)
+
+    def round_problems(self, *, on_policy: bool) -> Sequence[Problem]:
+        """An on-policy agent's environments wait for its newest weights."""
+        return newest_only({"realtime": self.realtime}, {"realtime": False}) if on_policy else []
+
+    def open(self, context: RunContext) -> OpenThreadPool:
+        """Starts the threads; raises ConfigError for lanes that do not fit two groups."""
+        if self.envs_per_actor % GROUPS:
             says = f"each thread acts for {GROUPS} groups of lanes in turn; give an even number"
-            raise refuse("acting.envs_per_actor", says, given=str(envs_per_actor))
-        find = getattr(family, "problems", None)  # no part of every family
-        if problems := find(lanes=envs_per_actor // GROUPS) if find else []:
+            raise refuse("acting.envs_per_actor", says, given=str(self.envs_per_actor))
+        family, lanes = context.family, self.envs_per_actor // GROUPS
+        problems = family.problems(lanes=lanes) if isinstance(family, CheckedFamily) else ()
+        if problems:
             raise refuse("env", f"{problems[0]}; each group has half of acting.envs_per_actor")
-        self.env_steps_per_request = env_steps_per_request
-        self._ahead = max_pending if realtime else requests_per_actor
-        self._first_chain = chain
-        plan = Plan(
-            family=family,
-            agent=agent,
-            exploration=exploration,
-            seed=seed,
-            instances=instances * GROUPS,
-            envs_per_actor=envs_per_actor // GROUPS,
-            device=device,
+        return OpenThreadPool(self, context)
+
+
+class OpenThreadPool:
+    """An interfaces.ActingPool."""
+
+    def __init__(self, settings: ThreadPool, context: RunContext) -> None:
+        self._want_env_steps, self._ahead = settings.env_steps_per_request, settings.ahead
+        self._first_chain = context.chain
+        plan = make_plan(
+            context,
+            instances=settings.instances * GROUPS,
+            envs_per_actor=settings.envs_per_actor // GROUPS,
+            device=settings.device,
         )
-        orders = Orders(env_steps)
+        self._orders = orders = Orders(context.env_steps)
         arrived: Arrived = queue.SimpleQueue()
-        self._orders = orders
-        self._threads = Threads(
-            [
-                ActingThread(
-                    name=f"acting thread {index}",
-                    make_actors=partial(_actors, plan, index, chain),
-                    orders=orders,
-                    arrived=arrived,
-                    want_env_steps=env_steps_per_request,
-                    want_blocks=round_blocks,
-                    ahead=self._ahead,
-                    realtime=realtime,
-                    max_age=max_weight_age_updates,
-                )
-                for index in range(instances)
-            ],
-            orders=orders,
-            arrived=arrived,
-            limit_s=request_timeout_s,
-        )
+        threads = [
+            ActingThread(
+                name=f"acting thread {index}",
+                make_actors=partial(_actors, plan, index, context.chain),
+                orders=orders,
+                arrived=arrived,
+                want_env_steps=settings.env_steps_per_request,
+                want_blocks=context.round_blocks,
+                ahead=settings.ahead,
+                realtime=settings.realtime,
+                max_age=settings.max_weight_age_updates,
+            )
+            for index in range(settings.instances)
+        ]
+        limit_s = settings.request_timeout_s
+        self._threads = Threads(threads, orders=orders, arrived=arrived, limit_s=limit_s)
 
     @property
     def burst_env_steps(self) -> int:
         """Env steps of one full round of requests."""
-        return len(self._threads.threads) * self._ahead * self.env_steps_per_request
+        return len(self._threads.threads) * self._ahead * self._want_env_steps
 
     @property
     def chain(self) -> int:
         """The newest chain of any lane."""
         return max(self._first_chain, *(thread.chain for thread in self._threads.threads))
 
-    def collect(self, want_env_steps: int, timeout_s: float, updates: int) -> list[Rollout]:
-        """The rollouts that have arrived, or the first to arrive within `timeout_s`."""
+    def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
+        """What has arrived, or the first thing that does within `timeout_s`."""
         return self._threads.collect(timeout_s, updates)
 
     def publish(self, weights: Weights, env_steps: int) -> None:

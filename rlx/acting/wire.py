@@ -93,7 +93,7 @@ def _unpack_array(leaf: Any) -> np.ndarray:
 
 
 def narrowed(weights: Weights, dtype: str) -> Weights:
-    """The weights as they travel: float32 parameters become `dtype`."""
+    """The parameters as they travel: float32 leaves in `dtype`."""
     if dtype == "float32":
         return weights
 
@@ -104,7 +104,7 @@ def narrowed(weights: Weights, dtype: str) -> Weights:
 
 
 def widened(weights: Weights) -> Weights:
-    """The weights as they are used: the inverse of `narrowed`."""
+    """The parameters as they are used: the inverse of `narrowed`."""
 
     def widen(x: np.ndarray) -> np.ndarray:
         return x.astype(np.float32) if x.dtype.name == "bfloat16" else x

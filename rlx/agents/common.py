@@ -132,7 +132,7 @@ def batch_inputs(batch: Batch) -> NetInput:
 
 
 def transform_inputs(inputs: NetInput, reward: str) -> NetInput:
-    """The inputs with the agent's reward transform applied to the previous rewards, too."""
+    """The inputs with the agent's transform of rewards on the previous rewards."""
     return replace(inputs, prev_reward=ops.transform_reward(inputs.prev_reward, reward, jnp))
 
 

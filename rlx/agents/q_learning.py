@@ -65,7 +65,7 @@ class ValueAgent(Protocol):
     def reward(self) -> str: ...
     @property
     def rescale_epsilon(self) -> float | None:
-        """The epsilon of h(x), see `ops.rescale`; None: values are not rescaled."""
+        """The epsilon of h(x) (`ops.rescale`); None: values are not rescaled."""
 
     @property
     def stored_state(self) -> bool:

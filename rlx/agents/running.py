@@ -16,7 +16,7 @@ from rlx.types import Array, record
 
 @record
 class Moments:
-    """Count, mean and squared deviations of all rows that were observed."""
+    """The moments of all rows that were observed."""
 
     count: Array  # f32[]: rows
     mean: Array  # f32[*]
@@ -34,7 +34,7 @@ def nothing(shape: tuple[int, ...] = ()) -> Moments:
 def observe(
     moments: Moments, x: Array, mask: Array | None = None, axis_name: str | None = None
 ) -> Moments:
-    """Adds the rows x [..., *] of all devices; mask bool[...]: the rows that count (None: all)."""
+    """The moments after rows x [..., *] of all devices; mask bool[...]: which count (None: all)."""
     leading = x.ndim - moments.mean.ndim
     rows = x.reshape(-1, *x.shape[leading:]).astype(jnp.float32)
     kept = jnp.ones(len(rows), bool) if mask is None else mask.reshape(-1)

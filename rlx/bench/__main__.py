@@ -37,6 +37,7 @@ from rlx.bench.measuring import (
     SETUPS,
     Setup,
     Work,
+    context,
     make_agent,
     measure,
     raw_stepping,
@@ -61,24 +62,12 @@ def bench_acting(setup: Setup, seconds: float) -> list[dict[str, Any]]:
     weights = Weights(version=0, params=params)
     policy = Policy(agent=agent, lanes=lanes, seed=0, path=("bench",), device=device)
     policy.take(weights)
-    pool: LocalPool = build(
-        acting,
-        "acting",
-        family=family,
-        agent=agent,
-        exploration=build(settings("exploration", "ladder"), "exploration"),
-        seed=0,
-        chain=0,
-        env_steps=0,
-        round_blocks=None,
-    )
+    pool = build(acting, LocalPool).open(context(agent, family))
     pool.publish(weights, 0)
     variants: dict[str, Work] = {
         "envpool": raw_stepping(family, lanes, None),
         "envpool + policy": raw_stepping(family, lanes, policy),
-        "local pool": lambda: sum(
-            rollout.env_steps for rollout in pool.collect(pool.env_steps_per_request, 60.0, 0)
-        ),
+        "local pool": lambda: sum(rollout.env_steps for rollout in pool.collect(60.0, 0)),
     }
     prefix = f"acting/{setup.name}"
     rates = measure(variants, seconds)

@@ -17,11 +17,12 @@ import numpy as np
 from rlx.acting.plan import Plan
 from rlx.acting.policy import prepare_process
 from rlx.acting.ray_actors import RayActors
-from rlx.acting.ray_pool import RayPool, cache_folder, pickled
+from rlx.acting.ray_pool import OpenRayPool, RayPool, cache_folder
 from rlx.bench import measuring
 from rlx.cluster.cluster import Cluster
 from rlx.cluster.faults import Restarts
 from rlx.cluster.fleet import Answered, Deadlines, Fleet
+from rlx.cluster.pickled import pickled
 from rlx.cluster.whereabouts import Whereabouts, thread_limits, whereabouts
 from rlx.config.build import build
 from rlx.types import Weights
@@ -107,7 +108,7 @@ class Rooflines:
 
 
 def make_rooflines(agent: Any, family: Any, *, instances: int) -> Rooflines:
-    """Makes `instances` rooflines, each with the lanes of a `make_pool` actor; all are ready."""
+    """Makes that many rooflines, all ready, each with the lanes of an actor of `make_pool`."""
     return Rooflines(
         Plan(
             family=family,
@@ -121,37 +122,31 @@ def make_rooflines(agent: Any, family: Any, *, instances: int) -> Rooflines:
     )
 
 
-def make_pool(setup: measuring.Setup, agent: Any, family: Any, **changes: Any) -> RayPool:
+def make_pool(setup: measuring.Setup, agent: Any, family: Any, **changes: Any) -> OpenRayPool:
     """The pool of conf/acting/ray_pool.yaml with these settings changed, all actors ready."""
-    pool: RayPool = build(
+    made: RayPool = build(
         measuring.settings("acting", "ray_pool")
         | {"cpus_per_actor": 0.0, "env_steps_per_request": setup.request_env_steps}
         | changes,
         "acting",
-        family=family,
-        agent=agent,
-        exploration=build(measuring.settings("exploration", "ladder"), "exploration"),
-        seed=0,
-        chain=0,
-        env_steps=0,
-        round_blocks=None,
     )
+    pool = made.open(measuring.context(agent, family))
     pool.publish(zero_weights(agent), 0)
     while pool.stats()["acting/actors_ready"] != pool.stats()["acting/actors_wanted"]:
         sleep(0.2)  # those that are ready fill what may be under way and leave the cores to others
     return pool
 
 
-def rate(pool: RayPool, seconds: float) -> float:
+def rate(pool: OpenRayPool, seconds: float) -> float:
     """Env steps per second that reach the loop, once rollouts flow."""
     _receive(pool, WARM_S)
     return _receive(pool, seconds) / seconds
 
 
-def _receive(pool: RayPool, seconds: float) -> int:
+def _receive(pool: OpenRayPool, seconds: float) -> int:
     done, began = 0, perf_counter()
     while (left := seconds - (perf_counter() - began)) > 0:
-        done += sum(rollout.env_steps for rollout in pool.collect(0, left, 0))
+        done += sum(rollout.env_steps for rollout in pool.collect(left, 0))
     return done
 
 
@@ -203,7 +198,7 @@ def _scaling(setup: measuring.Setup, agent: Any, family: Any, prefix: str) -> li
 
 
 def _latency(setup: measuring.Setup, agent: Any, family: Any, prefix: str) -> list[dict[str, Any]]:
-    """The time from publishing to acting, with requests of one env step per lane and no queue."""
+    """The time from publishing to acting, with requests of one env step a lane and no queue."""
     lanes = measuring.settings("acting", "ray_pool")["envs_per_actor"]
     changes = {"env_steps_per_request": lanes, "requests_per_actor": 1, "instances": ACTORS}
     pool = make_pool(setup, agent, family, **changes)

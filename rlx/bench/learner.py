@@ -29,7 +29,7 @@ from rlx.bench.replay import BenchBlocks, filled, frames_of
 from rlx.config.build import build
 from rlx.config.paths import config_dir
 from rlx.interfaces import Agent
-from rlx.training.learner import Learner
+from rlx.training.learner import OpenLearner
 from rlx.types import Batch, UpdateOutput
 
 PRODUCT = {"cpu": 2048, "gpu": 8192}  # rows and columns of the matrices that are multiplied
@@ -109,11 +109,11 @@ class Compiled:
 
 
 class LoopPath:
-    """Updates as the loop does them: fresh host batches, TD errors one update late, publishing."""
+    """Updates as the loop makes them: fresh host batches, late priorities, publishing."""
 
     def __init__(self, agent: Agent, size: int) -> None:
         own = measuring.settings("learner", "default") | {"batch_size": size}
-        self._learner: Learner = build(own, "learner", agent=agent, seed=0)
+        self._learner: OpenLearner = build(own, "learner").open(agent, 0)
         self._batch = measuring.random_batch(agent, size)
         self._keys = np.arange(size)
         self._waiting: list[tuple[np.ndarray, UpdateOutput]] = []

@@ -24,7 +24,7 @@ from rlx.acting.policy import Policy
 from rlx.acting.writer import row_spec
 from rlx.config.build import build
 from rlx.config.paths import config_dir
-from rlx.interfaces import Agent
+from rlx.interfaces import Agent, EnvFamily, RunContext
 from rlx.types import ArraySpec, Batch, DiscreteSpec, EnvSpec, NetInput, Row
 
 SLICE_S = 0.5
@@ -155,6 +155,19 @@ def report(what: str, found: list[dict[str, Any]]) -> None:
 def settings(group: str, name: str) -> Any:
     """The settings in one file of a group, as they stand (Hydra is not needed)."""
     return yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text())
+
+
+def context(agent: Agent, family: EnvFamily) -> RunContext:
+    """What a run that begins would tell its pool."""
+    return RunContext(
+        family=family,
+        agent=agent,
+        exploration=build(settings("exploration", "ladder"), "exploration"),
+        seed=0,
+        chain=0,
+        env_steps=0,
+        round_blocks=None,
+    )
 
 
 def make_agent(setup: Setup, **changes: Any) -> Agent:

@@ -56,8 +56,13 @@ class Cluster:
             ray_token.put_back(self._tokens)
 
 
+def is_own(address: str | None) -> bool:
+    """Whether a connection with this address would start a cluster of this machine."""
+    return address is None and not ray.is_initialized()
+
+
 def cores() -> int:
-    """The number of CPU cores that this process may use."""
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -99,7 +104,7 @@ def _sigterm_not_inherited() -> Iterator[None]:
 
 @contextmanager
 def _workers_not_nice() -> Iterator[None]:
-    """Starts Ray's workers at normal priority: nice ones start slowly beside a busy learner."""
+    """Starts worker processes at full priority: nice ones start slowly beside a busy learner."""
     if NICENESS in os.environ:
         yield
         return
@@ -123,7 +128,7 @@ def _join(address: str, setting: str) -> None:
 
 
 def _check_reachable(address: str, setting: str) -> None:
-    """Raises ConfigError if nothing listens at host:port; Ray itself would try for minutes."""
+    """Refuses an address where nothing listens, as Ray would try it for minutes."""
     if address == "auto":
         return
     host, colon, port = address.rpartition(":")
@@ -137,7 +142,7 @@ def _check_reachable(address: str, setting: str) -> None:
 
 
 def _refused(address: str, setting: str, error: Exception) -> ConfigError:
-    """The ConfigError of a refused connection: another Ray or Python version, a missing token."""
+    """The refusal of a cluster that Ray cannot join (another version, a missing token)."""
     line = _one_line(error)
     says = f"the cluster there refused this program: {line}"
     if "ersion" in line:

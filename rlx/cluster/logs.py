@@ -33,7 +33,7 @@ def last_lines(path: str) -> str:
 
 
 def last_lines_of(where: Whereabouts | None) -> str:
-    """The last lines of an actor's log; a node that is still there reads it if it is remote."""
+    """The last lines of an actor's log, which its node reads if it is another machine."""
     if where is None or not where.log:
         return ""
     if where.host == socket.gethostname():

@@ -24,7 +24,7 @@ class Whereabouts:
 
 
 def whereabouts() -> Whereabouts:
-    """The Whereabouts of this process."""
+    """The place of this process."""
     stderr = "/proc/self/fd/2"
     log = os.readlink(stderr) if os.path.exists(stderr) else ""
     return Whereabouts(
@@ -36,7 +36,7 @@ def whereabouts() -> Whereabouts:
 
 
 def lower_priority() -> None:
-    """Lowers the priority of this process's threads, so that the learner gets its time first."""
+    """Lowers this process's priority: it takes only the time that the learner leaves."""
     for thread in Path("/proc/self/task").glob("*"):  # niceness is each thread's own
         with suppress(OSError):  # it has ended, or is nicer already
             os.setpriority(os.PRIO_PROCESS, int(thread.name), NICENESS)

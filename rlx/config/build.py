@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlx.config.hints import choices, describe, is_class, matches, split, wrong
 from rlx.config.targets import fits, full_name, lacks, load, resolve
+from rlx.interfaces import Checked
 from rlx.problems import ConfigError, Problem, Sources, did_you_mean, refuse, show
 from rlx.types import FromRun, Range
 
@@ -32,7 +33,7 @@ ROLES = {  # group -> the Protocol or class that its target must be
     "replay": "rlx.interfaces.Replay",
     "agent": "rlx.interfaces.Agent",
     "exploration": "rlx.interfaces.Exploration",
-    "acting": "rlx.interfaces.ActingPool",
+    "acting": "rlx.interfaces.PoolSettings",
     "learner": "rlx.training.learner.Learner",
     "evaluation": "rlx.evaluation.playing.Evaluation",
     "checkpoint": "rlx.training.checkpoint.Checkpoint",
@@ -143,7 +144,7 @@ class Call:
     def problems(self) -> list[Problem]:
         """The problems that the class itself finds in its settings, without values from the run."""
         inner = [p for call in _calls(self.settings) for p in call.problems()]
-        if inner or not hasattr(self.cls, "problems") or self._needs_run():
+        if inner or not isinstance(self.cls, Checked) or self._needs_run():
             return inner
         try:
             texts = self.make({}).problems()

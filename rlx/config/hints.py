@@ -5,10 +5,12 @@ from __future__ import annotations
 import collections.abc
 import math
 import types
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from rlx.problems import Problem, nearest, show
 from rlx.types import Range
+
+T = TypeVar("T")
 
 SCALARS = (int, float, bool, str, types.NoneType)
 
@@ -19,6 +21,16 @@ def split(hint: Any) -> tuple[Any, list[Range]]:
         return hint, []
     inner, *extras = get_args(hint)
     return inner, [extra for extra in extras if isinstance(extra, Range)]
+
+
+def marker(hint: Any, kind: type[T]) -> T | None:
+    """The marker of this kind in an annotation, or in one of a union's."""
+    extras = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    found = next((extra for extra in extras if isinstance(extra, kind)), None)
+    if found is None and get_origin(hint) in (Annotated, Union, types.UnionType):
+        inner = get_args(hint)[:1] if extras else get_args(hint)
+        found = next((m for part in inner if (m := marker(part, kind)) is not None), None)
+    return found
 
 
 def choices(hint: Any) -> list[Any]:

@@ -25,6 +25,8 @@ RENAMED: Mapping[str, Mapping[str, str]] = {  # settings, by their class's targe
 }
 ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does as it was before
     "rlx.acting.ray_pool.RayPool": {"sync": False},
+    "rlx.envs.envpool.EnvPool": {"action_mask": None},
+    "rlx.envs.gymnasium.Gymnasium": {"action_mask": None},
 }
 
 

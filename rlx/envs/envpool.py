@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -41,6 +41,7 @@ from rlx.envs.observations import (
     raw_spaces,
     select,
 )
+from rlx.problems import Problem
 from rlx.types import (
     ActionSpec,
     BoxSpec,
@@ -111,6 +112,15 @@ class EnvPool:
             except ValueError as error:
                 found.append(_first_line(error))
         return found
+
+    @staticmethod
+    def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
+        """No more lanes can answer at a time than an actor has."""
+        answering, lanes = settings["env"]["batch_size"], settings["acting"]["envs_per_actor"]
+        if answering is None or answering <= lanes:
+            return []
+        says = f"accepted: 1 .. {lanes} (acting.envs_per_actor), or null for all lanes at once"
+        return [Problem(path="env.batch_size", given=str(answering), says=says)]
 
     def spec(self) -> EnvSpec:
         """What one lane gives and takes. Raises ValueError (nearest ids) for an unknown id."""

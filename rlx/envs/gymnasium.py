@@ -253,7 +253,7 @@ class GymnasiumLanes:
         truncated: np.ndarray,
         lane: np.ndarray,
     ) -> Timestep:
-        """The answer, from arrays [N, *] in the order of the lanes, in the order of `lane`."""
+        """The answer of arrays [N, *], brought from the order of the lanes into that of `lane`."""
         self._pictures = None
         observation = self._read(raw)
         if not np.array_equal(lane, self._all_lanes()):

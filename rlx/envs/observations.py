@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlx.envs.actions import Start
+from rlx.interfaces import Outward
 from rlx.types import Array, ArraySpec, BoxSpec, DiscreteSpec, EnvSpec
 
 # float64 and int64 leaves become 32-bit: the replay and JAX's default hold no more, and doubling
@@ -51,7 +52,7 @@ class Leaf:
 
     @property
     def spec(self) -> ArraySpec:
-        """The leaf's shape and dtype, without the lane axis."""
+        """The spec of one lane's leaf."""
         shape = self.source.shape if self.components is None else (len(self.components),)
         return ArraySpec(shape=shape, dtype=NARROWED.get(self.source.dtype, self.source.dtype))
 
@@ -73,15 +74,15 @@ class RawSpaces:
 
 
 def raw_spaces(sources: Sequence[Source], leaves: Sequence[Leaf], action_start: Start) -> RawSpaces:
-    """The RawSpaces of an environment's sources and the leaves selected of them."""
+    """What the environment gives, of all sources and those selected."""
     read = {leaf.source.name for leaf in leaves}
     ignored = tuple(source.name for source in sources if source.name not in read)
     return RawSpaces(leaves=tuple(leaves), ignored=ignored, action_start=action_start)
 
 
 def raw_spaces_of(family: Any, spec: EnvSpec) -> RawSpaces:
-    """The RawSpaces that a family gives or, if it gives none, those of the spec."""
-    if hasattr(family, "raw_spaces"):
+    """A family's own account of it; for one that gives none, as rlx sees the environment."""
+    if isinstance(family, Outward):
         own: RawSpaces = family.raw_spaces()
         return own
     sources = [

@@ -110,7 +110,7 @@ def read_observation(raw_spaces: RawSpaces, given: Any) -> tuple[dict[str, np.nd
 
 
 def accepted_dtypes(leaf: Leaf) -> list[str]:
-    """The accepted dtypes: the environment's, the stored one, and the 64 bits of the latter."""
+    """The dtypes that a leaf may have: the environment's, rlx's, and 64 bits that rlx narrows."""
     wide = [name for name, stored in NARROWED.items() if stored == leaf.spec.dtype]
     return sorted({leaf.source.dtype, leaf.spec.dtype, *wide})
 
@@ -192,7 +192,7 @@ class Player:
         epsilon: float | None = None,
         seed: int | None = None,
     ) -> tuple[Any, State]:
-        """Acts for an observation; `rlx.api.Loaded.act` explains the arguments."""
+        """Chooses actions as `rlx.api.Loaded.act` says."""
         arrays, lanes = read_observation(self._raw_spaces, observation)
         n = 1 if lanes is None else lanes
         exploration = self._exploration(greedy, epsilon)
@@ -214,7 +214,7 @@ class Player:
         return self._outward(np.asarray(action), lanes), after
 
     def _outward(self, action: np.ndarray, lanes: int | None) -> Any:
-        """The action as the caller gets it: an int or one array if unbatched, else [N, *]."""
+        """The action as the caller gets it: an int or one array where nothing was batched."""
         if lanes is not None:
             return action
         return int(action[0]) if isinstance(self._agent.spec.action, DiscreteSpec) else action[0]

@@ -16,7 +16,7 @@ import numpy as np
 from rlx.acting.inputs import InputTracker
 from rlx.acting.policy import Policy
 from rlx.evaluation.video import GridRecorder, VideoRecorder, not_recorded, with_values
-from rlx.interfaces import Agent, Env, EnvFamily
+from rlx.interfaces import Agent, Asynchronous, Env, EnvFamily
 from rlx.seeding import spawn_int
 from rlx.statistics import summarize
 from rlx.types import Episode, Range, Timestep, Weights
@@ -109,7 +109,7 @@ def run_episodes(
 def _open(family: EnvFamily, lanes: int, seed: int, render: bool) -> Env:
     # Answers of all lanes at once: else the machine's load decides which episodes start first,
     # and a batch size that suits the lanes of training may be more than there are here.
-    if dataclasses.is_dataclass(family) and getattr(family, "batch_size", None) is not None:
+    if dataclasses.is_dataclass(family) and isinstance(family, Asynchronous):
         family = dataclasses.replace(family, batch_size=None)
     seeds = [spawn_int(seed, "evaluation", lane) for lane in range(lanes)]
     if not render:

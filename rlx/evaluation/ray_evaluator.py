@@ -11,10 +11,10 @@ import pickle
 from time import monotonic
 from typing import Any
 
-from rlx.acting.ray_pool import pickled
 from rlx.cluster.cluster import Cluster
 from rlx.cluster.faults import Restarts
 from rlx.cluster.fleet import Answered, Deadlines, Fleet, Lost, Ready
+from rlx.cluster.pickled import pickled
 from rlx.cluster.whereabouts import (
     Whereabouts,
     lower_priority,
@@ -40,7 +40,7 @@ class RemoteEvaluator:
         self._made_of = made_of
 
     def hello(self) -> Whereabouts:
-        """Where the process runs; an answer shows that it lives."""
+        """Where the process runs; its answer says that it lives."""
         return whereabouts()
 
     def prepare(self, cores: tuple[int, ...] | None) -> None:

@@ -72,7 +72,7 @@ def tile(seen: Seen) -> np.ndarray:
 
 
 def _fitted(picture: Any) -> Any:
-    """The picture scaled to the tile; small ones by whole factors, so that pixels stay sharp."""
+    """The picture scaled to a tile: small ones by whole numbers, so that pixels stay sharp."""
     from PIL import Image
 
     scale = min(WIDTH / picture.width, HEIGHT / picture.height)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rlx.evaluation import tiles
-from rlx.interfaces import Agent
+from rlx.interfaces import Agent, ValuesActions
 from rlx.problems import ConfigError, refuse
 from rlx.types import Array, Carry, NetInput, Timestep
 
@@ -189,8 +189,8 @@ class WithValues:
 
 
 def with_values(agent: Agent) -> Any:
-    """The agent wrapped to record action values; unchanged if it has none. It can only act."""
-    return WithValues(agent=agent) if hasattr(agent, "values") else agent
+    """The same, for acting alone; an agent that has no values of actions as it is."""
+    return WithValues(agent=agent) if isinstance(agent, ValuesActions) else agent
 
 
 def _imageio() -> Any:

@@ -53,7 +53,7 @@ def _name(flag: str) -> str:
 
 
 def prepare(settings: Mapping[str, Any] | None = None) -> None:
-    """Prepares a process that learns or evaluates; it has no effect once JAX has started.
+    """Sets XLA up; call it before JAX is used, as it changes nothing later.
 
     settings: a run's, with learner.memory_fraction (of a GPU's memory) and deterministic.
     """

@@ -105,7 +105,7 @@ def _by_chunks(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def layer_on_cpu(x: Array, kernel: Array, bias: Array, stride: int, dtype: Any) -> Array:
-    """The same values and gradients as `layer`, computed faster on the CPU."""
+    """Does as `layer` does, with the same values and gradients."""
     return layer(x, kernel, bias, stride, dtype)
 
 
@@ -149,7 +149,7 @@ def _grad_of_input(grad: Array, kernel: Array, stride: int, shape: tuple[int, ..
 
 
 def _grad_of_kernel(x: Array, grad: Array, kernel: Array, stride: int) -> Array:
-    """The kernel's gradient: for each of its places, the shifted input times the gradient."""
+    """The gradient of each place in the kernel: the input times the gradient, moved there."""
     size, places = kernel.shape[0], kernel.shape[0] // stride
     high, wide = ((of - size) // stride * stride + size for of in x.shape[1:3])
     deep = _to_depth(x[:, :high, :wide], stride)

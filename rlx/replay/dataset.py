@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
@@ -12,31 +11,43 @@ import numpy as np
 from rlx.interfaces import InitialPriorities, Ring
 from rlx.replay.files.experience import Layout, files, read, read_layout, rollouts
 from rlx.replay.prioritized import Prioritized
-from rlx.types import Blocks, Carry, Range, Rollout, Row, Runtime, SequenceSpec
+from rlx.types import (
+    Batch,
+    Blocks,
+    Carry,
+    OfTheRun,
+    Range,
+    Rollout,
+    Row,
+    Runtime,
+    Sample,
+    SequenceSpec,
+)
 
 
 @final
-class Dataset(Prioritized):
+class Dataset:
     """Holds all of a dataset; nothing is added to it. `priority_exponent=0` draws uniformly.
 
     A run needs a clock all the same: the pool of such a run (rlx.acting.recorded) counts the env
     steps of the record as they are played once more, at `ratio` trained rows each.
     """
 
-    is_recorded = True
+    is_recorded = True  # it is full from the start, and no actor adds to it
+    min_env_steps = 0
 
     def __init__(
         self,
         *,
         path: str | None,
         ratio: Annotated[float, Range(gt=0)],
-        min_sequences: Annotated[int, Range(ge=1)],
+        min_sequences: Annotated[int, Range(ge=1), OfTheRun()],
         priority_exponent: Annotated[float, Range(ge=0)],
         priority_eta: Annotated[float, Range(ge=0, le=1)],
         priority_epsilon: Annotated[float, Range(gt=0)],
         importance_exponent: Annotated[float, Range(ge=0)],
         importance_exponent_final: Annotated[float, Range(ge=0)] | None,
-        anneal_env_steps: Annotated[int, Range(ge=1)] | None,
+        anneal_env_steps: Annotated[int, Range(ge=1), OfTheRun()] | None,
         importance_scale: Literal["batch", "replay"],
         initial_priority: Literal["acting", "max"],
         stratified: bool,
@@ -62,10 +73,10 @@ class Dataset(Prioritized):
             )
         blocks = sum(len(arrays["lane"]) for _, arrays in read(recorded))
         least = 2 * layout.lanes * sequence.blocks  # of any ring
-        super().__init__(
+        self._all = Prioritized(
             capacity=max(blocks, least) * sequence.block_rows,
             ratio=ratio,
-            min_sequences=min_sequences,
+            min_sequences=1,  # how many there are is known below
             min_env_steps=0,
             priority_exponent=priority_exponent,
             priority_eta=priority_eta,
@@ -94,8 +105,10 @@ class Dataset(Prioritized):
         )
         self._files = [[file.name, file.stat().st_size] for file in files(recorded)]
         self._played_env_steps = 0
+        self._all.follow(lambda: self._played_env_steps)
+        self.ratio, self.min_sequences = ratio, min_sequences
         for rollout in rollouts(recorded, row_spec, carry_spec):
-            super().add(rollout)
+            self._all.add(rollout)
         if self.startable < min_sequences:
             raise ValueError(
                 f"{path}: has {self.startable} sequences, replay.min_sequences={min_sequences}."
@@ -103,7 +116,7 @@ class Dataset(Prioritized):
 
     @property
     def env_steps(self) -> int:
-        """Of the record, played so far."""
+        """Env steps of the record that were played so far."""
         return self._played_env_steps
 
     def add(self, rollout: Rollout) -> None:
@@ -112,14 +125,8 @@ class Dataset(Prioritized):
 
     def state(self) -> dict[str, Any]:
         """All but the blocks and their tables, which are in the dataset."""
-        return {
-            "rng": json.dumps(self._rng.bit_generator.state),
-            "leaves": np.array(self._ring.rings[0].all_leaves),
-            "files": self._files,
-            "env_steps": self._played_env_steps,
-            "largest_priority": self._largest_priority,
-            "stale_updates": self._stale_updates,
-        }
+        played = {"files": self._files, "env_steps": self._played_env_steps}
+        return {**self._all.drawing_state(), **played}
 
     @property
     def rings(self) -> Sequence[Ring]:
@@ -130,8 +137,60 @@ class Dataset(Prioritized):
         """Goes on from a saved state; raises ValueError if the dataset is another one."""
         if state["files"] != self._files:
             raise ValueError("the dataset has changed since; train anew from it")
-        self._ring.rings[0].load_leaves(np.asarray(state["leaves"]))
-        self._rng.bit_generator.state = json.loads(state["rng"])
+        self._all.restore_drawing(state)
         self._played_env_steps = int(state["env_steps"])
-        self._largest_priority = float(state["largest_priority"])
-        self._stale_updates = int(state["stale_updates"])
+
+    # --- of the replay of all blocks -------------------------------------------------------------
+
+    def sample(self, batch_size: int, *, buffers: Batch | None = None) -> Sample:
+        """See Prioritized.sample."""
+        return self._all.sample(batch_size, buffers=buffers)
+
+    def buffers(self, batch_size: int) -> Batch:
+        """Arrays that `sample` can fill again and again."""
+        return self._all.buffers(batch_size)
+
+    @property
+    def needs_priorities(self) -> bool:
+        """Whether drawing depends on priorities."""
+        return self._all.needs_priorities
+
+    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+        """See Prioritized.update_priorities."""
+        self._all.update_priorities(keys, priorities)
+
+    @property
+    def startable(self) -> int:
+        """Sequences that can be sampled."""
+        return self._all.startable
+
+    @property
+    def has_enough(self) -> bool:
+        """Never: there is nothing to wait for."""
+        return False
+
+    @property
+    def rows(self) -> int:
+        """Rows stored."""
+        return self._all.rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes taken."""
+        return self._all.nbytes
+
+    @property
+    def capacity(self) -> int:
+        """Rows that it can hold."""
+        return self._all.capacity
+
+    def stats(self) -> dict[str, float]:
+        """Metrics: the replay's."""
+        return self._all.stats()
+
+    def flush(self) -> None:
+        """Nothing is recorded."""
+
+    def close(self) -> None:
+        """Ends drawing ahead."""
+        self._all.close()

@@ -9,26 +9,43 @@ from typing import Annotated, Any, final
 
 import numpy as np
 
+from rlx.interfaces import Ring
+from rlx.replay.agreement import queue_clashes
+from rlx.replay.held import HeldRing, Shape
+from rlx.replay.ring.block_spec import BlockSpec
 from rlx.replay.ring.storage import Storing
-from rlx.replay.ring_replay import RingReplay
-from rlx.types import Batch, Blocks, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
+from rlx.types import (
+    Batch,
+    Blocks,
+    Carry,
+    OfTheRun,
+    Range,
+    Rollout,
+    Row,
+    Runtime,
+    Sample,
+    SequenceSpec,
+)
 
 
 @final
-class Online(RingReplay):
+class Online:
     """A queue. With stride = unroll and burn_in = 0 every row is trained on exactly once.
 
     Of an on-policy agent it holds one batch, `min_sequences`: acting stops when they are there.
     """
 
     trains_once = True
+    clashes = staticmethod(queue_clashes)
+    ratio = None  # the queue itself keeps both sides in step
+    min_env_steps = 0
 
     def __init__(
         self,
         *,
-        capacity: Annotated[int, Range(ge=1)],
-        min_sequences: Annotated[int, Range(ge=1)],
-        max_delay: Annotated[int, Range(ge=1)],
+        capacity: Annotated[int, Range(ge=1), OfTheRun()],
+        min_sequences: Annotated[int, Range(ge=1), OfTheRun()],
+        max_delay: Annotated[int, Range(ge=1), OfTheRun()],
         gather_threads: Annotated[int, Range(ge=1)],
         record: str | None,
         sequence: Runtime[SequenceSpec],
@@ -39,23 +56,17 @@ class Online(RingReplay):
         on_policy: Runtime[bool],
     ) -> None:
         """Settings: conf/replay/online.yaml. Raises ValueError for what cannot work."""
-        super().__init__(
-            capacity=capacity,
-            ratio=None,  # the queue itself keeps both sides in step
+        spec = BlockSpec(sequence=sequence, row=row_spec, carry=carry_spec)
+        self._held = HeldRing(
+            Shape(capacity=capacity, spec=spec, lanes=lanes),
+            [Storing(gather_threads=gather_threads)],
             min_sequences=min_sequences,
-            min_env_steps=0,
-            storing=Storing(gather_threads=gather_threads),
-            shards=1,
-            devices=(),
-            record=record,
-            where="thread",
             prefetch=0,
-            sequence=sequence,
-            row_spec=row_spec,
-            carry_spec=carry_spec,
-            lanes=lanes,
+            record=record,
             seed=seed,
         )
+        self._ring = self._held.ring
+        self.min_sequences = min_sequences
         per_lane = -(-min_sequences // lanes) - 1  # that wait while the others come
         needed = per_lane * lanes * sequence.stride
         if needed >= max_delay and not on_policy:
@@ -81,8 +92,9 @@ class Online(RingReplay):
         """Two batches: one to train on, one that is being made; one for an on-policy agent."""
         return len(self._waiting) >= self._enough
 
-    def _store(self, rollout: Rollout) -> None:
-        self._ring.add(rollout, self._enqueue)
+    def add(self, rollout: Rollout) -> None:
+        """Stores a rollout's blocks; the sequences they complete wait to be trained on."""
+        self._held.add(rollout, self._enqueue)
         self._drop_late()
 
     def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:
@@ -99,7 +111,7 @@ class Online(RingReplay):
     def stats(self) -> dict[str, float]:
         """Metrics: the ring's, how many wait, and how many came too late."""
         return {
-            **super().stats(),
+            **self._held.stats(),
             "replay/waiting_sequences": float(len(self._waiting)),
             "replay/dropped_sequences": float(self._dropped),
         }
@@ -107,11 +119,11 @@ class Online(RingReplay):
     def state(self) -> dict[str, Any]:
         """Arrays and JSON scalars: all but the blocks."""
         waiting = np.array(self._waiting, np.int64).reshape(-1, 2)
-        return {**super().state(), "waiting": waiting, "dropped": self._dropped}
+        return {**self._held.state(), "waiting": waiting, "dropped": self._dropped}
 
     def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Goes on from a saved state and its blocks; raises ValueError if they do not fit."""
-        super().restore(state, blocks)
+        self._held.restore(state, blocks)
         self._waiting = deque((int(key), int(at)) for key, at in state["waiting"])
         self._dropped = int(state["dropped"])
         if self._on_policy:  # a round that was broken off is made anew, by lanes of another chain
@@ -129,3 +141,46 @@ class Online(RingReplay):
             (key, at) for key, at in self._waiting if now - at <= self._max_delay and key >= oldest
         )
         self._dropped += before - len(self._waiting)
+
+    # --- of the ring -----------------------------------------------------------------------------
+
+    def sample(self, batch_size: int, *, buffers: Batch | None = None) -> Sample:
+        """See HeldRing.sample."""
+        return self._held.sample(batch_size, buffers, self._draw)
+
+    def buffers(self, batch_size: int) -> Batch:
+        """Arrays that `sample` can fill again and again."""
+        return self._ring.buffers(batch_size)
+
+    @property
+    def rows(self) -> int:
+        """Rows stored now."""
+        return self._ring.rows
+
+    @property
+    def env_steps(self) -> int:
+        """Valid rows ever added."""
+        return self._ring.env_steps
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes taken now."""
+        return self._ring.nbytes
+
+    @property
+    def capacity(self) -> int:
+        """Rows that it can hold."""
+        return self._ring.capacity_rows
+
+    @property
+    def rings(self) -> Sequence[Ring]:
+        """Where the blocks lie."""
+        return self._ring.rings
+
+    def flush(self) -> None:
+        """What is recorded is on the disk when this returns."""
+        self._held.flush()
+
+    def close(self) -> None:
+        """Ends what was recorded, and drawing ahead."""
+        self._held.close()

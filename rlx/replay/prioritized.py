@@ -8,17 +8,31 @@ The importance is divided by its maximum, over the whole batch or over the whole
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, final
 
 import numpy as np
 
-from rlx.interfaces import InitialPriorities
+from rlx.interfaces import InitialPriorities, Ring
+from rlx.replay.agreement import ring_clashes
+from rlx.replay.held import HeldRing, Shape, storings_of
+from rlx.replay.ring.block_spec import BlockSpec
 from rlx.replay.ring.checks import NOT_VALID, check_priorities
 from rlx.replay.ring.drawing import Draw
 from rlx.replay.ring.storage import Storing
-from rlx.replay.ring_replay import RingReplay
-from rlx.types import Batch, Blocks, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
+from rlx.types import (
+    Batch,
+    Blocks,
+    Carry,
+    OfTheRun,
+    Range,
+    Rollout,
+    Row,
+    Runtime,
+    Sample,
+    SequenceSpec,
+)
 
 
 def sequence_priority(rows: np.ndarray, eta: float) -> np.ndarray:
@@ -38,22 +52,25 @@ def importance_of(scaled_probability: np.ndarray, exponent: float, least: float)
     return ((scaled_probability / least) ** -exponent).astype(np.float32)
 
 
-class Prioritized(RingReplay):
+@final
+class Prioritized:
     """Draws sequences in proportion to (priority + epsilon)^priority_exponent."""
+
+    clashes = staticmethod(ring_clashes)
 
     def __init__(
         self,
         *,
-        capacity: Annotated[int, Range(ge=1)],
+        capacity: Annotated[int, Range(ge=1), OfTheRun()],
         ratio: Annotated[float, Range(gt=0)] | None,
-        min_sequences: Annotated[int, Range(ge=1)],
-        min_env_steps: Annotated[int, Range(ge=0)],
+        min_sequences: Annotated[int, Range(ge=1), OfTheRun()],
+        min_env_steps: Annotated[int, Range(ge=0), OfTheRun()],
         priority_exponent: Annotated[float, Range(ge=0)],
         priority_eta: Annotated[float, Range(ge=0, le=1)],
         priority_epsilon: Annotated[float, Range(gt=0)],
         importance_exponent: Annotated[float, Range(ge=0)],
         importance_exponent_final: Annotated[float, Range(ge=0)] | None,
-        anneal_env_steps: Annotated[int, Range(ge=1)] | None,
+        anneal_env_steps: Annotated[int, Range(ge=1), OfTheRun()] | None,
         importance_scale: Literal["batch", "replay"],
         initial_priority: Literal["acting", "max"],
         stratified: bool,
@@ -80,28 +97,22 @@ class Prioritized(RingReplay):
                 "replay.initial_priority=acting draws by; choose replay=uniform or replay=online, "
                 "or set replay.initial_priority=max if its updates give priorities."
             )
-        super().__init__(
-            capacity=capacity,
-            ratio=ratio,
+        storing = Storing(
+            storage=storage, folder=folder, compress=compress, gather_threads=gather_threads
+        )
+        spec = BlockSpec(sequence=sequence, row=row_spec, carry=carry_spec)
+        self._held = HeldRing(
+            Shape(capacity=capacity, spec=spec, lanes=lanes),
+            storings_of(storing, shards, devices, where),
             min_sequences=min_sequences,
-            min_env_steps=min_env_steps,
-            storing=Storing(
-                storage=storage,
-                folder=folder,
-                compress=compress,
-                gather_threads=gather_threads,
-            ),
-            shards=shards,
-            devices=devices,
-            record=record,
-            where=where,
             prefetch=prefetch,
-            sequence=sequence,
-            row_spec=row_spec,
-            carry_spec=carry_spec,
-            lanes=lanes,
+            record=record,
             seed=seed,
         )
+        self._ring = self._held.ring
+        self.ratio = ratio
+        self.min_sequences = min_sequences
+        self.min_env_steps = min_env_steps
         self._exponent, self._eta, self._epsilon = priority_exponent, priority_eta, priority_epsilon
         if (importance_exponent_final is None) != (anneal_env_steps is None):
             raise ValueError("set importance_exponent_final and anneal_env_steps both, or neither.")
@@ -113,15 +124,20 @@ class Prioritized(RingReplay):
         self._initial_priorities = initial_priorities
         self._largest_priority = 1.0  # ever written; read by initial_priority=max only
         self._stale_updates = 0
+        self._clock: Callable[[], int] = lambda: self._ring.env_steps
 
-    def _store(self, rollout: Rollout) -> None:
+    def follow(self, clock: Callable[[], int]) -> None:
+        """Anneals by this count of env steps and not by those that were added."""
+        self._clock = clock
+
+    def add(self, rollout: Rollout) -> None:
         """Stores a rollout's blocks and gives the sequences they complete a first priority."""
-        self._ring.add(rollout, self._first_leaves)
+        self._held.add(rollout, self._first_leaves)
 
     def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:
         over_all = self._importance_scale == "replay"
         how = Draw(batch_size=batch_size, stratified=self._stratified, find_least=over_all)
-        drawn = self._ring.draw(how, self._rng, buffers)
+        drawn = self._ring.draw(how, self._held.rng, buffers)
         scaled = drawn.scaled_probability
         least = drawn.least_scaled_probability if over_all else float(scaled.min())
         exponent = self.importance_exponent
@@ -130,11 +146,11 @@ class Prioritized(RingReplay):
 
     @property
     def importance_exponent(self) -> float:
-        """Now; goes linearly from the first to the final one, by env steps added."""
+        """The exponent now; it goes linearly from the first to the final one, by env steps."""
         final, env_steps = self._final
         if final is None or env_steps is None:
             return self._importance_exponent
-        done = min(1.0, self.env_steps / env_steps)
+        done = min(1.0, self._clock() / env_steps)
         return (1.0 - done) * self._importance_exponent + done * final
 
     @property
@@ -153,7 +169,7 @@ class Prioritized(RingReplay):
     def stats(self) -> dict[str, float]:
         """Metrics: the ring's, and the updates that came too late."""
         return {
-            **super().stats(),
+            **self._held.stats(),
             "replay/stale_updates": float(self._stale_updates),
             "replay/importance_exponent": self.importance_exponent,
         }
@@ -161,14 +177,30 @@ class Prioritized(RingReplay):
     def state(self) -> dict[str, Any]:
         """Arrays and JSON scalars: all but the blocks."""
         return {
-            **super().state(),
+            **self._held.state(),
             "largest_priority": self._largest_priority,
             "stale_updates": self._stale_updates,
         }
 
     def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Goes on from a saved state and its blocks; raises ValueError if they do not fit."""
-        super().restore(state, blocks)
+        self._held.restore(state, blocks)
+        self._largest_priority = float(state["largest_priority"])
+        self._stale_updates = int(state["stale_updates"])
+
+    def drawing_state(self) -> dict[str, Any]:
+        """The part of `state` that does not follow from the blocks."""
+        return {
+            "rng": json.dumps(self._held.rng.bit_generator.state),
+            "leaves": np.array(self._ring.rings[0].all_leaves),
+            "largest_priority": self._largest_priority,
+            "stale_updates": self._stale_updates,
+        }
+
+    def restore_drawing(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `drawing_state` with the same blocks."""
+        self._ring.rings[0].load_leaves(np.asarray(state["leaves"]))
+        self._held.rng.bit_generator.state = json.loads(state["rng"])
         self._largest_priority = float(state["largest_priority"])
         self._stale_updates = int(state["stale_updates"])
 
@@ -187,3 +219,56 @@ class Prioritized(RingReplay):
     def _to_leaves(self, priority: np.ndarray) -> np.ndarray:
         # A leaf of 0 would take the sequence out of the replay.
         return np.maximum((priority + self._epsilon) ** self._exponent, np.finfo(np.float64).tiny)
+
+    @property
+    def startable(self) -> int:
+        """Sequences that can be sampled now."""
+        return self._ring.startable
+
+    @property
+    def has_enough(self) -> bool:
+        """Never: the ratio alone decides who waits."""
+        return False
+
+    # --- of the ring -----------------------------------------------------------------------------
+
+    def sample(self, batch_size: int, *, buffers: Batch | None = None) -> Sample:
+        """See HeldRing.sample."""
+        return self._held.sample(batch_size, buffers, self._draw)
+
+    def buffers(self, batch_size: int) -> Batch:
+        """Arrays that `sample` can fill again and again."""
+        return self._ring.buffers(batch_size)
+
+    @property
+    def rows(self) -> int:
+        """Rows stored now."""
+        return self._ring.rows
+
+    @property
+    def env_steps(self) -> int:
+        """Valid rows ever added."""
+        return self._ring.env_steps
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes taken now."""
+        return self._ring.nbytes
+
+    @property
+    def capacity(self) -> int:
+        """Rows that it can hold."""
+        return self._ring.capacity_rows
+
+    @property
+    def rings(self) -> Sequence[Ring]:
+        """Where the blocks lie."""
+        return self._ring.rings
+
+    def flush(self) -> None:
+        """What is recorded is on the disk when this returns."""
+        self._held.flush()
+
+    def close(self) -> None:
+        """Ends what was recorded, and drawing ahead."""
+        self._held.close()

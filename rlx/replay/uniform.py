@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, final
 
 import numpy as np
 
+from rlx.interfaces import Ring
+from rlx.replay.agreement import ring_clashes
+from rlx.replay.held import HeldRing, Shape, storings_of
+from rlx.replay.ring.block_spec import BlockSpec
 from rlx.replay.ring.drawing import Draw
 from rlx.replay.ring.storage import Storing
-from rlx.replay.ring_replay import RingReplay
-from rlx.types import Batch, Carry, Range, Rollout, Row, Runtime, Sample, SequenceSpec
+from rlx.types import (
+    Batch,
+    Blocks,
+    Carry,
+    OfTheRun,
+    Range,
+    Rollout,
+    Row,
+    Runtime,
+    Sample,
+    SequenceSpec,
+)
 
 
 @final
-class Uniform(RingReplay):
+class Uniform:
     """Draws every startable sequence with the same chance; importance is 1."""
+
+    clashes = staticmethod(ring_clashes)
 
     def __init__(
         self,
         *,
-        capacity: Annotated[int, Range(ge=1)],
+        capacity: Annotated[int, Range(ge=1), OfTheRun()],
         ratio: Annotated[float, Range(gt=0)] | None,
-        min_sequences: Annotated[int, Range(ge=1)],
-        min_env_steps: Annotated[int, Range(ge=0)],
+        min_sequences: Annotated[int, Range(ge=1), OfTheRun()],
+        min_env_steps: Annotated[int, Range(ge=0), OfTheRun()],
         storage: Literal["memory", "mmap", "device"],
         folder: str | None,
         compress: Literal["none", "lz4"],
@@ -40,32 +56,91 @@ class Uniform(RingReplay):
         devices: Runtime[Sequence[Any]],
     ) -> None:
         """Settings: conf/replay/uniform.yaml. Raises ValueError for what cannot work."""
-        super().__init__(
-            capacity=capacity,
-            ratio=ratio,
+        storing = Storing(
+            storage=storage, folder=folder, compress=compress, gather_threads=gather_threads
+        )
+        spec = BlockSpec(sequence=sequence, row=row_spec, carry=carry_spec)
+        self._held = HeldRing(
+            Shape(capacity=capacity, spec=spec, lanes=lanes),
+            storings_of(storing, shards, devices, where),
             min_sequences=min_sequences,
-            min_env_steps=min_env_steps,
-            storing=Storing(
-                storage=storage,
-                folder=folder,
-                compress=compress,
-                gather_threads=gather_threads,
-            ),
-            shards=shards,
-            devices=devices,
-            record=record,
-            where=where,
             prefetch=prefetch,
-            sequence=sequence,
-            row_spec=row_spec,
-            carry_spec=carry_spec,
-            lanes=lanes,
+            record=record,
             seed=seed,
         )
+        self._ring = self._held.ring
+        self.ratio = ratio
+        self.min_sequences = min_sequences
+        self.min_env_steps = min_env_steps
 
-    def _store(self, rollout: Rollout) -> None:
+    def add(self, rollout: Rollout) -> None:
         """Stores a rollout's blocks."""
-        self._ring.add(rollout, lambda keys: np.ones(len(keys)))
+        self._held.add(rollout, lambda keys: np.ones(len(keys)))
 
     def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:
-        return self._ring.draw(Draw(batch_size=batch_size), self._rng, buffers).evenly()
+        return self._ring.draw(Draw(batch_size=batch_size), self._held.rng, buffers).evenly()
+
+    def stats(self) -> dict[str, float]:
+        """Metrics: the ring's."""
+        return self._held.stats()
+
+    def state(self) -> dict[str, Any]:
+        """Arrays and JSON scalars: all but the blocks."""
+        return self._held.state()
+
+    def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
+        """Goes on from a saved state and its blocks; raises ValueError if they do not fit."""
+        self._held.restore(state, blocks)
+
+    @property
+    def startable(self) -> int:
+        """Sequences that can be sampled now."""
+        return self._ring.startable
+
+    @property
+    def has_enough(self) -> bool:
+        """Never: the ratio alone decides who waits."""
+        return False
+
+    # --- of the ring -----------------------------------------------------------------------------
+
+    def sample(self, batch_size: int, *, buffers: Batch | None = None) -> Sample:
+        """See HeldRing.sample."""
+        return self._held.sample(batch_size, buffers, self._draw)
+
+    def buffers(self, batch_size: int) -> Batch:
+        """Arrays that `sample` can fill again and again."""
+        return self._ring.buffers(batch_size)
+
+    @property
+    def rows(self) -> int:
+        """Rows stored now."""
+        return self._ring.rows
+
+    @property
+    def env_steps(self) -> int:
+        """Valid rows ever added."""
+        return self._ring.env_steps
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes taken now."""
+        return self._ring.nbytes
+
+    @property
+    def capacity(self) -> int:
+        """Rows that it can hold."""
+        return self._ring.capacity_rows
+
+    @property
+    def rings(self) -> Sequence[Ring]:
+        """Where the blocks lie."""
+        return self._ring.rings
+
+    def flush(self) -> None:
+        """What is recorded is on the disk when this returns."""
+        self._held.flush()
+
+    def close(self) -> None:
+        """Ends what was recorded, and drawing ahead."""
+        self._held.close()

@@ -37,6 +37,6 @@ def game(env_id: str) -> str | None:
 
 
 def human_normalized(name: str, score: Any) -> Any:
-    """The human-normalised value of one score or an array: 0 is random play, 1 the human tester."""
+    """One score, or an array of them, where random play is 0 and the human tester is 1."""
     known = scores()[name]
     return (score - known["random"]) / (known["human"] - known["random"])

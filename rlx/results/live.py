@@ -196,7 +196,7 @@ class LiveRun:
         return self._about | {key: self._rows.curve(of, SMALL) for key, of in curves.items()}
 
     def full(self, metrics: Sequence[str]) -> JSON:
-        """All that is known of the run: the metrics' names, and the curves of the given ones."""
+        """The run with the names of all metrics and the curves of these that it has."""
         names = list(dict.fromkeys([TRAIN, EVALUATION, *self._rows.names]))
         known = [name for name in metrics if name in names]
         self._rows.keep(known)
@@ -226,7 +226,7 @@ def _named(settings: Mapping[str, Any], group: str, key: str) -> str:
 
 
 def thin(pairs: Sequence[tuple[float, float]], points: int) -> Curve:
-    """Thins a curve to at most `points`, means of neighbours; the last point stays as it is."""
+    """A curve of at most so many points: means of neighbours; the last point stays as it is."""
     if len(pairs) <= points:
         return [[x for x, _ in pairs], [y for _, y in pairs]]
     count, body = points - 1, pairs[:-1]

@@ -100,7 +100,7 @@ def run_rows(found: Sequence[Run], settings: Iterable[str]) -> list[JSON]:
 
 
 def need(library: str) -> Any:
-    """Imports that module, or raises an ImportError that says what to install."""
+    """Imports a module, or raises an ImportError that says what to install."""
     try:
         return importlib.import_module(library)
     except ImportError as error:

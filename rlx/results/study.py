@@ -222,7 +222,7 @@ def _columns(name: str, found: Estimate, *groups: Sequence[np.ndarray]) -> dict[
 
 
 def human_normalized(given: Study) -> list[dict[str, Any]]:
-    """The human-normalised scores of each group over all games, if all tasks are Atari games."""
+    """The human-normalised scores of each group over its games, where all are Atari's."""
     rows = []
     for label in given.groups if given.is_atari else ():
         if not (found := list(given.normalized(label).values())):

@@ -133,7 +133,7 @@ class Progress:
 
 
 def _raise_again() -> NoReturn:
-    """Raises the error again; rich itself would end the process on a broken pipe."""
+    """Raises a broken pipe's error again; rich itself would end the process."""
     raise  # the BrokenPipeError that is being handled
 
 

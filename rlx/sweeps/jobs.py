@@ -87,7 +87,7 @@ class Before:
 
     @classmethod
     def of(cls, folder: Path) -> Before:
-        """The record of the folder as it is now."""
+        """The folder's files as they are now."""
         stamps = {name: _stamp(folder / name) for name in (STATUS_FILE, SUMMARY_FILE)}
         console = folder / CONSOLE_FILE
         return cls(stamps=stamps, console_bytes=console.stat().st_size if console.exists() else 0)
@@ -235,7 +235,7 @@ def _record(jobs: Sequence[Job], outcomes: Mapping[int, Outcome]) -> None:
 
 
 def _rows_before(path: Path) -> list[dict[str, Any]]:
-    """The rows of an earlier sweep; lines that are no rows of ours (an edit) are skipped."""
+    """The rows of an earlier sweep; lines that are no rows, as after an edit, are left out."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
@@ -301,7 +301,7 @@ def _pairs(job: Job) -> list[tuple[str, str]]:
 
 
 def _last_line(path: Path, begin: int = 0) -> str:
-    """The last line after byte `begin`; only the end is read, as a job may write gigabytes."""
+    """The last line after `begin`; a job may have written gigabytes, so only the end is read."""
     try:
         with path.open("rb") as file:
             file.seek(max(begin, file.seek(0, os.SEEK_END) - TAIL_BYTES))

@@ -138,7 +138,7 @@ def _run(
     environment: Mapping[str, str],
     grace_s: float,
 ) -> int:
-    """Runs the job inside the task; returns its exit status. The job ends with this process."""
+    """Runs a job within its task; the exit status. The job's process ends with this one."""
     # ray.cancel interrupts by it; of a sweep that a script started with &, Ray inherits "ignored".
     signal.signal(signal.SIGINT, signal.default_int_handler)
     become = [sys.executable, "-m", "rlx.machine.tied", str(os.getpid()), ""]

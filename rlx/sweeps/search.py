@@ -174,7 +174,7 @@ class Search:
             self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
     def _forget_all(self) -> None:
-        """Forgets a study in which no trial could begin, so that it may get other settings."""
+        """Forgets a study in which nothing could begin, so that it may have other settings then."""
         optuna.delete_study(study_name=STUDY, storage=self._storage)
 
     def _ended(self) -> list[Any]:

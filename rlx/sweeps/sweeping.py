@@ -1,4 +1,4 @@
-"""Turns a Hydra sweep into jobs: what each runs, its share of the machine, what is done already.
+"""Turns a Hydra sweep into jobs: what each runs, what it may take, what is done already.
 
 `hydra_plugins/rlx` tells Hydra of the launchers; `rlx.sweeps.jobs` runs the jobs.
 """
@@ -317,7 +317,7 @@ def _as_return(one: Outcome, job: Job, cfg: DictConfig) -> JobReturn:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs of CUDA_VISIBLE_DEVICES, else all of this machine."""
+    """The GPUs of CUDA_VISIBLE_DEVICES, else all that this machine has."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in named.split(",") if name]
     return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]

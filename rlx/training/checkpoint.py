@@ -31,9 +31,11 @@ from typing import Annotated, Any
 import numpy as np
 
 from rlx import trees
+from rlx.problems import Problem
 from rlx.replay.files.segments import SegmentError, check_segment
 from rlx.replay.files.snapshots import read_blocks
 from rlx.runs.files import write_json
+from rlx.training.agreement import takes_turns
 from rlx.types import Blocks, Range
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,20 @@ class Checkpoint:
     keep: Annotated[int, Range(ge=1)]
     replay: bool
     exact: bool
+
+    @staticmethod
+    def clashes(settings: JSON) -> list[Problem]:
+        """The same bits need that nothing happens beside the loop, and that all is saved."""
+        checkpoint, prefetch = settings["checkpoint"], settings["replay"].get("prefetch")
+        if not checkpoint["exact"]:
+            return []
+        if not (takes_turns(settings) and checkpoint["replay"]):
+            says = "the same bits need acting=local and checkpoint.replay=true; set both"
+            return [Problem(path="checkpoint.exact", given="true", says=says)]
+        if prefetch:
+            says = "a thread draws when it can, which is never the same twice; set it to 0"
+            return [Problem(path="replay.prefetch", given=str(prefetch), says=says)]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

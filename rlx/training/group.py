@@ -34,7 +34,7 @@ from rlx.problems import ConfigError, RunFailed, refuse
 from rlx.runs import status
 from rlx.runs.folders import METRICS_FILE
 from rlx.runs.progress import Progress
-from rlx.training.assemble import check_agreement
+from rlx.training.agreement import check_agreement
 from rlx.training.checkpoint import Checkpointer
 from rlx.training.group_process import LearnerProcess
 from rlx.training.learner import Group
@@ -157,7 +157,7 @@ def _newest(output_dir: Path) -> str | None:
 
 @contextmanager
 def _failure_in_status(output_dir: Path) -> Iterator[None]:
-    """Writes a failure into status.json, which a killed process left as it was."""
+    """Writes a failure into status.json, which a killed process has left as it was."""
     try:
         yield
     except ConfigError:
@@ -284,7 +284,7 @@ class Life:
         return answers
 
     def _answer(self, reference: Any) -> Any:
-        """The value of a call; raises a process's ConfigError or RunFailed, or ProcessLost."""
+        """A call's answer; raises the ConfigError or RunFailed of a process, or ProcessLost."""
         try:
             return ray.get(reference)
         except ray_errors.RayTaskError as error:
@@ -303,7 +303,7 @@ class Life:
             raise ProcessLost(f"a learner process was lost ({_first_line(error)})") from error
 
     def _as_of_one(self, error: ConfigError) -> ConfigError:
-        """The error with a note that its numbers are those of one process's share."""
+        """The refusal, with a note that its numbers are those of one process's share."""
         of = f" (in one of {self._count} learner processes, for its share)"
         return ConfigError([replace(problem, says=problem.says + of) for problem in error.problems])
 

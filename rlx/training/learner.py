@@ -22,9 +22,9 @@ from rlx.seeding import spawn_int
 from rlx.types import (
     Array,
     Batch,
+    OfTheRun,
     Params,
     Range,
-    Runtime,
     TrainState,
     UpdateOutput,
     Weights,
@@ -61,36 +61,40 @@ class Group:
     max_restarts: Annotated[int, Range(ge=0)]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Learner:
+    """The settings of the learner (conf/learner); some are read before it is opened."""
+
+    processes: Annotated[int, Range(ge=1)]
+    group: Group  # read by rlx.training.group, which starts these processes
+    batch_size: Annotated[int, Range(ge=1), OfTheRun(exactly=True)]
+    platform: Literal["cpu", "gpu"] | None
+    devices: Annotated[int, Range(ge=1)] | None
+    memory_fraction: Annotated[float, Range(gt=0, le=1)] | None  # read by rlx.machine.xla.prepare
+    publish_every_updates: Annotated[int, Range(ge=1)]
+    on_nonfinite: Literal["stop", "skip"]
+
+    def open(self, agent: Agent, seed: int) -> OpenLearner:
+        """The learner of an agent; raises ValueError for devices that are not there."""
+        return OpenLearner(self, agent, seed)
+
+
+class OpenLearner:
     """Updates of one agent over 1 .. n local devices, each with an equal share of the batch."""
 
-    def __init__(
-        self,
-        *,
-        processes: Annotated[int, Range(ge=1)],
-        group: Group,
-        batch_size: Annotated[int, Range(ge=1)],
-        platform: Literal["cpu", "gpu"] | None,
-        devices: Annotated[int, Range(ge=1)] | None,
-        memory_fraction: Annotated[float, Range(gt=0, le=1)] | None,
-        publish_every_updates: Annotated[int, Range(ge=1)],
-        on_nonfinite: Literal["stop", "skip"],
-        agent: Runtime[Agent],
-        seed: Runtime[int],
-    ) -> None:
+    def __init__(self, settings: Learner, agent: Agent, seed: int) -> None:
         """Raises ValueError for devices that are not there.
 
-        batch_size: of this process; all `processes` share the gradients (`rlx.training.group`).
-        memory_fraction: seen to by `rlx.machine.xla.prepare`, before JAX takes the memory.
+        settings.batch_size is of this process; all processes share the gradients.
         """
-        self.batch_size = batch_size
-        self.publish_every_updates = publish_every_updates
-        self.on_nonfinite: Literal["stop", "skip"] = on_nonfinite
+        self.batch_size = settings.batch_size
+        self.publish_every_updates = settings.publish_every_updates
+        self.on_nonfinite: Literal["stop", "skip"] = settings.on_nonfinite
         self.updates = 0
         self._agent = agent
         self._newest: Any = None  # a future of the last update
-        self._devices = choose_devices(platform, devices, batch_size)
-        everywhere = _everywhere(self._devices, processes)
+        self._devices = choose_devices(settings.platform, settings.devices, settings.batch_size)
+        everywhere = _everywhere(self._devices, settings.processes)
         mesh = Mesh(np.array(self._devices), (AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         self._update = jax.pmap(

@@ -11,8 +11,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from rlx.config.build import build
 from rlx.config.targets import resolve
-from rlx.interfaces import Agent
+from rlx.interfaces import Agent, InRounds
 from rlx.problems import ConfigError, Problem
 
 Settings = Mapping[str, Any]
@@ -24,7 +25,7 @@ def blocks_of_a_round(settings: Settings, agent: Agent) -> int | None:
     Raises ConfigError, with a line for each setting that rounds cannot be made with.
     """
     if not agent.on_policy:
-        _refuse_any(_off_policy_problems(settings["acting"]))
+        _refuse_any(_pool_problems(settings, on_policy=False))
         return None
     _refuse_any([*_agent_problems(agent), *_acting_problems(settings), *_batch_problems(settings)])
     return settings["learner"]["batch_size"] // _lanes(settings)
@@ -40,11 +41,9 @@ def _lanes(settings: Settings) -> int:
     return acting["instances"] * acting["envs_per_actor"]
 
 
-def _off_policy_problems(acting: Settings) -> list[Problem]:
-    if not acting.get("sync"):
-        return []
-    says = "is for on-policy agents, which learn in rounds; this one does not, set it to false"
-    return [Problem(path="acting.sync", given="true", says=says)]
+def _pool_problems(settings: Settings, *, on_policy: bool) -> list[Problem]:
+    pool = build(settings["acting"], "acting")
+    return list(pool.round_problems(on_policy=on_policy)) if isinstance(pool, InRounds) else []
 
 
 def _agent_problems(agent: Agent) -> list[Problem]:
@@ -58,18 +57,11 @@ def _agent_problems(agent: Agent) -> list[Problem]:
 
 
 def _acting_problems(settings: Settings) -> list[Problem]:
-    """The problems of settings that act with older weights, or learn from a part of the lanes."""
-    acting, wrong = settings["acting"], []
+    """What would act with other weights than the newest, or learn from a part of the lanes."""
+    wrong = _pool_problems(settings, on_policy=True)
     if (answering := settings["env"].get("batch_size")) is not None:
         says = "an on-policy agent's lanes answer together; set it to null"
         wrong.append(Problem(path="env.batch_size", given=str(answering), says=says))
-    accepted = {"sync": True, "inference": "actor", "weights_dtype": "float32", "realtime": False}
-    for name, value in accepted.items():
-        if acting.get(name, value) != value:
-            wanted = str(value).lower()
-            says = f"an on-policy agent acts with its newest weights only; set it to {wanted}"
-            given = str(acting[name]).lower()
-            wrong.append(Problem(path=f"acting.{name}", given=given, says=says))
     return wrong
 
 

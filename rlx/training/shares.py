@@ -7,16 +7,20 @@ computed and not what is computed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlx.interfaces import Exploration, Peers
+from rlx.config.build import ROLES, build, setting_hints
+from rlx.config.hints import marker
+from rlx.config.targets import resolve
+from rlx.interfaces import Exploration, Peers, Served
 from rlx.problems import ConfigError, Problem, refuse
 from rlx.seeding import spawn_int
+from rlx.types import OfTheRun
 
 FOLDER = "learners"  # of the run's folder: what is each process's own
 
@@ -25,22 +29,28 @@ def share_of(settings: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The settings of one of `count` processes; raises ConfigError for what cannot be divided."""
     own: dict[str, Any] = copy.deepcopy(dict(settings))
     _refuse_alone_only(settings, count)
-    learner, replay, acting = own["learner"], own["replay"], own["acting"]
-    learner["batch_size"] = _divided(settings, "learner", "batch_size", count)
+    pool, acting = build(own["acting"], "acting"), own["acting"]
     whole = "instances" if acting["instances"] % count == 0 else "envs_per_actor"
     acting[whole] = _divided(settings, "acting", whole, count)
-    in_acting = ["max_in_flight_bytes"]
-    if whole == "instances":
-        in_acting.append("min_instances")
-    if whole == "envs_per_actor" or acting.get("inference") == "server":
-        in_acting.append("env_steps_per_request")
-    in_replay = ("capacity", "min_sequences", "min_env_steps", "anneal_env_steps", "max_delay")
-    for group, names in ((replay, in_replay), (acting, in_acting)):
-        for name in names:
-            if group.get(name):
-                group[name] = -(-group[name] // count)
+    divided = {"run", "actors" if whole == "instances" else "lanes"}
+    if isinstance(pool, Served) and pool.is_served:
+        divided.add("lanes")  # a request is of all actors
+    for group, name, of in _counts_of_the_run(settings):
+        if of.exactly:
+            own[group][name] = _divided(settings, group, name, count)
+        elif of.over in divided and (value := own[group][name]):
+            own[group][name] = -(-value // count)
     own["logging"]["console"] = "off"  # the watcher shows what there is to see
     return own
+
+
+def _counts_of_the_run(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, OfTheRun]]:
+    """(group, setting, its marker) of each that all processes have together."""
+    for group in ROLES:
+        cls, _ = resolve(settings[group]["_target_"])
+        for name, hint in setting_hints(cls).items() if cls else ():
+            if (of := marker(hint, OfTheRun)) is not None:
+                yield group, name, of
 
 
 def _divided(settings: Mapping[str, Any], group: str, name: str, count: int) -> int:
@@ -82,7 +92,7 @@ def log_file(run: Path, rank: int) -> Path:
 
 
 def share_seed(seed: int, peers: Peers) -> int:
-    """Of a process's environments, exploration and draws; the first has the run's own."""
+    """The seed of a process's environments, exploration and draws; the first has the run's own."""
     return seed if peers.rank == 0 else spawn_int(seed, "learner process", peers.rank)
 
 

@@ -102,9 +102,7 @@ class Stages:
             rollouts: list[Rollout] = []
             with self.left_to_the_end():
                 rollouts = pool.collect(
-                    pool.env_steps_per_request,
-                    WAIT_S if nothing_else_to_do else 0.0,
-                    self.parts.learner.updates,
+                    WAIT_S if nothing_else_to_do else 0.0, self.parts.learner.updates
                 )
         with self.times.measure("replay_add"):
             for rollout in rollouts:
@@ -219,7 +217,7 @@ class Stages:
             self.stop.set()
 
     def _largest_importance(self, sample: Sample) -> float | None:
-        """This share's largest importance, with probabilities over all shares; None if alone."""
+        """The largest importance of this process's share of the batch; None if it is alone."""
         everyone, peers = [news.startable for news in self.news], self.parts.peers
         if peers.count == 1:
             return None

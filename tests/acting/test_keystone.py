@@ -17,12 +17,13 @@ import pytest
 
 from rlx import trees
 from rlx.acting.exploration import Constant
-from rlx.acting.local_pool import LocalPool
+from rlx.acting.local_pool import LocalPool, OpenLocalPool
 from rlx.acting.plan import carry_spec
 from rlx.acting.writer import row_spec
 from rlx.agents import common
 from rlx.agents.r2d2 import R2D2
 from rlx.envs.envpool import EnvPool
+from rlx.interfaces import RunContext
 from rlx.replay.prioritized import Prioritized
 from rlx.types import Batch, EnvSpec, Timestep, Weights
 from tests import parts
@@ -92,20 +93,21 @@ def make_agent(envs: EnvPool, core: str = "lstm", stride: int = 4) -> R2D2:
     return parts.agent(net, burn_in=4, unroll=6, n_step=3, stride=stride, block_rows=4)
 
 
-def make_pool(envs: EnvPool, agent: R2D2, *, instances: int = 1, lanes: int = 3) -> LocalPool:
-    return LocalPool(
+def context(envs: Any, agent: Any, **changes: Any) -> RunContext:
+    """What a run that begins tells its pool."""
+    given = {"exploration": Constant(value=0.3), "seed": 5, "chain": 0, "env_steps": 0}
+    given |= {"round_blocks": None} | changes
+    return RunContext(family=envs, agent=agent, **given)
+
+
+def make_pool(envs: EnvPool, agent: R2D2, *, instances: int = 1, lanes: int = 3) -> OpenLocalPool:
+    pool = LocalPool(
         instances=instances,
         envs_per_actor=lanes,
         env_steps_per_request=lanes * 10,
         device="cpu",
-        family=envs,
-        agent=agent,
-        exploration=Constant(value=0.3),
-        seed=5,
-        chain=0,
-        env_steps=0,
-        round_blocks=None,
     )
+    return pool.open(context(envs, agent))
 
 
 def make_replay(
@@ -182,7 +184,7 @@ def gather(
     replay = make_replay(agent, instances * lanes, **keeping)
     pool.publish(Weights(version=0, params=params), 0)
     for turn in range(14):
-        for rollout in pool.collect(lanes * 10, 60.0, 0):
+        for rollout in pool.collect(60.0, 0):
             replay.add(rollout)
         if reopen and turn in (5, 9):
             pool.reopen()
@@ -289,7 +291,7 @@ def test_every_row_arrives_in_order_once_and_with_its_inputs():
     params = jax.tree.map(np.asarray, agent.init(jax.random.PRNGKey(0)).params)
     pool = make_pool(envs, agent, lanes=5)
     pool.publish(Weights(version=0, params=params), 0)
-    rollouts = [r for _ in range(20) for r in pool.collect(40, 60.0, 0)]
+    rollouts = [r for _ in range(20) for r in pool.collect(60.0, 0)]
     pool.close(10.0)
     blocks: dict[int, list] = {}
     for rollout in rollouts:

@@ -23,7 +23,7 @@ from ray.cluster_utils import Cluster
 
 from rlx import trees
 from rlx.acting.exploration import Constant, Ladder
-from rlx.acting.ray_pool import RayPool
+from rlx.acting.ray_pool import OpenRayPool, RayPool
 from rlx.cluster import logs as ray_logs
 from rlx.cluster.faults import ActingFailed, Restarts
 from rlx.cluster.fleet import Answered, Deadlines, Fleet, Lost, Ready, cause_of
@@ -35,6 +35,7 @@ from tests.acting.faulty_envs import FaultyFamily
 from tests.acting.test_keystone import (
     CARTPOLE,
     PONG,
+    context,
     difference,
     family,
     make_agent,
@@ -60,11 +61,11 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def pool(cluster) -> Iterator[Callable[..., RayPool]]:
+def pool(cluster) -> Iterator[Callable[..., OpenRayPool]]:
     """Makes pools and closes them."""
-    made: list[RayPool] = []
+    made: list[OpenRayPool] = []
 
-    def make(envs: Any = None, **changes: Any) -> RayPool:
+    def make(envs: Any = None, **changes: Any) -> OpenRayPool:
         made.append(make_pool(family(**CARTPOLE) if envs is None else envs, **changes))
         return made[-1]
 
@@ -74,7 +75,10 @@ def pool(cluster) -> Iterator[Callable[..., RayPool]]:
     wait_for(lambda: not actor_processes(), "the actors' processes to end")
 
 
-def make_pool(envs: Any, **changes: Any) -> RayPool:
+OF_THE_RUN = ("exploration", "seed", "chain", "env_steps", "round_blocks")
+
+
+def make_pool(envs: Any, **changes: Any) -> OpenRayPool:
     settings: dict[str, Any] = {
         "instances": 2,
         "envs_per_actor": LANES,
@@ -103,14 +107,11 @@ def make_pool(envs: Any, **changes: Any) -> RayPool:
         "resource_timeout_s": 60.0,
         "grace_s": 60.0,
         "restarts": RESTARTS,
-        "exploration": LADDER,
-        "seed": 5,
-        "chain": 0,
-        "env_steps": 0,
-        "round_blocks": None,
     }
     agent = changes.pop("agent", None) or make_agent(envs)
-    return RayPool(**settings | changes, family=envs, agent=agent)
+    told = {name: changes.pop(name) for name in OF_THE_RUN if name in changes}
+    told = {"exploration": LADDER} | told
+    return RayPool(**settings | changes).open(context(envs, agent, **told))
 
 
 def weights_of(agent: Any, version: int = 0) -> Weights:
@@ -135,7 +136,7 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) 
         time.sleep(0.05)
 
 
-def collect(pool: RayPool, env_steps: int, updates: int = 0, lanes: int = 1) -> list[Rollout]:
+def collect(pool: OpenRayPool, env_steps: int, updates: int = 0, lanes: int = 1) -> list[Rollout]:
     """Rollouts until there are so many env steps, and blocks of so many lanes."""
     rollouts: list[Rollout] = []
     end = time.monotonic() + PATIENCE_S
@@ -144,7 +145,7 @@ def collect(pool: RayPool, env_steps: int, updates: int = 0, lanes: int = 1) -> 
         or len({lane for lane, _ in streams(rollouts)}) < lanes
     ):
         assert time.monotonic() < end, f"{len(rollouts)} rollouts in {PATIENCE_S} s"
-        rollouts += pool.collect(LANES * 10, 0.5, updates)
+        rollouts += pool.collect(0.5, updates)
     return rollouts
 
 
@@ -215,13 +216,12 @@ def test_a_lane_acts_as_it_does_in_the_process(pool, inference):
     }  # fmt: skip
     local = LocalPool(
         instances=2, envs_per_actor=LANES, env_steps_per_request=LANES * 10, device="cpu",
-        family=envs, agent=agent, **shared,
-    )  # fmt: skip
+    ).open(context(envs, agent, **shared))  # fmt: skip
     weights = weights_of(agent)
     local.publish(weights, 0)
     actors = pool(envs, agent=agent, inference=inference, **shared)
     actors.publish(weights, 0)
-    here = [r for _ in range(8) for r in local.collect(LANES * 10, 1.0, 0)]
+    here = [r for _ in range(8) for r in local.collect(1.0, 0)]
     there = collect(actors, 240, lanes=2 * LANES)
 
     def first_block(rollouts: list[Rollout], lane: int) -> Any:
@@ -271,7 +271,7 @@ def test_the_newest_weights_ride_on_the_next_request(pool):
             for rollout in collect(actors, 30):
                 versions += rollout.weights_version.tolist()
         assert versions == sorted(versions) or version == 0
-    actors.collect(0, 0.0, updates=35)
+    actors.collect(0.0, updates=35)
     stats = actors.stats()
     assert 0 < stats["weights/publish_to_used_s"] < 60
     assert 5 <= stats["weights/used_age_updates"] <= 35
@@ -285,7 +285,7 @@ def test_actors_wait_rather_than_act_with_older_weights(pool):
     end = time.monotonic() + 3.0
     late: list[Rollout] = []
     while time.monotonic() < end:
-        late += actors.collect(LANES * 10, 0.2, updates=6)
+        late += actors.collect(0.2, updates=6)
     assert len(late) <= 2  # what was under way
     actors.publish(weights_of(agent, 6), 0)
     fresh = collect(actors, 120, updates=6)
@@ -335,7 +335,7 @@ def test_no_more_is_under_way_than_was_allowed(pool):
     actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
     collect(actors, 60, lanes=2 * LANES)
     time.sleep(3.0)  # nobody collects: every actor ends what it has, and waits
-    waiting = actors.collect(LANES * 10, 0.0, 0)
+    waiting = actors.collect(0.0, 0)
     assert len(waiting) == 2 * 2
     assert actors.burst_env_steps == 2 * 2 * (LANES * 10 + LANES - 1)
     tight = pool(max_in_flight_bytes=1)  # less than one rollout: one at a time

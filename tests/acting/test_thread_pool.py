@@ -8,22 +8,35 @@ from typing import Any
 
 import pytest
 
-from rlx.acting.exploration import Constant
-from rlx.acting.thread_pool import ThreadPool
+from rlx.acting.thread_pool import OpenThreadPool, ThreadPool
 from rlx.cluster.faults import ActingFailed
 from rlx.envs.gymnasium import Gymnasium
 from rlx.problems import ConfigError
 from rlx.types import Rollout
 from tests.acting.faulty_envs import FaultyFamily
-from tests.acting.test_keystone import CARTPOLE, PONG, difference, family, make_agent, make_replay
-from tests.acting.test_ray_pool import assert_in_order_and_once, streams, wait_for, weights_of
+from tests.acting.test_keystone import (
+    CARTPOLE,
+    PONG,
+    context,
+    difference,
+    family,
+    make_agent,
+    make_replay,
+)
+from tests.acting.test_ray_pool import (
+    OF_THE_RUN,
+    assert_in_order_and_once,
+    streams,
+    wait_for,
+    weights_of,
+)
 
 
 @pytest.fixture
-def pool() -> Iterator[Callable[..., ThreadPool]]:
-    made: list[ThreadPool] = []
+def pool() -> Iterator[Callable[..., OpenThreadPool]]:
+    made: list[OpenThreadPool] = []
 
-    def make(envs: Any = None, **changes: Any) -> ThreadPool:
+    def make(envs: Any = None, **changes: Any) -> OpenThreadPool:
         envs = family(**CARTPOLE) if envs is None else envs
         settings: dict[str, Any] = {
             "instances": 2,
@@ -35,14 +48,10 @@ def pool() -> Iterator[Callable[..., ThreadPool]]:
             "max_pending": 3,
             "max_weight_age_updates": None,
             "request_timeout_s": 60.0,
-            "exploration": Constant(value=0.3),
-            "seed": 5,
-            "chain": 0,
-            "env_steps": 0,
-            "round_blocks": None,
         }
         agent = changes.pop("agent", None) or make_agent(envs)
-        made.append(ThreadPool(**settings | changes, family=envs, agent=agent))
+        told = {name: changes.pop(name) for name in OF_THE_RUN if name in changes}
+        made.append(ThreadPool(**settings | changes).open(context(envs, agent, **told)))
         return made[-1]
 
     yield make
@@ -50,7 +59,7 @@ def pool() -> Iterator[Callable[..., ThreadPool]]:
         each.close(2.0)
 
 
-def collect(pool: ThreadPool, env_steps: int, lanes: int = 1) -> list[Rollout]:
+def collect(pool: OpenThreadPool, env_steps: int, lanes: int = 1) -> list[Rollout]:
     """Rollouts until there are so many env steps, and blocks of so many lanes."""
     rollouts: list[Rollout] = []
     end = time.monotonic() + 60
@@ -59,7 +68,7 @@ def collect(pool: ThreadPool, env_steps: int, lanes: int = 1) -> list[Rollout]:
         or len({lane for lane, _ in streams(rollouts)}) < lanes
     ):
         assert time.monotonic() < end
-        rollouts += pool.collect(40, 0.5, 0)
+        rollouts += pool.collect(0.5, 0)
     return rollouts
 
 
@@ -88,7 +97,7 @@ def test_threads_wait_for_the_loop(pool):
     arrived = actors._threads._arrived
     wait_for(lambda: arrived.qsize() == 2 * 2, "two requests of two threads")
     time.sleep(0.5)
-    waiting = actors.collect(40, 0.0, 0)
+    waiting = actors.collect(0.0, 0)
     assert len(waiting) == 2 * 2 * 2  # threads, requests, groups of lanes
     assert actors.burst_env_steps == 2 * 2 * 40
 
@@ -102,7 +111,7 @@ def test_in_real_time_what_finds_no_room_is_dropped_and_counted_and_nothing_is_s
         assert time.monotonic() < end
         time.sleep(0.1)
     time.sleep(0.5)
-    assert len(rollouts + actors.collect(40, 0.0, 0)) >= 3
+    assert len(rollouts + actors.collect(0.0, 0)) >= 3
     rollouts += collect(actors, 400)
     assert_in_order_and_once(rollouts[:2])
     chains = {chain for _, chain in streams(rollouts)}
@@ -145,7 +154,7 @@ def test_a_long_request_is_no_hang_and_ends_when_the_pool_does(pool):
     actors.publish(weights_of(make_agent(envs)), 0)
     end = time.monotonic() + 3
     while time.monotonic() < end:
-        assert actors.collect(40, 0.2, 0) == []
+        assert actors.collect(0.2, 0) == []
     actors.close(20.0)
     assert not any(thread._thread.is_alive() for thread in actors._threads.threads)
 

@@ -21,7 +21,7 @@ def some_rollout(environment: dict) -> Rollout:
     pool = make_pool(envs, agent)
     params = jax.tree.map(np.asarray, agent.init(jax.random.PRNGKey(0)).params)
     pool.publish(Weights(version=3, params=params), 0)
-    (rollout,) = pool.collect(60, 10.0, 0)
+    (rollout,) = pool.collect(10.0, 0)
     pool.close(10.0)
     assert len(rollout.lane)
     return rollout

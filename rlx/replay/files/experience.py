@@ -147,7 +147,7 @@ def _to_arrays(rollout: Rollout) -> Leaves:
 
 
 def read_layout(folder: Path) -> Layout:
-    """Of a dataset; raises ValueError for a folder that is none."""
+    """The layout of a dataset; raises ValueError for a folder that is none."""
     path = folder / FILE
     try:
         about = json.loads(path.read_bytes())

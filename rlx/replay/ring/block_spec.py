@@ -73,7 +73,7 @@ class BlockSpec:
 
     @cached_property
     def leaves(self) -> dict[str, ArraySpec]:
-        """By path: of one row, one carry and, where it is kept, one input after the last row."""
+        """The specs by path: of one row, one carry and, if kept, one input after the last row."""
         kept = {"rows": self.row, "carry": self.carry}
         if self.sequence.ends_with_a_block:
             kept["next"] = self.row.inputs
