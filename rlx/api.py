@@ -44,7 +44,7 @@ __all__ = ["Loaded", "compose", "load", "make", "run"]
 def run(
     cfg: DictConfig | Mapping[str, Any], output_dir: Path | str | None = None
 ) -> dict[str, Any]:
-    """Checks a configuration and runs it; the only function that sees one. Returns a summary."""
+    """Checks a configuration, runs it and returns the summary."""
     check(cfg)
     settings = plain(cfg)
     folder = open_output(settings, output_dir)
@@ -54,9 +54,9 @@ def run(
 
 @contextmanager
 def kept(settings: Mapping[str, Any], folder: Path) -> Iterator[None]:
-    """Keeps changed settings of a resume from Python, as Hydra has for one by command.
+    """Saves the changed settings of a resume from Python, as Hydra does for one by command.
 
-    A resume that is refused leaves none: nothing began with them.
+    A refused resume leaves no settings behind: nothing began with them.
     """
     before = RunFolder(folder).settings
     if not is_used(folder) or before | {"resume": settings["resume"]} == settings:
@@ -74,7 +74,7 @@ def kept(settings: Mapping[str, Any], folder: Path) -> Iterator[None]:
 
 
 def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
-    """Builds the parts in order, each told of the ones before it, and trains."""
+    """Builds the parts in order, each from the ones before it, and trains."""
     from rlx.training.assemble import assemble
     from rlx.training.loop import train
 
@@ -127,7 +127,7 @@ def open_output(settings: Mapping[str, Any], output_dir: Path | str | None) -> P
 
 
 def refuse_used(folder: Path) -> None:
-    """Raises a ConfigError where a run has been before."""
+    """Raises a ConfigError if the folder already holds a run."""
     if is_used(folder):
         says = f"holds a run already; continue it with resume={folder}, or give another folder"
         raise refuse("output_dir", says, given=str(folder))

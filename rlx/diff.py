@@ -88,7 +88,7 @@ def _group(row: Difference) -> tuple[str, str]:
 
 
 def describe(run: Path) -> dict[str, JSON]:
-    """Section -> name -> value of one run."""
+    """The values of one run: section -> name -> value."""
     settings = read_settings(run)
     files = sorted(run.glob("env*.json"), key=_number)
     env = read_object(files[-1], strict=True) if files else {}
@@ -164,7 +164,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def _size_of_diff(diff: str) -> str:
-    """What is in a git.diff, in a word: '+12 -3 lines in 2 files'."""
+    """The size of a git.diff: '+12 -3 lines in 2 files'."""
     if not diff:
         return "no changes"
     lines = diff.splitlines()
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _show_changes(options: Options) -> bool:
-    """Shows what differs; whether any setting does."""
+    """Prints the differences; returns whether any setting differs."""
     rows = compare(options.run_a, options.run_b)
     print(f"A  {options.run_a}\nB  {options.run_b}\n")
     changed = any(row.section == CONFIGURATION for row in rows)

@@ -75,7 +75,7 @@ def export(
     batch: int | None = None,
     platforms: Sequence[str] = ("cpu",),
 ) -> bytes:
-    """The bytes of the file; batch None: any number of environments."""
+    """The bytes of the exported file; batch None: any number of environments."""
     _check(platforms)
     restored = run.restore(which)
     agent, params = run.agent, run.agent.acting_params(restored.state)
@@ -110,7 +110,7 @@ def export(
 
 
 def input_shapes(agent: Agent, raw_spaces: RawSpaces, lanes: Any) -> dict[str, Any]:
-    """What the exported function takes, in this order."""
+    """The inputs of the exported function, in this order."""
 
     def each(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((lanes, *shape), dtype)
@@ -161,7 +161,7 @@ def _narrowed(dtype: str) -> np.dtype:
 
 
 def _limits(action: ActionSpec, start: Start) -> JSON:
-    """What the environment takes: integers, or (nested) lists; null where there is no bound."""
+    """The action's limits: integers, or (nested) lists; null where there is no bound."""
     if isinstance(action, BoxSpec):
         return {
             "low": _nested(action.low, action.shape),
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def export_run(options: Options) -> Path:
-    """Writes the file; its path."""
+    """Writes the file; returns its path."""
     _check(options.platforms)
     run = api.load(options.run)
     out = Path(options.out or run.output_dir / "agent.zip")

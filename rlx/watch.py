@@ -37,7 +37,7 @@ WORTH_PACKING = 1400  # bytes; a smaller answer fits one packet as it is
 
 
 class PageServer(ThreadingHTTPServer):
-    """Answers with the page and with what is known of the runs below a folder."""
+    """Serves the page, and what is known of the runs below a folder."""
 
     daemon_threads = True  # a browser that keeps a connection open does not delay the end
 
@@ -51,13 +51,13 @@ class PageServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where a browser on this machine finds it."""
+        """The address for a browser on this machine."""
         host, port = self.server_address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
         return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away is nothing to tell."""
+        """Ignores a browser that goes away."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Polls are not told."""
+        """Logs nothing: polls are frequent."""
 
 
 def content_policy(page: str) -> str:

@@ -1,6 +1,6 @@
 """The environments of a few lanes in a process of their own, without a policy and without JAX.
 
-This is all that an actor is with `acting.inference=server`: it steps what it is told to.
+With `acting.inference=server` an actor is only this: it steps with the actions it receives.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RemoteEnv:
         return whereabouts()
 
     def prepare(self, cores: tuple[int, ...] | None) -> None:
-        """Opens the environments. cores: those that all threads of this process are to share."""
+        """Opens the environments. cores: the CPU cores that all threads of this process share."""
         if cores is not None:
             os.sched_setaffinity(0, cores)
         if self._without_jax:

@@ -137,18 +137,18 @@ class LoopPath:
             self.update_priorities(keys, np.asarray(self._learner.priorities(output)))
 
     def draw(self) -> tuple[np.ndarray, Batch]:
-        """The same batch always."""
+        """The keys and the batch; here the same batch always."""
         return self._keys, self._batch
 
     def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
-        """Nobody needs the TD errors."""
+        """Does nothing: here no replay needs priorities."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: nothing is open."""
 
 
 class FromReplay(LoopPath):
-    """The same with batches drawn from a full replay, whose priorities follow."""
+    """The same with batches from a full replay, whose priorities are updated."""
 
     def __init__(self, agent: Agent, size: int, replay: Any) -> None:
         super().__init__(agent, size)
@@ -183,7 +183,7 @@ class Torch:
         return 1
 
     def settle(self) -> None:
-        """An update has ended when `work` returns."""
+        """Does nothing: an update has ended when `work` returns."""
 
     def close(self) -> None:
         self._process.communicate()
@@ -207,7 +207,7 @@ class Product:
 
 
 def _profiled(update: Compiled, prefix: str) -> list[dict[str, Any]]:
-    """Leaves XLA's trace of a few updates, and answers the operations that took longest."""
+    """Writes XLA's trace of a few updates; returns the operations that took longest."""
     folder = Path("profile") / prefix.replace(" ", "_")
     began = perf_counter()
     with jax.profiler.trace(str(folder)):

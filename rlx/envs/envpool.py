@@ -137,7 +137,7 @@ class EnvPool:
         return check_mask(spec)
 
     def raw_spaces(self) -> RawSpaces:
-        """What one environment gives and takes without our adapter; frames are single there too."""
+        """The raw spaces of one environment, without our adapter; frames are single there, too."""
         sources = _sources(self._raw_spec())
         return raw_spaces(sources, self._select(sources), 0)
 
@@ -160,7 +160,7 @@ class EnvPool:
         )
 
     def open(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> Any:
-        """EnvPool's own object with these settings, without our adapter (for measuring it)."""
+        """Opens EnvPool's own object with these settings, without our adapter (to measure it)."""
         return envpool.make_gymnasium(
             self.id,
             num_envs=lanes,
@@ -321,7 +321,7 @@ _specs: dict[str, Any] = {}
 
 
 def _make_spec(env_id: str, **options: Any) -> Any:
-    """EnvPool's, kept: making one is a tenth of what a process with one lane takes to start."""
+    """EnvPool's spec, cached: making it takes a tenth of the start of a process with one lane."""
     key = f"{env_id} {sorted(options.items())}"
     if key not in _specs:
         _specs[key] = envpool.make_spec(env_id, **options)
@@ -333,7 +333,7 @@ def _is_atari(config: dict[str, Any]) -> bool:
 
 
 def _sources(raw: Any) -> list[Source]:
-    """The arrays of an observation; one alone is given bare, whatever EnvPool calls it."""
+    """The arrays of an observation; a single array has no name, whatever EnvPool calls it."""
     specs = {k: v for k, v in raw.state_array_spec.items() if k.split(":")[0] == "obs"}
     found = []
     for key, spec in specs.items():
@@ -412,7 +412,7 @@ def _option_problems(env_id: str, options: dict[str, Any], defaults: dict[str, A
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Whether a value is of the default's type; a whole number will do for a float."""
+    """Whether a value is of the default's type; an int is accepted for a float."""
     if isinstance(default, list | tuple):
         return isinstance(value, list | tuple)
     if isinstance(default, float):
@@ -433,7 +433,7 @@ def _first_line(error: Exception) -> str:
 
 @functools.cache
 def _cannot_render(env_id: str) -> str | None:
-    """Why this id gives no pictures here, or None; tried in a child process, which may abort."""
+    """Why this id renders no pictures here, or None; a child process tries, as it may abort."""
     trial = subprocess.run(
         [sys.executable, "-c", RENDER_TRIAL, env_id],
         capture_output=True,

@@ -92,7 +92,7 @@ class Gymnasium:
         return self._describe()[0]
 
     def raw_spaces(self) -> RawSpaces:
-        """What one environment gives and takes without our adapter."""
+        """The raw spaces of one environment, without our adapter."""
         return self._describe()[2]
 
     def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> GymnasiumLanes:
@@ -285,7 +285,7 @@ def _id_problems(env_id: str) -> list[str]:
 
 
 def _made(make: Callable[[], Any], env_id: str) -> Any:
-    """What `make` gives; what it lacks, such as a package, as one line that names the id."""
+    """Calls `make`; raises one line that names the id if something (a package) is missing."""
     try:
         return make()
     except Exception as error:  # it is anybody's code

@@ -1,7 +1,7 @@
-"""A trained agent in plain Python: one environment, or N side by side, of anybody's making.
+"""A trained agent in plain Python, for any one environment or any N side by side.
 
-The caller keeps what the network must be told of the step before (`State`), so there is nothing to
-reset and no state that two environments could share. `act_in_lanes` is the same as a pure function
+The caller keeps what the network needs of the step before (`State`), so there is nothing to reset
+and no state that two environments could share. `act_in_lanes` is the same as a pure function
 of dicts of arrays: `rlx.export` writes it to a file.
 """
 
@@ -86,7 +86,7 @@ def act_in_lanes(
 
 
 def read_observation(raw_spaces: RawSpaces, given: Any) -> tuple[dict[str, np.ndarray], int | None]:
-    """(leaves [N, *], N), or ([1, *], None) of one unbatched observation; ValueError if neither."""
+    """Returns (leaves [N, *], N), or ([1, *], None) if unbatched; ValueError if neither."""
     flat = _by_name(raw_spaces, given)
     arrays, lanes = {}, set()
     for leaf in raw_spaces.leaves:
@@ -164,7 +164,7 @@ def _accepted(leaf: Leaf) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class State:
-    """What an agent remembers of an episode, or of N. Opaque; never changed, so it may be kept."""
+    """What an agent remembers of an episode, or of N; opaque and never changed."""
 
     leaves: Mapping[str, Array]
     key: Array
@@ -220,7 +220,7 @@ class Player:
         return int(action[0]) if isinstance(self._agent.spec.action, DiscreteSpec) else action[0]
 
     def _exploration(self, greedy: bool | None, epsilon: float | None) -> float:
-        """0 is greedy, 1 is as the agent samples."""
+        """The amount of exploration: 0 is greedy, 1 is as the agent samples."""
         if not (greedy is None or isinstance(greedy, bool)):
             raise ValueError(f"greedy is {greedy!r}; accepted: True, False, or None")
         if epsilon is None:
@@ -278,7 +278,7 @@ def _act_and_split(
 
 
 def _is_number(value: Any, kinds: str) -> bool:
-    """Whether it is one number, of these kinds of NumPy's."""
+    """Whether the value is one number of these NumPy kinds."""
     return np.ndim(value) == 0 and np.asarray(value).dtype.kind in kinds
 
 
@@ -293,7 +293,7 @@ def _refuse_of_no_episode(**given: Any) -> None:
 
 
 def _rewards(reward: Any, lanes: int | None) -> np.ndarray:
-    """f32[N] of what the last actions earned."""
+    """The rewards of the last actions, f32[N]."""
     wanted = "a number" if lanes is None else f"{lanes} numbers"
     if reward is None:
         begin = " (where an episode begins: state=None)" if lanes is None else ""
@@ -306,7 +306,7 @@ def _rewards(reward: Any, lanes: int | None) -> np.ndarray:
 
 
 def _firsts(first: Any, lanes: int | None) -> np.ndarray:
-    """bool[N]: which lanes begin an episode with this observation."""
+    """The lanes that begin an episode with this observation, bool[N]."""
     if lanes is None:
         if first is not None:
             raise ValueError("first is for batches; one environment begins with state=None")

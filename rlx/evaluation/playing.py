@@ -45,7 +45,7 @@ class Evaluation:
         seed: int,
         watch: Watch | None = None,
     ) -> list[float]:
-        """Unclipped returns of that many episodes."""
+        """The unclipped returns of `episodes` episodes."""
         finished = run_episodes(
             agent=agent,
             weights=weights,
@@ -126,7 +126,7 @@ Acted = Callable[[np.ndarray, Any], None]
 
 
 class Starts:
-    """Numbers episodes by when they started: a lane's next one starts where its last one ended."""
+    """Numbers episodes by their starts; a lane's next one starts when its last one ends."""
 
     def __init__(self, lanes: int, episodes: int) -> None:
         self.number = np.arange(lanes)  # of the episode each lane is in
@@ -160,7 +160,7 @@ def evaluate(
     seed: int,
     recorder: VideoRecorder | GridRecorder | None = None,
 ) -> JSON:
-    """Plays that many episodes; their statistics, returns and settings, ready for JSON."""
+    """Plays episodes; returns their statistics, returns and settings, ready for JSON."""
     lanes = min(lanes, episodes)
     finished = run_episodes(
         agent=with_values(agent) if isinstance(recorder, GridRecorder) else agent,

@@ -35,14 +35,14 @@ class Seen:
     title: str
     return_: float  # unclipped, so far
     env_step: int
-    values: np.ndarray | None  # f32[A]; None: not told, or the episode has ended
-    action: int | None  # None: not told, or it is not one choice
+    values: np.ndarray | None  # f32[A]; None: unknown, or the episode has ended
+    action: int | None  # None: unknown, or not one choice
     spread: float  # the largest distance of a Q-value from their mean, so far
     ended: bool
 
 
 def grid(tiles: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8[H, W, 3]: equal tiles in rows, about as wide as high, the rest dark."""
+    """Joins equal tiles into a picture uint8[H, W, 3], about as wide as high; the rest is dark."""
     columns = math.ceil(math.sqrt(len(tiles)))
     rows = math.ceil(len(tiles) / columns)
     high, wide = tiles[0].shape[:2]
@@ -55,7 +55,7 @@ def grid(tiles: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def tile(seen: Seen) -> np.ndarray:
-    """uint8[HEIGHT + PANEL, WIDTH, 3]."""
+    """Draws one tile, uint8[HEIGHT + PANEL, WIDTH, 3]."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (WIDTH, HEIGHT + PANEL), BACKGROUND)
@@ -97,7 +97,7 @@ def _lines(draw: Any, seen: Seen) -> None:
 
 
 def _bars(draw: Any, seen: Seen, values: np.ndarray) -> None:
-    """A bar per action around the mean of all; the chosen one is yellow."""
+    """Draws a bar per action around the mean of all; the chosen one is yellow."""
     top = HEIGHT + EDGE + 2 * LINE + 2
     middle, half = top + BARS // 2, BARS // 2 - 2
     column = (WIDTH - 2 * EDGE) / len(values)
@@ -135,6 +135,6 @@ def _font(size: int) -> Any:
 
 
 def _number(value: float) -> str:
-    """Three or four digits, however large."""
+    """The number with three or four digits."""
     value = float(value)
     return f"{value:.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.3g}"

@@ -1,7 +1,7 @@
 """Videos of episodes: of the first one, or of several side by side with their Q-values.
 
-Recorders are given to `rlx.evaluation.playing.run_episodes` as `watch`; its Starts tell which
-episode a lane plays.
+`rlx.evaluation.playing.run_episodes` takes a recorder as `watch`; its Starts say which episode a
+lane plays.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class VideoFile:
         self._pictures = 0
 
     def add(self, picture: np.ndarray) -> bool:
-        """Whether it is full with this picture, uint8[H, W, 3]."""
+        """Adds a picture uint8[H, W, 3]; returns whether the file is full now."""
         self._writer.append_data(picture)
         self._pictures += 1
         return self._pictures >= VIDEO_FRAMES
@@ -79,12 +79,12 @@ class VideoRecorder:
 class GridRecorder:
     """Shows the episodes that started first, side by side, with the values of their actions.
 
-    Give `run_episodes` it as `watch` and its `acted` as `acted`, and the agent `with_values`.
+    Give it to `run_episodes` as `watch`, its `acted` as `acted`, and the agent `with_values`.
     An episode that has ended keeps its last picture until all have.
     """
 
     def __init__(self, file: VideoFile, count: int) -> None:
-        """count: episodes, no more than there are lanes: each is its lane's first one."""
+        """count: number of episodes, at most one per lane: each is its lane's first."""
         self._file = file
         self._seen: list[tiles.Seen | None] = [None] * count
         self._tiles = [np.zeros((tiles.HEIGHT + tiles.PANEL, tiles.WIDTH, 3), np.uint8)] * count
@@ -92,7 +92,7 @@ class GridRecorder:
         self._complete = False
 
     def __call__(self, env: Any, timestep: Timestep, starts: Any) -> None:
-        """Takes pictures of the episodes under way; what they show is complete when acted."""
+        """Takes pictures of the episodes under way; `acted` completes them."""
         self._rows = []
         if self._complete:
             return
@@ -114,7 +114,7 @@ class GridRecorder:
             self._add()
 
     def acted(self, action: np.ndarray, acting: Any) -> None:
-        """action [n, *], acting f32[n, A] of `with_values` or another agent's own record."""
+        """Shows action [n, *] and acting: f32[n, A] of `with_values`, or another agent's record."""
         is_choice = action.ndim == 1 and action.dtype.kind == "i"
         for lane, row in self._rows:
             seen = self._seen[lane]
@@ -173,7 +173,7 @@ def _picture(env: Any, lane: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WithValues:
-    """An agent whose record of acting time is every action's value, f32[N, A]."""
+    """An agent whose record of acting time holds every action's value, f32[N, A]."""
 
     agent: Any
 
@@ -209,5 +209,5 @@ def _has_ffmpeg() -> bool:
 
 
 def not_recorded(why: str) -> ConfigError:
-    """What is wrong with recording, in one line, to raise."""
+    """The ConfigError, of one line, that says why nothing can be recorded."""
     return refuse("record", why.strip().split("\n")[0])

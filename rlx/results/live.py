@@ -96,7 +96,7 @@ class RowsFile:
             self.poll()
 
     def poll(self) -> None:
-        """Takes the rows that were added; a last line that has no end yet waits for it."""
+        """Reads the rows that were added; an unfinished last line waits for the next poll."""
         try:
             found = self._path.stat()
             if (found.st_size, found.st_mtime_ns) != self._seen:
@@ -118,7 +118,7 @@ class RowsFile:
         self._seen = (found.st_size, found.st_mtime_ns)
 
     def _read_tail(self, file: Any) -> bytes:
-        """The bytes before the offset: others, where a resume took rows away and wrote new ones."""
+        """The bytes before the offset; they differ if a resume removed rows and wrote new ones."""
         begin = max(0, self._offset - TAIL)
         file.seek(begin)
         return bytes(file.read(self._offset - begin))
@@ -137,12 +137,12 @@ class RowsFile:
             self.names |= {name: None for name in new if number(row[name]) is not None}
 
     def curve(self, name: str, points: int) -> Curve:
-        """Env steps and values where there is one: of neighbours the mean, at most `points`."""
+        """Env steps and values where a value exists; at most `points`, as means of neighbours."""
         pairs = zip(self.columns["env_steps"], self.columns[name], strict=True)
         return thin([(x, y) for x, y in pairs if not math.isnan(y)], points)
 
     def newest(self, name: str) -> float | None:
-        """The last value that is one."""
+        """The last finite value of a column."""
         column = self.columns[name]
         return next((value for value in reversed(column) if not math.isnan(value)), None)
 
@@ -156,7 +156,7 @@ class RowsFile:
 
 
 class LiveRun:
-    """One folder, as it was when it was last polled."""
+    """One run's folder as of the last poll."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._name, self._folder = name, RunFolder(folder)
@@ -191,7 +191,7 @@ class LiveRun:
         }
 
     def brief(self) -> JSON:
-        """For the list of all runs."""
+        """What the list of all runs shows of this one."""
         curves = {"train": TRAIN, "evaluation": EVALUATION}
         return self._about | {key: self._rows.curve(of, SMALL) for key, of in curves.items()}
 

@@ -112,7 +112,7 @@ class Progress:
         self._redirect_logs(before)
 
     def _redirect_logs(self, before: tuple[TextIO, TextIO]) -> None:
-        """Log handlers took their stream long ago; give them the one that knows of the block."""
+        """Gives log handlers, which hold an older stream, the one that knows of the block."""
         now = (sys.stdout, sys.stderr)
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream in before:
@@ -173,7 +173,7 @@ def _percent(part: float, whole: float) -> str:
 
 
 def _formatted(row: Mapping[str, Any], *formats: tuple[str, str]) -> list[str]:
-    """The formatted values of those names that the row knows."""
+    """The formatted values of those names that the row has."""
     return [text.format(row[name]) for name, text in formats if row.get(name) is not None]
 
 

@@ -58,7 +58,7 @@ class Outcome:
 
     @property
     def succeeded(self) -> bool:
-        """Not of a run that was interrupted: it has not come to its end."""
+        """Whether the job finished or was pruned; an interrupted run did not succeed."""
         return self.state in ("finished", "pruned")
 
 
@@ -69,7 +69,7 @@ class Running(Protocol):
         """None while it runs, then its exit status, or why it has none."""
 
     def stop(self) -> None:
-        """Asks for its end, which comes with a checkpoint."""
+        """Asks the job to end, which it does with a checkpoint."""
 
     def kill(self) -> None: ...
 
@@ -80,7 +80,7 @@ Watch = Callable[[Job], bool]  # of a running job, now and then: whether it is t
 
 @dataclass(frozen=True, kw_only=True)
 class Before:
-    """What an earlier run had left in a job's folder, which tells nothing of this one."""
+    """What an earlier run left in a job's folder; it says nothing about this job."""
 
     stamps: Mapping[str, tuple[int, ...]]  # by name, of status.json and summary.json
     console_bytes: int
@@ -188,7 +188,7 @@ def _new_object(path: Path, before: Before) -> dict[str, Any]:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Another one after each writing; no clock is asked, as that of a file server may be wrong."""
+    """A stamp that changes with each write; it uses no clock, as a file server's may be wrong."""
     try:
         found = path.stat()
     except OSError:
@@ -206,7 +206,7 @@ def _signal_name(number: int) -> str:
 def record(jobs: Sequence[Job], outcomes: Mapping[int, Outcome]) -> None:
     """Writes the sweep's runs.csv: one line for each job, those of before included.
 
-    A disk that is full is no reason to end what runs: it is said, and the next one may be written.
+    A full disk does not end the jobs: it is reported, and the next write may succeed.
     """
     try:
         _record(jobs, outcomes)
@@ -244,7 +244,7 @@ def _rows_before(path: Path) -> list[dict[str, Any]]:
 
 
 def say(text: str) -> None:
-    """One line of the sweep's own on the terminal."""
+    """Prints one line of the sweep's own on the terminal."""
     print(f"rlx: {text}", file=sys.stderr, flush=True)
 
 

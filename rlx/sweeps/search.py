@@ -86,7 +86,7 @@ class Search:
         return frozenset(self._space)
 
     def run(self, launch: Launch) -> Any:
-        """Asks for trials, runs them a batch at a time, and tells what they came to."""
+        """Asks for trials, runs them in batches, and reports their results."""
         self._forget_lost()
         while (left := self._n_trials - len(self._ended())) > 0:
             trials = [self._study.ask(self._space) for _ in range(min(self._batch, left))]
@@ -111,7 +111,7 @@ class Search:
         return self._sum_up()
 
     def is_hopeless(self, job: Job) -> bool:
-        """Reports what a running trial has newly evaluated; whether the pruner would end it."""
+        """Reports a running trial's new evaluations; returns whether the pruner would end it."""
         path, trial = job.folder / METRICS_FILE, self._trials.get(job.number)
         if trial is None or not path.exists() or path.stat().st_size == self._seen.get(job.number):
             return False
@@ -200,7 +200,7 @@ class Search:
 
 
 def distribution(override: Override) -> optuna.distributions.BaseDistribution:
-    """What Hydra's grammar says of a value, as Optuna's: the same values."""
+    """Optuna's distribution of the same values as a sweep in Hydra's grammar."""
     value: Any = override.value()
     try:
         return _distribution(override, value)

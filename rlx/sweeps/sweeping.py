@@ -31,7 +31,7 @@ GPU_SHARE = 0.9  # of a GPU's memory, for all jobs on it together
 
 
 class Refused(CompactHydraException):
-    """What Hydra prints as it is, without a traceback."""
+    """A refusal that Hydra prints as it is, without a traceback."""
 
 
 class JobFailed(CompactHydraException):
@@ -218,7 +218,7 @@ def _refuse_shared(folder: Path, number: int, jobs: Sequence[Job]) -> None:
 
 
 def command_line(config: DictConfig) -> list[str]:
-    """This program's own, as far as all jobs share it: without what is swept."""
+    """This program's command line, without the swept keys, as all jobs share it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["-m", spec.name] if spec is not None else [os.path.abspath(sys.argv[0])]
     args = get_args_parser().parse_args(sys.argv[1:])
@@ -297,7 +297,7 @@ def _sum_up(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> None:
 
 
 def _as_return(one: Outcome, job: Job, cfg: DictConfig) -> JobReturn:
-    """For Hydra's sweepers: the run's summary, or an exception for who asks for it."""
+    """The job's result for Hydra's sweepers: the run's summary, or an exception."""
     failed = not one.succeeded
     value: Any = JobFailed(f"rlx: {job.label}: {one.error or one.state}")
     if not failed:

@@ -5,7 +5,7 @@ count of env steps, which they tell each other before each update (`rlx.training
 gradients of an update are averaged over the devices of all of them: `jax.distributed` joins the
 processes, and the `pmap` of `rlx.training.learner` does the rest.
 
-Whoever called `rlx.run` only watches. A process that is lost takes the group with it, as an update
+The process that called `rlx.run` only watches. A lost process takes the group with it, as an update
 needs all of them; a new group goes on from the last checkpoint.
 """
 
@@ -53,7 +53,7 @@ TAIL_BYTES = 65_536
 
 
 class Rendezvous:
-    """Where the processes tell each other things: a Ray actor, all of whose calls wait at once."""
+    """Where the processes exchange values: a Ray actor, all of whose calls wait at once."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -80,14 +80,14 @@ class Rendezvous:
 
 
 class RendezvousPeers:
-    """The interfaces.Peers of one of several processes."""
+    """The interfaces.Peers of one of several learner processes."""
 
     def __init__(self, rendezvous: Any, rank: int, count: int, restarts: int) -> None:
         self.rank, self.count, self.restarts = rank, count, restarts
         self._rendezvous = rendezvous
 
     def exchange(self, mine: T) -> Sequence[T]:
-        """Waits without a deadline: it is the watcher that ends a group which is silent."""
+        """Exchanges values; it has no deadline, as the watcher ends a silent group."""
         given: list[T] = ray.get(self._rendezvous.exchange.remote(self.rank, mine))
         if len({type(each) for each in given}) > 1:
             raise RunFailed("the learner processes are out of step; resume goes on")
@@ -128,7 +128,7 @@ def _live(
     *,
     resume: bool,
 ) -> dict[str, Any]:
-    """One group after the other, until one comes to the end."""
+    """Runs one group after the other, until one finishes."""
     restarts, in_a_row, saved = 0, 0, _newest(output_dir)
     while True:
         life = Life(output_dir, group, count, restarts)
@@ -170,7 +170,7 @@ def _failure_in_status(output_dir: Path) -> Iterator[None]:
 
 
 def _join_cluster(group: Group, acting: Mapping[str, Any]) -> Cluster:
-    """The one of the learner processes, which the actors join, too."""
+    """Joins the learner processes' cluster, which the actors join, too."""
     address, setting, own = group.address, "learner.group.address", acting.get("address")
     if None not in (address, own) and address != own:
         raise refuse("acting.address", f"the learner processes are at {address}", given=str(own))
@@ -181,7 +181,7 @@ def _join_cluster(group: Group, acting: Mapping[str, Any]) -> Cluster:
 
 
 def _check_devices(platform: str | None, group: Group) -> None:
-    """What no cluster can give."""
+    """Refuses devices that no cluster can give."""
     gpus = group.gpus_per_learner
     if gpus != int(gpus):
         says = "accepted: whole GPUs, as two processes on one cannot exchange gradients"
@@ -284,7 +284,7 @@ class Life:
         return answers
 
     def _answer(self, reference: Any) -> Any:
-        """The value of a call; raises a process's ConfigError or RunFailed, or ProcessLost."""
+        """A call's answer; raises the ConfigError or RunFailed of a process, or ProcessLost."""
         try:
             return ray.get(reference)
         except ray_errors.RayTaskError as error:

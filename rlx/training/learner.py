@@ -135,8 +135,8 @@ class OpenLearner:
     def update(self, batch: Batch, largest_importance: float | None = None) -> UpdateOutput:
         """One update, without waiting: priorities [D, B / D, T] and metrics [D] are futures.
 
-        largest_importance: what this batch's importance was divided by, where other processes'
-        were divided by something else: it is divided by the largest of all.
+        largest_importance: the number that this batch's importance was divided by, if other
+        processes divided by others; the importance is then divided by the largest of all.
         """
         if largest_importance is None:
             self._state, output = self._update(self._state, batch)
@@ -149,7 +149,7 @@ class OpenLearner:
 
     @property
     def gradient_steps(self) -> int:
-        """Made so far; waits for the last update."""
+        """The gradient steps made so far; waits for the last update."""
         return int(np.asarray(self._state.gradient_steps.addressable_data(0))[0])
 
     @property
@@ -158,7 +158,7 @@ class OpenLearner:
         return self._newest is not None and not self._newest.is_ready()
 
     def priorities(self, output: UpdateOutput) -> np.ndarray | None:
-        """f32[B, T] of that update, for which it waits; None of an agent that keeps none."""
+        """An update's priorities f32[B, T], for which it waits; None if the agent gives none."""
         jax.block_until_ready(output)
         if output.priorities is None:
             return None
@@ -166,9 +166,9 @@ class OpenLearner:
         return priorities.reshape(-1, priorities.shape[-1])
 
     def is_finite(self, output: UpdateOutput) -> bool:
-        """Whether that update had finite losses and gradients; waits for it.
+        """Whether an update had finite losses and gradients; waits for it.
 
-        If not it changed nothing but the count of updates.
+        An update without them changed nothing but the count of updates.
         """
         return bool(np.asarray(output.metrics[FINITE]).all())
 
