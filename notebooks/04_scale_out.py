@@ -12,7 +12,7 @@
 # # Scaling out with Ray
 #
 # Actors in processes of their own, one of them killed on purpose, and what more of them are worth here.
-# `pip install 'rlx[notebook]'`; the choice between pools is in `docs/scaling.md`.
+# `pip install 'rlx[notebook]'`; the choice between pools is in `docs/acting.md`.
 
 # %%
 import os

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -13,125 +14,114 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 OUT = Path(__file__).resolve().parents[1] / "architecture.png"
 INK, LINE = "#1c2733", "#5b6b7b"
-COLOURS = {"acting": "#dbeafe", "replay": "#fef3c7", "training": "#dcfce7", "runs": "#f1f5f9"}
-# name: (x, y, width, height, colour, title, lines)
-BOXES = {
-    "envs": (0.2, 3.1, 2.0, 1.5, "acting", "Environments", "EnvPool, gymnasium:\nN lanes an actor"),
-    "actors": (
-        3.1,
-        3.1,
-        2.5,
-        1.5,
-        "acting",
-        "Actors",
-        "policy, blocks of rows:\nhere, in threads, on Ray",
-    ),
-    "replay": (6.5, 3.1, 2.3, 1.5, "replay", "Replay", "every frame once:\nmemory, file, device"),
-    "learner": (
-        9.7,
-        3.1,
-        2.4,
-        1.5,
-        "training",
-        "Learner",
-        "agent.update by pmap:\ndevices, processes",
-    ),
-    "keeper": (9.7, 0.5, 2.4, 1.4, "runs", "Keeper", "evaluations, rows,\ncheckpoints"),
-    "folder": (6.5, 0.5, 2.3, 1.4, "runs", "Run folder", "metrics, status,\ncheckpoints, videos"),
-    "tools": (
-        3.1,
-        0.5,
-        2.5,
-        1.4,
-        "runs",
-        "Commands",
-        "evaluate, export, report,\nwatch, diff, resume",
-    ),
-    "config": (0.2, 0.5, 2.0, 1.4, "runs", "Hydra", "an experiment\nis a YAML diff"),
-}
-# from, to, text, above or below the line
-ARROWS = [
-    ("envs", "actors", "timesteps", 0.5),
-    ("actors", "replay", "rollouts", 0.5),
-    ("replay", "learner", "batches", 0.5),
-    ("keeper", "folder", "", 0.5),
-    ("folder", "tools", "", 0.5),
-]
+ACTING, REPLAY, TRAINING, RUNS = "#dbeafe", "#fef3c7", "#dcfce7", "#f1f5f9"
+WIDTH, HEIGHT = 14.2, 5.6  # inches, and the coordinates of everything below
+ABOVE = 5.0  # where the weights travel back
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """A part of rlx."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    colour: str
+    title: str
+    text: str
+
+    @property
+    def middle(self) -> float:
+        return self.x + self.width / 2
+
+    @property
+    def right(self) -> float:
+        return self.x + self.width
+
+    @property
+    def top(self) -> float:
+        return self.y + self.height
+
+
+def upper(x: float, width: float, colour: str, title: str, text: str) -> Box:
+    return Box(x=x, y=2.75, width=width, height=1.75, colour=colour, title=title, text=text)
+
+
+def lower(x: float, width: float, title: str, text: str) -> Box:
+    return Box(x=x, y=0.2, width=width, height=1.5, colour=RUNS, title=title, text=text)
+
+
+ENVS = upper(0.1, 2.4, ACTING, "Environments", "EnvPool, gymnasium:\nN lanes of each actor")
+POOL = upper(3.7, 2.7, ACTING, "Pool of actors", "in the loop, in threads,\nor on a Ray cluster")
+STORE = upper(7.6, 2.5, REPLAY, "Replay", "each frame once, in\nmemory, file or device")
+LEARNER = upper(11.3, 2.8, TRAINING, "Learner", "one pmap over the devices\nof 1 to n processes")
+HYDRA = lower(0.1, 2.4, "Hydra", "YAML groups become\nchecked parts")
+COMMANDS = lower(3.7, 2.7, "Commands", "evaluate, export, report,\nwatch, diff, resume")
+FOLDER = lower(7.6, 2.5, "Run folder", "metrics, status,\ncheckpoints, videos")
+KEEPER = lower(11.3, 2.8, "Keeper", "evaluations, rows of\nmetrics, checkpoints")
 
 
 def draw() -> None:
     """Writes the picture."""
-    figure, axes = plt.subplots(figsize=(12.3, 5.4), dpi=100)
-    axes.set_xlim(0, 12.3)
-    axes.set_ylim(0, 5.9)
+    figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), dpi=90)
+    axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
     axes.axis("off")
-    for box in BOXES.values():
-        _box(axes, *box)
-    for begin, end, text, height in ARROWS:
-        _beside(axes, begin, end, text, height)
-    _arrow(axes, (3.1, 3.45), (2.2, 3.45))
-    axes.text(2.65, 3.2, "actions", ha="center", va="top", fontsize=9, color=LINE)
-    _arrow(axes, (9.7, 3.45), (8.8, 3.45))
-    axes.text(9.25, 3.2, "priorities", ha="center", va="top", fontsize=9, color=LINE)
-    _arrow(axes, (10.9, 3.1), (10.9, 1.9))
-    _over(axes)
-    figure.savefig(OUT, bbox_inches="tight", facecolor="white")
+    for box in (ENVS, POOL, STORE, LEARNER, HYDRA, COMMANDS, FOLDER, KEEPER):
+        show(axes, box)
+    for left, right, there, back in (
+        (ENVS, POOL, "timesteps", "actions"),
+        (POOL, STORE, "blocks", ""),
+        (STORE, LEARNER, "batches", "priorities"),
+    ):
+        beside(axes, left, right, 0.62, there)
+        if back:
+            beside(axes, right, left, 0.3, back)
+    beside(axes, KEEPER, FOLDER, 0.5, "writes")
+    beside(axes, FOLDER, COMMANDS, 0.5, "read")
+    arrow(axes, (LEARNER.middle, LEARNER.y), (KEEPER.middle, KEEPER.top))
+    weights(axes)
+    figure.subplots_adjust(0, 0, 1, 1)
+    figure.savefig(OUT, facecolor="white")
 
 
-def _box(
-    axes: Axes, x: float, y: float, width: float, height: float, kind: str, title: str, text: str
-) -> None:
+def show(axes: Axes, box: Box) -> None:
+    """A box with its title and its text."""
     shape = FancyBboxPatch(
-        (x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.12",
-        facecolor=COLOURS[kind], edgecolor=LINE, linewidth=1.2,
-    )  # fmt: skip
+        (box.x, box.y), box.width, box.height, boxstyle="round,pad=0,rounding_size=0.14"
+    )
+    shape.set(facecolor=box.colour, edgecolor=LINE, linewidth=1.3)
     axes.add_patch(shape)
-    middle = x + width / 2
-    axes.text(middle, y + height - 0.32, title, ha="center", va="center", fontsize=13,
-              fontweight="bold", color=INK)  # fmt: skip
-    axes.text(
-        middle, y + (height - 0.5) / 2, text, ha="center", va="center", fontsize=10, color=INK
-    )
+    how = {"ha": "center", "va": "center", "color": INK}
+    axes.text(box.middle, box.top - 0.42, box.title, fontsize=17, fontweight="bold", **how)
+    axes.text(box.middle, box.y + (box.height - 0.62) / 2, box.text, fontsize=13, **how)
 
 
-def _beside(axes: Axes, begin: str, end: str, text: str, height: float) -> None:
-    """An arrow between two boxes of one row, with its text above."""
-    x, y, width, tall = BOXES[begin][:4]
-    to, _, to_width, _ = BOXES[end][:4]
-    level = y + tall * (height + 0.12)
-    start, stop = (x + width, to) if to > x else (x, to + to_width)
-    _arrow(axes, (start, level), (stop, level))
-    axes.text(
-        (start + stop) / 2, level + 0.12, text, ha="center", va="bottom", fontsize=9, color=LINE
-    )
+def beside(axes: Axes, begin: Box, end: Box, share: float, text: str) -> None:
+    """An arrow between two boxes of a row at a share of their height, its text outside."""
+    level = begin.y + share * begin.height
+    start, stop = (begin.right, end.x) if end.x > begin.x else (begin.x, end.right)
+    arrow(axes, (start, level), (stop, level))
+    away = 0.1 if share >= 0.5 else -0.1
+    place = "bottom" if share >= 0.5 else "top"
+    middle = (start + stop) / 2
+    axes.text(middle, level + away, text, fontsize=12.5, color=LINE, ha="center", va=place)
 
 
-def _over(axes: Axes) -> None:
+def weights(axes: Axes) -> None:
     """The weights' way back, over the replay."""
-    for begin, end in (((10.9, 4.6), (10.9, 5.3)), ((10.9, 5.3), (4.35, 5.3))):
-        axes.plot(*zip(begin, end, strict=True), color=LINE, linewidth=1.6)
-    _arrow(axes, (4.35, 5.3), (4.35, 4.6))
-    text = "weights: every version once, with each request"
-    axes.text(7.6, 5.38, text, ha="center", va="bottom", fontsize=9, color=LINE)
+    across = [LEARNER.middle, LEARNER.middle, POOL.middle]
+    axes.plot(across, [LEARNER.top, ABOVE, ABOVE], color=LINE, linewidth=1.7)
+    arrow(axes, (POOL.middle, ABOVE), (POOL.middle, POOL.top))
+    text, middle = "weights: numbered versions, one with each request", STORE.middle
+    axes.text(middle, ABOVE + 0.1, text, fontsize=12.5, color=LINE, ha="center", va="bottom")
 
 
-def _text(axes: Axes, x: float, y: float, text: str, **how: object) -> None:
-    axes.text(x, y, text, ha="center", **how)
-
-
-def _arrow(axes: Axes, begin: tuple[float, float], end: tuple[float, float]) -> None:
-    axes.add_patch(
-        FancyArrowPatch(
-            begin,
-            end,
-            arrowstyle="-|>",
-            mutation_scale=14,
-            color=LINE,
-            linewidth=1.6,
-            shrinkA=2,
-            shrinkB=2,
-        )
-    )
+def arrow(axes: Axes, begin: tuple[float, float], end: tuple[float, float]) -> None:
+    """A straight arrow."""
+    shape = FancyArrowPatch(begin, end, arrowstyle="-|>", mutation_scale=17, shrinkA=2, shrinkB=2)
+    shape.set(color=LINE, linewidth=1.7)
+    axes.add_patch(shape)
 
 
 if __name__ == "__main__":
