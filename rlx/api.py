@@ -44,7 +44,7 @@ __all__ = ["Loaded", "compose", "load", "make", "run"]
 def run(
     cfg: DictConfig | Mapping[str, Any], output_dir: Path | str | None = None
 ) -> dict[str, Any]:
-    """Checks a configuration and runs it; the only function that sees one. Returns a summary."""
+    """Checks a configuration, runs it and returns the summary."""
     check(cfg)
     settings = plain(cfg)
     folder = open_output(settings, output_dir)
@@ -54,9 +54,9 @@ def run(
 
 @contextmanager
 def kept(settings: Mapping[str, Any], folder: Path) -> Iterator[None]:
-    """Keeps changed settings of a resume from Python, as Hydra has for one by command.
+    """Saves the changed settings of a resume from Python, as Hydra does for one by command.
 
-    A resume that is refused leaves none: nothing began with them.
+    A refused resume leaves no settings behind: nothing began with them.
     """
     before = RunFolder(folder).settings
     if not is_used(folder) or before | {"resume": settings["resume"]} == settings:
@@ -74,7 +74,7 @@ def kept(settings: Mapping[str, Any], folder: Path) -> Iterator[None]:
 
 
 def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
-    """Builds the parts in order, each told of the ones before it, and trains."""
+    """Builds the parts in order, each from the ones before it, and trains."""
     from rlx.training.assemble import assemble
     from rlx.training.loop import train
 
@@ -127,7 +127,7 @@ def open_output(settings: Mapping[str, Any], output_dir: Path | str | None) -> P
 
 
 def refuse_used(folder: Path) -> None:
-    """Raises a ConfigError where a run has been before."""
+    """Raises a ConfigError if the folder already holds a run."""
     if is_used(folder):
         says = f"holds a run already; continue it with resume={folder}, or give another folder"
         raise refuse("output_dir", says, given=str(folder))
@@ -195,12 +195,12 @@ class Loaded:
         """
         key = str(which)
         if key not in self._players:
-            from rlx.envs.observations import outside_of
+            from rlx.envs.observations import raw_spaces_of
             from rlx.evaluation.player import Player
 
-            outside = outside_of(self.family, self.agent.spec)
+            raw_spaces = raw_spaces_of(self.family, self.agent.spec)
             self._players[key] = Player(
-                agent=self.agent, outside=outside, params=self.params(which)
+                agent=self.agent, raw_spaces=raw_spaces, params=self.params(which)
             )
         return self._players[key].act(
             observation,
@@ -226,18 +226,18 @@ class Loaded:
     ) -> dict[str, Any]:
         """Plays episodes with a checkpoint's parameters; `rlx.evaluate` explains the arguments."""
         from rlx.evaluation.playing import evaluate
-        from rlx.evaluation.video import Film, GridRecorder, Recorder
+        from rlx.evaluation.video import GridRecorder, VideoFile, VideoRecorder
 
         settings, restored = plain(self.cfg)["evaluation"], self.restore(which)
         version, name = restored.meta["updates"], f"evaluation-{restored.env_steps}"
         lanes = settings["envs"] if envs is None else envs
         name += "-grid" if record == "grid" else ""
         folder = self.output_dir / "videos"
-        with Film(folder, name, record_fps) if record else nullcontext() as film:
-            recorder: Recorder | GridRecorder | None = None
-            if film is not None:
+        with VideoFile(folder, name, record_fps) if record else nullcontext() as file:
+            recorder: VideoRecorder | GridRecorder | None = None
+            if file is not None:
                 count = min(grid, lanes, episodes)
-                recorder = GridRecorder(film, count) if record == "grid" else Recorder(film)
+                recorder = GridRecorder(file, count) if record == "grid" else VideoRecorder(file)
             result = evaluate(
                 agent=self.agent,
                 weights=Weights(version=version, params=self.agent.acting_params(restored.state)),
@@ -249,7 +249,7 @@ class Loaded:
                 recorder=recorder,
             )
         about = {"checkpoint": str(restored.path), "env_steps": restored.env_steps}
-        video = str(film.path) if film else None
+        video = str(file.path) if file else None
         return {**about, "updates": version, **result, "video": video}
 
     @cached_property

@@ -43,7 +43,7 @@ ABSENT = Absent()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Difference:
     """One thing that differs."""
 
     section: str  # of SECTIONS
@@ -52,7 +52,7 @@ class Row:
     b: Any
 
 
-def compare(run_a: Path | str, run_b: Path | str) -> list[Row]:
+def compare(run_a: Path | str, run_b: Path | str) -> list[Difference]:
     """All that differs between the runs in two folders, in the order of SECTIONS.
 
     Raises ConfigError, of one line, for a folder that holds no run or one that cannot be read.
@@ -64,7 +64,7 @@ def compare(run_a: Path | str, run_b: Path | str) -> list[Row]:
         for name in dict.fromkeys([*a, *b]):
             values = a.get(name, ABSENT), b.get(name, ABSENT)
             if _differ(*values):
-                rows.append(Row(section=section, name=name, a=values[0], b=values[1]))
+                rows.append(Difference(section=section, name=name, a=values[0], b=values[1]))
     return _by_group(rows)
 
 
@@ -72,14 +72,14 @@ def _differ(a: Any, b: Any) -> bool:
     return a != b or isinstance(a, bool) != isinstance(b, bool)  # 1 and 1.0 are the same setting
 
 
-def _by_group(rows: list[Row]) -> list[Row]:
+def _by_group(rows: list[Difference]) -> list[Difference]:
     """The rows of each group of settings side by side, single settings first."""
     groups = dict.fromkeys(_group(row) for row in rows)
     order = {group: number for number, group in enumerate(groups)} | {(CONFIGURATION, ""): -1}
     return sorted(rows, key=lambda row: order[_group(row)])
 
 
-def _group(row: Row) -> tuple[str, str]:
+def _group(row: Difference) -> tuple[str, str]:
     """agent of agent.optimizer.learning_rate; sections but that of settings are one group."""
     return row.section, row.name.rpartition(".")[0] and row.name.partition(".")[0]
 
@@ -88,7 +88,7 @@ def _group(row: Row) -> tuple[str, str]:
 
 
 def describe(run: Path) -> dict[str, JSON]:
-    """Section -> name -> value of one run."""
+    """The values of one run: section -> name -> value."""
     settings = read_settings(run)
     files = sorted(run.glob("env*.json"), key=_number)
     env = read_object(files[-1], strict=True) if files else {}
@@ -128,7 +128,7 @@ def _changes(run: Path, files: Sequence[Path]) -> str:
 # --- printing ------------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Row], columns: int) -> str:
+def table(rows: Sequence[Difference], columns: int) -> str:
     """Aligned text: a heading for each section, a blank line between groups of settings."""
     name_width = max((len(row.name) for row in rows), default=0)
     room = max(12, (columns - name_width - 2 - 2 * len(GAP)) // 2)
@@ -144,7 +144,7 @@ def table(rows: Sequence[Row], columns: int) -> str:
     return "\n".join(lines)
 
 
-def _texts(row: Row) -> tuple[str, str]:
+def _texts(row: Difference) -> tuple[str, str]:
     a, b = _text(row.name, row.a), _text(row.name, row.b)
     if row.name == DIFF:
         return (a, b) if a != b else (f"{a}", f"{b}, others")
@@ -164,7 +164,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def _size_of_diff(diff: str) -> str:
-    """What is in a git.diff, in a word: '+12 -3 lines in 2 files'."""
+    """The size of a git.diff: '+12 -3 lines in 2 files'."""
     if not diff:
         return "no changes"
     lines = diff.splitlines()
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _show_changes(options: Options) -> bool:
-    """Shows what differs; whether any setting does."""
+    """Prints the differences; returns whether any setting differs."""
     rows = compare(options.run_a, options.run_b)
     print(f"A  {options.run_a}\nB  {options.run_b}\n")
     changed = any(row.section == CONFIGURATION for row in rows)

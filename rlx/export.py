@@ -41,7 +41,7 @@ import numpy as np
 from rlx import api
 from rlx.config.options import command
 from rlx.envs.actions import Start
-from rlx.envs.observations import Outside, outside_of
+from rlx.envs.observations import RawSpaces, raw_spaces_of
 from rlx.evaluation.player import act_in_lanes, state_shapes
 from rlx.interfaces import Agent
 from rlx.problems import refuse
@@ -75,14 +75,14 @@ def export(
     batch: int | None = None,
     platforms: Sequence[str] = ("cpu",),
 ) -> bytes:
-    """The bytes of the file; batch None: any number of environments."""
+    """The bytes of the exported file; batch None: any number of environments."""
     _check(platforms)
     restored = run.restore(which)
     agent, params = run.agent, run.agent.acting_params(restored.state)
-    outside = outside_of(run.family, agent.spec)
+    raw_spaces = raw_spaces_of(run.family, agent.spec)
     lanes = jax.export.symbolic_shape(BATCH)[0] if batch is None else batch
-    inputs = input_shapes(agent, outside, lanes)
-    exported = _exported(agent, outside, params, inputs, platforms)
+    inputs = input_shapes(agent, raw_spaces, lanes)
+    exported = _exported(agent, raw_spaces, params, inputs, platforms)
     about = {
         "format": FORMAT,
         "call": "action, state = act(observation, reward, first, state)",
@@ -92,7 +92,7 @@ def export(
         "outputs": {
             "action": {
                 **_described(inputs["state"]["action"]),
-                **_limits(agent.spec.action, outside.action_start),
+                **_limits(agent.spec.action, raw_spaces.action_start),
             },
             "state": _described(inputs["state"]),
         },
@@ -109,8 +109,8 @@ def export(
     return _zipped({DESCRIPTION: json.dumps(about, indent=2).encode(), FUNCTION: _bytes(exported)})
 
 
-def input_shapes(agent: Agent, outside: Outside, lanes: Any) -> dict[str, Any]:
-    """What the exported function takes, in this order."""
+def input_shapes(agent: Agent, raw_spaces: RawSpaces, lanes: Any) -> dict[str, Any]:
+    """The inputs of the exported function, in this order."""
 
     def each(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((lanes, *shape), dtype)
@@ -118,7 +118,7 @@ def input_shapes(agent: Agent, outside: Outside, lanes: Any) -> dict[str, Any]:
     return {
         "observation": {
             leaf.source.name: each(leaf.source.shape, _narrowed(leaf.source.dtype))
-            for leaf in outside.leaves
+            for leaf in raw_spaces.leaves
         },
         "reward": each((), np.float32),
         "first": each((), bool),
@@ -127,11 +127,13 @@ def input_shapes(agent: Agent, outside: Outside, lanes: Any) -> dict[str, Any]:
 
 
 def _exported(
-    agent: Agent, outside: Outside, params: Params, inputs: JSON, platforms: Sequence[str]
+    agent: Agent, raw_spaces: RawSpaces, params: Params, inputs: JSON, platforms: Sequence[str]
 ) -> jax.export.Exported:
     def act(observation: Any, reward: Array, first: Array, state: Any) -> Any:
         key, greedy = jax.random.PRNGKey(0), jnp.zeros(first.shape, jnp.float32)
-        return act_in_lanes(agent, outside, params, observation, reward, first, state, key, greedy)
+        return act_in_lanes(
+            agent, raw_spaces, params, observation, reward, first, state, key, greedy
+        )
 
     try:
         return jax.export.export(jax.jit(act), platforms=tuple(platforms))(*inputs.values())
@@ -159,7 +161,7 @@ def _narrowed(dtype: str) -> np.dtype:
 
 
 def _limits(action: ActionSpec, start: Start) -> JSON:
-    """What the environment takes: integers, or (nested) lists; null where there is no bound."""
+    """The action's limits: integers, or (nested) lists; null where there is no bound."""
     if isinstance(action, BoxSpec):
         return {
             "low": _nested(action.low, action.shape),
@@ -171,8 +173,8 @@ def _limits(action: ActionSpec, start: Start) -> JSON:
 
 
 def _nested(bounds: Sequence[float], shape: tuple[int, ...]) -> Any:
-    told = [bound if math.isfinite(bound) else None for bound in bounds]
-    return np.asarray(told, object).reshape(shape).tolist()
+    finite = [bound if math.isfinite(bound) else None for bound in bounds]
+    return np.asarray(finite, object).reshape(shape).tolist()
 
 
 def _described(tree: Any) -> JSON:
@@ -212,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def export_run(options: Options) -> Path:
-    """Writes the file; its path."""
+    """Writes the file; returns its path."""
     _check(options.platforms)
     run = api.load(options.run)
     out = Path(options.out or run.output_dir / "agent.zip")

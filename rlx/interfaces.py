@@ -39,7 +39,7 @@ class Env(Protocol):
     lanes: int
 
     def reset(self) -> Timestep:
-        """Starts every lane; answers all of them, or the first ones of an asynchronous one."""
+        """Starts every lane; answers all lanes, or the first ones if asynchronous."""
 
     def step(self, action: np.ndarray, lane: np.ndarray) -> Timestep:
         """Acts in these lanes and answers those that are ready (all of them, if synchronous).
@@ -64,7 +64,7 @@ class EnvFamily(Protocol):
     """The settings of an environment: makes lanes of it, wherever they are needed."""
 
     def spec(self) -> EnvSpec:
-        """Found from one throw-away lane. Raises ValueError (nearest ids) for an unknown id."""
+        """The spec, from one throw-away lane; raises ValueError (nearest ids) for an unknown id."""
 
     def make(self, *, lanes: int, seeds: Sequence[int]) -> Env:
         """`seeds`: one int32 per lane."""
@@ -104,10 +104,10 @@ class ThinFamily(Protocol):
 
 @runtime_checkable
 class Outward(Protocol):
-    """An environment family that tells how its environments look without rlx."""
+    """An environment family that gives the raw spaces of its environments."""
 
-    def outside(self) -> Any:
-        """An `rlx.envs.observations.Outside`."""
+    def raw_spaces(self) -> Any:
+        """An `rlx.envs.observations.RawSpaces`."""
 
 
 @runtime_checkable
@@ -124,10 +124,10 @@ class Network(Protocol):
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether it remembers more than its stack of frames."""
+        """Whether the network remembers more than its stack of frames."""
 
     def init(self, key: Array, heads: Mapping[str, Head], **further: tuple[Array, ...]) -> Params:
-        """Parameters of the body and of these heads; further: what a head reads beside features."""
+        """The parameters of body and heads; further: what a head reads beside the features."""
 
     def apply(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
         """`stack_frames`, then `unroll`: (features f32[T, B, F], carry after the last row)."""
@@ -139,7 +139,7 @@ class Network(Protocol):
         """(features f32[T, B, F], recurrent state after the last row)."""
 
     def read(self, params: Params, name: str, head: Head, features: Array, *further: Array) -> Any:
-        """What the head of that name says of features [..., F] and its further inputs."""
+        """The output of the head of that name for features [..., F] and its further inputs."""
 
     def initial_carry(self, batch: int) -> Carry: ...
 
@@ -156,7 +156,7 @@ class Agent(Protocol):
     def sequence(self) -> SequenceSpec: ...
     @property
     def on_policy(self) -> bool:
-        """Whether it learns only from rows that its newest weights have made, once."""
+        """Whether it learns only from rows that its newest weights made, and once from each."""
 
     @property
     def samples(self) -> bool:
@@ -174,8 +174,8 @@ class Agent(Protocol):
     ) -> tuple[Array, Any, Carry]:
         """inputs [N, ...], exploration f32[N] -> (action [N, ...], acting record [N], carry).
 
-        exploration: 0 is the best action it knows (the mode), 1 is as it samples; between them
-        the share of sampled actions. For agents that do not sample it is epsilon.
+        exploration: 0 is the best action it knows (the mode), 1 is as it samples; in between it
+        is the share of sampled actions. For agents that do not sample it is epsilon.
         """
 
     def update(
@@ -191,8 +191,8 @@ class Prioritizing(Protocol):
     def initial_priorities(self, rows: Row) -> np.ndarray:
         """f32[M, T] from the scalars [M, L + 1] of M sequences, in NumPy; -1 = not valid.
 
-        The last row is the one after the sequence, and where that has not come yet (the sequence
-        ends with a block) the sequence's last row once more. Observations are left out ({}).
+        The last of the L + 1 rows is the one after the sequence. If that has not arrived yet (the
+        sequence ends with a block), it is the sequence's last row again. Observations are {}.
         """
 
 
@@ -218,7 +218,7 @@ class Ring(Protocol):
         """The number of the next block to come."""
 
     def blocks_after(self, key: int, most: int) -> tuple[Blocks, int]:
-        """Copies of the blocks with later keys, and the key to go on after; for any thread."""
+        """Copies of the blocks with later keys, and the key to continue after; for any thread."""
 
 
 class Replay(Protocol):
@@ -230,19 +230,19 @@ class Replay(Protocol):
 
     @property
     def startable(self) -> int:
-        """Sequences that can be sampled now."""
+        """The number of sequences that can be sampled now."""
 
     @property
     def has_enough(self) -> bool:
-        """Whether acting had better wait for the learner, whatever the ratio."""
+        """Whether acting should wait for the learner, whatever the ratio."""
 
     @property
     def rows(self) -> int:
-        """Rows stored now."""
+        """The number of rows stored now."""
 
     @property
     def env_steps(self) -> int:
-        """Valid rows ever added."""
+        """The number of valid rows ever added."""
 
     @property
     def nbytes(self) -> int: ...
@@ -252,19 +252,19 @@ class Replay(Protocol):
         """The arrays of a host's batch are overwritten after two more samples."""
 
     def flush(self) -> None:
-        """What is recorded is on the disk when this returns."""
+        """Writes recorded experience; all of it is on the disk when this returns."""
 
     def close(self) -> None: ...
     def stats(self) -> dict[str, float]: ...
     def state(self) -> dict[str, Any]:
-        """Arrays and JSON values: everything but the blocks."""
+        """The state as arrays and JSON values: everything but the blocks."""
 
     @property
     def rings(self) -> Sequence[Ring]:
-        """Where the blocks lie."""
+        """The rings that hold the blocks."""
 
     def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
-        """Goes on from a saved state and the blocks of each ring."""
+        """Restores a saved state and the blocks of each ring."""
 
 
 @runtime_checkable
@@ -273,7 +273,7 @@ class PrioritizedReplay(Protocol):
 
     @property
     def needs_priorities(self) -> bool:
-        """Whether drawing depends on them; else updates need not give any."""
+        """Whether drawing depends on priorities; if not, updates need not give any."""
 
     def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         """New priorities f32[B, T] of the rows (-1 = not valid) of sequences with keys i64[B]."""
@@ -281,7 +281,7 @@ class PrioritizedReplay(Protocol):
 
 class Exploration(Protocol):
     def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
-        """f32[n] for these global lanes of `lanes` in all, `env_steps` into the run.
+        """The amount f32[n] for these global lanes of `lanes` in all, `env_steps` into the run.
 
         0 is the best action the agent knows, 1 is as it samples (`Agent.act`).
         """
@@ -343,7 +343,7 @@ class TakesTurns(Protocol):
 
 
 class ActingPool(Protocol):
-    """Holds actors."""
+    """Holds the actors of a run and collects their rollouts."""
 
     @property
     def chain(self) -> int:
@@ -376,7 +376,7 @@ class Peers(Protocol):
     restarts: int  # of all of them, so far
 
     def exchange(self, mine: T) -> Sequence[T]:
-        """What each of them gives, by rank; waits for the last one."""
+        """What each process gives, by rank; waits for the last one."""
 
 
 class Evaluator(Protocol):
@@ -386,7 +386,7 @@ class Evaluator(Protocol):
         """Asks for an evaluation; dropped and counted while another is being made."""
 
     def poll(self) -> list[Evaluated]:
-        """What has been found since the last call; never waits."""
+        """The evaluations finished since the last call; it never waits."""
 
     def stats(self) -> dict[str, float]: ...
     def close(self) -> None: ...

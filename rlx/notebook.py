@@ -28,8 +28,8 @@ CURVES = {
 def live(folder: Path | str, *, every_s: float = 1.0) -> Iterator[None]:
     """Shows the run of that folder, from its metrics.jsonl, until the block ends.
 
-    It only reads, in a thread of its own: training waits for nothing. Ctrl-C (the stop button) ends
-    the run with a checkpoint, and the figure stays.
+    It only reads, in a thread of its own, so training never waits for it. Ctrl-C (the stop button)
+    ends the run with a checkpoint, and the figure stays.
     """
     from IPython.display import Image, display
 

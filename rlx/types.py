@@ -112,7 +112,7 @@ class MultiDiscreteSpec:
 class BoxSpec:
     """Continuous actions: every element between `low` and `high` of that shape.
 
-    Rows keep actions as the agent chose them; the environment is given them clipped to the bounds.
+    Rows keep actions as the agent chose them; the environment gets them clipped to the bounds.
     """
 
     shape: tuple[int, ...]
@@ -211,7 +211,7 @@ class Episode:
     a second.
     """
 
-    ret: float  # sum of raw rewards
+    return_: float  # sum of raw rewards
     env_steps: int
     frames: int
     lane: int  # the environment's own index; the actor makes it the global id
@@ -249,7 +249,7 @@ class QActing:
 
 @record
 class Row:
-    """What is stored of one env step of one lane."""
+    """One stored env step of one lane."""
 
     inputs: NetInput  # x_t, as the network ate it
     action: Array  # a_t, as `spec.action.array`
@@ -286,7 +286,7 @@ class Weights:
 
 @record
 class Request:
-    """What an actor is asked for."""
+    """The request that an actor gets."""
 
     weights: Weights | None  # None: keep what you have
     env_steps: int  # made by the whole run so far, for schedules
@@ -296,7 +296,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """What a learner process tells the others, and itself, between two updates."""
+    """What a learner process sends to all, itself too, between two updates."""
 
     env_steps: int  # made by its actors since its last news
     frames: int
@@ -305,7 +305,7 @@ class News:
     may_learn: bool
     is_writing: bool  # a snapshot of its replay
     wall_s: float  # seconds of the run, by its clock
-    stop: bool  # it has been told to
+    stop: bool  # it was asked to stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,7 +365,7 @@ class TrainState:
 
 @record
 class UpdateOutput:
-    """What an update tells the host."""
+    """What an update returns to the host."""
 
     priorities: Array | None  # f32[B, T], >= 0, -1 where a row is not valid; None: none are kept
     metrics: Mapping[str, Array]  # f32[] each

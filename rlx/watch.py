@@ -27,7 +27,7 @@ from urllib.parse import parse_qs
 
 from rlx.config.options import command
 from rlx.problems import refuse
-from rlx.results.live import Runs
+from rlx.results.live import LiveRuns
 from rlx.types import Range
 
 PAGE = Path(__file__).with_name("watch_page.html")
@@ -36,8 +36,8 @@ TIMEOUT_S = 20.0  # a client that sends or takes nothing for so long is left
 WORTH_PACKING = 1400  # bytes; a smaller answer fits one packet as it is
 
 
-class Server(ThreadingHTTPServer):
-    """Answers with the page and with what is known of the runs below a folder."""
+class PageServer(ThreadingHTTPServer):
+    """Serves the page, and what is known of the runs below a folder."""
 
     daemon_threads = True  # a browser that keeps a connection open does not delay the end
 
@@ -45,19 +45,19 @@ class Server(ThreadingHTTPServer):
         """Raises OSError where it cannot listen there; port 0 is any that is free."""
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, address = found[0][0], found[0][4]
-        self.folder, self.runs, self.page = runs, Runs(runs), PAGE.read_bytes()
+        self.folder, self.runs, self.page = runs, LiveRuns(runs), PAGE.read_bytes()
         self.policy = content_policy(self.page.decode())
         super().__init__((str(address[0]), port), Handler)
 
     @property
     def url(self) -> str:
-        """Where a browser on this machine finds it."""
+        """The address for a browser on this machine."""
         host, port = self.server_address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
         return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away is nothing to tell."""
+        """Ignores a browser that goes away."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "rlx", ""
     timeout: ClassVar[float] = TIMEOUT_S
-    server: Server
+    server: PageServer
 
     def do_GET(self) -> None:
         """The page, /api/runs or /api/run."""
@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Polls are not told."""
+        """Logs nothing: polls are frequent."""
 
 
 def content_policy(page: str) -> str:
@@ -150,10 +150,10 @@ class Options:
     host: str = "127.0.0.1"
 
 
-def open_server(runs: Path, host: str, port: int) -> Server:
+def open_server(runs: Path, host: str, port: int) -> PageServer:
     """A server that listens; ConfigError where it cannot."""
     try:
-        return Server(runs, host, port)
+        return PageServer(runs, host, port)
     except socket.gaierror as error:
         says = f"no such host ({error.strerror}); 127.0.0.1 is this machine alone, 0.0.0.0 all"
         raise refuse("host", says, given=host) from error
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print()
 
 
-def open_given(options: Options) -> Server:
+def open_given(options: Options) -> PageServer:
     """The server that the options ask for; ConfigError where there cannot be one."""
     if not Path(options.runs).is_dir():
         says = "no such folder; give one below which runs are, as outputs or multirun"

@@ -24,13 +24,13 @@ FAILING = """
 import numpy
 from hydra.core.hydra_config import HydraConfig
 from rlx import train
-from rlx.training.learner import Learner
-put = Learner.put
+from rlx.training.learner import OpenLearner
+put = OpenLearner.put
 def poisoned(learner, batch):
     if HydraConfig.get().job.num == 3 and learner.updates == 9:
         batch.importance[0] = numpy.nan
     return put(learner, batch)
-Learner.put = poisoned
+OpenLearner.put = poisoned
 train.main()
 """
 

@@ -296,7 +296,7 @@ def test_a_run_learns_acts_and_is_exported(env, trained, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["updates"] > 20
     (own,) = run.agent.spec.observation.values()
-    spec, start = run.agent.spec.action, np.asarray(run.family.outside().action_start)
+    spec, start = run.agent.spec.action, np.asarray(run.family.raw_spaces().action_start)
     observations = np.random.default_rng(0).normal(size=(20, 3, *own.shape)).astype(own.dtype)
     first = np.random.default_rng(1).random((20, 3)) < 0.2
     first[0] = True

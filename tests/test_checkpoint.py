@@ -44,7 +44,9 @@ def train_state(seed: int = 0, width: int = 8, key: Any = None) -> TrainState:
         params=params,
         target_params=jax.tree.map(lambda x: x * 2, params),
         opt_state=opt_state,
+        statistics={},
         updates=jnp.int32(2**31 - 1 - seed),
+        gradient_steps=jnp.int32(2**31 - 1 - seed),
         key=jax.random.key(seed) if key is None else key,
     )
 

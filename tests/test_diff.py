@@ -106,13 +106,15 @@ def test_groups_are_side_by_side_and_what_one_run_has_not_is_absent(copied, runs
 
 def test_the_table_fits_and_keeps_the_difference_in_sight(runs):
     long = "x" * 200
-    row = diff.Row(section="result", name="words", a=f"{long}one{long}", b=f"{long}two{long}")
+    row = diff.Difference(
+        section="result", name="words", a=f"{long}one{long}", b=f"{long}two{long}"
+    )
     for columns in (60, 80, 120):
         *_, line = diff.table([row], columns).splitlines()
         assert len(line) <= columns
         assert "one" in line
         assert "two" in line
-    near = diff.Row(section="configuration", name="rate", a=0.1, b=0.1 + 1e-12)
+    near = diff.Difference(section="configuration", name="rate", a=0.1, b=0.1 + 1e-12)
     assert "0.100000000001" in diff.table([near], 80)
 
 

@@ -23,7 +23,7 @@ from rlx.agents.r2d2 import R2D2
 from rlx.config.options import read_options
 from rlx.envs.envpool import EnvPool, EnvPoolLanes
 from rlx.evaluation import playing, tiles
-from rlx.evaluation import video as films
+from rlx.evaluation import video as videos
 from rlx.evaluation.playing import run_episodes
 from rlx.problems import ConfigError
 from rlx.runs import status
@@ -71,7 +71,7 @@ def play(agent: R2D2, weights: Weights, **changes: Any) -> list[Episode]:
 
 
 def returns(episodes: Sequence[Episode]) -> list[float]:
-    return [episode.ret for episode in episodes]
+    return [episode.return_ for episode in episodes]
 
 
 # --- which episodes count ------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_a_loaded_run_gives_its_parts(run):
 def test_record_writes_the_first_episode(run, monkeypatch):
     from PIL import Image
 
-    monkeypatch.setattr(films, "_has_ffmpeg", lambda: False)
+    monkeypatch.setattr(videos, "_has_ffmpeg", lambda: False)
     evaluate.main([f"run={run}", "episodes=2", "record=true", "record_fps=20"])
     (found,) = saved(run)
     video = Path(found["video"])
@@ -377,9 +377,9 @@ def test_a_failed_recording_leaves_no_file(tmp_path, agent, weights, monkeypatch
     monkeypatch.setattr(EnvPoolLanes, "render", render)
     with (
         pytest.raises(ConfigError, match=r"^record: no picture$"),
-        films.Film(tmp_path, "x", 30.0) as film,
+        videos.VideoFile(tmp_path, "x", 30.0) as file,
     ):
-        play(agent, weights, watch=films.Recorder(film), render=True)
+        play(agent, weights, watch=videos.VideoRecorder(file), render=True)
     assert os.listdir(tmp_path) == []
 
 
@@ -390,14 +390,14 @@ def test_a_grid_shows_what_is_played_and_why(agent, weights, tmp_path, monkeypat
     from PIL import Image
 
     family = dataclasses.replace(CARTPOLE, max_episode_steps=15)
-    monkeypatch.setattr(films, "_has_ffmpeg", lambda: False)
+    monkeypatch.setattr(videos, "_has_ffmpeg", lambda: False)
     shown: list[tiles.Seen] = []
     draw = tiles.tile
     monkeypatch.setattr(tiles, "tile", lambda seen: (shown.append(seen), draw(seen))[1])
-    with films.Film(tmp_path, "grid", 30.0) as film:
-        grid = films.GridRecorder(film, 3)
+    with videos.VideoFile(tmp_path, "grid", 30.0) as file:
+        grid = videos.GridRecorder(file, 3)
         found = run_episodes(
-            agent=films.with_values(agent),
+            agent=videos.with_values(agent),
             weights=weights,
             family=family,
             episodes=5,
@@ -413,10 +413,10 @@ def test_a_grid_shows_what_is_played_and_why(agent, weights, tmp_path, monkeypat
         mine = [seen for seen in shown if seen.title == f"episode {lane}"]
         *before, last = mine
         assert [seen.env_step for seen in mine] == list(range(found[lane].env_steps + 1))
-        assert [seen.ret for seen in mine] == [float(n) for n in range(len(mine))]
+        assert [seen.return_ for seen in mine] == [float(n) for n in range(len(mine))]
         assert last.ended
         assert last.values is None
-        assert last.ret == found[lane].ret
+        assert last.return_ == found[lane].return_
         for seen in before:
             assert seen.values is not None
             assert seen.values.shape == (2,)
@@ -425,7 +425,7 @@ def test_a_grid_shows_what_is_played_and_why(agent, weights, tmp_path, monkeypat
         spreads = [np.abs(s.values - s.values.mean()).max() for s in before if s.values is not None]
         np.testing.assert_allclose([s.spread for s in before], np.maximum.accumulate(spreads))
     assert len({episode.env_steps for episode in found[:3]}) > 1  # one waits for another
-    with Image.open(film.path) as image:
+    with Image.open(file.path) as image:
         assert image.size == (2 * tiles.WIDTH, 2 * (tiles.HEIGHT + tiles.PANEL))
         duration_ms = 0
         for number in range(image.n_frames):
@@ -441,8 +441,8 @@ def test_a_grid_shows_what_is_played_and_why(agent, weights, tmp_path, monkeypat
 
 
 def test_the_command_records_a_grid_and_cuts_what_is_too_long(run, monkeypatch, caplog):
-    monkeypatch.setattr(films, "_has_ffmpeg", lambda: False)
-    monkeypatch.setattr(films, "VIDEO_FRAMES", 4)
+    monkeypatch.setattr(videos, "_has_ffmpeg", lambda: False)
+    monkeypatch.setattr(videos, "VIDEO_FRAMES", 4)
     with caplog.at_level(logging.WARNING):
         evaluate.main([f"run={run}", "episodes=2", "record=grid", "grid=7"])
     (found,) = saved(run)
@@ -453,14 +453,14 @@ def test_the_command_records_a_grid_and_cuts_what_is_too_long(run, monkeypatch, 
 
 
 def test_an_agent_without_values_has_a_grid_without_bars(agent, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(films, "_has_ffmpeg", lambda: False)
+    monkeypatch.setattr(videos, "_has_ffmpeg", lambda: False)
     shown: list[tiles.Seen] = []
     draw = tiles.tile
     monkeypatch.setattr(tiles, "tile", lambda seen: (shown.append(seen), draw(seen))[1])
     family = dataclasses.replace(CARTPOLE, max_episode_steps=3)
-    assert films.with_values(WITHOUT_VALUES) is WITHOUT_VALUES
-    with films.Film(tmp_path, "grid", 30.0) as film:
-        grid = films.GridRecorder(film, 1)
+    assert videos.with_values(WITHOUT_VALUES) is WITHOUT_VALUES
+    with videos.VideoFile(tmp_path, "grid", 30.0) as file:
+        grid = videos.GridRecorder(file, 1)
         play(
             agent,
             weights,

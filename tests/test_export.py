@@ -20,7 +20,7 @@ import pytest
 
 import rlx
 from rlx import export
-from rlx.envs.observations import outside_of
+from rlx.envs.observations import raw_spaces_of
 from rlx.evaluation.player import Player
 from rlx.networks.torsos import ImpalaResNet, OneHotMLP
 from rlx.types import ArraySpec, DiscreteSpec, EnvSpec
@@ -179,7 +179,9 @@ class Whole:
 def test_every_kind_of_network_acts_the_same_in_any_number_of_lanes(spec, network, batch):
     whole: Any = Whole(spec, **network)
     about, function = opened(export.export(whole, batch=batch))
-    act = Player(agent=whole.agent, outside=outside_of(None, spec), params=whole.state.params).act
+    act = Player(
+        agent=whole.agent, raw_spaces=raw_spaces_of(None, spec), params=whole.state.params
+    ).act
     rng = np.random.default_rng(1)
     for n in (batch,) if batch else (1, 3):
         inputs = parts.inputs(spec, 4, n, rng=rng)

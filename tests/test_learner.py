@@ -11,13 +11,13 @@ import pytest
 
 from rlx.machine import xla
 from rlx.training.checkpoint import Checkpoint, Checkpointer
-from rlx.training.learner import Learner
+from rlx.training.learner import Learner, OpenLearner
 from tests import parts
 
 UPDATES = 4
 
 
-def learner(devices: int | None = 1, **changes) -> Learner:
+def learner(devices: int | None = 1, **changes) -> OpenLearner:
     settings = {
         "processes": 1,
         "group": None,
@@ -27,9 +27,10 @@ def learner(devices: int | None = 1, **changes) -> Learner:
         "memory_fraction": None,
         "publish_every_updates": 1,
         "on_nonfinite": "stop",
-        "seed": 3,
     }
-    return Learner(**settings | {"agent": parts.agent(target_period_updates=3)} | changes)
+    agent = changes.pop("agent", None) or parts.agent(target_period_updates=3)
+    seed = changes.pop("seed", 3)
+    return Learner(**settings | changes).open(agent, seed)
 
 
 def run(devices: int) -> tuple[list[np.ndarray], np.ndarray]:

@@ -28,7 +28,7 @@ from rlx.problems import ConfigError, RunFailed
 from rlx.runs.folders import read_rows
 from rlx.training.assemble import assemble
 from rlx.training.keeper import Keeper
-from rlx.training.learner import Learner
+from rlx.training.learner import OpenLearner
 from rlx.training.loop import train as train_loop
 from rlx.training.parts import Alone, Parts
 from rlx.training.shares import share_exploration, share_of, share_seed
@@ -82,6 +82,30 @@ def test_processes_divide_what_a_run_has():
     assert one_actor["env_steps_per_request"] == each
 
 
+def test_settings_say_themselves_what_processes_share():
+    """Every count that a process takes its part of is marked, in unions too; nothing else is."""
+    whole = settings("acting=ray_pool", "acting.instances=4", "replay.anneal_env_steps=7",
+                     "replay.importance_exponent_final=1", "acting.min_instances=3")  # fmt: skip
+    own = share_of(whole, 2)
+    changed = {
+        f"{group}.{name}": own[group][name]
+        for group in ("env", "replay", "acting", "learner")
+        for name, value in whole[group].items()
+        if own[group][name] != value
+    }
+    assert changed == {
+        "replay.capacity": whole["replay"]["capacity"] // 2,
+        "replay.min_sequences": whole["replay"]["min_sequences"] // 2,
+        "replay.anneal_env_steps": 4,
+        "acting.instances": 2,
+        "acting.min_instances": 2,
+        "acting.max_in_flight_bytes": whole["acting"]["max_in_flight_bytes"] // 2,
+        "learner.batch_size": whole["learner"]["batch_size"] // 2,
+    }
+    queue = settings("replay=online")
+    assert share_of(queue, 2)["replay"]["max_delay"] == queue["replay"]["max_delay"] // 2
+
+
 def slow(*values: Any) -> Any:
     """Each of these starts Ray; one is enough for every day."""
     return pytest.param(*values, marks=pytest.mark.slow)
@@ -124,7 +148,7 @@ def test_lanes_of_all_processes_explore_as_those_of_one():
 # --- updates -------------------------------------------------------------------------------------
 
 
-def update(subject: Learner, batches: list[tuple[Batch, float | None]]) -> list[np.ndarray]:
+def update(subject: OpenLearner, batches: list[tuple[Batch, float | None]]) -> list[np.ndarray]:
     """Parameters, targets, optimiser and the last TD errors."""
     for batch, largest in batches:
         output = subject.update(subject.put(batch), largest)

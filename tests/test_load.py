@@ -13,7 +13,7 @@ import pytest
 import rlx
 from rlx.envs.envpool import EnvPool
 from rlx.envs.gymnasium import Gymnasium
-from rlx.envs.observations import Outside, outside_of
+from rlx.envs.observations import RawSpaces, raw_spaces_of
 from rlx.evaluation.player import Player
 from rlx.evaluation.playing import run_episodes
 from rlx.seeding import spawn_int
@@ -59,7 +59,7 @@ def player(family: Any, seed: int = 0, **changes: Any) -> Player:
         return (size * rng.normal(size=leaf.shape)).astype(leaf.dtype)
 
     params = jax.tree.map(random, jax.eval_shape(agent.init, jax.random.PRNGKey(0)).params)
-    return Player(agent=agent, outside=outside_of(family, agent.spec), params=params)
+    return Player(agent=agent, raw_spaces=raw_spaces_of(family, agent.spec), params=params)
 
 
 def evaluated(act: Player, family: Any, *, lanes: int, epsilon: float = 0.0) -> list[list[int]]:
@@ -168,8 +168,8 @@ def test_frames_in_a_batch_are_stacked_and_begin_anew_with_their_episodes():
 
 def test_actions_that_do_not_count_from_zero():
     act = player(CARTPOLE)
-    shifted = dataclasses.replace(act._outside, action_start=5)
-    other = Player(agent=act._agent, outside=shifted, params=act._params)
+    shifted = dataclasses.replace(act._raw_spaces, action_start=5)
+    other = Player(agent=act._agent, raw_spaces=shifted, params=act._params)
     observation, state, told = np.ones(4, np.float32), None, None
     for _ in range(4):
         action, state = act.act(observation, state, reward=0.0 if state else None)
@@ -191,7 +191,7 @@ def test_leaves_of_a_dict_are_found_by_name_and_others_left():
         threads=1,
         options={},
     )
-    assert "direction" in family.outside().ignored
+    assert "direction" in family.raw_spaces().ignored
     act = player(family, torso=parts.MLP(layers=(8,)), stack={})
     image = np.zeros((7, 7, 3), np.uint8)
     alone, _ = act.act({"image": image}, None)
@@ -334,8 +334,8 @@ def test_families_that_tell_nothing_are_taken_as_rlx_sees_them():
         def spec(self) -> Any:
             return CARTPOLE.spec()
 
-    told = outside_of(Own(), CARTPOLE.spec())
-    assert isinstance(told, Outside)
+    told = raw_spaces_of(Own(), CARTPOLE.spec())
+    assert isinstance(told, RawSpaces)
     assert [leaf.source.shape for leaf in told.leaves] == [(2,)]
     assert (told.ignored, told.action_start) == ((), 0)
 
@@ -347,4 +347,4 @@ def test_the_first_action_of_gymnasium_is_told():
 
     gymnasium.register("From5-v0", From5)
     family = dataclasses.replace(CARTPOLE, id="From5-v0", components=None, scale=None)
-    assert family.outside().action_start == 5
+    assert family.raw_spaces().action_start == 5

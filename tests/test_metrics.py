@@ -32,8 +32,8 @@ SETTINGS = m.Logging(
 )
 
 
-def episode(ret: float, env_steps: int = 10) -> Episode:
-    return Episode(ret=ret, env_steps=env_steps, frames=4 * env_steps, lane=0)
+def episode(return_: float, env_steps: int = 10) -> Episode:
+    return Episode(return_=return_, env_steps=env_steps, frames=4 * env_steps, lane=0)
 
 
 def write_rows(folder: Path, *env_steps: int, resume: int | None = None) -> None:

@@ -24,14 +24,15 @@ from rlx import trees
 from rlx.acting.local_pool import OpenLocalPool
 from rlx.config.build import plain
 from rlx.envs.envpool import EnvPoolLanes
-from rlx.problems import ConfigError
+from rlx.problems import ConfigError, Problem
 from rlx.replay.files.snapshots import Snapshots
 from rlx.replay.process.client import ReplayLost
 from rlx.runs.folders import read_rows
 from rlx.runs.metrics import Metrics, without_wall_clock
+from rlx.training.agreement import check_agreement
 from rlx.training.assemble import assemble
 from rlx.training.keeper import Keeper
-from rlx.training.learner import Learner
+from rlx.training.learner import OpenLearner
 from rlx.training.nonfinite import NonFinite
 from rlx.training.stages import Stages
 
@@ -680,15 +681,15 @@ def test_everything_is_closed_though_one_closing_fails(open_environments, monkey
 
 
 def test_a_td_error_that_is_not_finite_stops_the_run_and_names_the_keys(monkeypatch, tmp_path):
-    priorities, calls = Learner.priorities, []
+    priorities, calls = OpenLearner.priorities, []
 
-    def broken(learner: Learner, output: Any) -> np.ndarray:
+    def broken(learner: OpenLearner, output: Any) -> np.ndarray:
         calls.append(output)
         found = priorities(learner, output).copy()
         found[1] = np.nan if len(calls) == 30 else found[1]
         return found
 
-    monkeypatch.setattr(Learner, "priorities", broken)
+    monkeypatch.setattr(OpenLearner, "priorities", broken)
     with pytest.raises(FloatingPointError, match=r"keys \[\d+\] are not finite"):
         run(tmp_path)
     status = read(tmp_path, "status.json")
@@ -723,8 +724,8 @@ def test_each_device_draws_from_its_own_memory_what_a_shard_of_the_host_would(co
     code = (
         "import sys, jax, rlx\n"
         "from tests.test_run import TINY\n"
-        "from rlx.training.learner import Learner\n"
-        "seen, put = set(), Learner.put\n"
+        "from rlx.training.learner import OpenLearner\n"
+        "seen, put = set(), OpenLearner.put\n"
         "def watched(self, batch):\n"
         "    leaf = batch.rows.reward\n"
         "    assert isinstance(leaf, jax.Array) == ('device' in name)\n"
@@ -737,7 +738,7 @@ def test_each_device_draws_from_its_own_memory_what_a_shard_of_the_host_would(co
         "        where = [s.data.unsafe_buffer_pointer() for s in leaf.addressable_shards]\n"
         "        assert [s.device.id for s in after.addressable_shards] == [0, 1], where\n"
         "    return found\n"
-        "Learner.put = watched\n"
+        "OpenLearner.put = watched\n"
         "for name in ('replay.shards=2', 'replay=device_prioritized'):\n"
         "    here = [*TINY, 'learner.devices=2', 'evaluation.final_episodes=0', name]\n"
         "    folder = f'{sys.argv[1]}/{len(name)}'\n"
@@ -771,14 +772,14 @@ def test_learning_waits_for_the_warm_up(tmp_path):
 
 def poison(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
     """Makes these updates' losses NaN."""
-    put = Learner.put
+    put = OpenLearner.put
 
-    def poisoned(self: Learner, batch: Any) -> Any:
+    def poisoned(self: OpenLearner, batch: Any) -> Any:
         if self.updates + 1 in numbers:
             batch.importance[0] = np.nan
         return put(self, batch)
 
-    monkeypatch.setattr(Learner, "put", poisoned)
+    monkeypatch.setattr(OpenLearner, "put", poisoned)
 
 
 def test_an_update_that_is_not_finite_stops_the_run_with_its_batch_and_a_checkpoint(
@@ -922,6 +923,23 @@ def test_what_cannot_work_is_said_of_its_setting_before_memory_is_taken(
     with pytest.raises(ConfigError) as caught:
         rlx.run(rlx.compose([*fitting, *override.split()]), tmp_path / "run")
     assert [problem.path for problem in caught.value.problems] == [path]
+
+
+class Fussy:
+    """A class of settings with a rule of its own (interfaces.Agrees)."""
+
+    @staticmethod
+    def clashes(settings: Any) -> list[Problem]:
+        return [Problem(path="exploration", says=f"not with seed {settings['seed']}")]
+
+
+def test_a_part_of_ones_own_has_its_rules_asked_with_all_others(monkeypatch):
+    settings = plain(rlx.compose([*TINY, "replay.ratio=null"]))
+    monkeypatch.setattr("rlx.config.targets._allowed", {"rlx.", "tests."})
+    settings["exploration"] = {"_target_": "tests.test_run.Fussy"}
+    with pytest.raises(ConfigError) as caught:
+        check_agreement(settings)
+    assert [problem.path for problem in caught.value.problems] == ["exploration", "replay.ratio"]
 
 
 def test_a_deterministic_run_asks_xla_for_it_and_for_the_local_pool(monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ import rlx
 from rlx import diff
 from rlx.problems import ConfigError
 from rlx.results import reading as results
-from rlx.results.live import Runs
+from rlx.results.live import LiveRuns
 from rlx.runs.folders import (
     RunFolder,
     find,
@@ -67,7 +67,7 @@ QUICK = ("evaluation.final_episodes=0", "logging.console=off")
 
 
 def watched(run: Path) -> dict[str, Any]:
-    (found,) = Runs(run.parent).all()
+    (found,) = LiveRuns(run.parent).all()
     return found
 
 
@@ -205,7 +205,7 @@ def test_runs_are_found_where_hydra_puts_them_and_none_inside_another(tmp_path):
     assert names == ["a", "c", "d", "multi/2026/9", "multi/2026/10", "2026-11-20/12-00-00"]
     assert find(tmp_path / "a") == [tmp_path / "a"]
     assert [read.name for read in results.read(tmp_path)] == names
-    assert [one["name"] for one in Runs(tmp_path).all()] == names
+    assert [one["name"] for one in LiveRuns(tmp_path).all()] == names
 
 
 def test_a_file_is_read_again_when_it_changed_and_not_before(run):

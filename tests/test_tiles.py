@@ -17,7 +17,7 @@ def seen(**changes: Any) -> Seen:
     settings: dict[str, Any] = {
         "picture": WHITE,
         "title": "episode 0",
-        "ret": 1.5,
+        "return_": 1.5,
         "env_step": 7,
         "values": np.array([1.0, 3.0], np.float32),
         "action": 1,

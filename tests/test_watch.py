@@ -25,7 +25,7 @@ import pytest
 from rlx import watch
 from rlx.config.options import read_options
 from rlx.problems import ConfigError
-from rlx.results.live import EVALUATION, TRAIN, RowsFile, Runs, thin
+from rlx.results.live import EVALUATION, TRAIN, LiveRuns, RowsFile, thin
 from tests.test_run import EVALUATED, ROOT, TINY
 
 HOSTILE = "<img src=x onerror='document.title=1'> & no more"
@@ -267,7 +267,7 @@ def test_states_that_only_the_process_shows(copied):
     run = copied / "finished"
 
     def state() -> tuple[str, str]:
-        (found,) = (r for r in Runs(copied).all() if r["name"] == "finished")
+        (found,) = (r for r in LiveRuns(copied).all() if r["name"] == "finished")
         return found["state"], found["note"]
 
     now = datetime.now(UTC)
@@ -295,7 +295,7 @@ def test_a_resumed_run_is_told_by_what_it_was_resumed_with(copied):
     folder.mkdir()
     (folder / "config.yaml").write_text("total_env_steps: 777\n")
     (folder / "overrides.yaml").write_text("- total_env_steps=777\n")
-    runs = {run["name"]: run for run in Runs(copied).all()}
+    runs = {run["name"]: run for run in LiveRuns(copied).all()}
     assert runs["finished"]["total_env_steps"] == 777
 
 
@@ -317,7 +317,7 @@ def test_metrics_are_known_by_any_row_and_not_by_the_last_alone(copied):
     last = json.loads(path.read_bytes().splitlines()[-1])
     row = dict.fromkeys(last) | {"env_steps": last["env_steps"] + 1}  # without an update
     path.write_bytes(path.read_bytes() + json.dumps(row).encode() + b"\n")
-    run = Runs(copied).one("finished", ["learner/loss"])
+    run = LiveRuns(copied).one("finished", ["learner/loss"])
     assert "learner/loss" in run["metrics"]
     assert run["curves"]["learner/loss"][1]
 
@@ -327,7 +327,7 @@ def test_what_may_not_be_read_does_not_stop_the_others(tmp_path, closed):
         (tmp_path / name).mkdir()
         (tmp_path / name / "status.json").write_text('{"state": "finished"}')
     (tmp_path / "folder" / "metrics.jsonl").mkdir()  # as one of another user: open fails
-    found = {run["name"]: run["state"] for run in Runs(tmp_path).all()}
+    found = {run["name"]: run["state"] for run in LiveRuns(tmp_path).all()}
     assert found == {"folder": "finished", "open": "finished"}
 
 
@@ -335,7 +335,7 @@ def test_a_run_that_went_away_is_left_out(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "status.json").write_text("{}")
-    runs = Runs(tmp_path)
+    runs = LiveRuns(tmp_path)
     assert len(runs.all()) == 2
     shutil.rmtree(tmp_path / "a")
     assert len(runs.all()) == 1

@@ -1,1 +1,1 @@
-"""What Hydra finds of rlx: launchers and a sweeper. They hold nothing but what Hydra asks for."""
+"""The launchers and the sweeper that Hydra finds; they hold only what Hydra asks for."""

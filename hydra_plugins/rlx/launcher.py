@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 
 class ProcessLauncher(Launcher):
-    """Each job in a process of its own on this machine, some at once."""
+    """Runs each job in a process of its own on this machine, several at once."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class ProcessLauncher(Launcher):
 
 
 class RayLauncher(Launcher):
-    """Each job as a Ray task of its own; its actors join the same cluster."""
+    """Runs each job as a Ray task of its own; the job's actors join the same cluster."""
 
     def __init__(
         self,

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class OptunaSweeper(Sweeper):
-    """Trials of a study, through whichever launcher; rlx's own can also end hopeless ones."""
+    """Runs a study's trials through any launcher; rlx's launchers can also end hopeless ones."""
 
     def __init__(self, *, params: Mapping[str, Any] | None, **settings: Any) -> None:
-        """params: overrides of every trial, from a file; the command line's come after them."""
+        """params: overrides of every trial, from a file; those of the command line follow them."""
         self._params, self._settings = dict(params or {}), settings
 
     def setup(

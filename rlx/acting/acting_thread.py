@@ -1,4 +1,4 @@
-"""A thread that acts: what the pools have in common whose policies run in this process."""
+"""A thread that acts, for the pools whose policies run in this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Arrived = queue.SimpleQueue[tuple["ActingThread", list[Rollout]]]
 
 
 class Orders:
-    """What the loop tells acting threads: the newest weights, how far the run is."""
+    """What the loop shares with acting threads: the newest weights, the run's progress."""
 
     def __init__(self, env_steps: int) -> None:
         self._lock = threading.Lock()
@@ -29,13 +29,13 @@ class Orders:
             self._weights, self._env_steps = weights, max(env_steps, self._env_steps)
 
     def note(self, *, updates: int | None = None, env_steps: int = 0) -> None:
-        """The learner's updates so far, and env steps that were added."""
+        """Notes the learner's updates so far, and env steps that were added."""
         with self._lock:
             self._updates = self._updates if updates is None else updates
             self._env_steps += env_steps
 
     def read(self) -> tuple[Weights | None, int, int]:
-        """(weights, env steps, updates)."""
+        """Returns (weights, env steps, updates)."""
         with self._lock:
             return self._weights, self._env_steps, self._updates
 
@@ -80,11 +80,11 @@ class ActingThread:
         self._thread.start()
 
     def collected(self) -> None:
-        """The loop has taken one request's rollouts: another may be made."""
+        """Notes that the loop has taken one request's rollouts: another request may be made."""
         self._free.release()
 
     def check(self, limit_s: float) -> None:
-        """Raises ActingFailed if the thread has ended, or one step takes longer than that."""
+        """Raises ActingFailed if the thread has ended, or one step takes longer than the limit."""
         if self.failed is not None:
             raise self.failed
         since = self.busy_since_s
@@ -148,12 +148,12 @@ class ActingThread:
             actor.new_chains()
 
     def _goes_on(self) -> bool:
-        """Asked before each step of the environments."""
+        """Whether to make the next step; it is called before each step of the environments."""
         self.busy_since_s = monotonic()
         return not self._stop.is_set()
 
     def _is_used(self, weights: Weights, actors: Sequence[Actor]) -> bool:
-        """Whether a round was made with them: the next one needs newer ones."""
+        """Whether a round was made with these weights: the next round needs newer ones."""
         if self._want_blocks is None:
             return False
         return all(actor.weights_version == weights.version for actor in actors)
@@ -163,7 +163,7 @@ class ActingThread:
 
 
 class Threads:
-    """Some acting threads, which share orders and queue, as one source of rollouts."""
+    """Several acting threads as one source of rollouts; they share orders and queue."""
 
     def __init__(
         self, threads: Sequence[ActingThread], *, orders: Orders, arrived: Arrived, limit_s: float
@@ -174,7 +174,7 @@ class Threads:
         self._seconds: Counter[str] = Counter()
 
     def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
-        """What has arrived, or the first thing that does within `timeout_s`."""
+        """The rollouts that have arrived, or the first to arrive within `timeout_s`."""
         self._orders.note(updates=updates)
         rollouts: list[Rollout] = []
         while True:

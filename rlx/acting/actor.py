@@ -29,7 +29,7 @@ class ActingPolicy(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class _Answered:
-    """Lanes that have answered, and wait for their actions."""
+    """The lanes that have answered and wait for their actions."""
 
     lane: np.ndarray  # i32[n]
     index: Index  # the same
@@ -87,7 +87,7 @@ class Actor:
         self._began = self._env_s = self._policy_s = 0.0
 
     def collect(self, request: Request) -> Rollout:
-        """Steps until what was asked for is made; answers the blocks finished by then."""
+        """Steps until the request is fulfilled; returns the blocks finished by then."""
         return collect_in_turn([self], request, lambda: True)[0]
 
     def begin(self, request: Request) -> None:
@@ -103,11 +103,11 @@ class Actor:
 
     @property
     def rests(self) -> bool:
-        """Whether it has made the blocks that it was asked for."""
+        """Whether the actor has made all blocks that the request asks for."""
         return self._resting is not None and self._begun > 0
 
     def advance(self) -> None:
-        """Waits for the lanes' answer and acts; the lanes step on when it returns, or rest."""
+        """Waits for the lanes' answer and acts; when it returns the lanes step on, or rest."""
         asked = perf_counter()
         if (kept := self._resting) is not None:
             self._resting = None
@@ -122,20 +122,20 @@ class Actor:
         self._policy_s += perf_counter() - answered
 
     def end(self) -> Rollout:
-        """What was made since `begin`."""
+        """The rollout made since `begin`."""
         total = perf_counter() - self._began
         timings = {"policy_s": self._policy_s, "env_s": self._env_s, "total_s": total}
         return self._rollout(timings)
 
     def restart(self, lane: np.ndarray) -> None:
-        """These lanes (intp[n]) have lost their environments: their next answer begins a chain."""
+        """Begins new chains for lanes (intp[n]) that lost their environments."""
         self._chain[lane] += 1
         self._writer.restart(lane)
         self._started[lane] = False
         self._all_started = False
 
     def new_chains(self) -> None:
-        """Blocks were dropped: what follows continues none of them, though the episodes go on."""
+        """Begins new chains after blocks were dropped; the episodes go on."""
         self._chain += 1
         self._writer.renumber()
 
@@ -146,7 +146,7 @@ class Actor:
 
     @property
     def chain(self) -> int:
-        """The newest of its lanes' chains."""
+        """The newest chain of its lanes."""
         return int(self._chain.max())
 
     def close(self) -> None:
@@ -175,7 +175,7 @@ class Actor:
         return bool(len(answered.starts)) and self._begun == self._request.want_blocks
 
     def _start(self, answered: _Answered) -> tuple[Any, Carry | None]:
-        """(what the policy has begun, the carry of the lanes that open a block)."""
+        """Returns (what the policy has begun, the carry of the lanes that open a block)."""
         starts, index = answered.starts, answered.index
         carry = self._policy.carry(starts) if len(starts) else None
         lane = None if isinstance(index, slice) else answered.lane
@@ -193,7 +193,7 @@ class Actor:
         self._tracker.acted(answered.index, action)
 
     def _close_rows(self, timestep: Timestep, answered: _Answered) -> None:
-        """The rows these lanes opened; a row answered by a reset had its action ignored."""
+        """Closes the rows that these lanes opened; a reset as answer ignored the row's action."""
         index, lane, inputs = answered.index, answered.lane, answered.inputs
         if not self._all_started:
             timestep, index = self._started_lanes(timestep)
@@ -259,9 +259,9 @@ class Actor:
 def collect_in_turn(
     actors: Sequence[Actor], request: Request, goes_on: Callable[[], bool]
 ) -> list[Rollout]:
-    """Several actors' rollouts, so much of all together as was asked, or as far as it `goes_on`.
+    """Collects what was asked for from several actors together, or stops when `goes_on` is false.
 
-    Each is acted for while the others' lanes step, so that device and environments overlap.
+    The host acts for one actor while the others' lanes step, so device and environments overlap.
     """
     for actor in actors:
         actor.begin(request)

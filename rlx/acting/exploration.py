@@ -1,7 +1,7 @@
 """How much each lane explores, by its global number and by the progress of the run.
 
-0 is the best action the agent knows (the mode), 1 is as the agent samples; for an agent without a
-distribution of its own it is epsilon, the share of random actions.
+An amount of 0 gives the best action the agent knows (the mode), 1 gives its samples. For an agent
+without a distribution of its own the amount is epsilon, the share of random actions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Ladder:
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """The same for every lane, for the whole run."""
+    """The same amount for every lane and the whole run."""
 
     value: Amount
 

@@ -1,4 +1,4 @@
-"""What the network reads at one env step, made of the answer and of what was before it."""
+"""The network's input at one env step, made from the answer and the step before."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class InputTracker:
         self._time = np.zeros(lanes, np.int32)
 
     def index(self, lane: np.ndarray) -> slice | np.ndarray:
-        """How to index these lanes: as a slice if it is all of them in order (much cheaper)."""
+        """The index of these lanes: a slice if it is all of them in order (much cheaper)."""
         return lane_index(lane, self._all)
 
     def inputs(self, timestep: Timestep, index: slice | np.ndarray) -> NetInput:
-        """[n, ...] for the lanes of this answer."""
+        """The network's input [n, ...] for the lanes of this answer."""
         made = network_input(
             observation=timestep.observation,
             reward=timestep.reward,

@@ -1,4 +1,4 @@
-"""Actors in the process, one after another: exactly sequential, the same bits for the same seed."""
+"""Actors in this process, one after another: sequential, the same bits for the same seed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class OpenLocalPool:
         return [rollout]
 
     def publish(self, weights: Weights, env_steps: int) -> None:
-        """Every actor's next request brings these."""
+        """Publishes the weights; every actor's next request brings them."""
         self._weights, self._env_steps = weights, env_steps
 
     def reopen(self) -> None:

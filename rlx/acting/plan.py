@@ -1,4 +1,4 @@
-"""What every actor of a pool is made from: small, frozen, and fit to travel to another machine."""
+"""What each actor of a pool is made from: a small frozen record that travels to other machines."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Plan:
         return [spawn_int(self.seed, "env", lane, chain) for lane in lanes]
 
     def env(self, index: int, chain: int) -> Env:
-        """The lanes of one actor's life."""
+        """Makes the lanes of one actor's life."""
         return self.family.make(lanes=self.envs_per_actor, seeds=self.seeds(index, chain))
 
     def policy(self, index: int, chain: int) -> Policy:
@@ -56,7 +56,7 @@ class Plan:
         )
 
     def actor(self, index: int, chain: int) -> Actor:
-        """Actor `index` in its life number `chain`."""
+        """Makes actor `index` for its life number `chain`."""
         return Actor(
             env=self.env(index, chain),
             policy=self.policy(index, chain),
@@ -70,7 +70,7 @@ class Plan:
         )
 
     def compile(self) -> None:
-        """Compiles the policy for this many lanes, or finds it in JAX's compilation cache."""
+        """Compiles the policy for this many lanes, or takes it from JAX's compilation cache."""
         policy = self.policy(0, 0)
         policy.compile(zero_inputs(self.agent, self.envs_per_actor))
         some = self.family.batch_size if isinstance(self.family, Asynchronous) else None
@@ -105,14 +105,14 @@ def age_problems(settings: Mapping[str, Any]) -> list[Problem]:
 
 
 def newest_only(given: Mapping[str, Any], accepted: Mapping[str, Any]) -> list[Problem]:
-    """Of settings of a pool, those that let an on-policy agent act with other weights."""
+    """The problems of pool settings that let an on-policy agent act with older weights."""
     found = []
     for name, value in accepted.items():
         if given[name] != value:
             says = "an on-policy agent acts with its newest weights only; set it to "
-            told = str(given[name]).lower()
+            shown = str(given[name]).lower()
             says += str(value).lower()
-            found.append(Problem(path=f"acting.{name}", given=told, says=says))
+            found.append(Problem(path=f"acting.{name}", given=shown, says=says))
     return found
 
 
@@ -123,6 +123,6 @@ def carry_spec(agent: Agent) -> Carry:
 
 
 def zero_inputs(agent: Agent, lanes: int) -> NetInput:
-    """Inputs [lanes, ...] without content."""
+    """Inputs [lanes, ...] of zeros."""
     inputs = empty(input_spec(agent.spec), lanes)
     return trees.tree_map(np.zeros_like, inputs)

@@ -19,7 +19,7 @@ trees.register()
 
 
 class Policy:
-    """Chooses actions for any n of its N lanes; the same function for one lane or all of them."""
+    """Chooses actions for any n of its N lanes."""
 
     def __init__(
         self,
@@ -46,12 +46,12 @@ class Policy:
         self._act = _compiled_act(cast(Hashable, agent))  # agents hash by identity
 
     def take(self, weights: Weights) -> None:
-        """Acts with these from now on."""
+        """Takes weights to act with from now on."""
         self._params = jax.device_put(weights.params, self._device)
         self.version = weights.version
 
     def compile(self, inputs: NetInput, lane: np.ndarray | None = None) -> None:
-        """Acts once for these lanes, with parameters of zero; use another policy for acting."""
+        """Acts once for these lanes with parameters of zero; use another policy for real acting."""
         shapes = jax.eval_shape(lambda: self._agent.init(jax.random.PRNGKey(0)))
         params = jax.eval_shape(self._agent.acting_params, shapes)
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
@@ -61,7 +61,7 @@ class Policy:
     def start(self, inputs: NetInput, lane: np.ndarray | None, exploration: np.ndarray) -> Any:
         """Sends inputs [n, ...] of these lanes (None: all N, in order) to the device.
 
-        Answers at once what `finish` waits for: the host has work to do meanwhile.
+        Returns at once what `finish` waits for: the host has work to do meanwhile.
         """
         if self._params is None:
             raise RuntimeError("Policy.start before Policy.take: the first request brings weights.")
@@ -74,14 +74,14 @@ class Policy:
         return action, acting, n
 
     def finish(self, started: Any) -> tuple[np.ndarray, Any]:
-        """(action [n, *], the agent's record of acting time [n]) of a `start`."""
+        """Waits for a `start`; returns (action [n, *], the agent's record of acting time [n])."""
         action, acting, n = started
         return np.asarray(action)[:n], jax.tree.map(lambda x: np.asarray(x)[:n], acting)
 
     def act(
         self, inputs: NetInput, lane: np.ndarray | None, exploration: np.ndarray
     ) -> tuple[np.ndarray, Any]:
-        """`start` and `finish` in one."""
+        """Does `start` and `finish` in one call."""
         return self.finish(self.start(inputs, lane, exploration))
 
     def carry(self, lane: np.ndarray) -> Carry:
@@ -90,9 +90,9 @@ class Policy:
 
 
 def _padded(parts: tuple[NetInput, np.ndarray, np.ndarray], n: int, lanes: int) -> Any:
-    """The same with [m, ...] leaves, m the next power of 2; the lanes added lie outside the table.
+    """The inputs padded to [m, ...], m the next power of 2; added lanes lie outside the table.
 
-    There JAX reads the last row and drops what is written.
+    For those JAX reads the last row and drops what is written.
     """
     size = 1 << (n - 1).bit_length()
 
@@ -108,7 +108,7 @@ def _padded(parts: tuple[NetInput, np.ndarray, np.ndarray], n: int, lanes: int) 
 
 @functools.lru_cache(maxsize=8)
 def _compiled_act(agent: Any) -> Any:
-    """One compiled function per agent, however many actors of it live in the process."""
+    """Compiles one function per agent, however many actors use it in this process."""
 
     @functools.partial(jax.jit, donate_argnums=1)
     def act(

@@ -3,9 +3,9 @@
 One thread sends requests, watches the fleet and fetches answers; a few more unpack them; `collect`
 hands them to the training loop in the order of each actor's blocks.
 
-A request that has been collected is what allows the next one: at any time there are at most
-`requests_per_actor` of them under way per actor, in the actor, the object store or here, so a slow
-learner makes the actors wait and nothing piles up.
+The next request is sent when an earlier one has been collected. At any time at most
+`requests_per_actor` requests per actor are under way, in the actor, the object store or here, so a
+slow learner makes the actors wait and nothing piles up.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ class RayActors:
 
     @property
     def chain(self) -> int:
-        """The newest life of any actor."""
+        """The number of the newest life of any actor."""
         return max(slot.chain for slot in self._fleet.slots)
 
     def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
-        """What has arrived, or the first thing that does within `timeout_s`."""
+        """The rollouts that have arrived, or the first to arrive within `timeout_s`."""
         self._orders.note(updates=updates)
         if self._failed is not None:
             raise self._failed
@@ -112,7 +112,7 @@ class RayActors:
         return rollouts
 
     def publish(self, weights: Weights, env_steps: int) -> None:
-        """The next requests bring these."""
+        """Publishes the weights; the next requests bring them."""
         self._orders.publish(weights, env_steps)
         self._wake.set()
         with self._lock:
@@ -121,7 +121,7 @@ class RayActors:
                 del self._published_s[next(iter(self._published_s))]
 
     def stats(self) -> dict[str, float | None]:
-        """What was lost, bytes on the wire, the weights' latency; since the start."""
+        """Metrics since the start: what was lost, bytes on the wire, the weights' latency."""
         with self._lock:
             counts, latencies_s = Counter(self._counts), list(self.latencies_s)[-RECENT:]
             used = [version for version in self._used if version >= 0]
@@ -160,7 +160,7 @@ class RayActors:
         return rollout
 
     def _note_version(self, index: int, answer: Answer) -> None:
-        """How long ago the weights were published that this actor has used for the first time."""
+        """Notes how long ago the weights were published that this actor used for the first time."""
         version = answer.weights_version
         if version != self._used[index] and version in self._published_s:
             self._used[index] = version
@@ -179,7 +179,7 @@ class RayActors:
                 self._take_back()
                 self._send_requests()
                 for event in self._fleet.poll(POLL_S):
-                    self._heed(event)
+                    self._handle(event)
                 if not any(slot.requests for slot in self._fleet.slots):
                     self._wake.wait(IDLE_S)  # there was nothing that `poll` could wait for
                     self._wake.clear()
@@ -189,7 +189,7 @@ class RayActors:
             self._failed = ActingFailed(f"acting on Ray ended by {type(error).__name__}: {error}")
             self._failed.__cause__ = error
 
-    def _heed(self, event: Ready | Answered | Lost) -> None:
+    def _handle(self, event: Ready | Answered | Lost) -> None:
         index = event.index
         if isinstance(event, Ready):
             self._life[index] = event.chain
@@ -209,7 +209,7 @@ class RayActors:
             self._idle = deque(i for i in self._idle if i != index)
 
     def _take_back(self) -> None:
-        """Actors whose answers the loop has taken may be asked again, if that life goes on."""
+        """Lets actors whose answers the loop has taken be asked again, if their life goes on."""
         with self._lock:
             collected, self._collected = self._collected, deque()
         for index, life in collected:
@@ -241,7 +241,7 @@ class RayActors:
         return [index for index in self._idle if self._answered[index] != version]
 
     def _stored(self, weights: Weights) -> Any:
-        """The one copy of this version in the object store."""
+        """The object store's one copy of this version."""
         if self._reference is None or self._reference[0] != weights.version:
             self._reference = (
                 weights.version,

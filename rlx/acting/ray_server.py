@@ -30,15 +30,15 @@ POLL_S = 0.2
 
 
 class Closed(Exception):
-    """The pool is being closed while the thread waits for environments."""
+    """Raised in the thread when the pool closes while it waits for environments."""
 
 
 class RayLanes:
     """The lanes of all actors of a fleet of `rlx.acting.remote_env.RemoteEnv`; an interfaces.Env.
 
-    `recv` answers what is there after at most `max_wait_s`, about `max_batch` lanes at most. A lane
-    whose actor was lost answers again, with `first`, when its replacement is there; before that
-    `on_restart` is told its number.
+    `recv` returns what has arrived after at most `max_wait_s`, about `max_batch` lanes at most. A
+    lane whose actor was lost answers again, with `first`, when its replacement is ready; before
+    that `on_restart` is called with the lane's number.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RayLanes:
         self.lost_env_steps = 0  # sent to actors that were lost before they answered
 
     def reset(self) -> Timestep:
-        """The first answers; the actors' lanes start as the actors become ready."""
+        """The first answers; an actor's lanes start when the actor is ready."""
         return self.recv()
 
     def step(self, action: np.ndarray, lane: np.ndarray) -> Timestep:
@@ -66,7 +66,7 @@ class RayLanes:
         return self.recv()
 
     def send(self, action: np.ndarray, lane: np.ndarray) -> None:
-        """Actions for the lanes of the last answer, in its order."""
+        """Sends actions for the lanes of the last answer, in its order."""
         at = 0
         for index, life, lanes in self._given:
             part = slice(at, at + lanes)
@@ -89,12 +89,12 @@ class RayLanes:
             if self.closing.is_set():
                 raise Closed
             for event in self._fleet.poll(max(0.0, left)):
-                self._heed(event)
+                self._handle(event)
 
     def attend(self) -> None:
-        """Takes note of what happened to the actors while nobody steps them."""
+        """Notes what happened to the actors while nobody steps them."""
         for event in self._fleet.poll(0.0):
-            self._heed(event)
+            self._handle(event)
 
     def episodes(self) -> list[Episode]:
         """The episodes that ended since the last call."""
@@ -108,7 +108,7 @@ class RayLanes:
     def _any_stepping(self) -> bool:
         return any(slot.requests and slot.state == "ready" for slot in self._fleet.slots)
 
-    def _heed(self, event: Ready | Answered | Lost) -> None:
+    def _handle(self, event: Ready | Answered | Lost) -> None:
         index = event.index
         if isinstance(event, Answered):
             self._waiting.append((index, event.value))
@@ -125,7 +125,7 @@ class RayLanes:
         self._fleet.request(index, "reset")
 
     def _give(self) -> Timestep:
-        """The answers that wait, oldest first, as one."""
+        """Joins the waiting answers, oldest first, into one."""
         taken, lanes = 0, 0
         while taken < len(self._waiting) and lanes < self._max_batch:
             lanes += len(self._waiting[taken][1].timestep.lane)
@@ -148,7 +148,7 @@ TIMESTEP = ("observation", "reward", "terminated", "truncated", "first", "lane")
 
 
 def stack(timesteps: Sequence[Timestep]) -> Timestep:
-    """Several actors' answers as one."""
+    """Joins several actors' answers into one."""
     if len(timesteps) == 1:
         return timesteps[0]
     first, *rest = timesteps
@@ -156,7 +156,7 @@ def stack(timesteps: Sequence[Timestep]) -> Timestep:
 
 
 class RayServer:
-    """Rollouts of all lanes of a fleet of thin actors, acted for in a thread of this process."""
+    """Collects rollouts of a fleet of thin actors; a thread of this process acts for all lanes."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class RayServer:
         chain: int,
         env_steps: int,
     ) -> None:
-        """`want_env_steps`: of one request, which is for all lanes together."""
+        """`want_env_steps`: env steps of one request, which is for all lanes together."""
         self._fleet, self._first_chain = fleet, chain
         self._want, self._ahead = want_env_steps, ahead
         self._lanes = RayLanes(

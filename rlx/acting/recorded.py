@@ -23,10 +23,10 @@ class Recorded:
         return [self._nothing]
 
     def publish(self, weights: Weights, env_steps: int) -> None:
-        """Nobody acts with them."""
+        """Does nothing: no actor acts with the weights."""
 
     def reopen(self) -> None:
-        """There are no environments."""
+        """Does nothing: there are no environments."""
 
     def stats(self) -> dict[str, float]:
         return {}

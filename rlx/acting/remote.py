@@ -12,7 +12,7 @@ from time import time
 from typing import Any
 
 from rlx.acting.wire import Answer, Compression, pack, widened
-from rlx.cluster.whereabouts import Whereabouts, let_the_learner_first, whereabouts
+from rlx.cluster.whereabouts import Whereabouts, lower_priority, whereabouts
 from rlx.types import Request, Weights
 
 
@@ -45,7 +45,7 @@ class RemoteActor:
     def prepare(self, cores: tuple[int, ...] | None) -> None:
         """Opens the environments and compiles the policy; then it can act.
 
-        cores: those that all threads of this process are to share; None: any.
+        cores: the CPU cores that all threads of this process share; None: any.
         """
         if cores is not None:
             os.sched_setaffinity(0, cores)
@@ -55,12 +55,12 @@ class RemoteActor:
         prepare_process(cache=self._cache, on_cpu=plan.device == "cpu")
         plan.compile()
         self._actor = plan.actor(self._index, self._chain)
-        let_the_learner_first()
+        lower_priority()
 
     def collect(
         self, weights: Weights, env_steps: int, want_env_steps: int, want_blocks: int | None
     ) -> Answer:
-        """Acts; `weights` is an object of the store, read without a copy."""
+        """Acts for one request; `weights` is an object of the store, read without a copy."""
         is_new = weights.version != self._actor.weights_version
         request = Request(
             weights=widened(weights) if is_new else None,

@@ -1,6 +1,6 @@
 """The environments of a few lanes in a process of their own, without a policy and without JAX.
 
-This is all that an actor is with `acting.inference=server`: it steps what it is told to.
+With `acting.inference=server` an actor is only this: it steps with the actions it receives.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlx.cluster.whereabouts import Whereabouts, let_the_learner_first, whereabouts
+from rlx.cluster.whereabouts import Whereabouts, lower_priority, whereabouts
 from rlx.interfaces import Env
 from rlx.types import Episode, Timestep
 
@@ -40,7 +40,7 @@ class RemoteEnv:
         return whereabouts()
 
     def prepare(self, cores: tuple[int, ...] | None) -> None:
-        """Opens the environments. cores: those that all threads of this process are to share."""
+        """Opens the environments. cores: the CPU cores that all threads of this process share."""
         if cores is not None:
             os.sched_setaffinity(0, cores)
         if self._without_jax:
@@ -48,7 +48,7 @@ class RemoteEnv:
             sys.modules.setdefault("jax", None)  # type: ignore[arg-type]
         family = pickle.loads(self._family)
         self._env = family.make(lanes=len(self._seeds), seeds=self._seeds)
-        let_the_learner_first()
+        lower_priority()
 
     def reset(self) -> Step:
         """Starts every lane."""

@@ -101,7 +101,7 @@ class OpenThreadPool:
 
     @property
     def chain(self) -> int:
-        """The newest of any lane."""
+        """The newest chain of any lane."""
         return max(self._first_chain, *(thread.chain for thread in self._threads.threads))
 
     def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
@@ -109,7 +109,7 @@ class OpenThreadPool:
         return self._threads.collect(timeout_s, updates)
 
     def publish(self, weights: Weights, env_steps: int) -> None:
-        """The next requests bring these."""
+        """Publishes the weights; the next requests bring them."""
         self._orders.publish(weights, env_steps)
 
     def reopen(self) -> None:

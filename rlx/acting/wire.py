@@ -37,7 +37,7 @@ class Answer:
 
 
 def pack(rollout: Rollout, compression: Compression) -> tuple[Rollout, int, int]:
-    """(the rollout to send, its arrays' bytes before, and after)."""
+    """Returns (the rollout to send, its arrays' bytes before, and after)."""
     if compression == "none":
         raw = nbytes(rollout)
         return rollout, raw, raw
@@ -46,7 +46,7 @@ def pack(rollout: Rollout, compression: Compression) -> tuple[Rollout, int, int]
 
 
 def unpack(rollout: Rollout) -> Rollout:
-    """The inverse of `pack`, whatever the compression."""
+    """Inverts `pack`, whatever the compression."""
     return replace_arrays(rollout, _unpack_array)
 
 
@@ -78,7 +78,7 @@ def _nbytes(leaf: Any) -> int:
 
 
 def _pack_array(array: np.ndarray) -> Any:
-    """Bytes are worth it (emulator frames shrink about tenfold), floats are not."""
+    """Compresses arrays of bytes (emulator frames shrink about tenfold), but no floats."""
     if array.dtype != np.uint8 or array.nbytes < WORTH_COMPRESSING:
         return array
     data = lz4.block.compress(np.ascontiguousarray(array), store_size=True)

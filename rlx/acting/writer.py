@@ -71,7 +71,7 @@ class BlockWriter:
         self._renew()
 
     def next_starts(self, index: Index) -> np.ndarray:
-        """Which of these lanes open a block with their next row, before this one is closed."""
+        """The lanes among these whose next row opens a block, before this row is closed."""
         self._keep_pace = self._keep_pace and isinstance(index, slice)
         if self._keep_pace:
             starts = (self._filled.item(0) + self._is_open.item(0)) % self._block_rows == 0
@@ -86,14 +86,14 @@ class BlockWriter:
             self._carry[name][lane] = values
 
     def place(self, index: Index) -> Place:
-        """Where these lanes' next rows go."""
+        """The places of these lanes' next rows."""
         if self._keep_pace:
             return index, self._filled.item(0)
         filled = self._filled[index]
         return self._all if isinstance(index, slice) else index, filled
 
     def open(self, index: Index, inputs: NetInput) -> Place:
-        """x_t; answers where `decide` puts the rest."""
+        """Writes x_t; returns the place where `decide` puts the rest."""
         place, rows = self.place(index), self._rows.inputs
         for name, values in inputs.observation.items():
             rows.observation[name][place] = values
@@ -105,7 +105,7 @@ class BlockWriter:
         return place
 
     def decide(self, place: Place, action: np.ndarray, acting: Any) -> None:
-        """a_t and what the agent keeps of acting time."""
+        """Writes a_t and the agent's record of acting time."""
         self._rows.action[place] = action
         for name, values in children(acting).items():
             self._acting[name][place] = values
@@ -113,7 +113,7 @@ class BlockWriter:
     def close(
         self, index: Index, reward: np.ndarray, discount: np.ndarray, valid: np.ndarray
     ) -> np.ndarray:
-        """r_{t+1} of these lanes' open rows; answers the lanes whose block is now full."""
+        """Writes r_{t+1} into these lanes' open rows; returns the lanes whose block is now full."""
         place = self.place(index)
         self._rows.reward[place] = reward
         self._rows.discount[place] = discount
@@ -125,9 +125,9 @@ class BlockWriter:
         return self._all[index][self._filled[index] == self._block_rows]
 
     def take(self, lane: np.ndarray) -> tuple[Row, Carry, np.ndarray, np.ndarray]:
-        """(rows [n, K, ...], carry [n, ...], number, weights version) of these full blocks.
+        """Takes these lanes' full blocks, in the order of `lane`, which may be any.
 
-        In the order of `lane`, which may be any.
+        Returns (rows [n, K, ...], carry [n, ...], number, weights version).
         """
         number, version = self._number[lane], self._version[lane]
         self._number[lane] += 1
@@ -150,7 +150,7 @@ class BlockWriter:
         self._number[lane] = 0
 
     def renumber(self) -> None:
-        """The open blocks are number 0."""
+        """Gives the open blocks number 0."""
         self._number[:] = 0
 
     def _renew(self) -> None:

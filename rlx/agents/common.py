@@ -45,9 +45,9 @@ def require_discrete(agent: str, spec: EnvSpec) -> int:
 
 
 def allowed(inputs: NetInput, spec: EnvSpec) -> Array | None:
-    """bool[..., A]: the actions that the environment's mask allows; None without a mask.
+    """The actions that the environment's mask allows, bool[..., A]; None without a mask.
 
-    Where it allows none (as after an episode's end) all are.
+    Where the mask allows none (as after an episode's end) all are allowed.
     """
     if spec.action_mask is None:
         return None
@@ -56,14 +56,14 @@ def allowed(inputs: NetInput, spec: EnvSpec) -> Array | None:
 
 
 def masked(values: Array, mask: Array | None) -> Array:
-    """Values [..., A] at their dtype's least where an action is not allowed."""
+    """The values [..., A], set to their dtype's least where an action is not allowed."""
     return values if mask is None else jnp.where(mask, values, jnp.finfo(values.dtype).min)
 
 
 def epsilon_greedy(key: Array, q: Array, epsilon: Array, mask: Array | None = None) -> Array:
-    """i32[N] from q f32[N, A] and epsilon f32[N]; `key` is consumed.
+    """Epsilon-greedy actions i32[N] from q f32[N, A] and epsilon f32[N]; `key` is consumed.
 
-    mask: bool[N, A]; what it does not allow is never drawn.
+    mask: bool[N, A]; an action it does not allow is never drawn.
     """
     explore_key, action_key = jax.random.split(key)
     explore = jax.random.uniform(explore_key, epsilon.shape) < epsilon
@@ -75,14 +75,14 @@ def epsilon_greedy(key: Array, q: Array, epsilon: Array, mask: Array | None = No
 
 
 def take_action(values: Array, action: Array) -> Array:
-    """values [..., A] at action [...]."""
+    """The values [..., A] at action [...], as [...]."""
     return jnp.take_along_axis(values, action[..., None], axis=-1)[..., 0]
 
 
 def explore(key: Array, mode: Array, sample: Array, exploration: Array) -> Array:
-    """[N, *]: of each lane its sample with probability exploration f32[N], else its mode.
+    """Actions [N, *]: each lane's sample with probability exploration f32[N], else its mode.
 
-    For agents that sample; `key` is consumed.
+    It is for agents that sample; `key` is consumed.
     """
     draws = jax.random.uniform(key, exploration.shape) < exploration
     return jnp.where(draws.reshape(-1, *[1] * (mode.ndim - 1)), sample, mode)
@@ -122,7 +122,7 @@ def add_time(inputs: NetInput) -> NetInput:
 
 
 def batch_inputs(batch: Batch) -> NetInput:
-    """All that the network reads of a batch, [L + 1, B, ...]; after the rows' comes `next`."""
+    """All network inputs of a batch, [L + 1, B, ...]: those of the rows, then `next`."""
 
     def joined(rows: Array, after: Array) -> Array:
         return jnp.concatenate([jnp.swapaxes(rows, 0, 1), after[None]])
@@ -139,7 +139,7 @@ def transform_inputs(inputs: NetInput, reward: str) -> NetInput:
 def stacked_inputs(
     network: Network, batch: Batch, *, reward: str, stored_state: bool
 ) -> tuple[NetInput, Any]:
-    """(inputs as `unroll` takes them, the recurrent state before them)."""
+    """Returns (inputs as `unroll` takes them, the recurrent state before them)."""
     carry: Carry = batch.carry if stored_state else zero_core(batch.carry)
     inputs, _ = network.stack_frames(transform_inputs(batch_inputs(batch), reward), carry)
     return inputs, carry.core
@@ -148,7 +148,7 @@ def stacked_inputs(
 def features_after(
     network: Network, params: Params, inputs: NetInput, core: Any, burn_in: int
 ) -> Array:
-    """Features of the rows after the burn-in; no gradient crosses its edge."""
+    """The features of the rows after the burn-in; no gradient flows into the burn-in."""
     if burn_in:
         _, core = network.unroll(params, window(inputs, 0, burn_in), core)
         core = jax.lax.stop_gradient(core)
@@ -177,7 +177,7 @@ def new_state(
 def gradients(
     loss: Callable[[Params], tuple[Array, Any]], params: Params, axis_name: str | None
 ) -> tuple[Params, Array, Any]:
-    """(gradients, loss, aux): averaged over the devices, which all hold equal shares of a batch."""
+    """Returns (gradients, loss, aux), averaged over the devices, which have equal batch shares."""
     (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
     if axis_name is not None:
         grads, value = jax.lax.pmean((grads, value), axis_name)
@@ -192,7 +192,7 @@ def mean_over_devices(metrics: Metrics, axis_name: str | None) -> Metrics:
 def step_optimizer(
     optimizer: optax.GradientTransformation, params: Params, opt_state: Any, grads: Params
 ) -> tuple[Params, Any]:
-    """(params, opt_state) after one step."""
+    """Returns (params, opt_state) after one step."""
     changes, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, changes), opt_state
 

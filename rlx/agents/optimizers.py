@@ -40,7 +40,7 @@ class Adam:
         return optax.chain(*clips, adam) if clips else adam
 
     def rate(self) -> optax.ScalarOrSchedule:
-        """The rate of the n-th gradient step, or one for all."""
+        """The learning rate: a function of the gradient step, or one number for all."""
         first, last, steps = self.learning_rate, self.final_learning_rate, self.decay_gradient_steps
         if steps is None:
             falling = optax.constant_schedule(first)
@@ -55,7 +55,7 @@ class Adam:
 
 
 class AverageNorm(NamedTuple):
-    """What `clip_by_average_norm` remembers."""
+    """The state of `clip_by_average_norm`."""
 
     average: Array  # f32[]: of the norms after clipping, not yet corrected for its start at 0
     updates: Array  # i32[]: gradient steps
@@ -64,8 +64,8 @@ class AverageNorm(NamedTuple):
 def clip_by_average_norm(ratio: float) -> optax.GradientTransformation:
     """Scales gradients down to `ratio` times the moving average of their global norm.
 
-    The first is as it is, and all before it that were zero: no average could rise from there. One
-    spike moves the average by what is left of it only.
+    The first gradient that is not zero passes unclipped, as do the zeros before it: no average
+    could rise from zero. A spike enters the average only after it was clipped.
     """
 
     def init(params: Params) -> AverageNorm:

@@ -39,7 +39,7 @@ HEAD = "head"  # the name of an agent's only head among the parameters
 
 
 class ValueAgent(Protocol):
-    """What an agent with action values has, so that these functions do for it."""
+    """The settings that these functions need of an agent with action values."""
 
     @property
     def network(self) -> Network: ...
@@ -75,7 +75,7 @@ class ValueAgent(Protocol):
     def target_period_updates(self) -> int: ...
 
     def loss(self, params: Params, features: Array, replayed: Replayed) -> Loss:
-        """(loss, (row priorities f32[B, T] or None, metrics)) of features [T + n, B, F]."""
+        """Returns (loss, (row priorities f32[B, T] or None, metrics)) of features [T + n, B, F]."""
 
 
 Loss = tuple[Array, tuple[Array | None, common.Metrics]]
@@ -96,7 +96,7 @@ class Replayed:
 
 
 def sequence_of(agent: ValueAgent) -> SequenceSpec:
-    """The windows that its settings ask for; without a stride at each row a start may lie at."""
+    """The windows of the agent's settings; without a stride, one at each possible start row."""
     at_every = agent.block_rows if agent.network.is_recurrent else 1
     return SequenceSpec(
         burn_in=agent.burn_in,
@@ -114,7 +114,7 @@ def initial_carry(agent: Any, batch: int) -> Carry:
 
 
 def acting_params(agent: Any, state: TrainState) -> Params:
-    """The online parameters act."""
+    """The parameters that act: the online ones."""
     del agent
     return state.params
 
@@ -127,7 +127,7 @@ def init(agent: ValueAgent, key: Array) -> TrainState:
 
 
 def q_values(agent: ValueAgent, params: Params, features: Array) -> Array:
-    """Features [..., F] -> Q of every action f32[..., A]."""
+    """Maps features [..., F] to the Q of every action, f32[..., A]."""
     q: Array = agent.network.read(params, HEAD, agent.head, features)
     return q
 
@@ -135,7 +135,7 @@ def q_values(agent: ValueAgent, params: Params, features: Array) -> Array:
 def values(
     agent: ValueAgent, params: Params, inputs: NetInput, carry: Carry
 ) -> tuple[Array, Carry]:
-    """Inputs [N, ...] -> (Q of every action f32[N, A], carry)."""
+    """Maps inputs [N, ...] to (Q of every action f32[N, A], carry)."""
     inputs = common.transform_inputs(common.add_time(inputs), agent.reward)
     features, carry = agent.network.apply(params, inputs, carry)
     return q_values(agent, params, features)[0], carry
@@ -149,7 +149,7 @@ def act(
     key: Array,
     exploration: Array,
 ) -> tuple[Array, QActing, Carry]:
-    """Inputs [N, ...], epsilon f32[N] -> (action i32[N], its Q and the largest Q, carry).
+    """Maps inputs [N, ...], epsilon f32[N] to (action i32[N], its Q and the largest Q, carry).
 
     `key` is consumed.
     """
@@ -166,7 +166,7 @@ def initial_priorities(agent: ValueAgent, rows: Row) -> np.ndarray:
 
 
 def target_settings(agent: ValueAgent) -> dict[str, Any]:
-    """The keywords of `value_targets`."""
+    """The agent's settings as keywords of `value_targets`."""
     return {
         "n": agent.n_step,
         "gamma": agent.discount,
@@ -205,7 +205,7 @@ def update(
 def td_errors(
     agent: ValueAgent, params: Params, features: Array, replayed: Replayed, *, double_q: bool
 ) -> tuple[Array, Array, Row]:
-    """(TD errors f32[T, B], Q of the actions taken [T, B], the trained rows) of one head's Q."""
+    """Returns (TD errors f32[T, B], Q of the taken actions [T, B], trained rows) of one head."""
     q = q_values(agent, params, features)
     target_q = q_values(agent, replayed.target_params, replayed.target_features)
     best = jnp.argmax(common.masked(q if double_q else target_q, replayed.mask), axis=-1)
@@ -266,7 +266,7 @@ def acting_priorities(rows: Row, burn_in: int, unroll: int, **targets: Any) -> n
 
 
 def _numpy_time_major(rows: Row, burn_in: int) -> Row:
-    """The scalars after the burn-in, [L - burn_in, M]; inputs are dropped."""
+    """The scalars after the burn-in, time-major [L - burn_in, M]; inputs are dropped."""
 
     def turned(x: Array) -> np.ndarray:
         return np.swapaxes(np.asarray(x)[:, burn_in:], 0, 1)
@@ -281,18 +281,18 @@ def _numpy_time_major(rows: Row, burn_in: int) -> Row:
 
 
 def per_sequence(losses: Array, valid: Array, over_time: str) -> Array:
-    """f32[B] from losses [T, B] of valid rows; over_time: mean | sum."""
+    """Reduces losses [T, B] of valid rows to f32[B]; over_time: mean | sum."""
     total = jnp.where(valid, losses, 0.0).sum(axis=0)
     return total if over_time == "sum" else total / jnp.maximum(1, valid.sum(axis=0))
 
 
 def row_priorities(td: Array, valid: Array) -> Array:
-    """f32[B, T] from td [T, B]: absolute errors, -1 where a row is not valid."""
+    """The priorities f32[B, T] from td [T, B]: absolute errors, -1 where a row is not valid."""
     return jnp.where(valid, jnp.abs(td), -1.0).T
 
 
 def value_metrics(q: Array, td: Array, rows: Row) -> common.Metrics:
-    """Means over the valid of the trained rows [T, B]."""
+    """Metrics: means over the valid trained rows [T, B]."""
 
     def mean(x: Array) -> Array:
         return ops.masked_mean(x.ravel(), rows.valid.ravel(), jnp)

@@ -46,7 +46,7 @@ def observe(
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """The moments of the rows of both."""
+    """The moments of the rows of both, merged exactly."""
     count = a.count + b.count
     share = b.count / jnp.maximum(1, count)
     difference = b.mean - a.mean

@@ -59,7 +59,7 @@ class Roofline:
         self._work()
 
     def run(self, seconds: float) -> float:
-        """Env steps per second over so many seconds."""
+        """Env steps per second, measured over `seconds`."""
         done, began = 0.0, perf_counter()
         while perf_counter() - began < seconds:
             done += self._work()
@@ -67,7 +67,7 @@ class Roofline:
 
 
 def zero_weights(agent: Any, version: int = 0) -> Weights:
-    """Acting parameters without content."""
+    """Acting parameters of zeros."""
     params = jax.eval_shape(lambda: agent.acting_params(agent.init(jax.random.PRNGKey(0))))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
     return Weights(version=version, params=zeros)
@@ -95,7 +95,7 @@ class Rooflines:
             self._fleet.poll(0.1)
 
     def rate(self, seconds: float) -> float:
-        """Env steps per second of all together."""
+        """Env steps per second of all rooflines together."""
         for slot in self._fleet.slots:
             self._fleet.request(slot.index, "run", seconds)
         rates: list[float] = []
@@ -187,7 +187,7 @@ def _against_roofline(
 
 
 def _scaling(setup: measuring.Setup, agent: Any, family: Any, prefix: str) -> list[dict[str, Any]]:
-    """Ratios are to one actor."""
+    """The scaling curve; ratios are to one actor."""
     found: list[dict[str, Any]] = []
     for instances in SCALE:
         pool = make_pool(setup, agent, family, instances=instances)

@@ -25,11 +25,11 @@ import numpy as np
 
 from rlx.bench import measuring
 from rlx.bench.flops import count_flops
-from rlx.bench.replay import Blocks, filled, frames_of
+from rlx.bench.replay import BenchBlocks, filled, frames_of
 from rlx.config.build import build
 from rlx.config.paths import config_dir
 from rlx.interfaces import Agent
-from rlx.training.learner import Learner
+from rlx.training.learner import OpenLearner
 from rlx.types import Batch, UpdateOutput
 
 PRODUCT = {"cpu": 2048, "gpu": 8192}  # rows and columns of the matrices that are multiplied
@@ -64,7 +64,7 @@ def bench_learner(
     if torch is not None:
         paths["PyTorch's update"] = Torch(torch, size, dense or 0)
     if from_replays:
-        blocks = Blocks(agent, frames_of(setup))
+        blocks = BenchBlocks(agent, frames_of(setup))
         for name, keeping in REPLAYS.items():
             replay, _ = filled(agent, REPLAYED_ROWS, blocks, keeping, size)
             paths[name] = FromReplay(agent, size, replay)
@@ -84,13 +84,13 @@ def bench_learner(
     found = measuring.rows(rates, prefix=prefix, unit="updates/s", roofline="compiled update")
     trained = size * agent.sequence.unroll
     rows = [row | {"value": row["value"] * trained, "unit": "trained rows/s"} for row in found]
-    told = [
+    details = [
         {"name": f"{prefix}/one product", "value": max(flop_rates) / 1e9, "unit": "GFLOP/s"},
         {"name": f"{prefix}/update", "value": update.flops / 1e9, "unit": "GFLOP"},
     ]
     if profile:
-        told += [row | {"name": f"{prefix}/{row['name']}"} for row in _profiled(update, prefix)]
-    return [*found, *rows, *({**row, "ratio": row.get("ratio")} for row in told)]
+        details += [row | {"name": f"{prefix}/{row['name']}"} for row in _profiled(update, prefix)]
+    return [*found, *rows, *({**row, "ratio": row.get("ratio")} for row in details)]
 
 
 class Compiled:
@@ -113,7 +113,7 @@ class LoopPath:
 
     def __init__(self, agent: Agent, size: int) -> None:
         own = measuring.settings("learner", "default") | {"batch_size": size}
-        self._learner: Learner = build(own, "learner", agent=agent, seed=0)
+        self._learner: OpenLearner = build(own, "learner").open(agent, 0)
         self._batch = measuring.random_batch(agent, size)
         self._keys = np.arange(size)
         self._waiting: list[tuple[np.ndarray, UpdateOutput]] = []
@@ -134,21 +134,21 @@ class LoopPath:
     def settle(self) -> None:
         while self._waiting:
             keys, output = self._waiting.pop()
-            self.heed(keys, np.asarray(self._learner.priorities(output)))
+            self.update_priorities(keys, np.asarray(self._learner.priorities(output)))
 
     def draw(self) -> tuple[np.ndarray, Batch]:
-        """The same batch always."""
+        """The keys and the batch; here the same batch always."""
         return self._keys, self._batch
 
-    def heed(self, keys: np.ndarray, priorities: np.ndarray) -> None:
-        """Nobody needs the TD errors."""
+    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+        """Does nothing: here no replay needs priorities."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: nothing is open."""
 
 
 class FromReplay(LoopPath):
-    """The same with batches drawn from a full replay, whose priorities follow."""
+    """The same with batches from a full replay, whose priorities are updated."""
 
     def __init__(self, agent: Agent, size: int, replay: Any) -> None:
         super().__init__(agent, size)
@@ -158,7 +158,7 @@ class FromReplay(LoopPath):
         sample = self._replay.sample(self._size)
         return sample.keys, sample.batch
 
-    def heed(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         self._replay.update_priorities(keys, priorities)
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ class Torch:
         return 1
 
     def settle(self) -> None:
-        """An update has ended when `work` returns."""
+        """Does nothing: an update has ended when `work` returns."""
 
     def close(self) -> None:
         self._process.communicate()
@@ -207,7 +207,7 @@ class Product:
 
 
 def _profiled(update: Compiled, prefix: str) -> list[dict[str, Any]]:
-    """Leaves XLA's trace of a few updates, and answers the operations that took longest."""
+    """Writes XLA's trace of a few updates; returns the operations that took longest."""
     folder = Path("profile") / prefix.replace(" ", "_")
     began = perf_counter()
     with jax.profiler.trace(str(folder)):

@@ -108,13 +108,13 @@ def measure(
 
 
 def _nothing() -> None:
-    """Nothing was left running."""
+    """Does nothing: nothing was left running."""
 
 
 def rows(
     rates: Mapping[str, Sequence[float]], *, prefix: str, unit: str, roofline: str
 ) -> list[dict[str, Any]]:
-    """Median rates, and the median over the rounds of each round's ratio to the roofline."""
+    """A row per variant: its median rate, and the median of its rounds' ratios to the roofline."""
     return [
         {
             "name": f"{prefix}/{name}",
@@ -129,7 +129,7 @@ def rows(
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
     return {
         "platform": platform.platform(),
         "cores": os.cpu_count(),
@@ -140,7 +140,7 @@ def machine() -> dict[str, Any]:
 
 
 def report(what: str, found: list[dict[str, Any]]) -> None:
-    """A table, then the same as one line of JSON."""
+    """Prints a table, then the same as one line of JSON."""
     print(f"{'name':<60} {'value':>14} {'unit':<14} {'ratio':>6}")
     for row in found:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
@@ -153,7 +153,7 @@ def report(what: str, found: list[dict[str, Any]]) -> None:
 
 
 def settings(group: str, name: str) -> Any:
-    """One file of a group, as it is (no hydra needed)."""
+    """The settings in one file of a group, as they stand (Hydra is not needed)."""
     return yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text())
 
 
@@ -171,14 +171,14 @@ def context(agent: Agent, family: EnvFamily) -> RunContext:
 
 
 def make_agent(setup: Setup, **changes: Any) -> Agent:
-    """The setup's network, with changes of its settings, and agent."""
+    """Makes the setup's agent, with its network; `changes` are settings of the network."""
     own = settings("network", setup.network) | changes
     network = build(own, "network", spec=setup.spec)
     return build(settings("agent", setup.agent), "agent", network=network, spec=setup.spec)
 
 
 def zero_batch(agent: Agent, size: int) -> Batch:
-    """Sequences of valid rows without content, as the replay would give them."""
+    """A batch of valid rows of zeros, as the replay would give it."""
     length = agent.sequence.length
     rows: Row = trees.tree_map(
         lambda spec: np.zeros((size, length, *spec.shape), spec.dtype),
@@ -195,7 +195,7 @@ def zero_batch(agent: Agent, size: int) -> Batch:
 
 
 def random_batch(agent: Agent, size: int) -> Batch:
-    """The same with noise for observations."""
+    """The same batch with noise for observations."""
     batch, rng = zero_batch(agent, size), np.random.default_rng(0)
     for leaf in batch.rows.inputs.observation.values():
         leaf[...] = rng.integers(0, 256, leaf.shape) if leaf.dtype == np.uint8 else 0.1

@@ -53,7 +53,7 @@ KINDS = 64  # different blocks that the replays are filled with, again and again
 def bench_replay(setup: measuring.Setup, seconds: float, rows: int) -> list[dict[str, Any]]:
     """Rows per second in and out, bytes per row, latency of sample and update, for each storage."""
     agent = measuring.make_agent(setup)
-    blocks = Blocks(agent, frames_of(setup))
+    blocks = BenchBlocks(agent, frames_of(setup))
     prefix = f"replay/{setup.name}/{rows:,}"
     found = _tree_rows(f"{prefix}/sum tree", rows // agent.sequence.block_rows, setup.batch_size)
     folder = Path(tempfile.mkdtemp(prefix="rlx-bench-"))
@@ -74,7 +74,7 @@ def bench_replay(setup: measuring.Setup, seconds: float, rows: int) -> list[dict
     return found
 
 
-class Blocks:
+class BenchBlocks:
     """Rollouts of one block of each lane, whose contents repeat."""
 
     def __init__(self, agent: Agent, frames: np.ndarray | None) -> None:
@@ -135,7 +135,7 @@ def frames_of(setup: measuring.Setup) -> np.ndarray | None:
 
 
 def _drawn_frames() -> np.ndarray:
-    """A court, two bats and a ball that move."""
+    """Draws a court, two bats and a ball that move."""
     frames = np.full((KINDS * 40, 84, 84), 87, np.uint8)
     frames[:, :12] = np.random.default_rng(0).integers(0, 2, (84 * 12)).reshape(12, 84) * 147
     for i, frame in enumerate(frames):
@@ -146,9 +146,9 @@ def _drawn_frames() -> np.ndarray:
 
 
 def filled(
-    agent: Agent, rows: int, blocks: Blocks, keeping: dict[str, Any], batch_size: int
+    agent: Agent, rows: int, blocks: BenchBlocks, keeping: dict[str, Any], batch_size: int
 ) -> tuple[Any, float]:
-    """A full replay, and the seconds that filling took."""
+    """Returns (a full replay, the seconds that filling it took)."""
     own = measuring.settings("replay", "prioritized") | {"capacity": rows} | keeping
     replay = make_replay(
         own,
@@ -199,9 +199,14 @@ def _measured(
 
 
 def _beside_a_driver(
-    agent: Agent, setup: measuring.Setup, rows: int, blocks: Blocks, prefix: str, seconds: float
+    agent: Agent,
+    setup: measuring.Setup,
+    rows: int,
+    blocks: BenchBlocks,
+    prefix: str,
+    seconds: float,
 ) -> list[dict[str, Any]]:
-    """Batches that a learner gets whose driver works for TURN_S after each of them.
+    """Measures the batches of a learner whose driver works for TURN_S after each batch.
 
     busy: in Python, so that no other thread of its process has the interpreter; waiting: for a
     device. The ceiling is the driver without a replay.
@@ -238,7 +243,7 @@ def _busy(seconds: float) -> None:
 
 
 def _copyto(source: Any, target: Any, rows: int) -> Callable[[], float]:
-    """A plain copy of all arrays of a batch."""
+    """Copies all arrays of a batch."""
     pairs = list(zip(trees.flatten(target).values(), trees.flatten(source).values(), strict=True))
 
     def work() -> float:
@@ -250,7 +255,7 @@ def _copyto(source: Any, target: Any, rows: int) -> Callable[[], float]:
 
 
 def _tree_rows(prefix: str, leaves: int, size: int) -> list[dict[str, Any]]:
-    """A sum tree alone: draw a batch, set a batch."""
+    """Measures a sum tree alone: draw a batch, set a batch."""
     found = []
     for n in (leaves, 1_000_000):
         tree, rng, times_s = SumTree(n), np.random.default_rng(0), []
@@ -272,9 +277,14 @@ def _row(name: str, value: float, unit: str) -> dict[str, Any]:
 
 
 def _flashbax(
-    agent: Agent, setup: measuring.Setup, rows: int, blocks: Blocks, prefix: str, seconds: float
+    agent: Agent,
+    setup: measuring.Setup,
+    rows: int,
+    blocks: BenchBlocks,
+    prefix: str,
+    seconds: float,
 ) -> list[dict[str, Any]]:
-    """flashbax's prioritised trajectory buffer with the same rows, if it is installed."""
+    """Measures flashbax's prioritised trajectory buffer with the same rows, if it is installed."""
     try:
         import flashbax
     except ImportError:

@@ -46,11 +46,11 @@ class Cluster:
 
     @property
     def resources(self) -> Mapping[str, float]:
-        """What all nodes have together, used or not."""
+        """The resources of all nodes together, used or not."""
         return ray.cluster_resources()
 
     def close(self) -> None:
-        """Leaves the cluster, and ends it if it is our own; not what others had started."""
+        """Leaves the cluster; ends it only if this run started it."""
         if self.started_by_us and ray.is_initialized():
             ray.shutdown()
             ray_token.put_back(self._tokens)
@@ -90,7 +90,7 @@ def _start(store_bytes: int) -> None:
 
 @contextmanager
 def _sigterm_not_inherited() -> Iterator[None]:
-    """Processes that are started meanwhile do not heed SIGTERM.
+    """Makes processes that are started meanwhile ignore SIGTERM.
 
     Batch systems send it to every process of a job. A driver whose Ray is gone is ended at once,
     before it can write a checkpoint; so it is the driver that ends Ray.

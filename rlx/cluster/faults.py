@@ -37,7 +37,7 @@ class Restarts:
 
 @dataclass(kw_only=True)
 class History:
-    """What became of one actor's lives."""
+    """The record of how one actor's lives ended."""
 
     restarts: Restarts
     failures: list[tuple[float, Cause, bool]] = field(default_factory=list)  # s, why, answered
@@ -50,7 +50,7 @@ class History:
         self.answered, self.last_error, self.hung_in_a_row = True, "", 0
 
     def note_failure(self, now_s: float, cause: Cause, error: str = "") -> float:
-        """Books the end of a life; answers how many seconds to wait before the next."""
+        """Notes the end of a life; returns the seconds to wait before the next one."""
         self.failures = [f for f in self.failures if now_s - f[0] < self.restarts.window_s]
         self.failures.append((now_s, cause, self.answered))
         self.counts[cause] += 1
@@ -65,7 +65,7 @@ class History:
         return min(wait, self.restarts.longest_wait_s)
 
     def too_much(self) -> str:
-        """Why this actor is not to be started again; '' if it may be."""
+        """The reason why this actor is not started again; '' if it may be."""
         limits = self.restarts
         raised = sum(cause == "raised" for _, cause, _ in self.failures)
         if limits.max_raised <= raised:

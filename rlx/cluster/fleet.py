@@ -1,7 +1,7 @@
 """A number of Ray actors that are kept alive: started in waves, watched, replaced.
 
-A fleet knows nothing of environments or weights: its owner sends
-requests and gets events. All of it is called by one thread.
+A fleet knows nothing of environments or weights: its owner sends requests and gets events. Only
+one thread calls it.
 
 Ray restarts nothing by itself (`max_restarts=0`, `max_task_retries=0`): a new process is a new life
 with a new chain of blocks, and only the fleet may begin one. A life goes
@@ -49,7 +49,7 @@ class Deadlines:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """An actor begins a life and may be sent requests."""
+    """Event: an actor begins a life and may be sent requests."""
 
     index: int
     chain: int
@@ -57,7 +57,7 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """The oldest request of this actor, answered."""
+    """Event: the answer to this actor's oldest request."""
 
     index: int
     value: Any
@@ -65,7 +65,7 @@ class Answered:
 
 @dataclass(frozen=True, kw_only=True)
 class Lost:
-    """A life is over; its unanswered requests with it."""
+    """Event: a life is over, and its unanswered requests are lost."""
 
     index: int
     requests: int
@@ -149,7 +149,7 @@ class Fleet:
         return sum(slot.state == "ready" for slot in self.slots)
 
     def failures(self) -> dict[Cause, int]:
-        """How many lives ended, by cause."""
+        """The number of ended lives, by cause."""
         causes: tuple[Cause, ...] = ("raised", "died", "hung", "lost_object")
         return {c: sum(slot.history.counts[c] for slot in self.slots) for c in causes}
 
@@ -161,9 +161,9 @@ class Fleet:
         slot.requests.append(getattr(slot.handle, method).remote(*arguments))
 
     def poll(self, timeout_s: float) -> list[Event]:
-        """What happened, waiting up to `timeout_s` for something to.
+        """The events since the last call; waits up to `timeout_s` for one.
 
-        Raises ActingFailed when it can't go on.
+        Raises ActingFailed when the fleet can't go on.
         """
         self._forgive(monotonic() - self._polled_s)
         self._begin_lives()
@@ -193,7 +193,7 @@ class Fleet:
     # --- lives -----------------------------------------------------------------------------------
 
     def _begin_lives(self) -> None:
-        """Starts what is due: at first one alone, as the others find what it compiled."""
+        """Starts the lives that are due: first one alone, whose compiled code the others find."""
         starting = sum(slot.state in ("pending", "preparing") for slot in self.slots)
         alone = not self._was_enough and monotonic() - self._began_s < FIRST_ALONE_S
         most = 1 if alone and not self.ready else self._at_once
@@ -212,7 +212,7 @@ class Fleet:
         slot.answers = 0
 
     def _take(self, slot: Slot, reference: Any) -> None:
-        """An answer, or the error in its place."""
+        """Takes an answer, or the error in its place."""
         try:
             value = ray.get(reference, timeout=FETCH_S)
         except ray_errors.RayError as error:
@@ -288,8 +288,8 @@ class Fleet:
             why = "raised what every other actor raised"
         if why:
             lines = last_lines_of(where)
-            told = f"; the last lines of its log:\n{lines}" if lines else ""
-            raise ActingFailed(f"actor {slot.index} {why}: {error}{told}")
+            tail = f"; the last lines of its log:\n{lines}" if lines else ""
+            raise ActingFailed(f"actor {slot.index} {why}: {error}{tail}")
 
     def _kill(self, slot: Slot) -> None:
         if slot.handle is not None:
@@ -303,7 +303,7 @@ class Fleet:
     # --- enough ----------------------------------------------------------------------------------
 
     def _check_enough(self) -> None:
-        """Says who is awaited; raises when too few have been ready for too long."""
+        """Logs which actors are awaited; raises if too few have been ready for too long."""
         now, ready = monotonic(), self.ready
         if ready >= self._least:
             self._enough_s, self._was_enough = now, True
@@ -348,19 +348,19 @@ ASKED = ("num_cpus", "num_gpus", "memory", "resources", "label_selector")
 
 
 def _amounts(resources: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    """What a person asks for, without Ray's own entries."""
+    """The resources that a person asks for, without Ray's own entries."""
     for name, amount in sorted(resources.items()):
         if not name.startswith(("node:", "accelerator_type:")) and "object_store" not in name:
             yield name, amount
 
 
 def _some(numbers: list[int], most: int = 8) -> str:
-    told = ", ".join(map(str, numbers[:most]))
-    return told if len(numbers) <= most else f"{told} and {len(numbers) - most} more"
+    shown = ", ".join(map(str, numbers[:most]))
+    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"
 
 
 def cause_of(error: Exception) -> Cause:
-    """Why a request brought no answer."""
+    """The cause why a request brought no answer."""
     if isinstance(error, ray_errors.RayTaskError):
         return "raised"
     lost = (
@@ -372,7 +372,7 @@ def cause_of(error: Exception) -> Cause:
 
 
 def _first_line(text: str) -> str:
-    """The line that tells most: a traceback's last, else the first."""
+    """The most telling line: the last one of a traceback, else the first."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if not lines:
         return "unknown"

@@ -54,7 +54,7 @@ def _from_node(where: Whereabouts) -> str:
 
 
 class LastLines:
-    """Puts failed actors' last lines into the run's log, without making anybody wait for them."""
+    """Puts failed actors' last lines into the run's log, in a thread of its own."""
 
     def __init__(self) -> None:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="actors' logs")
@@ -63,7 +63,7 @@ class LastLines:
         self._reader.submit(_tell, index, where)
 
     def close(self) -> None:
-        """Waits for the one being read: Ray must not be asked after it was shut down."""
+        """Waits for the log being read: Ray must not be called after its shutdown."""
         self._reader.shutdown(wait=True, cancel_futures=True)
 
 

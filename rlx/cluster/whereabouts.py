@@ -35,7 +35,7 @@ def whereabouts() -> Whereabouts:
     )
 
 
-def let_the_learner_first() -> None:
+def lower_priority() -> None:
     """Lowers this process's priority: it takes only the time that the learner leaves."""
     for thread in Path("/proc/self/task").glob("*"):  # niceness is each thread's own
         with suppress(OSError):  # it has ended, or is nicer already

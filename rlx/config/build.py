@@ -142,7 +142,7 @@ class Call:
             raise refuse(self.path, str(error)) from error
 
     def problems(self) -> list[Problem]:
-        """What the class itself says of its settings, where it needs nothing from the run."""
+        """The problems that the class itself finds in its settings, without values from the run."""
         inner = [p for call in _calls(self.settings) for p in call.problems()]
         if inner or not isinstance(self.cls, Checked) or self._needs_run():
             return inner
@@ -153,7 +153,7 @@ class Call:
         return [Problem(path=self._named(text), says=text) for text in texts]
 
     def _named(self, text: str) -> str:
-        """The setting that a text opens with ('env.id=Pnog: ...'), so that its source is told."""
+        """The setting that a text opens with ('env.id=Pnog: ...'), to name its source."""
         word = re.match(r"[\w.]*", text)
         named = word is not None and word[0].startswith(f"{self.path}.")
         return word[0].rstrip(".") if word and named else self.path

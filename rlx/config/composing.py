@@ -74,7 +74,7 @@ def find_sources(
 
 @contextlib.contextmanager
 def _hydra(config_dir: Path | str | None) -> Iterator[ConfigLoader]:
-    """A Hydra of our own for a moment; what a user or a running job had is put back."""
+    """Sets up a Hydra of our own for a moment, then restores the user's or the running job's."""
     folder = str(Path(config_dir or paths.config_dir()).resolve())
     with _lock:
         saved, job_name = GlobalHydra.instance().hydra, JobRuntime.instance().get("name")
@@ -103,7 +103,7 @@ def search(*folders: Path | str) -> str:
 
 
 def quote(text: str) -> str:
-    """A string as one value of Hydra's override grammar."""
+    """Quotes a string as one value of Hydra's override grammar."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
@@ -178,7 +178,7 @@ def _clashes(experiments: Mapping[str, dict[str, Any]], choice: str) -> Iterator
 def _diagnose(
     loader: ConfigLoader, config_name: str, overrides: list[str], error: Exception
 ) -> ConfigError:
-    """Hydra stops at the first problem; this looks at each override by itself."""
+    """The problems of each override, checked one by one: Hydra stops at the first problem."""
     out: list[Problem] = []
     parsed = [o for text in overrides if (o := _parse(text, out)) is not None]
     path = [o for o in overrides if o.startswith(SEARCHPATH)]

@@ -48,7 +48,7 @@ def command(
     """Reads the options, does the command's work and returns its result.
 
     `-h` and `--help` print `doc` and return None. A ConfigError, and the exceptions in `also`, are
-    told on stderr, one line for each problem, and end the process with status 2. `argv` is
+    printed on stderr, one line for each problem, and end the process with status 2. `argv` is
     `sys.argv[1:]` where it is None; `places` is explained at `read_options`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -1,4 +1,4 @@
-"""What both environment families share of actions: their checks, and how environments take them."""
+"""Actions of both environment families: their checks, and how environments take them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Actions:
             raise ValueError(f"action has values {low} .. {high}; accepted: {each}")
 
     def outward(self, action: Array) -> Array:
-        """A copy of action [n, *], NumPy's or JAX's, as the environment takes it."""
+        """A copy of action [n, *], of NumPy or JAX, as the environment takes it."""
         action = action.astype(self._dtype)
         if isinstance(self._spec, BoxSpec):
             return action.clip(self._low, self._high)

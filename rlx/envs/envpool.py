@@ -3,7 +3,7 @@
 Every trap of EnvPool 1.2 that rlx knows of is handled here and nowhere else:
 - The step after an episode's end ignores its action and answers the next first observation.
 - Asynchronous answers come in any order: everything is indexed by `info:env_id`.
-- It checks no actions, and a wrong call aborts the process: `Stream.claim` checks before it.
+- It checks no actions, and a wrong call aborts the process: `LaneTracker.claim` checks before it.
 - It clips no actions either, MuJoCo's least of all: `Actions.outward` does.
 - Its `terminated` is False when a game is over exactly at the time limit; Atari's info tells the
   truth. Other environments tell it nowhere: there such an end counts as truncated.
@@ -29,16 +29,16 @@ import envpool
 import numpy as np
 
 from rlx.envs.actions import Actions
-from rlx.envs.lanes import OneThread, Stream, check_lane, check_lanes_and_seeds
+from rlx.envs.lanes import LaneTracker, OneThread, check_lane, check_lanes_and_seeds
 from rlx.envs.observations import (
     Leaf,
-    Outside,
-    Reader,
+    ObservationReader,
+    RawSpaces,
     Source,
     check_mask,
     leaf_name,
     nearest,
-    outside,
+    raw_spaces,
     select,
 )
 from rlx.problems import Problem
@@ -136,10 +136,10 @@ class EnvPool:
         )
         return check_mask(spec)
 
-    def outside(self) -> Outside:
-        """What one environment gives and takes without our adapter; frames are single there too."""
+    def raw_spaces(self) -> RawSpaces:
+        """The raw spaces of one environment, without our adapter; frames are single there, too."""
         sources = _sources(self._raw_spec())
-        return outside(sources, self._select(sources), 0)
+        return raw_spaces(sources, self._select(sources), 0)
 
     def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> EnvPoolLanes:
         """`lanes` copies, seeded one by one (int32 each); `render` allows `render(lane)`.
@@ -155,12 +155,12 @@ class EnvPool:
         return EnvPoolLanes(
             pool=self.open(lanes=lanes, seeds=seeds, render=render),
             spec=self.spec(),
-            reader=Reader(self._select(_sources(self._raw_spec()))),
+            reader=ObservationReader(self._select(_sources(self._raw_spec()))),
             render=render,
         )
 
     def open(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> Any:
-        """EnvPool's own object with these settings, without our adapter (for measuring it)."""
+        """Opens EnvPool's own object with these settings, without our adapter (to measure it)."""
         return envpool.make_gymnasium(
             self.id,
             num_envs=lanes,
@@ -205,7 +205,9 @@ class EnvPoolLanes:
     around them costs 30 us an env step of 32 lanes, as much as all that rlx does (2026-11-24).
     """
 
-    def __init__(self, *, pool: Any, spec: EnvSpec, reader: Reader, render: bool) -> None:
+    def __init__(
+        self, *, pool: Any, spec: EnvSpec, reader: ObservationReader, render: bool
+    ) -> None:
         config = pool.config
         self.spec = spec
         self.lanes: int = config["num_envs"]
@@ -218,7 +220,7 @@ class EnvPoolLanes:
         # A synchronous pool answers any subset, an asynchronous one only whole batches.
         batch_size: int = config["batch_size"]
         least = batch_size if batch_size < self.lanes else 1
-        self._stream = Stream(
+        self._tracker = LaneTracker(
             lanes=self.lanes, spec=spec, actions=self._actions, least_in_flight=least
         )
         self._one_thread = OneThread("one EnvPool environment")
@@ -229,12 +231,12 @@ class EnvPoolLanes:
     def reset(self) -> Timestep:
         """Starts every lane; answers all lanes, or the first `batch_size` if asynchronous."""
         with self._one_thread:
-            if self._started and self._stream.in_flight:
+            if self._started and self._tracker.in_flight:
                 raise RuntimeError(
                     "reset() of an asynchronous environment that runs; make a new one instead"
                 )
             self._started = True
-            self._stream.restart()
+            self._tracker.restart()
             self._pool.async_reset()
             return self._receive()
 
@@ -249,11 +251,11 @@ class EnvPoolLanes:
     def send(self, action: np.ndarray, lane: np.ndarray) -> None:
         """The first half of `step`: the lanes begin to step, on EnvPool's threads."""
         with self._one_thread:
-            self._stream.claim(action, lane)
+            self._tracker.claim(action, lane)
             # A copy, as `outward` makes one: EnvPool wants it writable.
             action = np.ascontiguousarray(self._actions.outward(action))
             self._pool._send([lane, lane, action])  # environment, player, action
-            self._stream.count()
+            self._tracker.count()
 
     def recv(self) -> Timestep:
         """The second half of `step`: waits for the answer."""
@@ -262,7 +264,7 @@ class EnvPoolLanes:
 
     def episodes(self) -> list[Episode]:
         """The whole games that ended since the last call."""
-        return self._stream.episodes()
+        return self._tracker.episodes()
 
     def render(self, lane: int) -> np.ndarray:
         """uint8[H, W, 3]: a picture of this lane, at the emulator's own size and in its colours."""
@@ -270,7 +272,7 @@ class EnvPoolLanes:
             raise ValueError("this environment was made without pictures; use make(render=True)")
         check_lane(lane, self.lanes)
         with self._one_thread:
-            if not self._stream.is_waiting(lane):
+            if not self._tracker.is_waiting(lane):
                 raise ValueError(f"lane={lane} is being stepped; render it after it has answered")
             return self._pool.render(env_ids=lane)[0]
 
@@ -279,7 +281,7 @@ class EnvPoolLanes:
         if self._pool is not None:
             self._pool.close()
             self._pool = None
-            self._stream.restart()
+            self._tracker.restart()
 
     def _receive(self) -> Timestep:
         raw = dict(zip(self._answer_names, self._pool._recv(), strict=True))
@@ -289,7 +291,7 @@ class EnvPoolLanes:
         if self._atari:
             reward = raw["info:reward"]
             terminated, truncated, ended = self._atari_ends(terminated, truncated, raw)
-        return self._stream.answer(
+        return self._tracker.answer(
             observation=self._read(raw),
             reward=reward,
             terminated=terminated,
@@ -319,7 +321,7 @@ _specs: dict[str, Any] = {}
 
 
 def _make_spec(env_id: str, **options: Any) -> Any:
-    """EnvPool's, kept: making one is a tenth of what a process with one lane takes to start."""
+    """EnvPool's spec, cached: making it takes a tenth of the start of a process with one lane."""
     key = f"{env_id} {sorted(options.items())}"
     if key not in _specs:
         _specs[key] = envpool.make_spec(env_id, **options)
@@ -331,7 +333,7 @@ def _is_atari(config: dict[str, Any]) -> bool:
 
 
 def _sources(raw: Any) -> list[Source]:
-    """The arrays of an observation; one alone is given bare, whatever EnvPool calls it."""
+    """The arrays of an observation; a single array has no name, whatever EnvPool calls it."""
     specs = {k: v for k, v in raw.state_array_spec.items() if k.split(":")[0] == "obs"}
     found = []
     for key, spec in specs.items():
@@ -410,7 +412,7 @@ def _option_problems(env_id: str, options: dict[str, Any], defaults: dict[str, A
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Whether a value is of the default's type; a whole number will do for a float."""
+    """Whether a value is of the default's type; an int is accepted for a float."""
     if isinstance(default, list | tuple):
         return isinstance(value, list | tuple)
     if isinstance(default, float):
@@ -431,7 +433,7 @@ def _first_line(error: Exception) -> str:
 
 @functools.cache
 def _cannot_render(env_id: str) -> str | None:
-    """Why this id gives no pictures here, or None; tried in a child process, which may abort."""
+    """Why this id renders no pictures here, or None; a child process tries, as it may abort."""
     trial = subprocess.run(
         [sys.executable, "-c", RENDER_TRIAL, env_id],
         capture_output=True,

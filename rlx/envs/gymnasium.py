@@ -18,16 +18,16 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from rlx.envs.actions import Actions, Start
-from rlx.envs.lanes import OneThread, Stream, check_lane, check_lanes_and_seeds
+from rlx.envs.lanes import LaneTracker, OneThread, check_lane, check_lanes_and_seeds
 from rlx.envs.observations import (
     Leaf,
-    Outside,
-    Reader,
+    ObservationReader,
+    RawSpaces,
     Source,
     check_mask,
     leaf_name,
     nearest,
-    outside,
+    raw_spaces,
     select,
 )
 from rlx.types import (
@@ -91,8 +91,8 @@ class Gymnasium:
         """Found from one throw-away lane. Raises ValueError (nearest ids) for an unknown id."""
         return self._describe()[0]
 
-    def outside(self) -> Outside:
-        """What one environment gives and takes without our adapter."""
+    def raw_spaces(self) -> RawSpaces:
+        """The raw spaces of one environment, without our adapter."""
         return self._describe()[2]
 
     def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> GymnasiumLanes:
@@ -137,7 +137,7 @@ class Gymnasium:
             kwargs["render_mode"] = "rgb_array"
         return kwargs | {"disable_env_checker": True}
 
-    def _describe(self) -> tuple[EnvSpec, Reader, Outside]:
+    def _describe(self) -> tuple[EnvSpec, ObservationReader, RawSpaces]:
         """The spec, the reader of observations and what the environment itself gives and takes."""
         if problems := self.problems():
             raise ValueError("; ".join(problems))
@@ -156,7 +156,7 @@ class Gymnasium:
             frames_per_env_step=1,
             action_mask=self.action_mask,
         )
-        return check_mask(spec), Reader(leaves), outside(sources, leaves, start)
+        return check_mask(spec), ObservationReader(leaves), raw_spaces(sources, leaves, start)
 
 
 class GymnasiumLanes:
@@ -170,7 +170,7 @@ class GymnasiumLanes:
         *,
         vector: gymnasium.vector.VectorEnv,
         spec: EnvSpec,
-        reader: Reader,
+        reader: ObservationReader,
         seeds: list[int],
         actions: Actions,
         render: bool,
@@ -182,7 +182,7 @@ class GymnasiumLanes:
         self._seeds: list[int] | None = seeds
         self._actions = actions
         self._render = render
-        self._stream = Stream(
+        self._tracker = LaneTracker(
             lanes=self.lanes, spec=spec, actions=actions, least_in_flight=self.lanes
         )
         self._sent: tuple[np.ndarray, np.ndarray] | None = None
@@ -192,7 +192,7 @@ class GymnasiumLanes:
     def reset(self) -> Timestep:
         """Starts every lane and answers all; only the first reset uses the seeds."""
         with self._one_thread:
-            self._stream.restart()
+            self._tracker.restart()
             raw, _ = self._vector.reset(seed=self._seeds)
             self._seeds = None  # a second reset goes on with other episodes, as EnvPool's does
             no = np.zeros(self.lanes, bool)
@@ -206,7 +206,7 @@ class GymnasiumLanes:
     def send(self, action: np.ndarray, lane: np.ndarray) -> None:
         """The first half of `step`: checks and keeps the actions."""
         with self._one_thread:
-            self._stream.claim(action, lane)
+            self._tracker.claim(action, lane)
             ordered = np.empty_like(action)
             ordered[lane] = action
             self._sent = self._actions.outward(ordered), lane
@@ -217,13 +217,13 @@ class GymnasiumLanes:
             if self._sent is None:
                 raise RuntimeError("recv() without send(): the lanes wait for actions")
             (ordered, lane), self._sent = self._sent, None
-            self._stream.count()
+            self._tracker.count()
             raw, reward, terminated, truncated, _ = self._vector.step(ordered)
             return self._answer(raw, reward, terminated, truncated, lane)
 
     def episodes(self) -> list[Episode]:
         """The episodes that ended since the last call."""
-        return self._stream.episodes()
+        return self._tracker.episodes()
 
     def render(self, lane: int) -> np.ndarray:
         """uint8[H, W, 3]: a picture of this lane; ValueError where the environment draws none."""
@@ -259,7 +259,7 @@ class GymnasiumLanes:
         if not np.array_equal(lane, self._all_lanes()):
             observation = {name: array[lane] for name, array in observation.items()}
             reward, terminated, truncated = reward[lane], terminated[lane], truncated[lane]
-        return self._stream.answer(
+        return self._tracker.answer(
             observation=observation,
             reward=reward.astype(np.float32),
             terminated=terminated,
@@ -285,7 +285,7 @@ def _id_problems(env_id: str) -> list[str]:
 
 
 def _made(make: Callable[[], Any], env_id: str) -> Any:
-    """What `make` gives; what it lacks, such as a package, as one line that names the id."""
+    """Calls `make`; raises one line that names the id if something (a package) is missing."""
     try:
         return make()
     except Exception as error:  # it is anybody's code
@@ -316,8 +316,8 @@ def _action_spec(env_id: str, space: Any) -> tuple[ActionSpec, Start]:
     if isinstance(space, spaces.Box) and space.dtype.kind == "f":
         low, high = space.low.ravel().tolist(), space.high.ravel().tolist()
         return BoxSpec(shape=tuple(space.shape), low=tuple(low), high=tuple(high)), 0
-    told = " ".join(str(space).split())  # arrays print over several lines
+    found = " ".join(str(space).split())  # arrays print over several lines
     raise ValueError(
-        f"env.id={env_id!r} takes {told}; accepted: Discrete, MultiDiscrete and MultiBinary of "
+        f"env.id={env_id!r} takes {found}; accepted: Discrete, MultiDiscrete and MultiBinary of "
         "one axis, and Box of floats"
     )

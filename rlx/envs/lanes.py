@@ -1,4 +1,4 @@
-"""What both environment families share of lanes: who waits for an action, episodes, seeds.
+"""The lanes of both environment families: which wait for an action, episodes, seeds.
 
 Letters as in `rlx.types`: N lanes, n <= N lanes in one answer, `*` the shape of a leaf.
 """
@@ -62,7 +62,7 @@ class EpisodeCounter:
         env_steps = int(self._env_steps[lane])
         self._ended.append(
             Episode(
-                ret=float(self._return[lane]),
+                return_=float(self._return[lane]),
                 env_steps=env_steps,
                 frames=env_steps * self._frames_per_env_step,
                 lane=lane,
@@ -77,12 +77,12 @@ class EpisodeCounter:
         return ended
 
 
-class Stream:
-    """The lanes of one environment: which wait for an action, whose episode ended, the scores.
+class LaneTracker:
+    """Tracks the lanes of one environment: which wait for an action, whose episode ended, returns.
 
-    It makes the stream of `rlx.types.Timestep`: the answer after an ended one is `first`. It is
-    found from the previous answer of that lane alone; EnvPool's elapsed_step goes on counting over
-    the resets of `episodic_life`.
+    It turns raw answers into `rlx.types.Timestep`s: the answer after an ended one is `first`. This
+    follows from the lane's previous answer alone; EnvPool's elapsed_step goes on counting over the
+    resets of `episodic_life`.
     """
 
     def __init__(
@@ -102,11 +102,11 @@ class Stream:
 
     @property
     def in_flight(self) -> int:
-        """Lanes that were sent an action (or a reset) and have not answered."""
+        """The number of lanes that were sent an action (or a reset) and have not answered."""
         return self.lanes - self._n_waiting
 
     def restart(self) -> None:
-        """All lanes are being reset: none waits, each answers with `first` next."""
+        """Notes that all lanes are being reset: none waits, each answers with `first` next."""
         self._waiting[:] = False
         self._n_waiting = 0
         self._done[:] = True
@@ -116,7 +116,7 @@ class Stream:
     def claim(self, action: np.ndarray, lane: np.ndarray) -> None:
         """Checks an action and marks its lanes as acted; raises ValueError and changes nothing.
 
-        Here and not in EnvPool, which aborts the process or corrupts a lane without a word.
+        The check is here because EnvPool aborts the process, or corrupts a lane silently.
         """
         if not isinstance(lane, np.ndarray) or lane.dtype != np.int32 or lane.ndim != 1:
             raise ValueError(f"lane is {describe(lane)}; give numpy int32[n] of lane numbers")
@@ -198,7 +198,7 @@ class Stream:
         )
 
     def count(self) -> None:
-        """Counts the last answer's episodes, if not done yet: best while the lanes are busy."""
+        """Counts the last answer's episodes once; call it while the lanes are busy."""
         if self._uncounted is not None:
             self._counter.add(**self._uncounted)
             self._uncounted = None
@@ -210,7 +210,7 @@ class Stream:
 
 
 class OneThread:
-    """`with` it around a call that two threads must never be in at once; raises if they are."""
+    """A `with` block that raises if two threads are in it at once."""
 
     def __init__(self, what: str) -> None:
         self._what = what

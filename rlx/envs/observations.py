@@ -1,4 +1,4 @@
-"""What both environment families share of observations: their leaves, and which are read."""
+"""The observations of both environment families: their leaves, and which are read."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ NARROWED = {"float64": "float32", "int64": "int32"}
 
 
 def leaf_name(keys: Sequence[str]) -> str:
-    """'a/b' of these keys from an observation's root; an observation that is one array has none."""
+    """The name 'a/b' of keys from an observation's root; 'observation' if it is one array."""
     return "/".join(keys) or "observation"
 
 
 def nearest(given: str, accepted: Iterable[str], count: int = 3) -> str:
-    """'nearest: a, b, c', or the way to see all names when none is near."""
+    """The text 'nearest: a, b, c', or the number of names when none is near."""
     by_lower = {name.lower(): name for name in accepted}
     found = difflib.get_close_matches(given.lower(), list(by_lower), n=count, cutoff=0.5)
     if not found:
@@ -57,7 +57,7 @@ class Leaf:
         return ArraySpec(shape=shape, dtype=NARROWED.get(self.source.dtype, self.source.dtype))
 
     def read(self, array: Array) -> Array:
-        """What `Reader` makes of this array [n, *], NumPy's or JAX's."""
+        """The leaf's values from its source's array [n, *], of NumPy or JAX."""
         if self.components is not None:
             array = array.take(np.asarray(self.components), axis=1)
         array = array.astype(self.spec.dtype)
@@ -65,32 +65,32 @@ class Leaf:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outside:
-    """What an environment itself gives and takes, for agents that are used without rlx's lanes."""
+class RawSpaces:
+    """What an environment itself gives and takes, for agents that act without rlx's lanes."""
 
     leaves: tuple[Leaf, ...]  # those that the network reads
     ignored: tuple[str, ...]  # names of those that the settings leave out
     action_start: Start  # the number of the first action; rlx counts from 0
 
 
-def outside(sources: Sequence[Source], leaves: Sequence[Leaf], action_start: Start) -> Outside:
+def raw_spaces(sources: Sequence[Source], leaves: Sequence[Leaf], action_start: Start) -> RawSpaces:
     """What the environment gives, of all sources and those selected."""
     read = {leaf.source.name for leaf in leaves}
     ignored = tuple(source.name for source in sources if source.name not in read)
-    return Outside(leaves=tuple(leaves), ignored=ignored, action_start=action_start)
+    return RawSpaces(leaves=tuple(leaves), ignored=ignored, action_start=action_start)
 
 
-def outside_of(family: Any, spec: EnvSpec) -> Outside:
+def raw_spaces_of(family: Any, spec: EnvSpec) -> RawSpaces:
     """A family's own account of it; for one that gives none, as rlx sees the environment."""
     if isinstance(family, Outward):
-        told: Outside = family.outside()
-        return told
+        own: RawSpaces = family.raw_spaces()
+        return own
     sources = [
         Source(name=name, path=(), shape=leaf.shape, dtype=leaf.dtype)
         for name, leaf in sorted(spec.observation.items())
     ]
     leaves = [Leaf(source=source, components=None, scale=None) for source in sources]
-    return outside(sources, leaves, 0)
+    return raw_spaces(sources, leaves, 0)
 
 
 def select(
@@ -103,7 +103,7 @@ def select(
 ) -> tuple[Leaf, ...]:
     """The leaves that these settings ask for, sorted by name.
 
-    The mask of actions comes with them as it is, whatever `observe` says.
+    The mask of actions is always among them, unscaled, whatever `observe` says.
     """
     by_name = {source.name: source for source in sources}
     if action_mask is not None:
@@ -147,7 +147,7 @@ def _check_name(key: str, name: str, accepted: Iterable[str]) -> None:
 
 
 def check_mask(spec: EnvSpec) -> EnvSpec:
-    """The same spec; raises ValueError for a leaf that cannot be its mask of actions."""
+    """Returns the spec; raises ValueError if its mask leaf cannot be a mask of actions."""
     if spec.action_mask is None:
         return spec
     given = f"env.action_mask={spec.action_mask!r}"
@@ -183,14 +183,14 @@ def _check_scale(leaves: Sequence[Leaf], scale: Sequence[float]) -> None:
     found = {leaf.source.name: leaf.spec for leaf in leaves}
     fits = [spec.shape == (len(scale),) and spec.dtype == "float32" for spec in found.values()]
     if fits != [True]:
-        told = {name: f"{spec.dtype}{list(spec.shape)}" for name, spec in found.items()}
+        described = {name: f"{spec.dtype}{list(spec.shape)}" for name, spec in found.items()}
         raise ValueError(
             f"env.scale={list(scale)} needs one selected float leaf of {len(scale)} elements, "
-            f"got {told}"
+            f"got {described}"
         )
 
 
-class Reader:
+class ObservationReader:
     """Turns an environment's raw observations into flat dicts of the selected leaves."""
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
@@ -206,7 +206,7 @@ class Reader:
         ]
 
     def __call__(self, raw: Any) -> dict[str, np.ndarray]:
-        """{leaf: dtype[n, *]}: views where nothing has to change, so treat them as read-only."""
+        """Returns {leaf: dtype[n, *]}; unchanged leaves are views, so treat all as read-only."""
         read = {}
         for name, path, components, scale, dtype in self._parts:
             array = raw

@@ -1,7 +1,7 @@
-"""A trained agent in plain Python: one environment, or N side by side, of anybody's making.
+"""A trained agent in plain Python, for any one environment or any N side by side.
 
-The caller keeps what the network must be told of the step before (`State`), so there is nothing to
-reset and no state that two environments could share. `act_in_lanes` is the same as a pure function
+The caller keeps what the network needs of the step before (`State`), so there is nothing to reset
+and no state that two environments could share. `act_in_lanes` is the same as a pure function
 of dicts of arrays: `rlx.export` writes it to a file.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from rlx import trees
 from rlx.acting.inputs import network_input
 from rlx.envs.actions import Actions, describe
-from rlx.envs.observations import NARROWED, Leaf, Outside
+from rlx.envs.observations import NARROWED, Leaf, RawSpaces
 from rlx.interfaces import Agent
 from rlx.types import Array, DiscreteSpec, Params
 
@@ -49,7 +49,7 @@ def state_shapes(agent: Agent, lanes: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 def act_in_lanes(
     agent: Agent,
-    outside: Outside,
+    raw_spaces: RawSpaces,
     params: Params,
     observation: Mapping[str, Array],
     reward: Array,
@@ -67,7 +67,7 @@ def act_in_lanes(
     carry = {name.removeprefix(CARRY): x for name, x in state.items() if name.startswith(CARRY)}
     inputs = network_input(
         observation={
-            leaf.source.name: leaf.read(observation[leaf.source.name]) for leaf in outside.leaves
+            leaf.source.name: leaf.read(observation[leaf.source.name]) for leaf in raw_spaces.leaves
         },
         reward=reward,
         first=first,
@@ -78,30 +78,34 @@ def act_in_lanes(
     )
     action, _, new = agent.act(params, inputs, trees.unflatten(like, carry), key, epsilon)
     after = {CARRY + name: x for name, x in trees.flatten(new).items()}
-    taken = Actions(agent.spec.action, start=outside.action_start).outward(action)
+    taken = Actions(agent.spec.action, start=raw_spaces.action_start).outward(action)
     return taken, {"action": action, "time": inputs.time, **after}
 
 
 # --- what is given -------------------------------------------------------------------------------
 
 
-def read_observation(outside: Outside, given: Any) -> tuple[dict[str, np.ndarray], int | None]:
-    """(leaves [N, *], N), or ([1, *], None) of one unbatched observation; ValueError if neither."""
-    flat = _by_name(outside, given)
+def read_observation(raw_spaces: RawSpaces, given: Any) -> tuple[dict[str, np.ndarray], int | None]:
+    """Returns (leaves [N, *], N), or ([1, *], None) if unbatched; ValueError if neither."""
+    flat = _by_name(raw_spaces, given)
     arrays, lanes = {}, set()
-    for leaf in outside.leaves:
+    for leaf in raw_spaces.leaves:
         name = leaf.source.name
         array = np.asarray(flat[name])
         fits = len(leaf.source.shape)
         shaped = array.shape[array.ndim - fits :] == leaf.source.shape and array.ndim <= fits + 1
         if not shaped or array.dtype.name not in accepted_dtypes(leaf) or 0 in array.shape[:1]:
-            raise ValueError(f"observation{_at(outside, name)} is {describe(array)}; {_told(leaf)}")
+            raise ValueError(
+                f"observation{_at(raw_spaces, name)} is {describe(array)}; {_accepted(leaf)}"
+            )
         lanes.add(len(array) if array.ndim > fits else None)
         array = array.astype(leaf.spec.dtype, copy=False)
         arrays[name] = array if array.ndim > fits else array[None]
     if len(lanes) > 1:
-        told = ", ".join(f"{name} {describe(np.asarray(flat[name]))}" for name in arrays)
-        raise ValueError(f"observation has {told}; give all leaves of one lane, or all of N lanes")
+        described = ", ".join(f"{name} {describe(np.asarray(flat[name]))}" for name in arrays)
+        raise ValueError(
+            f"observation has {described}; give all leaves of one lane, or all of N lanes"
+        )
     return arrays, lanes.pop()
 
 
@@ -111,27 +115,27 @@ def accepted_dtypes(leaf: Leaf) -> list[str]:
     return sorted({leaf.source.dtype, leaf.spec.dtype, *wide})
 
 
-def _by_name(outside: Outside, given: Any) -> dict[str, Any]:
+def _by_name(raw_spaces: RawSpaces, given: Any) -> dict[str, Any]:
     """The arrays by leaf name; refuses other names than the environment's."""
-    names = [leaf.source.name for leaf in outside.leaves]
+    names = [leaf.source.name for leaf in raw_spaces.leaves]
     if not isinstance(given, Mapping):
-        if len(names) == 1 and not outside.ignored:
+        if len(names) == 1 and not raw_spaces.ignored:
             return {names[0]: given}
-        told = describe(given)
-        raise ValueError(f"observation is {told}; give a dict of {', '.join(names)}")
+        described = describe(given)
+        raise ValueError(f"observation is {described}; give a dict of {', '.join(names)}")
     flat = _flat(given)
     missing = [name for name in names if name not in flat]
-    unknown = [name for name in flat if name not in names and name not in outside.ignored]
+    unknown = [name for name in flat if name not in names and name not in raw_spaces.ignored]
     if missing or unknown:
         raise ValueError(
             f"observation has {', '.join(flat) or 'no leaves'}; accepted: a dict of "
-            f"{', '.join(names)}" + _ignored(outside)
+            f"{', '.join(names)}" + _ignored(raw_spaces)
         )
     return flat
 
 
-def _ignored(outside: Outside) -> str:
-    return f" ({', '.join(outside.ignored)} may be there, too)" if outside.ignored else ""
+def _ignored(raw_spaces: RawSpaces) -> str:
+    return f" ({', '.join(raw_spaces.ignored)} may be there, too)" if raw_spaces.ignored else ""
 
 
 def _flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -142,11 +146,11 @@ def _flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _at(outside: Outside, name: str) -> str:
-    return "" if len(outside.leaves) == 1 else f" {name!r}"
+def _at(raw_spaces: RawSpaces, name: str) -> str:
+    return "" if len(raw_spaces.leaves) == 1 else f" {name!r}"
 
 
-def _told(leaf: Leaf) -> str:
+def _accepted(leaf: Leaf) -> str:
     shape = ", ".join(map(str, leaf.source.shape))
     batch = ", ".join(map(str, ("N", *leaf.source.shape)))
     dtype = leaf.source.dtype
@@ -160,7 +164,7 @@ def _told(leaf: Leaf) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class State:
-    """What an agent remembers of an episode, or of N. Opaque; never changed, so it may be kept."""
+    """What an agent remembers of an episode, or of N; opaque and never changed."""
 
     leaves: Mapping[str, Array]
     key: Array
@@ -171,11 +175,11 @@ class State:
 class Player:
     """Acts with one checkpoint's parameters, on the CPU; compiled once for each number of lanes."""
 
-    def __init__(self, *, agent: Agent, outside: Outside, params: Params) -> None:
-        self._agent, self._outside = agent, outside
+    def __init__(self, *, agent: Agent, raw_spaces: RawSpaces, params: Params) -> None:
+        self._agent, self._raw_spaces = agent, raw_spaces
         self._device = jax.local_devices(backend="cpu")[0]
         self._params = jax.device_put(params, self._device)
-        self._compiled = jax.jit(functools.partial(_act_and_split, agent, outside))
+        self._compiled = jax.jit(functools.partial(_act_and_split, agent, raw_spaces))
 
     def act(
         self,
@@ -189,7 +193,7 @@ class Player:
         seed: int | None = None,
     ) -> tuple[Any, State]:
         """Chooses actions as `rlx.api.Loaded.act` says."""
-        arrays, lanes = read_observation(self._outside, observation)
+        arrays, lanes = read_observation(self._raw_spaces, observation)
         n = 1 if lanes is None else lanes
         exploration = self._exploration(greedy, epsilon)
         if seed is not None and not (_is_number(seed, "iu") and -(2**63) <= seed < 2**63):
@@ -207,16 +211,16 @@ class Player:
                 self._params, arrays, rewards, firsts, state.leaves, state.key, each
             )
         after = State(leaves=leaves, key=key, lanes=lanes, player=self)
-        return self._told(np.asarray(action), lanes), after
+        return self._outward(np.asarray(action), lanes), after
 
-    def _told(self, action: np.ndarray, lanes: int | None) -> Any:
+    def _outward(self, action: np.ndarray, lanes: int | None) -> Any:
         """The action as the caller gets it: an int or one array where nothing was batched."""
         if lanes is not None:
             return action
         return int(action[0]) if isinstance(self._agent.spec.action, DiscreteSpec) else action[0]
 
     def _exploration(self, greedy: bool | None, epsilon: float | None) -> float:
-        """0 is greedy, 1 is as the agent samples."""
+        """The amount of exploration: 0 is greedy, 1 is as the agent samples."""
         if not (greedy is None or isinstance(greedy, bool)):
             raise ValueError(f"greedy is {greedy!r}; accepted: True, False, or None")
         if epsilon is None:
@@ -257,7 +261,7 @@ class Player:
 
 def _act_and_split(
     agent: Agent,
-    outside: Outside,
+    raw_spaces: RawSpaces,
     params: Params,
     observation: Arrays,
     reward: Array,
@@ -268,13 +272,13 @@ def _act_and_split(
 ) -> tuple[Array, Arrays, Array]:
     key, used = jax.random.split(key)
     action, state = act_in_lanes(
-        agent, outside, params, observation, reward, first, state, used, epsilon
+        agent, raw_spaces, params, observation, reward, first, state, used, epsilon
     )
     return action, state, key
 
 
 def _is_number(value: Any, kinds: str) -> bool:
-    """Whether it is one number, of these kinds of NumPy's."""
+    """Whether the value is one number of these NumPy kinds."""
     return np.ndim(value) == 0 and np.asarray(value).dtype.kind in kinds
 
 
@@ -289,7 +293,7 @@ def _refuse_of_no_episode(**given: Any) -> None:
 
 
 def _rewards(reward: Any, lanes: int | None) -> np.ndarray:
-    """f32[N] of what the last actions earned."""
+    """The rewards of the last actions, f32[N]."""
     wanted = "a number" if lanes is None else f"{lanes} numbers"
     if reward is None:
         begin = " (where an episode begins: state=None)" if lanes is None else ""
@@ -302,7 +306,7 @@ def _rewards(reward: Any, lanes: int | None) -> np.ndarray:
 
 
 def _firsts(first: Any, lanes: int | None) -> np.ndarray:
-    """bool[N]: which lanes begin an episode with this observation."""
+    """The lanes that begin an episode with this observation, bool[N]."""
     if lanes is None:
         if first is not None:
             raise ValueError("first is for batches; one environment begins with state=None")

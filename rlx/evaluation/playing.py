@@ -15,7 +15,7 @@ import numpy as np
 
 from rlx.acting.inputs import InputTracker
 from rlx.acting.policy import Policy
-from rlx.evaluation.video import GridRecorder, Recorder, not_recorded, with_values
+from rlx.evaluation.video import GridRecorder, VideoRecorder, not_recorded, with_values
 from rlx.interfaces import Agent, Asynchronous, Env, EnvFamily
 from rlx.seeding import spawn_int
 from rlx.statistics import summarize
@@ -45,7 +45,7 @@ class Evaluation:
         seed: int,
         watch: Watch | None = None,
     ) -> list[float]:
-        """Unclipped returns of that many episodes."""
+        """The unclipped returns of `episodes` episodes."""
         finished = run_episodes(
             agent=agent,
             weights=weights,
@@ -56,7 +56,7 @@ class Evaluation:
             seed=seed,
             watch=watch,
         )
-        return [episode.ret for episode in finished]
+        return [episode.return_ for episode in finished]
 
 
 # --- playing -------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ Acted = Callable[[np.ndarray, Any], None]
 
 
 class Starts:
-    """Numbers episodes by when they started: a lane's next one starts where its last one ended."""
+    """Numbers episodes by their starts; a lane's next one starts when its last one ends."""
 
     def __init__(self, lanes: int, episodes: int) -> None:
         self.number = np.arange(lanes)  # of the episode each lane is in
@@ -158,9 +158,9 @@ def evaluate(
     lanes: int,
     epsilon: float,
     seed: int,
-    recorder: Recorder | GridRecorder | None = None,
+    recorder: VideoRecorder | GridRecorder | None = None,
 ) -> JSON:
-    """Plays that many episodes; their statistics, returns and settings, ready for JSON."""
+    """Plays episodes; returns their statistics, returns and settings, ready for JSON."""
     lanes = min(lanes, episodes)
     finished = run_episodes(
         agent=with_values(agent) if isinstance(recorder, GridRecorder) else agent,
@@ -174,7 +174,7 @@ def evaluate(
         acted=recorder.acted if isinstance(recorder, GridRecorder) else None,
         render=recorder is not None,
     )
-    returns = [episode.ret for episode in finished]
+    returns = [episode.return_ for episode in finished]
     return {
         "env_id": agent.spec.id,
         "seed": seed,

@@ -1,7 +1,7 @@
 """Evaluation in a Ray actor beside the training: `evaluation.where=actor`.
 
-It is watched and replaced like an actor that acts; an evaluation that its end cost is made good by
-the next one.
+It is watched and replaced like an acting actor; an evaluation that is lost with it is not
+repeated, the next one follows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlx.cluster.fleet import Answered, Deadlines, Fleet, Lost, Ready
 from rlx.cluster.pickled import pickled
 from rlx.cluster.whereabouts import (
     Whereabouts,
-    let_the_learner_first,
+    lower_priority,
     thread_limits,
     whereabouts,
 )
@@ -44,14 +44,14 @@ class RemoteEvaluator:
         return whereabouts()
 
     def prepare(self, cores: tuple[int, ...] | None) -> None:
-        """Opens what it is made of, which loads JAX."""
+        """Builds its parts, which loads JAX."""
         if cores is not None:
             os.sched_setaffinity(0, cores)
         self._evaluation, self._family, self._agent, self._seed = pickle.loads(self._made_of)
-        let_the_learner_first()
+        lower_priority()
 
     def evaluate(self, weights: Weights, env_steps: int) -> Evaluated:
-        """The evaluation that training would have made with these weights."""
+        """Evaluates these weights as the training process would."""
         returns = self._evaluation.returns(
             agent=self._agent,
             weights=weights,
@@ -76,7 +76,7 @@ class RayEvaluator:
         seed: int,
         address: str | None,
     ) -> None:
-        """`address`: of the cluster, as `acting.address`."""
+        """`address`: the cluster's, as in `acting.address`."""
         made_of = pickled((evaluation, family, agent, seed))
         self._cluster = Cluster(address=address, store_bytes=STORE_BYTES)
         self._fleet = Fleet(
@@ -98,7 +98,7 @@ class RayEvaluator:
         self._polled_s = 0.0
 
     def submit(self, weights: Weights, env_steps: int) -> None:
-        """Asks for an evaluation; left out and counted while another is being made."""
+        """Asks for an evaluation; while another is being made it is dropped and counted."""
         if self._busy or self._wanted is not None:
             self._skipped += 1
             return
@@ -106,25 +106,25 @@ class RayEvaluator:
         self._send()
 
     def poll(self) -> list[Evaluated]:
-        """What has been found since the last call; looks a few times a second."""
+        """The evaluations finished since the last call; it looks a few times a second."""
         if monotonic() - self._polled_s < POLL_EVERY_S:
             return []
         self._polled_s = monotonic()
         found: list[Evaluated] = []
         for event in self._fleet.poll(0.0):
-            self._heed(event, found)
+            self._handle(event, found)
         self._send()
         return found
 
     def stats(self) -> dict[str, Any]:
-        """How many evaluations were left out."""
+        """The number of evaluations that were dropped."""
         return {"evaluation/skipped": float(self._skipped)}
 
     def close(self) -> None:
         self._fleet.close()
         self._cluster.close()
 
-    def _heed(self, event: Ready | Answered | Lost, found: list[Evaluated]) -> None:
+    def _handle(self, event: Ready | Answered | Lost, found: list[Evaluated]) -> None:
         if isinstance(event, Ready):
             self._is_ready = True
             return

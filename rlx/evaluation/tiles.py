@@ -33,16 +33,16 @@ class Seen:
 
     picture: np.ndarray  # uint8[H, W, 3]
     title: str
-    ret: float  # unclipped, so far
+    return_: float  # unclipped, so far
     env_step: int
-    values: np.ndarray | None  # f32[A]; None: not told, or the episode has ended
-    action: int | None  # None: not told, or it is not one choice
+    values: np.ndarray | None  # f32[A]; None: unknown, or the episode has ended
+    action: int | None  # None: unknown, or not one choice
     spread: float  # the largest distance of a Q-value from their mean, so far
     ended: bool
 
 
 def grid(tiles: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8[H, W, 3]: equal tiles in rows, about as wide as high, the rest dark."""
+    """Joins equal tiles into a picture uint8[H, W, 3], about as wide as high; the rest is dark."""
     columns = math.ceil(math.sqrt(len(tiles)))
     rows = math.ceil(len(tiles) / columns)
     high, wide = tiles[0].shape[:2]
@@ -55,7 +55,7 @@ def grid(tiles: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def tile(seen: Seen) -> np.ndarray:
-    """uint8[HEIGHT + PANEL, WIDTH, 3]."""
+    """Draws one tile, uint8[HEIGHT + PANEL, WIDTH, 3]."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (WIDTH, HEIGHT + PANEL), BACKGROUND)
@@ -87,7 +87,7 @@ def _fitted(picture: Any) -> Any:
 def _lines(draw: Any, seen: Seen) -> None:
     top = HEIGHT + EDGE
     _text(draw, (EDGE, top), seen.title, TEXT)
-    _text(draw, (WIDTH - EDGE, top), f"return {_number(seen.ret)}", TEXT, "ra")
+    _text(draw, (WIDTH - EDGE, top), f"return {_number(seen.return_)}", TEXT, "ra")
     _text(draw, (EDGE, top + LINE), f"env step {seen.env_step}", DIM)
     if seen.ended:
         _text(draw, (WIDTH - EDGE, top + LINE), "ended", ENDED, "ra")
@@ -97,7 +97,7 @@ def _lines(draw: Any, seen: Seen) -> None:
 
 
 def _bars(draw: Any, seen: Seen, values: np.ndarray) -> None:
-    """A bar per action around the mean of all; the chosen one is yellow."""
+    """Draws a bar per action around the mean of all; the chosen one is yellow."""
     top = HEIGHT + EDGE + 2 * LINE + 2
     middle, half = top + BARS // 2, BARS // 2 - 2
     column = (WIDTH - 2 * EDGE) / len(values)
@@ -135,6 +135,6 @@ def _font(size: int) -> Any:
 
 
 def _number(value: float) -> str:
-    """Three or four digits, however large."""
+    """The number with three or four digits."""
     value = float(value)
     return f"{value:.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.3g}"

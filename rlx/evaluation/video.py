@@ -1,7 +1,7 @@
-"""Films of episodes: of the first one, or of several side by side with their Q-values.
+"""Videos of episodes: of the first one, or of several side by side with their Q-values.
 
-Recorders are given to `rlx.evaluation.playing.run_episodes` as `watch`; its Starts tell which
-episode a lane plays.
+`rlx.evaluation.playing.run_episodes` takes a recorder as `watch`; its Starts say which episode a
+lane plays.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 VIDEO_FRAMES = 3000  # a longer episode is cut: a GIF is gathered in memory before it is written
 
 
-class Film:
+class VideoFile:
     """A video file, one picture per env step; a `with` block puts the whole file in place."""
 
     def __init__(self, folder: Path, name: str, fps: float) -> None:
@@ -41,12 +41,12 @@ class Film:
         self._pictures = 0
 
     def add(self, picture: np.ndarray) -> bool:
-        """Whether it is full with this picture, uint8[H, W, 3]."""
+        """Adds a picture uint8[H, W, 3]; returns whether the file is full now."""
         self._writer.append_data(picture)
         self._pictures += 1
         return self._pictures >= VIDEO_FRAMES
 
-    def __enter__(self) -> Film:
+    def __enter__(self) -> VideoFile:
         return self
 
     def __exit__(
@@ -59,40 +59,40 @@ class Film:
             self._temporary.unlink(missing_ok=True)
 
 
-class Recorder:
+class VideoRecorder:
     """Shows the episode that started first; give it to `run_episodes` as `watch`."""
 
-    def __init__(self, film: Film) -> None:
-        self._film, self._complete = film, False
+    def __init__(self, file: VideoFile) -> None:
+        self._file, self._complete = file, False
 
     def __call__(self, env: Any, timestep: Timestep, starts: Any) -> None:
         """Adds a picture while lane 0 plays its first episode, whose number is 0."""
         if self._complete or 0 not in timestep.lane:
             return
-        full = self._film.add(_picture(env, 0))
+        full = self._file.add(_picture(env, 0))
         self._complete = bool(starts.number[0] != 0)
         if full and not self._complete:
-            _tell_cut(self._film)
+            _tell_cut(self._file)
             self._complete = True
 
 
 class GridRecorder:
     """Shows the episodes that started first, side by side, with the values of their actions.
 
-    Give `run_episodes` it as `watch` and its `acted` as `acted`, and the agent `with_values`.
+    Give it to `run_episodes` as `watch`, its `acted` as `acted`, and the agent `with_values`.
     An episode that has ended keeps its last picture until all have.
     """
 
-    def __init__(self, film: Film, count: int) -> None:
-        """count: episodes, no more than there are lanes: each is its lane's first one."""
-        self._film = film
+    def __init__(self, file: VideoFile, count: int) -> None:
+        """count: number of episodes, at most one per lane: each is its lane's first."""
+        self._file = file
         self._seen: list[tiles.Seen | None] = [None] * count
         self._tiles = [np.zeros((tiles.HEIGHT + tiles.PANEL, tiles.WIDTH, 3), np.uint8)] * count
         self._rows: list[tuple[int, int]] = []  # (lane, its row in the answer), to be acted in
         self._complete = False
 
     def __call__(self, env: Any, timestep: Timestep, starts: Any) -> None:
-        """Takes pictures of the episodes under way; what they show is complete when acted."""
+        """Takes pictures of the episodes under way; `acted` completes them."""
         self._rows = []
         if self._complete:
             return
@@ -114,7 +114,7 @@ class GridRecorder:
             self._add()
 
     def acted(self, action: np.ndarray, acting: Any) -> None:
-        """action [n, *], acting f32[n, A] of `with_values` or another agent's own record."""
+        """Shows action [n, *] and acting: f32[n, A] of `with_values`, or another agent's record."""
         is_choice = action.ndim == 1 and action.dtype.kind == "i"
         for lane, row in self._rows:
             seen = self._seen[lane]
@@ -136,7 +136,7 @@ class GridRecorder:
         return tiles.Seen(
             picture=_picture(env, lane),
             title=f"episode {lane}",
-            ret=before.ret + reward if before else 0.0,
+            return_=before.return_ + reward if before else 0.0,
             env_step=before.env_step + 1 if before else 0,
             values=None,
             action=None,
@@ -150,8 +150,8 @@ class GridRecorder:
         self._tiles[lane] = tiles.tile(seen)
 
     def _add(self) -> None:
-        if self._film.add(tiles.grid(self._tiles)) and not all(map(_ended, self._seen)):
-            _tell_cut(self._film)
+        if self._file.add(tiles.grid(self._tiles)) and not all(map(_ended, self._seen)):
+            _tell_cut(self._file)
             self._complete, self._rows = True, []
 
 
@@ -159,8 +159,8 @@ def _ended(seen: tiles.Seen | None) -> bool:
     return seen is not None and seen.ended
 
 
-def _tell_cut(film: Film) -> None:
-    log.warning("%s: cut after %d frames.", film.path, VIDEO_FRAMES)
+def _tell_cut(file: VideoFile) -> None:
+    log.warning("%s: cut after %d frames.", file.path, VIDEO_FRAMES)
 
 
 def _picture(env: Any, lane: int) -> np.ndarray:
@@ -173,7 +173,7 @@ def _picture(env: Any, lane: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WithValues:
-    """An agent whose record of acting time is every action's value, f32[N, A]."""
+    """An agent whose record of acting time holds every action's value, f32[N, A]."""
 
     agent: Any
 
@@ -209,5 +209,5 @@ def _has_ffmpeg() -> bool:
 
 
 def not_recorded(why: str) -> ConfigError:
-    """What is wrong with recording, in one line, to raise."""
+    """The ConfigError, of one line, that says why nothing can be recorded."""
     return refuse("record", why.strip().split("\n")[0])

@@ -1,4 +1,4 @@
-"""The memory that there is."""
+"""The memory that this process may still use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: how a run, or a sweep of runs, is told to stop."""
+"""Ctrl-C and SIGTERM: how a run, or a sweep of runs, is stopped."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ TOGETHER_S = 5.0  # SIGTERMs that come within it are one
 def stop_on_signals() -> Iterator[threading.Event]:
     """An event that Ctrl-C and SIGTERM set; a second one interrupts at once.
 
-    Not a SIGTERM soon after another: batch systems send it to a sweep and its runs alike, the sweep
-    hands its own on, and of a sweep that is killed Linux may tell a run once for each thread.
+    A SIGTERM soon after another does not count as the second: batch systems send it to a sweep and
+    its runs alike, the sweep hands its own on, and when a sweep is killed Linux may signal a run
+    once for each thread.
     """
     stop, is_again = threading.Event(), _repetition()
     if threading.current_thread() is not threading.main_thread():
@@ -41,7 +42,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does; one soon after it (timeout sends two) is the same."""
+    """Makes SIGTERM do what Ctrl-C does; one soon after it (timeout sends two) is ignored."""
     is_again = _repetition()
 
     def handle(number: int, frame: Any) -> None:
@@ -53,7 +54,7 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def _repetition() -> Callable[[int], bool]:
-    """Tells of each signal whether it is a SIGTERM soon after another signal."""
+    """A function that says of each signal whether it is a SIGTERM soon after another signal."""
     told_at = -TOGETHER_S
 
     def is_again(number: int) -> bool:

@@ -1,4 +1,4 @@
-"""What XLA reads from the environment, once, when it starts in a process: set it before."""
+"""The environment variables that XLA reads once, when it starts in a process: set them before."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_flag(flag: str) -> None:
 def fast_convolutions() -> list[str]:
     """Flags for fast convolutions on CPUs, where this jaxlib knows them and gains from them.
 
-    They are for processes with an environment of their own, too: what the user set is kept.
+    Processes with an environment of their own get them, too; what the user set is kept.
     """
     if version("jaxlib") not in GAIN_BY:
         return []

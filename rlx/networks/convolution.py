@@ -86,7 +86,7 @@ def _stack(
 def _by_chunks(
     images: Array, layers: Any, *, strides: tuple[int, ...], dtype: Any, remat: bool
 ) -> Array:
-    """The same, a few images at a time."""
+    """Computes the same, a few images at a time."""
     how: Any = {"strides": strides, "dtype": dtype, "layer": layer_on_cpu}
 
     def stack(some: Array) -> Array:

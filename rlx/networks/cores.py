@@ -129,7 +129,7 @@ def _gru_step(carry: Any, gates: Array, product: Array) -> Any:
 
 
 class Feedforward(Core, kw_only=True):
-    """No memory beyond the stack of frames: one dense layer in the place of the recurrence."""
+    """A core without memory beyond the stack of frames: one dense layer instead of a recurrence."""
 
     units: Annotated[int, Range(ge=1)]
 

@@ -45,7 +45,7 @@ class _Whole(nn.Module):
 
 
 def _features(net: RecurrentNetwork, inputs: NetInput, core: Any) -> tuple[Array, Any]:
-    """Inside a module's call: its submodules are made here."""
+    """The features; it runs inside a module's call and makes its submodules."""
     dtype = jnp.dtype(net.compute_dtype)
     time, batch = inputs.first.shape
     flat = {
@@ -102,7 +102,7 @@ class RecurrentNetwork:
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether it remembers more than its stack of frames."""
+        """Whether the network remembers more than its stack of frames."""
         return bool(jax.tree.leaves(jax.eval_shape(lambda: self.core.initial_carry(1))))
 
     def init(self, key: Array, heads: Mapping[str, Head], **further: tuple[Array, ...]) -> Params:
@@ -145,12 +145,12 @@ class RecurrentNetwork:
         return _Body(settings=self).apply({"params": params}, stacked, core)
 
     def read(self, params: Params, name: str, head: Head, features: Array, *further: Array) -> Any:
-        """What a head says of features [..., F], and of the further inputs that it takes."""
+        """The output of a head for features [..., F] and its further inputs."""
         dtype = jnp.dtype(self.compute_dtype)
         return head.apply({"params": params[name]}, features, self.spec.action, dtype, *further)
 
     def initial_carry(self, batch: int) -> Carry:
-        """Zeros, for `batch` lanes."""
+        """The carry before an episode's first row: zeros, for `batch` lanes."""
         shapes = {k: (s.shape, s.dtype) for k, s in self.spec.observation.items()}
         return Carry(
             core=self.core.initial_carry(batch),

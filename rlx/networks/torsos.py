@@ -19,7 +19,7 @@ class Torso(nn.Module, kw_only=True):
 
 
 def flat_leaves(observation: Mapping[str, Array], dtype: Any) -> Array:
-    """All leaves, flattened and side by side."""
+    """All leaves, flattened and concatenated."""
     leaves = [observation[name] for name in sorted(observation)]
     flat = [leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])) for leaf in leaves]
     return jnp.concatenate([leaf.astype(dtype) for leaf in flat], axis=-1)
@@ -118,7 +118,7 @@ class NatureCNN(Torso, kw_only=True):
         return jnp.concatenate([x, flat_leaves(others, dtype)], axis=-1) if others else x
 
     def _check_size(self, shape: tuple[int, ...]) -> None:
-        """Refuses images of which the layers leave nothing: the network would not see them."""
+        """Raises ValueError for images so small that the layers leave nothing of them."""
         sides = shape[1:]
         for size, stride in zip(self.kernels, self.strides, strict=True):
             if min(sides) < size:

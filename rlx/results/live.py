@@ -40,12 +40,12 @@ TAIL = 64  # bytes before the offset by which a file is known again
 # --- all runs ------------------------------------------------------------------------------------
 
 
-class Runs:
+class LiveRuns:
     """All runs below a folder. For several threads: one looks at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._lock = folder, threading.Lock()
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, LiveRun] = {}
 
     def all(self) -> list[JSON]:
         """What is known of each run now, by name."""
@@ -67,7 +67,7 @@ class Runs:
 
     def _find(self) -> None:
         found = {path.relative_to(self._folder).as_posix(): path for path in find(self._folder)}
-        self._runs = {name: self._runs.get(name) or Run(found[name], name) for name in found}
+        self._runs = {name: self._runs.get(name) or LiveRun(found[name], name) for name in found}
 
 
 # --- one run -------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class RowsFile:
             self.poll()
 
     def poll(self) -> None:
-        """Takes the rows that were added; a last line that has no end yet waits for it."""
+        """Reads the rows that were added; an unfinished last line waits for the next poll."""
         try:
             found = self._path.stat()
             if (found.st_size, found.st_mtime_ns) != self._seen:
@@ -118,7 +118,7 @@ class RowsFile:
         self._seen = (found.st_size, found.st_mtime_ns)
 
     def _read_tail(self, file: Any) -> bytes:
-        """The bytes before the offset: others, where a resume took rows away and wrote new ones."""
+        """The bytes before the offset; they differ if a resume removed rows and wrote new ones."""
         begin = max(0, self._offset - TAIL)
         file.seek(begin)
         return bytes(file.read(self._offset - begin))
@@ -137,12 +137,12 @@ class RowsFile:
             self.names |= {name: None for name in new if number(row[name]) is not None}
 
     def curve(self, name: str, points: int) -> Curve:
-        """Env steps and values where there is one: of neighbours the mean, at most `points`."""
+        """Env steps and values where a value exists; at most `points`, as means of neighbours."""
         pairs = zip(self.columns["env_steps"], self.columns[name], strict=True)
         return thin([(x, y) for x, y in pairs if not math.isnan(y)], points)
 
     def newest(self, name: str) -> float | None:
-        """The last value that is one."""
+        """The last finite value of a column."""
         column = self.columns[name]
         return next((value for value in reversed(column) if not math.isnan(value)), None)
 
@@ -155,8 +155,8 @@ class RowsFile:
         return number(self.last.get(ENV_STEPS_PER_S))
 
 
-class Run:
-    """One folder, as it was when it was last polled."""
+class LiveRun:
+    """One run's folder as of the last poll."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._name, self._folder = name, RunFolder(folder)
@@ -169,17 +169,17 @@ class Run:
         status, settings = self._folder.status, self._folder.settings
         state, note = self._folder.state()
         row = self._rows.last
-        told = self._folder.summary | status | row  # the later, the newer
+        newest = self._folder.summary | status | row  # the later, the newer
         evaluation = self._rows.newest(EVALUATION)
         if evaluation is None:
-            evaluation = number(told.get("evaluation_return"))
+            evaluation = number(newest.get("evaluation_return"))
         self._about = {
             "name": self._name,
             "state": state,
             "note": note,
             "age_s": age_s(status),
             "total_env_steps": number(settings.get("total_env_steps")),
-            **{name: number(told.get(name)) for name in ("env_steps", "updates", "wall_s")},
+            **{name: number(newest.get(name)) for name in ("env_steps", "updates", "wall_s")},
             **{short: number(row.get(name)) for short, name in ROW_NAMES.items()},
             "evaluation_return": evaluation,
             "left_s": self._left_s(settings) if state == "running" else None,
@@ -191,7 +191,7 @@ class Run:
         }
 
     def brief(self) -> JSON:
-        """For the list of all runs."""
+        """What the list of all runs shows of this one."""
         curves = {"train": TRAIN, "evaluation": EVALUATION}
         return self._about | {key: self._rows.curve(of, SMALL) for key, of in curves.items()}
 

@@ -33,7 +33,7 @@ SCORES: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one run's folder says."""
+    """The content of one run's folder."""
 
     name: str  # relative to the folder that was searched
     path: Path
@@ -89,7 +89,7 @@ def runs(folder: Path | str) -> pd.DataFrame:
 
 
 def run_rows(found: Sequence[Run], settings: Iterable[str]) -> list[JSON]:
-    """What `runs` puts into a row, in its order."""
+    """The rows of `runs`, in its order."""
     settings = list(settings)
     rows = []
     for run in found:
@@ -135,7 +135,7 @@ def value_of(run: Run, name: str) -> Any:
 
 
 def _follows(found: Sequence[Run], name: str, groups: Sequence[str]) -> bool:
-    """Whether the choices of groups tell a setting's value."""
+    """Whether the chosen groups determine a setting's value."""
     values: dict[tuple[Any, ...], set[Any]] = {}
     for run in found:
         chosen = tuple(run.choices.get(group) for group in groups)

@@ -70,12 +70,12 @@ class Study:
 
     @cached_property
     def finished(self) -> list[Run]:
-        """The runs that count in tables of final scores."""
+        """The finished runs, which count in tables of final scores."""
         return [run for run in self.runs if run.state == "finished"]
 
     @cached_property
     def score(self) -> str:
-        """Where final scores come from: the best source that every finished run has."""
+        """The source of final scores: the best one that every finished run has."""
         has = (s for s in SCORES if all(run.scores[s] is not None for run in self.finished))
         return next(has, "training")
 
@@ -277,7 +277,7 @@ def speed(given: Study) -> list[dict[str, Any]]:
 
 
 def _rate(runs: Sequence[Run], name: str) -> float:
-    """The mean over the runs whose rows tell it; NaN where none does."""
+    """The mean rate over the runs whose rows have it; NaN if none has."""
     rates = []
     for run in runs:
         first, last = run.rows[0], run.rows[-1]
@@ -344,7 +344,7 @@ def _on_grid(grid: np.ndarray, steps: np.ndarray, values: np.ndarray) -> np.ndar
 
 
 def _points(run: Run, metric: str, x: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where the metric was measured, and what; without the rows that do not have it."""
+    """The x and the values of the metric, without the rows that do not have it."""
     rows = [row for row in run.rows if row.get(metric) is not None and row.get(x) is not None]
     return np.array([row[x] for row in rows], float), np.array([row[metric] for row in rows], float)
 

@@ -25,7 +25,7 @@ class Board(Protocol):
 def open_boards(
     folder: Path, *, tensorboard: bool, wandb: str | None, resume_env_steps: int | None
 ) -> list[Board]:
-    """Those that were asked for; wandb: a project's name."""
+    """Opens the boards that the settings ask for; wandb: a project's name."""
     boards: list[Board] = []
     if tensorboard:
         boards.append(TensorBoard(folder / "tensorboard", resume_env_steps))
@@ -56,7 +56,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of wandb, with the configuration; charts are over env steps.
 
-    What its server or its process fails at is told once, and never ends the training.
+    A failure of its server or process is logged once, and never ends the training.
     """
 
     def __init__(self, folder: Path, project: str, *, resumes: bool) -> None:

@@ -40,7 +40,7 @@ def as_float(value: Any) -> float:
 
 
 def clean(value: Any) -> Any:
-    """The same in JSON's types; what is not finite becomes None."""
+    """The value in JSON's types; numbers that are not finite become None."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, Mapping):

@@ -56,7 +56,7 @@ YAML_ERRORS = (OSError, ValueError, RecursionError, yaml.YAMLError)
 def find(root: Path, depth: int = DEPTH) -> list[Path]:
     """The folders of runs at or below a folder, sorted by name, 2 before 10.
 
-    What lies in a run, is hidden, is a link or may not be read is not searched.
+    Folders within a run, hidden ones, links and unreadable ones are not searched.
     """
     return sorted(_below(root, depth), key=lambda path: natural(path.relative_to(root)))
 
@@ -193,17 +193,17 @@ class RunFolder:
 
     @property
     def status(self) -> JSON:
-        """What status.json says: the run's own word on what it does now."""
+        """The content of status.json: what the run says it does now."""
         return self._read(self.path / STATUS_FILE, json.loads, dict)
 
     @property
     def summary(self) -> JSON:
-        """What summary.json says: what the run came to."""
+        """The content of summary.json: the run's results."""
         return self._read(self.path / SUMMARY_FILE, json.loads, dict)
 
     @property
     def settings(self) -> JSON:
-        """The settings now, nested; see `settings_now`, which raises where they cannot be read."""
+        """The newest settings, nested; see `settings_now`, which raises if they cannot be read."""
         return self._read(config_file(self.path), parse_settings, dict)
 
     @property
@@ -233,7 +233,7 @@ class RunFolder:
 
         The state is starting, running, finished, interrupted or failed as the run says, or
         "died" (it says that it works, and its process is gone; or it never said anything) or
-        "silent" (it told nothing for SILENT_S). The note says why, and is "" where all is well.
+        "silent" (it wrote nothing for SILENT_S). The note says why, and is "" where all is well.
         """
         status = self.status
         state = status.get("state")
@@ -345,10 +345,10 @@ def is_alive(pid: int) -> bool:
 def age_s(status: Mapping[str, Any]) -> float | None:
     """Seconds since a status.json was written, by its own clock."""
     try:
-        told = datetime.fromisoformat(status["updated_at"]).timestamp()
+        updated_s = datetime.fromisoformat(status["updated_at"]).timestamp()
     except (KeyError, TypeError, ValueError, OverflowError, OSError):
         return None
-    return max(0.0, time.time() - told)
+    return max(0.0, time.time() - updated_s)
 
 
 def changed_at(path: Path) -> float:

@@ -118,7 +118,7 @@ class Metrics:
     def episodes(self, episodes: Iterable[Episode]) -> None:
         """Takes finished episodes, in the order in which they ended."""
         for episode in episodes:
-            self._window.append((float(episode.ret), int(episode.env_steps)))
+            self._window.append((float(episode.return_), int(episode.env_steps)))
             self._episodes += 1
 
     def record(self, name: str, value: Any) -> None:
@@ -171,7 +171,7 @@ class Metrics:
         """Continues from `state()`, so that the next row is the one of an unstopped run."""
         self._episodes = state["episodes"]
         self._window.clear()
-        self._window.extend((ret, env_steps) for ret, env_steps in state["window"])
+        self._window.extend((return_, env_steps) for return_, env_steps in state["window"])
         self._means = {name: _Mean(*mean) for name, mean in state["means"].items()}
 
     def close(self) -> None:

@@ -112,7 +112,7 @@ class Progress:
         self._redirect_logs(before)
 
     def _redirect_logs(self, before: tuple[TextIO, TextIO]) -> None:
-        """Log handlers took their stream long ago; give them the one that knows of the block."""
+        """Gives log handlers, which hold an older stream, the one that knows of the block."""
         now = (sys.stdout, sys.stderr)
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream in before:
@@ -172,15 +172,15 @@ def _percent(part: float, whole: float) -> str:
     return f"{100 * part / max(whole, 1):.0f} %"
 
 
-def _told(row: Mapping[str, Any], *formats: tuple[str, str]) -> list[str]:
-    """The formatted values of those names that the row knows."""
+def _formatted(row: Mapping[str, Any], *formats: tuple[str, str]) -> list[str]:
+    """The formatted values of those names that the row has."""
     return [text.format(row[name]) for name, text in formats if row.get(name) is not None]
 
 
 def _acting(row: Mapping[str, Any]) -> list[str]:
     ready, wanted = row.get("acting/actors_ready"), row.get("acting/actors_wanted")
     actors = [] if wanted is None else [f"{ready:.0f}/{wanted:.0f} actors ready"]
-    return actors + _told(
+    return actors + _formatted(
         row,
         ("acting/env_steps_per_s", "{:,.0f} env steps/s"),
         ("train/return_mean", "return {:.4g}"),
@@ -189,7 +189,7 @@ def _acting(row: Mapping[str, Any]) -> list[str]:
 
 
 def _learner(row: Mapping[str, Any]) -> list[str]:
-    return _told(
+    return _formatted(
         row,
         ("updates", "{:,} updates"),
         ("learner/updates_per_s", "{:,.1f} updates/s"),
@@ -198,7 +198,7 @@ def _learner(row: Mapping[str, Any]) -> list[str]:
 
 
 def _replay(row: Mapping[str, Any]) -> list[str]:
-    return _told(
+    return _formatted(
         row,
         ("replay/fill", "replay {:.0%} full"),
         ("replay/ratio", "ratio {:.2f}"),

@@ -57,8 +57,8 @@ class Outcome:
     error: str | None  # in one line
 
     @property
-    def is_well(self) -> bool:
-        """Not of a run that was interrupted: it has not come to its end."""
+    def succeeded(self) -> bool:
+        """Whether the job finished or was pruned; an interrupted run did not succeed."""
         return self.state in ("finished", "pruned")
 
 
@@ -69,7 +69,7 @@ class Running(Protocol):
         """None while it runs, then its exit status, or why it has none."""
 
     def stop(self) -> None:
-        """Asks for its end, which comes with a checkpoint."""
+        """Asks the job to end, which it does with a checkpoint."""
 
     def kill(self) -> None: ...
 
@@ -80,7 +80,7 @@ Watch = Callable[[Job], bool]  # of a running job, now and then: whether it is t
 
 @dataclass(frozen=True, kw_only=True)
 class Before:
-    """What an earlier run had left in a job's folder, which tells nothing of this one."""
+    """What an earlier run left in a job's folder; it says nothing about this job."""
 
     stamps: Mapping[str, tuple[int, ...]]  # by name, of status.json and summary.json
     console_bytes: int
@@ -137,7 +137,7 @@ def run_jobs(
                         _book(one, status, outcomes)
                         record(jobs, outcomes)
                     else:
-                        _heed(one, watch, grace_s)
+                        _ask_or_kill(one, watch, grace_s)
                 sleep(POLL_S)
         except BaseException:
             _end([one.process for one in live.values()], grace_s)
@@ -149,7 +149,7 @@ def run_jobs(
     return [outcomes[job.number] for job in jobs]
 
 
-def _heed(one: _Live, watch: Watch, grace_s: float) -> None:
+def _ask_or_kill(one: _Live, watch: Watch, grace_s: float) -> None:
     """Asks a job to end early if the watch says so, and kills it if it does not."""
     if one.asked is None and watch(one.job):
         one.process.stop()
@@ -171,7 +171,7 @@ def outcome(job: Job, status: int | str, before: Before = NOTHING_BEFORE) -> Out
     summary = _new_object(job.folder / SUMMARY_FILE, before)
     if status == 0 and summary:
         return Outcome(state=str(summary.get("state")), summary=summary, error=None)
-    told = _new_object(job.folder / STATUS_FILE, before).get("error") or _last_line(
+    error = _new_object(job.folder / STATUS_FILE, before).get("error") or _last_line(
         job.folder / CONSOLE_FILE, before.console_bytes
     )
     if isinstance(status, str):
@@ -180,7 +180,7 @@ def outcome(job: Job, status: int | str, before: Before = NOTHING_BEFORE) -> Out
         why = f"was killed by {_signal_name(-status)}"
     else:
         why = f"ended with status {status}"
-    return Outcome(state="failed", summary={}, error=f"{why}: {told}" if told else why)
+    return Outcome(state="failed", summary={}, error=f"{why}: {error}" if error else why)
 
 
 def _new_object(path: Path, before: Before) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _new_object(path: Path, before: Before) -> dict[str, Any]:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Another one after each writing; no clock is asked, as that of a file server may be wrong."""
+    """A stamp that changes with each write; it uses no clock, as a file server's may be wrong."""
     try:
         found = path.stat()
     except OSError:
@@ -206,7 +206,7 @@ def _signal_name(number: int) -> str:
 def record(jobs: Sequence[Job], outcomes: Mapping[int, Outcome]) -> None:
     """Writes the sweep's runs.csv: one line for each job, those of before included.
 
-    A disk that is full is no reason to end what runs: it is said, and the next one may be written.
+    A full disk does not end the jobs: it is reported, and the next write may succeed.
     """
     try:
         _record(jobs, outcomes)
@@ -220,11 +220,11 @@ def _record(jobs: Sequence[Job], outcomes: Mapping[int, Outcome]) -> None:
     rows = {int(row["job"]): row for row in _rows_before(folder / RUNS_FILE)}
     for job in jobs:
         found = outcomes.get(job.number) or Outcome(state="", summary={}, error=None)
-        told = {name: found.summary.get(name) for name in ("evaluation_return", "env_steps")}
-        told |= {"wall_s": found.summary.get("wall_s"), "error": found.error}
+        result = {name: found.summary.get(name) for name in ("evaluation_return", "env_steps")}
+        result |= {"wall_s": found.summary.get("wall_s"), "error": found.error}
         about = {"job": job.number, "state": found.state}
         about |= {"folder": os.path.relpath(job.folder, folder)}
-        rows[job.number] = about | dict(_pairs(job)) | told
+        rows[job.number] = about | dict(_pairs(job)) | result
     keys = dict.fromkeys(key for row in rows.values() for key in row)
     columns = ["job", "state", *(key for key in keys if key not in RESULTS), *RESULTS]
     text = io.StringIO()
@@ -244,7 +244,7 @@ def _rows_before(path: Path) -> list[dict[str, Any]]:
 
 
 def say(text: str) -> None:
-    """One line of the sweep's own on the terminal."""
+    """Prints one line of the sweep's own on the terminal."""
     print(f"rlx: {text}", file=sys.stderr, flush=True)
 
 
@@ -267,8 +267,8 @@ def _tell(job: Job, found: Outcome, seconds: float) -> None:
         say(f"{job.label} failed after {seconds:.0f} s: {found.error}")
     else:
         result = found.summary.get("evaluation_return")
-        told = "" if result is None else f", evaluation return {result:.4g}"
-        say(f"{job.label} {found.state} after {seconds:.0f} s{told}")
+        shown = "" if result is None else f", evaluation return {result:.4g}"
+        say(f"{job.label} {found.state} after {seconds:.0f} s{shown}")
 
 
 def _end(processes: Sequence[Running], grace_s: float) -> None:

@@ -29,7 +29,7 @@ OWN_STORE_BYTES = 1 << 30  # of a cluster that is started for the sweep
 
 
 class SweepCluster:
-    """Where the jobs of one sweep run, and what each is given."""
+    """The cluster that one sweep's jobs run on, and the resources of each job."""
 
     def __init__(
         self,
@@ -166,9 +166,9 @@ def _run(
 
 
 def _without_ray(environment: Mapping[str, str]) -> dict[str, str]:
-    """What makes a process a worker of Ray is not for the job, which is a program of its own.
+    """The environment without what makes a process a Ray worker, as the job is its own program.
 
-    But what lets it into the cluster is.
+    What lets it into the cluster stays.
     """
 
     def is_for_jobs(key: str) -> bool:

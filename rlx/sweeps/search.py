@@ -86,7 +86,7 @@ class Search:
         return frozenset(self._space)
 
     def run(self, launch: Launch) -> Any:
-        """Asks for trials, runs them a batch at a time, and tells what they came to."""
+        """Asks for trials, runs them in batches, and reports their results."""
         self._forget_lost()
         while (left := self._n_trials - len(self._ended())) > 0:
             trials = [self._study.ask(self._space) for _ in range(min(self._batch, left))]
@@ -111,18 +111,20 @@ class Search:
         return self._sum_up()
 
     def is_hopeless(self, job: Job) -> bool:
-        """Reports what a running trial has newly evaluated; whether the pruner would end it."""
+        """Reports a running trial's new evaluations; returns whether the pruner would end it."""
         path, trial = job.folder / METRICS_FILE, self._trials.get(job.number)
         if trial is None or not path.exists() or path.stat().st_size == self._seen.get(job.number):
             return False
         self._seen[job.number] = path.stat().st_size
         last = self._reported.get(job.number, -1)
         rows = [row for row in read_rows(path) if row.get(REPORTED) is not None]
-        told = [row for row in rows if row["env_steps"] > last]  # Optuna warns of those of before
-        for row in told:
+        new_rows = [
+            row for row in rows if row["env_steps"] > last
+        ]  # Optuna warns of those of before
+        for row in new_rows:
             trial.report(row[REPORTED], row["env_steps"])
             self._reported[job.number] = row["env_steps"]
-        return bool(told) and trial.should_prune()
+        return bool(new_rows) and trial.should_prune()
 
     def _open(
         self, direction: str, sampler: str, pruner: str, seed: int, arguments: list[str]
@@ -186,19 +188,19 @@ class Search:
 
     def _sum_up(self) -> dict[str, Any]:
         counts = {name: len(self._in_state(name)) for name in ("COMPLETE", "PRUNED", "FAIL")}
-        told = ", ".join(f"{count} {name.lower()}" for name, count in counts.items() if count)
+        states = ", ".join(f"{count} {name.lower()}" for name, count in counts.items() if count)
         if not counts["COMPLETE"]:
-            raise Refused(f"rlx: no trial came to its end ({told}); {self._folder / 'runs.csv'}")
+            raise Refused(f"rlx: no trial came to its end ({states}); {self._folder / 'runs.csv'}")
         best = self._study.best_trial
         won = f"best {best.value:.4g}: job {best.number}, {' '.join(_as_overrides(best.params))}"
-        say(f"{sum(counts.values())} trials: {told}; {won}")
+        say(f"{sum(counts.values())} trials: {states}; {won}")
         for path in figures(self._study, self._folder):
             say(f"figure: {path}")
         return {"best_value": best.value, "best_job": best.number, "best": dict(best.params)}
 
 
 def distribution(override: Override) -> optuna.distributions.BaseDistribution:
-    """What Hydra's grammar says of a value, as Optuna's: the same values."""
+    """Optuna's distribution of the same values as a sweep in Hydra's grammar."""
     value: Any = override.value()
     try:
         return _distribution(override, value)

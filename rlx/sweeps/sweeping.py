@@ -31,7 +31,7 @@ GPU_SHARE = 0.9  # of a GPU's memory, for all jobs on it together
 
 
 class Refused(CompactHydraException):
-    """What Hydra prints as it is, without a traceback."""
+    """A refusal that Hydra prints as it is, without a traceback."""
 
 
 class JobFailed(CompactHydraException):
@@ -167,9 +167,9 @@ class Sweep:
     ) -> None:
         for job, _ in composed:
             if job.number in refused:
-                told = "; ".join(map(str, refused[job.number]))
-                self._outcomes[job.number] = Outcome(state="not started", summary={}, error=told)
-                say(f"{job.label} is refused: {told}")
+                reasons = "; ".join(map(str, refused[job.number]))
+                self._outcomes[job.number] = Outcome(state="not started", summary={}, error=reasons)
+                say(f"{job.label} is refused: {reasons}")
 
     def _before(
         self, folder: Path, cfg: DictConfig, skip_done: bool, also: Sequence[str]
@@ -218,7 +218,7 @@ def _refuse_shared(folder: Path, number: int, jobs: Sequence[Job]) -> None:
 
 
 def command_line(config: DictConfig) -> list[str]:
-    """This program's own, as far as all jobs share it: without what is swept."""
+    """This program's command line, without the swept keys, as all jobs share it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["-m", spec.name] if spec is not None else [os.path.abspath(sys.argv[0])]
     args = get_args_parser().parse_args(sys.argv[1:])
@@ -283,7 +283,7 @@ def _of_job(problem: Problem, number: int) -> Problem:
 
 def tell_again(job: Job, found: Outcome) -> None:
     """Says a job's name and what came of it, if it did not come to its end."""
-    if not found.is_well:
+    if not found.succeeded:
         say(f"{job.label} {found.state}: {found.error or 'skip_done=true goes on with it'}")
 
 
@@ -292,13 +292,13 @@ def _sum_up(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> None:
     counts: dict[str, int] = {}
     for one in outcomes:
         counts[one.state] = counts.get(one.state, 0) + 1
-    told = ", ".join(f"{count} {state}" for state, count in counts.items())
-    say(f"{len(jobs)} jobs: {told}; {jobs[0].sweep / RUNS_FILE}")
+    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    say(f"{len(jobs)} jobs: {states}; {jobs[0].sweep / RUNS_FILE}")
 
 
 def _as_return(one: Outcome, job: Job, cfg: DictConfig) -> JobReturn:
-    """For Hydra's sweepers: the run's summary, or an exception for who asks for it."""
-    failed = not one.is_well
+    """The job's result for Hydra's sweepers: the run's summary, or an exception."""
+    failed = not one.succeeded
     value: Any = JobFailed(f"rlx: {job.label}: {one.error or one.state}")
     if not failed:
         value = {**one.summary, "state": one.state}

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -36,12 +36,15 @@ from rlx.interfaces import (
 from rlx.problems import refuse
 from rlx.replay.process.client import ReplayProcess
 from rlx.training.agreement import check_agreement
+from rlx.training.learner import Learner
 from rlx.training.parts import Alone, Parts
 from rlx.training.quota import Quota
 from rlx.training.restoring import restore_learner, restore_replay
 from rlx.training.rounds import blocks_of_a_round
 from rlx.training.shares import share_exploration, share_folder, share_seed
 from rlx.types import Rollout
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +79,8 @@ def assemble(
     family, agent = build_agent(settings)
     _check_network(agent)
     round_blocks = blocks_of_a_round(settings, agent)
-    learner = build(settings["learner"], "learner", agent=agent, seed=seed)
+    learning: Learner = build(settings["learner"], "learner")
+    learner = _opened("learner", learning.open, agent, seed)
     resumed = restore_learner(output_dir, learner, peers, checkpoint.replay) if resume else None
     exploration = share_exploration(build(settings["exploration"], "exploration"), peers)
     own_seed = share_seed(seed, peers)
@@ -107,7 +111,7 @@ def assemble(
                 env_steps=resumed.env_steps if resumed else 0,
                 round_blocks=round_blocks,
             )
-            pool = open_pool(acting, context)
+            pool = _opened("acting", acting.open, context)
         undo.callback(pool.close, CLOSE_S)
         quota = Quota(
             ratio=replay.ratio,
@@ -142,12 +146,12 @@ def assemble(
     )
 
 
-def open_pool(acting: PoolSettings, context: RunContext) -> ActingPool:
-    """The pool of these settings; its ValueError is a problem of them."""
+def _opened(group: str, open_: Callable[..., T], *given: Any) -> T:
+    """What settings open; a ValueError is a problem of this group's."""
     try:
-        return acting.open(context)
+        return open_(*given)
     except ValueError as error:
-        raise refuse("acting", str(error)) from error
+        raise refuse(group, str(error)) from error
 
 
 def _nobody_acts(want: int, agent: Agent, chain: int) -> Recorded:

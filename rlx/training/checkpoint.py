@@ -597,9 +597,9 @@ def _size(leaf: JSON) -> int:
 def _compare(folder: Path, saved: dict[str, JSON], expected: dict[str, JSON]) -> None:
     """Raises where the saved leaves are not those that the run expects."""
     differing = [
-        f"{path} is {_told(saved.get(path))}, expected {_told(expected.get(path))}"
+        f"{path} is {_described(saved.get(path))}, expected {_described(expected.get(path))}"
         for path in [*expected, *(path for path in saved if path not in expected)]
-        if _told(saved.get(path)) != _told(expected.get(path))
+        if _described(saved.get(path)) != _described(expected.get(path))
     ]
     if differing:
         more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
@@ -609,7 +609,7 @@ def _compare(folder: Path, saved: dict[str, JSON], expected: dict[str, JSON]) ->
         )
 
 
-def _told(leaf: JSON | None) -> str:
+def _described(leaf: JSON | None) -> str:
     return f"{leaf['dtype']}{leaf['shape']}" if leaf else "missing"
 
 

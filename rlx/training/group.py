@@ -5,7 +5,7 @@ count of env steps, which they tell each other before each update (`rlx.training
 gradients of an update are averaged over the devices of all of them: `jax.distributed` joins the
 processes, and the `pmap` of `rlx.training.learner` does the rest.
 
-Whoever called `rlx.run` only watches. A process that is lost takes the group with it, as an update
+The process that called `rlx.run` only watches. A lost process takes the group with it, as an update
 needs all of them; a new group goes on from the last checkpoint.
 """
 
@@ -46,14 +46,14 @@ T = TypeVar("T")
 
 WATCH_S = 0.5  # between two looks at the processes
 LISTEN_S = 5.0  # between two looks at whether any is silent
-ANSWER_S = 60.0  # for the meeting to say so
+ANSWER_S = 60.0  # for the rendezvous to say so
 GRIEF_S = 20.0  # in which the death shows that made another process fail
 STORE_BYTES = 1_000_000_000
 TAIL_BYTES = 65_536
 
 
-class Meeting:
-    """Where the processes tell each other things: a Ray actor, all of whose calls wait at once."""
+class Rendezvous:
+    """Where the processes exchange values: a Ray actor, all of whose calls wait at once."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -79,22 +79,22 @@ class Meeting:
         return monotonic() - self._began_s, awaited
 
 
-class AtMeeting:
-    """The interfaces.Peers of one of several processes."""
+class RendezvousPeers:
+    """The interfaces.Peers of one of several learner processes."""
 
-    def __init__(self, meeting: Any, rank: int, count: int, restarts: int) -> None:
+    def __init__(self, rendezvous: Any, rank: int, count: int, restarts: int) -> None:
         self.rank, self.count, self.restarts = rank, count, restarts
-        self._meeting = meeting
+        self._rendezvous = rendezvous
 
     def exchange(self, mine: T) -> Sequence[T]:
-        """Waits without a deadline: it is the watcher that ends a group which is silent."""
-        given: list[T] = ray.get(self._meeting.exchange.remote(self.rank, mine))
+        """Exchanges values; it has no deadline, as the watcher ends a silent group."""
+        given: list[T] = ray.get(self._rendezvous.exchange.remote(self.rank, mine))
         if len({type(each) for each in given}) > 1:
             raise RunFailed("the learner processes are out of step; resume goes on")
         return given
 
 
-class Lost(Exception):
+class ProcessLost(Exception):
     """A process of the group is gone, or silent: the group must begin anew."""
 
 
@@ -112,7 +112,7 @@ def run_group(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) ->
     cluster = _join_cluster(group, settings["acting"])
     try:
         _check_room(settings, group, cluster)
-        with stop_on_signals() as stop, _failing_is_told(output_dir):
+        with stop_on_signals() as stop, _failure_in_status(output_dir):
             return _live(own, output_dir, group, count, stop, console, resume=resume)
     finally:
         cluster.close()
@@ -128,14 +128,14 @@ def _live(
     *,
     resume: bool,
 ) -> dict[str, Any]:
-    """One group after the other, until one comes to the end."""
+    """Runs one group after the other, until one finishes."""
     restarts, in_a_row, saved = 0, 0, _newest(output_dir)
     while True:
         life = Life(output_dir, group, count, restarts)
         try:
             life.begin(settings, stop, resume=resume)
             return {**life.watch(stop, console), "learner_restarts": restarts}
-        except Lost as error:
+        except ProcessLost as error:
             before, saved = saved, _newest(output_dir)
             in_a_row = in_a_row + 1 if saved == before else 1
             if in_a_row > group.max_restarts or stop.is_set():
@@ -156,7 +156,7 @@ def _newest(output_dir: Path) -> str | None:
 
 
 @contextmanager
-def _failing_is_told(output_dir: Path) -> Iterator[None]:
+def _failure_in_status(output_dir: Path) -> Iterator[None]:
     """Writes a failure into status.json, which a killed process has left as it was."""
     try:
         yield
@@ -170,7 +170,7 @@ def _failing_is_told(output_dir: Path) -> Iterator[None]:
 
 
 def _join_cluster(group: Group, acting: Mapping[str, Any]) -> Cluster:
-    """The one of the learner processes, which the actors join, too."""
+    """Joins the learner processes' cluster, which the actors join, too."""
     address, setting, own = group.address, "learner.group.address", acting.get("address")
     if None not in (address, own) and address != own:
         raise refuse("acting.address", f"the learner processes are at {address}", given=str(own))
@@ -181,7 +181,7 @@ def _join_cluster(group: Group, acting: Mapping[str, Any]) -> Cluster:
 
 
 def _check_devices(platform: str | None, group: Group) -> None:
-    """What no cluster can give."""
+    """Refuses devices that no cluster can give."""
     gpus = group.gpus_per_learner
     if gpus != int(gpus):
         says = "accepted: whole GPUs, as two processes on one cannot exchange gradients"
@@ -214,7 +214,7 @@ class Life:
     def __init__(self, output_dir: Path, group: Group, count: int, restarts: int) -> None:
         self._group, self._count, self._restarts = group, count, restarts
         options: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0}
-        self._meeting = ray.remote(Meeting).options(num_cpus=0, **options).remote(count)
+        self._rendezvous = ray.remote(Rendezvous).options(num_cpus=0, **options).remote(count)
         on_cpu = {} if group.gpus_per_learner else {"JAX_PLATFORMS": "cpu"}
         make = ray.remote(LearnerProcess).options(
             num_cpus=group.cpus_per_learner,
@@ -232,7 +232,7 @@ class Life:
         self._listened_s = monotonic()
 
     def begin(self, settings: Mapping[str, Any], stop: threading.Event, *, resume: bool) -> None:
-        """Starts the processes, joins them, and lets them run; raises Lost or RunFailed."""
+        """Starts the processes, joins them, and lets them run; raises ProcessLost or RunFailed."""
         hellos = self._all([p.hello.remote() for p in self._processes], "found no room", stop)
         for rank, (address, pid) in enumerate(hellos):
             log.info("learner process %d: %s, process id %d", rank, address, pid)
@@ -240,15 +240,15 @@ class Life:
         joins = [p.join.remote(coordinator, limit_s, settings) for p in self._processes]
         self._all(joins, f"did not find each other at {coordinator}", stop)
         for rank, process in enumerate(self._processes):
-            peers = AtMeeting(self._meeting, rank, self._count, self._restarts)
+            peers = RendezvousPeers(self._rendezvous, rank, self._count, self._restarts)
             self._runs.append(process.run.remote(settings, resume, peers))
 
     def watch(self, stop: threading.Event, console: Console) -> dict[str, Any]:
-        """Waits for the end of all; raises what one raised, or Lost."""
-        waiting, told = list(self._runs), False
+        """Waits for the end of all; raises what one raised, or ProcessLost."""
+        waiting, stop_sent = list(self._runs), False
         while waiting:
-            if stop.is_set() and not told:
-                told = True
+            if stop.is_set() and not stop_sent:
+                stop_sent = True
                 for process in self._processes:
                     process.stop.remote()
             done, waiting = ray.wait(waiting, num_returns=1, timeout=WATCH_S)
@@ -263,7 +263,7 @@ class Life:
 
     def end(self) -> None:
         """Kills the processes, and with them their actors."""
-        for actor in (*self._processes, self._meeting):
+        for actor in (*self._processes, self._rendezvous):
             ray.kill(actor, no_restart=True)
 
     def _all(self, references: list[Any], late: str, stop: threading.Event) -> list[Any]:
@@ -279,12 +279,12 @@ class Life:
                 ranks = [rank for rank, ref in enumerate(references) if ref in waiting]
                 says = f"learner processes {_listed(ranks)} {late} within {limit_s:.0f} s "
                 says += "(learner.group.start_timeout_s)"
-                raise Lost(says) if self._restarts else RunFailed(says)
+                raise ProcessLost(says) if self._restarts else RunFailed(says)
         answers: list[Any] = ray.get(references)
         return answers
 
     def _answer(self, reference: Any) -> Any:
-        """A call's answer; raises the ConfigError or RunFailed of a process, or Lost."""
+        """A call's answer; raises the ConfigError or RunFailed of a process, or ProcessLost."""
         try:
             return ray.get(reference)
         except ray_errors.RayTaskError as error:
@@ -297,42 +297,42 @@ class Life:
                 raise cause from None
             if isinstance(cause, (JaxRuntimeError, ray_errors.RayError)):  # as of a connection
                 says = f"a learner process failed ({type(cause).__name__}: {_first_line(cause)})"
-                raise Lost(says) from error
+                raise ProcessLost(says) from error
             raise
         except ray_errors.RayError as error:
-            raise Lost(f"a learner process was lost ({_first_line(error)})") from error
+            raise ProcessLost(f"a learner process was lost ({_first_line(error)})") from error
 
     def _as_of_one(self, error: ConfigError) -> ConfigError:
         """The refusal, with a note that its numbers are those of one process's share."""
         of = f" (in one of {self._count} learner processes, for its share)"
         return ConfigError([replace(problem, says=problem.says + of) for problem in error.problems])
 
-    def _dead(self) -> Lost | None:
-        """What made a process fail, if it was that another one, or the meeting, has died."""
-        calls = [process.__ray_ready__.remote() for process in (*self._processes, self._meeting)]
-        names = [f"learner process {rank}" for rank in range(self._count)] + ["their meeting"]
+    def _dead(self) -> ProcessLost | None:
+        """What made a process fail, if it was that another one, or the rendezvous, has died."""
+        calls = [process.__ray_ready__.remote() for process in (*self._processes, self._rendezvous)]
+        names = [f"learner process {rank}" for rank in range(self._count)] + ["their rendezvous"]
         done, _ = ray.wait(calls, num_returns=len(calls), timeout=GRIEF_S)
         for name, call in zip(names, calls, strict=True):
             try:
                 if call in done:
                     ray.get(call)
             except ray_errors.RayActorError:
-                return Lost(f"{name} was lost")
+                return ProcessLost(f"{name} was lost")
         return None
 
     def _listen(self) -> None:
-        """Raises Lost when the processes have been silent for too long."""
+        """Raises ProcessLost when the processes have been silent for too long."""
         if monotonic() - self._listened_s < LISTEN_S:
             return
         self._listened_s = monotonic()
         try:
-            silence_s, awaited = ray.get(self._meeting.silence.remote(), timeout=ANSWER_S)
+            silence_s, awaited = ray.get(self._rendezvous.silence.remote(), timeout=ANSWER_S)
         except ray_errors.RayError as error:
-            raise Lost("the learner processes' meeting was lost") from error
+            raise ProcessLost("the learner processes' rendezvous was lost") from error
         if silence_s > (limit_s := self._group.silence_timeout_s):
             says = f"no sign of learner processes {_listed(self._asleep() or awaited)} for "
             says += f"{limit_s:.0f} s "
-            raise Lost(says + "(learner.group.silence_timeout_s)")
+            raise ProcessLost(says + "(learner.group.silence_timeout_s)")
 
     def _asleep(self) -> list[int]:
         """The processes that answer no call; the others may only be waiting for them."""

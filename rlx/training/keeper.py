@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """An evaluation was left because the run is to stop: where episodes have no end it has none."""
+    """An evaluation was left because the run is to stop: episodes may have no end."""
 
 
 class Keeper:
@@ -49,7 +49,7 @@ class Keeper:
     # --- while it runs ---------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Says that the run runs."""
+        """Writes the status: the run runs."""
         status.write_status(self._parts.output_dir, "running", self._row)
         self._before = self._stages.count.env_steps
         if self._parts.checkpoint.exact and self._parts.resumed is None:
@@ -103,7 +103,7 @@ class Keeper:
         )
 
     def _end(self, state: status.State) -> Path:
-        """Evaluates, writes the last row and saves; answers the checkpoint."""
+        """Evaluates, writes the last row and saves; returns the checkpoint."""
         self._stages.settle()
         self._say_if_nothing_was_learnt()
         evaluation = self._parts.evaluation
@@ -233,7 +233,7 @@ class Keeper:
             self.evaluate(parts.evaluation.episodes)
 
     def evaluate(self, episodes: int) -> None:
-        """Leaves the update in flight alone: evaluating changes no bit of training."""
+        """Evaluates; the update in flight stays so: evaluating changes no bit of training."""
         parts = self._parts
         with self._stages.times.measure("evaluation"):
             weights = parts.learner.publish().weights()

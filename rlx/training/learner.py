@@ -25,7 +25,6 @@ from rlx.types import (
     OfTheRun,
     Params,
     Range,
-    Runtime,
     TrainState,
     UpdateOutput,
     Weights,
@@ -62,36 +61,40 @@ class Group:
     max_restarts: Annotated[int, Range(ge=0)]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Learner:
+    """The settings of the learner (conf/learner); some are read before it is opened."""
+
+    processes: Annotated[int, Range(ge=1)]
+    group: Group  # read by rlx.training.group, which starts these processes
+    batch_size: Annotated[int, Range(ge=1), OfTheRun(exactly=True)]
+    platform: Literal["cpu", "gpu"] | None
+    devices: Annotated[int, Range(ge=1)] | None
+    memory_fraction: Annotated[float, Range(gt=0, le=1)] | None  # read by rlx.machine.xla.prepare
+    publish_every_updates: Annotated[int, Range(ge=1)]
+    on_nonfinite: Literal["stop", "skip"]
+
+    def open(self, agent: Agent, seed: int) -> OpenLearner:
+        """The learner of an agent; raises ValueError for devices that are not there."""
+        return OpenLearner(self, agent, seed)
+
+
+class OpenLearner:
     """Updates of one agent over 1 .. n local devices, each with an equal share of the batch."""
 
-    def __init__(
-        self,
-        *,
-        processes: Annotated[int, Range(ge=1)],
-        group: Group,
-        batch_size: Annotated[int, Range(ge=1), OfTheRun(exactly=True)],
-        platform: Literal["cpu", "gpu"] | None,
-        devices: Annotated[int, Range(ge=1)] | None,
-        memory_fraction: Annotated[float, Range(gt=0, le=1)] | None,
-        publish_every_updates: Annotated[int, Range(ge=1)],
-        on_nonfinite: Literal["stop", "skip"],
-        agent: Runtime[Agent],
-        seed: Runtime[int],
-    ) -> None:
+    def __init__(self, settings: Learner, agent: Agent, seed: int) -> None:
         """Raises ValueError for devices that are not there.
 
-        batch_size: of this process; all `processes` share the gradients (`rlx.training.group`).
-        memory_fraction: seen to by `rlx.machine.xla.prepare`, before JAX takes the memory.
+        settings.batch_size is of this process; all processes share the gradients.
         """
-        self.batch_size = batch_size
-        self.publish_every_updates = publish_every_updates
-        self.on_nonfinite: Literal["stop", "skip"] = on_nonfinite
+        self.batch_size = settings.batch_size
+        self.publish_every_updates = settings.publish_every_updates
+        self.on_nonfinite: Literal["stop", "skip"] = settings.on_nonfinite
         self.updates = 0
         self._agent = agent
         self._newest: Any = None  # a future of the last update
-        self._devices = choose_devices(platform, devices, batch_size)
-        everywhere = _everywhere(self._devices, processes)
+        self._devices = choose_devices(settings.platform, settings.devices, settings.batch_size)
+        everywhere = _everywhere(self._devices, settings.processes)
         mesh = Mesh(np.array(self._devices), (AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         self._update = jax.pmap(
@@ -132,8 +135,8 @@ class Learner:
     def update(self, batch: Batch, largest_importance: float | None = None) -> UpdateOutput:
         """One update, without waiting: priorities [D, B / D, T] and metrics [D] are futures.
 
-        largest_importance: what this batch's importance was divided by, where other processes'
-        were divided by something else: it is divided by the largest of all.
+        largest_importance: the number that this batch's importance was divided by, if other
+        processes divided by others; the importance is then divided by the largest of all.
         """
         if largest_importance is None:
             self._state, output = self._update(self._state, batch)
@@ -146,7 +149,7 @@ class Learner:
 
     @property
     def gradient_steps(self) -> int:
-        """Made so far; waits for the last update."""
+        """The gradient steps made so far; waits for the last update."""
         return int(np.asarray(self._state.gradient_steps.addressable_data(0))[0])
 
     @property
@@ -155,7 +158,7 @@ class Learner:
         return self._newest is not None and not self._newest.is_ready()
 
     def priorities(self, output: UpdateOutput) -> np.ndarray | None:
-        """f32[B, T] of that update, for which it waits; None of an agent that keeps none."""
+        """An update's priorities f32[B, T], for which it waits; None if the agent gives none."""
         jax.block_until_ready(output)
         if output.priorities is None:
             return None
@@ -163,9 +166,9 @@ class Learner:
         return priorities.reshape(-1, priorities.shape[-1])
 
     def is_finite(self, output: UpdateOutput) -> bool:
-        """Whether that update had finite losses and gradients; waits for it.
+        """Whether an update had finite losses and gradients; waits for it.
 
-        If not it changed nothing but the count of updates.
+        An update without them changed nothing but the count of updates.
         """
         return bool(np.asarray(output.metrics[FINITE]).all())
 

@@ -32,7 +32,7 @@ class NonFinite(RunFailed):
 
 
 def keep_batch(run: Path, keys: np.ndarray, batch: Batch | None) -> Path | None:
-    """Writes a batch, by leaf, as an .npz file; None where there are enough of them."""
+    """Writes a batch, by leaf, as an .npz file; returns its path, None if enough are kept."""
     folder = run / FOLDER
     number = len(list(folder.glob("*.npz"))) if folder.is_dir() else 0
     if batch is None or number >= MOST:

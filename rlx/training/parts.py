@@ -14,7 +14,7 @@ from rlx.evaluation.playing import Evaluation
 from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers, Replay
 from rlx.runs.metrics import Logging
 from rlx.training.checkpoint import Checkpoint, Restored
-from rlx.training.learner import Learner
+from rlx.training.learner import OpenLearner
 from rlx.training.quota import Quota
 from rlx.types import Batch
 
@@ -37,7 +37,7 @@ class Parts:
     pool: ActingPool
     replay: Replay
     quota: Quota
-    learner: Learner
+    learner: OpenLearner
     evaluation: Evaluation
     evaluator: Evaluator | None  # beside the training; None: evaluations interrupt it
     checkpoint: Checkpoint

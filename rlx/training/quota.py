@@ -51,7 +51,7 @@ class Quota:
         return self._opened_at is not None
 
     def open(self, env_steps: int) -> None:
-        """Begins to count, at so many env steps; an open account stays as it is."""
+        """Opens the account at `env_steps`; an open account stays as it is."""
         if self._opened_at is None:
             self._opened_at = env_steps
 

@@ -10,7 +10,7 @@ from typing import Any
 from rlx.interfaces import Peers
 from rlx.problems import refuse
 from rlx.training.checkpoint import Checkpointer, CheckpointError, Restored
-from rlx.training.learner import Learner
+from rlx.training.learner import OpenLearner
 from rlx.training.shares import share_folder
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def restore_replay(replay: Any, resumed: Restored) -> None:
 
 
 def restore_learner(
-    output_dir: Path, learner: Learner, peers: Peers, with_replay: bool
+    output_dir: Path, learner: OpenLearner, peers: Peers, with_replay: bool
 ) -> Restored:
     """The newest checkpoint of process 0, and of each other process its own part of it."""
     checkpoints, like = Checkpointer(output_dir, None), learner.state()

@@ -66,7 +66,7 @@ def _acting_problems(settings: Settings) -> list[Problem]:
 
 
 def _batch_problems(settings: Settings) -> list[Problem]:
-    """A batch is a round, and the replay holds one."""
+    """The problems of the batch and the replay: a batch is a round, and the replay holds one."""
     replay, lanes = settings["replay"], _lanes(settings)
     batch_size = settings["learner"]["batch_size"]
     if not getattr(resolve(replay["_target_"])[0], "trains_once", False):

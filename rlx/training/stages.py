@@ -26,7 +26,7 @@ WAIT_S = 0.2  # for actors, before the loop looks at its clocks and signals agai
 
 
 def _prioritized(replay: Replay) -> PrioritizedReplay | None:
-    """The replay, if updates are to give it priorities."""
+    """The replay, if updates give it priorities; else None."""
     if isinstance(replay, PrioritizedReplay) and replay.needs_priorities:
         return replay
     return None
@@ -81,7 +81,7 @@ class Stages:
         )
 
     def stopped(self) -> bool:
-        """Whether any process was told to stop; several hear of it when they agree."""
+        """Whether any process was asked to stop; several learn of it when they agree."""
         alone = self.parts.peers.count == 1
         return self.stop.is_set() if alone else any(news.stop for news in self.news)
 

@@ -19,7 +19,7 @@ from rlx.acting.plan import zero_inputs
 from rlx.config import targets
 from rlx.problems import ConfigError
 from rlx.training.keeper import Keeper
-from rlx.training.learner import Learner
+from rlx.training.learner import OpenLearner
 from rlx.training.stages import Stages
 from rlx.types import Weights
 from tests.acting.test_ray_pool import actor_processes
@@ -75,9 +75,9 @@ class Seen:
 @pytest.fixture
 def seen(monkeypatch) -> Seen:
     """Notes of every update of the runs that the test makes."""
-    notes, update, begin = Seen(), Learner.update, Keeper.begin
+    notes, update, begin = Seen(), OpenLearner.update, Keeper.begin
 
-    def noting(learner: Learner, *arguments: Any) -> Any:
+    def noting(learner: OpenLearner, *arguments: Any) -> Any:
         output = update(learner, *arguments)
         notes.ratio_errors.append(float(np.asarray(output.metrics["learner/ratio_error"])[0]))
         notes.valid_rows += int(np.asarray(output.metrics["learner/valid_rows"])[0])
@@ -101,7 +101,7 @@ def seen(monkeypatch) -> Seen:
         replay.add, replay.sample = noting_add, noting_sample
         begin(keeper)
 
-    monkeypatch.setattr(Learner, "update", noting)
+    monkeypatch.setattr(OpenLearner, "update", noting)
     monkeypatch.setattr(Keeper, "begin", watch)
     return notes
 
@@ -130,9 +130,9 @@ def test_a_killed_actor_s_part_of_a_round_is_made_again_with_the_same_weights(
     tmp_path, conf, seen, monkeypatch
 ):
     """One is stopped before a round and killed when the other's part of it is there."""
-    update, begin, stopped = Learner.update, Keeper.begin, []
+    update, begin, stopped = OpenLearner.update, Keeper.begin, []
 
-    def stop_one(learner: Learner, *arguments: Any) -> Any:
+    def stop_one(learner: OpenLearner, *arguments: Any) -> Any:
         output = update(learner, *arguments)
         if learner.updates == 3:
             os.kill(pid := actor_processes()[0].pid, signal.SIGSTOP)
@@ -151,7 +151,7 @@ def test_a_killed_actor_s_part_of_a_round_is_made_again_with_the_same_weights(
 
         keeper._parts.replay.add = kill_it
 
-    monkeypatch.setattr(Learner, "update", stop_one)
+    monkeypatch.setattr(OpenLearner, "update", stop_one)
     monkeypatch.setattr(Keeper, "begin", watch)
     summary = train(conf, tmp_path / "run", *POOLS["ray_pool"])
     assert len(stopped) == 2

@@ -132,7 +132,7 @@ def test_episode_returns_are_the_sums_of_the_rewards_of_their_lane():
                 total = 0.0
     found = defaultdict(list)
     for episode in env.episodes():
-        found[episode.lane].append(episode.ret)
+        found[episode.lane].append(episode.return_)
     assert found == sums
     assert [len(returns) for returns in sums.values()] == [3, 3]
     assert all(r != 0 for returns in sums.values() for r in returns)

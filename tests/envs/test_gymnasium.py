@@ -217,7 +217,7 @@ def test_an_end_exactly_at_the_limit_is_terminated():
         step = env.step(lane, lane)
     assert (step.terminated.tolist(), step.truncated.tolist()) == ([True], [False])
     (episode,) = env.episodes()
-    assert (episode.ret, episode.env_steps, episode.frames) == (6.0, 3, 3)
+    assert (episode.return_, episode.env_steps, episode.frames) == (6.0, 3, 3)
 
 
 def test_box_actions_have_specs_and_bounds():
@@ -256,7 +256,7 @@ def test_a_bound_is_that_of_the_environments_own_dtype():
 def test_several_choices_at_once_have_counts_and_starts(vector):
     choices = family("tests.worlds:rlx-test/Choices-v0", vector=vector)
     assert choices.spec().action == MultiDiscreteSpec(counts=(4, 2))
-    assert choices.outside().action_start == (3, 0)
+    assert choices.raw_spaces().action_start == (3, 0)
     env = choices.make(lanes=2, seeds=[1, 2])
     shown = env.reset().observation["observation"]
     lane = np.array([1, 0], np.int32)

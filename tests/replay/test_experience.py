@@ -60,7 +60,7 @@ def delivered(begin: int, end: int, chain: int = 0) -> Rollout:
     """Blocks of two lanes taking turns, with an episode."""
     some = rollout([(k % 2, chain, k // 2) for k in range(begin, end)], SEQUENCE)
     following: NetInput = trees.tree_map(lambda x: x[:, 0], some.rows.inputs)
-    episode = Episode(ret=float(begin), env_steps=3, frames=3, lane=1)
+    episode = Episode(return_=float(begin), env_steps=3, frames=3, lane=1)
     return dataclasses.replace(some, next=following, episodes=(episode,))
 
 

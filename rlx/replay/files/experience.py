@@ -136,7 +136,7 @@ def _to_arrays(rollout: Rollout) -> Leaves:
     following = {f"next/{path}": leaf for path, leaf in trees.flatten(rollout.next).items()}
     columns = {name: getattr(rollout, name) for name in COLUMNS}
     episodes = {
-        "episode/return": np.array([e.ret for e in rollout.episodes], np.float64),
+        "episode/return": np.array([e.return_ for e in rollout.episodes], np.float64),
         "episode/env_steps": np.array([e.env_steps for e in rollout.episodes], np.int64),
         "episode/lane": np.array([e.lane for e in rollout.episodes], np.int32),
     }
