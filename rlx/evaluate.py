@@ -1,6 +1,6 @@
 """Evaluates a run: `python -m rlx.evaluate run=DIR episodes=100`.
 
-The episodes that started first are counted (rlx/playing.py), played on the CPU. Options:
+The episodes that started first are counted (rlx/evaluation/playing.py), played on the CPU. Options:
 
     run=DIR            the folder of a run (required)
     episodes=100       how many are played

@@ -357,7 +357,7 @@ class TrainState:
     params: Params
     target_params: Params  # () for agents without targets
     opt_state: Any  # of one optimiser, or a dict of several
-    statistics: Any  # running statistics (rlx.agents.statistics) by name; {} without any
+    statistics: Any  # running statistics (rlx.agents.running) by name; {} without any
     updates: Array  # i32[]
     gradient_steps: Array  # i32[]: an update may make several, or one for each optimiser
     key: Array  # a PRNG key
