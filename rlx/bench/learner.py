@@ -25,7 +25,7 @@ import numpy as np
 
 from rlx.bench import measuring
 from rlx.bench.flops import count_flops
-from rlx.bench.replay import BenchBlocks, filled, frames_of
+from rlx.bench.replay import RowSource, filled, frames_of
 from rlx.config.build import build
 from rlx.config.paths import config_dir
 from rlx.interfaces import Agent
@@ -64,7 +64,7 @@ def bench_learner(
     if torch is not None:
         paths["PyTorch's update"] = Torch(torch, size, dense or 0)
     if from_replays:
-        blocks = BenchBlocks(agent, frames_of(setup))
+        blocks = RowSource(agent, frames_of(setup))
         for name, keeping in REPLAYS.items():
             replay, _ = filled(agent, REPLAYED_ROWS, blocks, keeping, size)
             paths[name] = FromReplay(agent, size, replay)

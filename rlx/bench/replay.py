@@ -53,7 +53,7 @@ KINDS = 64  # different blocks that the replays are filled with, again and again
 def bench_replay(setup: measuring.Setup, seconds: float, rows: int) -> list[dict[str, Any]]:
     """Rows per second in and out, bytes per row, latency of sample and update, for each storage."""
     agent = measuring.make_agent(setup)
-    blocks = BenchBlocks(agent, frames_of(setup))
+    blocks = RowSource(agent, frames_of(setup))
     prefix = f"replay/{setup.name}/{rows:,}"
     found = _tree_rows(f"{prefix}/sum tree", rows // agent.sequence.block_rows, setup.batch_size)
     folder = Path(tempfile.mkdtemp(prefix="rlx-bench-"))
@@ -74,7 +74,7 @@ def bench_replay(setup: measuring.Setup, seconds: float, rows: int) -> list[dict
     return found
 
 
-class BenchBlocks:
+class RowSource:
     """Rollouts of one block of each lane, whose contents repeat."""
 
     def __init__(self, agent: Agent, frames: np.ndarray | None) -> None:
@@ -146,7 +146,7 @@ def _drawn_frames() -> np.ndarray:
 
 
 def filled(
-    agent: Agent, rows: int, blocks: BenchBlocks, keeping: dict[str, Any], batch_size: int
+    agent: Agent, rows: int, blocks: RowSource, keeping: dict[str, Any], batch_size: int
 ) -> tuple[Any, float]:
     """Returns (a full replay, the seconds that filling it took)."""
     own = measuring.settings("replay", "prioritized") | {"capacity": rows} | keeping
@@ -199,12 +199,7 @@ def _measured(
 
 
 def _beside_a_driver(
-    agent: Agent,
-    setup: measuring.Setup,
-    rows: int,
-    blocks: BenchBlocks,
-    prefix: str,
-    seconds: float,
+    agent: Agent, setup: measuring.Setup, rows: int, blocks: RowSource, prefix: str, seconds: float
 ) -> list[dict[str, Any]]:
     """Measures the batches of a learner whose driver works for TURN_S after each batch.
 
@@ -277,12 +272,7 @@ def _row(name: str, value: float, unit: str) -> dict[str, Any]:
 
 
 def _flashbax(
-    agent: Agent,
-    setup: measuring.Setup,
-    rows: int,
-    blocks: BenchBlocks,
-    prefix: str,
-    seconds: float,
+    agent: Agent, setup: measuring.Setup, rows: int, blocks: RowSource, prefix: str, seconds: float
 ) -> list[dict[str, Any]]:
     """Measures flashbax's prioritised trajectory buffer with the same rows, if it is installed."""
     try:
