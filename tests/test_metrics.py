@@ -303,7 +303,7 @@ def test_after_kill_9_rows_and_status_can_be_read(tmp_path: Path, pause_s: int) 
     rows = steps(tmp_path / m.METRICS_FILE)
     assert rows == list(range(len(rows)))
     assert rows[-1] == 200 if pause_s else rows[-1] > 200
-    status = json.loads((tmp_path / m.STATUS_FILE).read_text())
+    status = json.loads((tmp_path / run_folders.STATUS_FILE).read_text())
     assert rows[-1] - 200 < status["env_steps"] <= rows[-1]
 
 
@@ -387,7 +387,7 @@ def test_write_json_is_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
 def test_status_and_summary(tmp_path: Path) -> None:
     row = {"env_steps": 9, "updates": 3, "acting/env_steps_per_s": 5.0, "learner/loss": 1.0}
     status.write_status(tmp_path, "failed", row, "ValueError: no")
-    found = json.loads((tmp_path / m.STATUS_FILE).read_text())
+    found = json.loads((tmp_path / run_folders.STATUS_FILE).read_text())
     assert (found["pid"], found["host"]) == (os.getpid(), platform.node())
     assert found["updated_at"].endswith("+00:00")
     told = ("state", "env_steps", "updates", "frames", "env_steps_per_s", "error")
@@ -399,7 +399,7 @@ def test_status_and_summary(tmp_path: Path) -> None:
         tmp_path, state="finished", **counters, train_return=1.0, evaluation_return=math.nan,
         params_sha256="ab", checkpoint=tmp_path,
     )  # fmt: skip
-    assert json.loads((tmp_path / m.SUMMARY_FILE).read_text()) == summary
+    assert json.loads((tmp_path / run_folders.SUMMARY_FILE).read_text()) == summary
     assert summary["evaluation_return"] is None
     assert summary["checkpoint"] == str(tmp_path)
 

@@ -83,7 +83,7 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def module(name: str) -> Any:
-    return importlib.import_module(f"rlx.{name}")
+    return importlib.import_module("rlx.bench.__main__" if name == "bench" else f"rlx.{name}")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
