@@ -25,6 +25,7 @@ from rlx.envs.gymnasium import Gymnasium
 from rlx.evaluation.playing import run_episodes
 from rlx.types import Batch, QActing, TrainState, Weights
 from tests import parts, worlds
+from tests.acting.test_keystone import context
 from tests.agents.test_r2d2 import h, h_inverse, q_values, scalars_of, started
 
 ENV_ID = "tests.worlds:rlx-test/Masked-v0"
@@ -165,17 +166,10 @@ def test_rows_hold_the_mask_and_an_allowed_action(family, epsilon):
         instances=1,
         envs_per_actor=4,
         env_steps_per_request=100,
-        round_blocks=None,
         device="cpu",
-        family=family,
-        agent=agent,
-        exploration=Constant(value=epsilon),
-        seed=5,
-        chain=0,
-        env_steps=0,
-    )
+    ).open(context(family, agent, exploration=Constant(value=epsilon)))
     pool.publish(Weights(version=0, params=random_params(agent)), 0)
-    rollouts = [rollout for _ in range(4) for rollout in pool.collect(100, 60.0, 0)]
+    rollouts = [rollout for _ in range(4) for rollout in pool.collect(60.0, 0)]
     pool.close(10.0)
     rows = trees.tree_map(lambda *x: np.concatenate(x), *[r.rows for r in rollouts])
     mask, action = rows.inputs.observation["action_mask"], rows.action

@@ -175,11 +175,11 @@ def test_what_raises_always_ends_with_a_checkpoint_and_status_1(tmp_path, monkey
 
 
 class Kept:
-    """What reached the loop, and the longest time it was away from learning and acting."""
+    """What reached the loop, and whether it went on while an actor was missing."""
 
     def __init__(self) -> None:
         self.rollouts: list[Rollout] = []
-        self.updated_s: list[float] = []
+        self.updates_without_all = 0
         self.replaced_s: list[float] = []  # from each actor's last kill until it acted again
 
     def note(self, killed_s: dict[int, float], slot: Slot) -> None:
@@ -223,8 +223,8 @@ def keep(monkeypatch: pytest.MonkeyPatch, killer: Killer) -> Kept:
     def learning(self: Stages) -> None:
         before = self.parts.learner.updates
         learn(self)
-        if self.parts.learner.updates > before:
-            kept.updated_s.append(time.monotonic())
+        if self.parts.learner.updates > before and killer.killed_s:
+            kept.updates_without_all += 1
 
     def acting(self: Stages) -> None:
         replay: Any = self.parts.replay
@@ -243,11 +243,18 @@ def keep(monkeypatch: pytest.MonkeyPatch, killer: Killer) -> Kept:
     return kept
 
 
-@pytest.mark.parametrize("inference", ["actor", pytest.param("server", marks=pytest.mark.slow)])
-def test_a_run_whose_actors_are_killed_every_second_for_a_minute_finishes(
-    tmp_path, monkeypatch, inference
+@pytest.mark.parametrize(
+    ("inference", "seconds"),
+    [
+        ("actor", 25.0),
+        pytest.param("actor", 60.0, marks=pytest.mark.slow),
+        pytest.param("server", 60.0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_whose_actors_are_killed_every_second_finishes(
+    tmp_path, monkeypatch, inference, seconds
 ):
-    killer = Killer(60.0)
+    killer = Killer(seconds)
     kept = keep(monkeypatch, killer)
     finished = Stages.finished
 
@@ -270,14 +277,12 @@ def test_a_run_whose_actors_are_killed_every_second_for_a_minute_finishes(
     assert summary["state"] == "finished"
     replaced = f"replaced in at most {max(kept.replaced_s):.1f} s"
     print(f"{killer.kills} kills, {replaced}")
-    assert killer.kills > 20
+    assert killer.kills > seconds / 3
     assert_in_order_and_once(kept.rollouts)
     assert {lane for lane, _ in streams(kept.rollouts)} == set(range(16))
-    gaps = [b - a for a, b in zip(kept.updated_s, kept.updated_s[1:], strict=False)]
-    assert max(gaps) < 5.0
-    assert read_rows(tmp_path / "metrics.jsonl")[-1]["acting/restarts_died"] > 15
-    assert len(kept.replaced_s) > 5
-    assert max(kept.replaced_s) < 15.0
+    assert kept.updates_without_all > killer.kills  # learning waits for no replacement
+    assert read_rows(tmp_path / "metrics.jsonl")[-1]["acting/restarts_died"] > seconds / 4
+    assert len(kept.replaced_s) >= 4
     assert not killer.killed_s  # the last ones are back, too
     assert killer.niceness["ready"] == {15}
     assert 0 in killer.niceness["preparing"]  # it starts with a full share

@@ -334,7 +334,7 @@ def test_the_rate_rises_and_falls_as_it_is_told(changes, expected):
 
 
 def test_wrong_settings_say_so():
-    with pytest.raises(ValueError, match=r"multiple of agent\.block_rows=4"):
+    with pytest.raises(ValueError, match=r"multiple or a divisor of agent\.block_rows=4"):
         parts.agent(stride=6)
     with pytest.raises(ValueError, match="acts in discrete action spaces; box has BoxSpec"):
         parts.agent(parts.network(parts.BOX))
