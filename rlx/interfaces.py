@@ -204,6 +204,23 @@ class ValuesActions(Protocol):
         """(values [N, A], carry)."""
 
 
+InitialPriorities = Callable[[Row], np.ndarray]  # Prioritizing.initial_priorities
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayContext:
+    """What a run tells the replay that it makes (`Runtime[ReplayContext]`)."""
+
+    sequence: SequenceSpec
+    row_spec: Row  # with ArraySpec leaves
+    carry_spec: Carry  # with ArraySpec leaves
+    lanes: int
+    initial_priorities: InitialPriorities | None  # None: the agent has none
+    on_policy: bool
+    seed: int
+    devices: Sequence[Any]  # the learner's; none in a process that has no learner
+
+
 class Ring(Protocol):
     """Blocks in the order in which they were added, as a snapshot reads them."""
 
@@ -265,6 +282,20 @@ class Replay(Protocol):
 
     def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Restores a saved state and the blocks of each ring."""
+
+
+@runtime_checkable
+class FromRecord(Protocol):
+    """A replay that may hold recorded experience: it is full from the start, and nobody acts."""
+
+    is_recorded: bool
+
+
+@runtime_checkable
+class TrainsOnce(Protocol):
+    """A replay that may give each sequence once only, in the order in which they were made."""
+
+    trains_once: bool
 
 
 @runtime_checkable
@@ -392,5 +423,4 @@ class Evaluator(Protocol):
     def close(self) -> None: ...
 
 
-InitialPriorities = Callable[[Row], np.ndarray]
 Device = Literal["cpu", "learner"]

@@ -55,6 +55,17 @@ class FromRun:
 Runtime = Annotated[T, FromRun()]
 
 
+class Gathered:
+    """Marks a parameter whose class has settings of the same YAML, without a level of its own."""
+
+
+Inline = Annotated[T, Gathered()]
+
+
+class AloneOnly:
+    """Marks a setting that needs a run with one learner process, unless it is null or false."""
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def record(cls: C) -> C:
     """A frozen keyword-only dataclass whose fields are arrays or trees of arrays."""

@@ -29,6 +29,7 @@ from rlx.replay.uniform import Uniform
 from rlx.types import BoxSpec, DiscreteSpec, MultiDiscreteSpec, Rollout, Row, Weights
 from tests import parts
 from tests.acting.test_keystone import context
+from tests.replay.replay_streams import making
 from tests.sampling import RandomAgent, Value
 from tests.test_export import AFTERWARDS, WITHOUT_RLX, documented
 
@@ -163,7 +164,7 @@ def make_replay(agent: RandomAgent, **changes: Any) -> Uniform:
         "seed": 0,
         "devices": (),
     }
-    return Uniform(**settings | changes)
+    return making(Uniform, **settings | changes)
 
 
 def difference(agent: RandomAgent, params: Any, batch: Any) -> float:
@@ -254,8 +255,8 @@ optimizer:
   epsilon: 1.0e-5
   max_grad_norm: 80.0
   max_grad_norm_ratio: null
-  warmup_updates: 0
-  decay_updates: null
+  warmup_gradient_steps: 0
+  decay_gradient_steps: null
   decay: linear
   final_learning_rate: 0.0
 """

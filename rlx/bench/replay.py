@@ -29,7 +29,7 @@ from rlx.bench import measuring
 from rlx.config.build import build
 from rlx.interfaces import Agent
 from rlx.replay.ring.sum_tree import SumTree
-from rlx.training.assemble import make_replay
+from rlx.training.assemble import make_replay, replay_context
 from rlx.types import ArraySpec, Rollout
 
 LANES = 64
@@ -150,14 +150,8 @@ def filled(
 ) -> tuple[Any, float]:
     """Returns (a full replay, the seconds that filling it took)."""
     own = measuring.settings("replay", "prioritized") | {"capacity": rows} | keeping
-    replay = make_replay(
-        own,
-        agent,
-        lanes=LANES,
-        seed=0,
-        devices=jax.local_devices()[:1],
-        batch_size=batch_size,
-    )
+    context = replay_context(agent, lanes=LANES, seed=0, devices=jax.local_devices()[:1])
+    replay = make_replay(own, context, batch_size)
     began = perf_counter()
     for rollout in blocks:
         replay.add(rollout)

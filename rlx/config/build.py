@@ -21,11 +21,11 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlx.config.hints import choices, describe, is_class, matches, split, wrong
+from rlx.config.hints import choices, describe, is_class, marker, matches, split, wrong
 from rlx.config.targets import fits, full_name, lacks, load, resolve
 from rlx.interfaces import Checked
 from rlx.problems import ConfigError, Problem, Sources, did_you_mean, refuse, show
-from rlx.types import FromRun, Range
+from rlx.types import AloneOnly, FromRun, Gathered, Range
 
 ROLES = {  # group -> the Protocol or class that its target must be
     "env": "rlx.interfaces.EnvFamily",
@@ -52,7 +52,7 @@ class Root:
     stop_after_s: Annotated[float, Range(gt=0)] | None
     stop_after_updates: Annotated[int, Range(ge=1)] | None
     resume: str | None
-    deterministic: bool
+    deterministic: Annotated[bool, AloneOnly()]
     tags: list[str]
 
 
@@ -131,6 +131,11 @@ class Call:
     settings: dict[str, Any]  # values, Calls, and lists and dicts of them
     path: str
 
+    def gathered(self, cls: type) -> Call | None:
+        """The settings that the class takes as an `Inline[cls]`, if it takes one."""
+        given = (value for value in self.settings.values() if isinstance(value, Call))
+        return next((call for call in given if call.cls is cls), None)
+
     def make(self, runtime: Mapping[str, Any]) -> Any:
         """Calls the class; its ValueError is a problem of the settings."""
         given = {n: runtime[n] for n in runtime_names(self.cls) if n in runtime}
@@ -187,17 +192,28 @@ def _calls(value: Any) -> Iterator[Call]:
 def runtime_names(cls: type, *, required: bool = False) -> list[str]:
     """The parameters of a class that the run supplies (`Runtime[...]`)."""
     hints, params = _signature(cls)
-    found = [name for name, hint in hints.items() if _is_runtime(hint)]
+    found = [name for name, hint in hints.items() if marker(hint, FromRun)]
     return [name for name in found if not required or params[name].default is NO_DEFAULT]
 
 
 def setting_hints(cls: type) -> dict[str, Any]:
-    """The parameters of a class that its YAML sets, with their types: those without default."""
+    """The keys that the YAML of a class sets, with their types.
+
+    They are its parameters without default, and those of the classes that it takes `Inline`.
+    """
+    found: dict[str, Any] = {}
+    for name, hint in _parameters(cls).items():
+        found |= setting_hints(split(hint)[0]) if marker(hint, Gathered) else {name: hint}
+    return found
+
+
+def _parameters(cls: type) -> dict[str, Any]:
+    """The parameters that come from the YAML, with their types; those with a default do not."""
     hints, params = _signature(cls)
     return {
         name: hint
         for name, hint in hints.items()
-        if params[name].default is NO_DEFAULT and not _is_runtime(hint)
+        if params[name].default is NO_DEFAULT and not marker(hint, FromRun)
     }
 
 
@@ -209,10 +225,6 @@ def _signature(cls: type) -> tuple[dict[str, Any], Mapping[str, inspect.Paramete
     if bare := [name for name in params if name not in hints]:
         raise TypeError(f"{full_name(cls)}: annotate {bare}; rlx.config reads the annotations.")
     return {name: hints[name] for name in params}, params
-
-
-def _is_runtime(hint: Any) -> bool:
-    return any(isinstance(extra, FromRun) for extra in getattr(hint, "__metadata__", ()))
 
 
 def _read_node(node: Any, roles: tuple[type, ...], path: str, out: list[Problem]) -> Call | None:
@@ -243,7 +255,22 @@ def _read_settings(
         out.append(Problem(path=f"{dot}{key}", given=show(given[key]), says=says))
     for name in [name for name in hints if name not in given]:
         out.append(Problem(path=f"{dot}{name}", says=f"missing; give {describe(hints[name])}"))
-    return {n: read_value(given[n], h, f"{dot}{n}", out) for n, h in hints.items() if n in given}
+    return _arguments(cls, given, path, out)
+
+
+def _arguments(
+    cls: type, given: Mapping[str, Any], path: str, out: list[Problem]
+) -> dict[str, Any]:
+    """What the constructor is called with; an `Inline` parameter becomes the Call of its class."""
+    found: dict[str, Any] = {}
+    for name, hint in _parameters(cls).items():
+        if marker(hint, Gathered):
+            inner = split(hint)[0]
+            settings = _arguments(inner, given, path, out)
+            found[name] = Call(cls=inner, settings=settings, path=path)
+        elif name in given:
+            found[name] = read_value(given[name], hint, f"{path}.{name}" if path else name, out)
+    return found
 
 
 def read_value(value: Any, hint: Any, path: str, out: list[Problem]) -> Any:

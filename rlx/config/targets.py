@@ -114,5 +114,6 @@ def lacks(cls: type, roles: tuple[type, ...]) -> str:
 
 def _missing_members(cls: type, protocol: type) -> set[str]:
     wanted = {*vars(protocol), *vars(protocol).get("__annotations__", {})}
-    known = {*dir(cls), *inspect.signature(cls).parameters}
+    declared = (name for base in cls.__mro__ for name in vars(base).get("__annotations__", {}))
+    known = {*dir(cls), *declared, *inspect.signature(cls).parameters}
     return {name for name in wanted - known if not name.startswith("_")}

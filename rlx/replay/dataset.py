@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
 import numpy as np
 
-from rlx.interfaces import InitialPriorities, Ring
+from rlx.interfaces import ReplayContext, Ring
 from rlx.replay.files.experience import Layout, files, read, read_layout, rollouts
-from rlx.replay.prioritized import Prioritized
+from rlx.replay.held import Begin, Keeping
+from rlx.replay.prioritized import Importance, Priorities, Prioritized
 from rlx.types import (
+    AloneOnly,
     Batch,
     Blocks,
-    Carry,
+    Inline,
     OfTheRun,
     Range,
     Rollout,
-    Row,
     Runtime,
     Sample,
-    SequenceSpec,
 )
 
 
@@ -39,75 +40,48 @@ class Dataset:
     def __init__(
         self,
         *,
-        path: str | None,
+        path: Annotated[str | None, AloneOnly()],
         ratio: Annotated[float, Range(gt=0)],
         min_sequences: Annotated[int, Range(ge=1), OfTheRun()],
-        priority_exponent: Annotated[float, Range(ge=0)],
-        priority_eta: Annotated[float, Range(ge=0, le=1)],
-        priority_epsilon: Annotated[float, Range(gt=0)],
-        importance_exponent: Annotated[float, Range(ge=0)],
-        importance_exponent_final: Annotated[float, Range(ge=0)] | None,
-        anneal_env_steps: Annotated[int, Range(ge=1), OfTheRun()] | None,
-        importance_scale: Literal["batch", "replay"],
-        initial_priority: Literal["acting", "max"],
+        priorities: Inline[Priorities],
+        importance: Inline[Importance],
         stratified: bool,
         storage: Literal["memory", "mmap"],
         folder: str | None,
         compress: Literal["none", "lz4"],
         gather_threads: Annotated[int, Range(ge=1)],
         prefetch: Annotated[int, Range(ge=0)],
-        sequence: Runtime[SequenceSpec],
-        row_spec: Runtime[Row],
-        carry_spec: Runtime[Carry],
-        initial_priorities: Runtime[InitialPriorities | None],
-        seed: Runtime[int],
+        context: Runtime[ReplayContext],
     ) -> None:
         """Settings: conf/replay/dataset.yaml. Raises ValueError for what cannot work."""
         if path is None:
             raise ValueError("set replay.path to a folder that replay.record has filled.")
         recorded = Path(path)
-        layout = read_layout(recorded)
-        if found := layout.differences(Layout.of(sequence, row_spec, carry_spec, layout.lanes)):
-            raise ValueError(
-                f"{path}: recorded with another environment, network or agent: {found}"
-            )
-        blocks = sum(len(arrays["lane"]) for _, arrays in read(recorded))
-        least = 2 * layout.lanes * sequence.blocks  # of any ring
-        self._all = Prioritized(
-            capacity=max(blocks, least) * sequence.block_rows,
-            ratio=ratio,
-            min_sequences=1,  # how many there are is known below
-            min_env_steps=0,
-            priority_exponent=priority_exponent,
-            priority_eta=priority_eta,
-            priority_epsilon=priority_epsilon,
-            importance_exponent=importance_exponent,
-            importance_exponent_final=importance_exponent_final,
-            anneal_env_steps=anneal_env_steps,
-            importance_scale=importance_scale,
-            initial_priority=initial_priority,
-            stratified=stratified,
+        context = replace(context, lanes=_lanes_of(recorded, context))
+        keeping = Keeping(
+            capacity=_capacity(recorded, context),
             storage=storage,
             folder=folder,
             compress=compress,
             gather_threads=gather_threads,
             shards=1,
-            record=None,
             where="thread",
             prefetch=prefetch,
-            sequence=sequence,
-            row_spec=row_spec,
-            carry_spec=carry_spec,
-            lanes=layout.lanes,
-            initial_priorities=initial_priorities,
-            seed=seed,
-            devices=(),
+            record=None,
+        )
+        self._all = Prioritized(
+            begin=Begin(ratio=ratio, min_sequences=1, min_env_steps=0),  # checked below
+            priorities=priorities,
+            importance=importance,
+            stratified=stratified,
+            keeping=keeping,
+            context=context,
         )
         self._files = [[file.name, file.stat().st_size] for file in files(recorded)]
         self._played_env_steps = 0
         self._all.follow(lambda: self._played_env_steps)
         self.ratio, self.min_sequences = ratio, min_sequences
-        for rollout in rollouts(recorded, row_spec, carry_spec):
+        for rollout in rollouts(recorded, context.row_spec, context.carry_spec):
             self._all.add(rollout)
         if self.startable < min_sequences:
             raise ValueError(
@@ -194,3 +168,21 @@ class Dataset:
     def close(self) -> None:
         """Ends drawing ahead."""
         self._all.close()
+
+
+def _lanes_of(recorded: Path, context: ReplayContext) -> int:
+    """The lanes of the record; raises ValueError if its rows are none of this run's."""
+    layout = read_layout(recorded)
+    expected = Layout.of(context.sequence, context.row_spec, context.carry_spec, layout.lanes)
+    if found := layout.differences(expected):
+        raise ValueError(
+            f"{recorded}: recorded with another environment, network or agent: {found}"
+        )
+    return layout.lanes
+
+
+def _capacity(recorded: Path, context: ReplayContext) -> int:
+    """Rows of a ring that holds all of the record."""
+    blocks = sum(len(arrays["lane"]) for _, arrays in read(recorded))
+    least = 2 * context.lanes * context.sequence.blocks  # of any ring
+    return max(blocks, least) * context.sequence.block_rows

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Annotated, Any, Literal, final
 
+from rlx.interfaces import ReplayContext
 from rlx.machine.memory import available_bytes
 from rlx.replay.files.experience import Layout, Recorder
 from rlx.replay.prefetch import SPARE, Prefetcher
@@ -19,7 +20,7 @@ from rlx.replay.ring.ring import BlockRing, LeafOf
 from rlx.replay.ring.shards import ShardedRing
 from rlx.replay.ring.storage import Storing
 from rlx.seeding import spawn_rng
-from rlx.types import Batch, Blocks, Rollout, Sample
+from rlx.types import AloneOnly, Batch, Blocks, OfTheRun, Range, Rollout, Sample
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +28,27 @@ Draw = Callable[[int, Batch | None], Sample]  # how the replay draws a batch int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """The size of a ring and what lies in it."""
+class Begin:
+    """When learning may begin, and how much of it (settings of conf/replay)."""
 
-    capacity: int  # rows
-    spec: BlockSpec
-    lanes: int
+    ratio: Annotated[float, Range(gt=0)] | None
+    min_sequences: Annotated[int, Range(ge=1), OfTheRun()]
+    min_env_steps: Annotated[int, Range(ge=0), OfTheRun()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """Where rows are kept, and how batches are drawn from them (settings of conf/replay)."""
+
+    capacity: Annotated[int, Range(ge=1), OfTheRun()]
+    storage: Literal["memory", "mmap", "device"]
+    folder: str | None
+    compress: Literal["none", "lz4"]
+    gather_threads: Annotated[int, Range(ge=1)]
+    shards: Annotated[int, Range(ge=1)] | None
+    where: Literal["thread", "process"]
+    prefetch: Annotated[int, Range(ge=0)]
+    record: Annotated[str | None, AloneOnly()]
 
 
 @final
@@ -40,28 +56,23 @@ class HeldRing:
     """A ring, or several side by side, with all that does not depend on how a replay draws."""
 
     def __init__(
-        self,
-        shape: Shape,
-        storings: Sequence[Storing],
-        *,
-        min_sequences: int | None,
-        prefetch: int,
-        record: str | None,
-        seed: int,
+        self, keeping: Keeping, context: ReplayContext, *, min_sequences: int | None
     ) -> None:
         """Says the bytes it will take; raises ValueError for what cannot work.
 
-        storings: of each ring. min_sequences: before learning begins; None: how many sequences
-        there will be is known.
+        min_sequences: before learning begins; None: how many sequences there will be is known.
         """
-        self.ring = _make_ring(shape, storings, min_sequences)
-        self.rng = spawn_rng(seed, "replay", "sample")
+        storings = _storings(keeping, context.devices)
+        self.ring = _make_ring(keeping.capacity, context, storings, min_sequences)
+        self.rng = spawn_rng(context.seed, "replay", "sample")
         self._min_sequences = min_sequences or 1
-        self._prefetch = prefetch
+        self._prefetch = keeping.prefetch
         self._prefetcher: Prefetcher | None = None  # once the batch size is known
         self._batch_size = 0  # of the buffers
         self._buffers: list[Batch] = []
-        self._recorder = None if record is None else Recorder(Path(record), _layout(shape))
+        self._recorder = None
+        if keeping.record is not None:
+            self._recorder = Recorder(Path(keeping.record), _layout(context))
 
     def add(self, rollout: Rollout, leaf_of: LeafOf) -> None:
         """Stores a rollout's blocks, and writes them down if they are recorded."""
@@ -127,44 +138,36 @@ class HeldRing:
 
 
 def _make_ring(
-    shape: Shape, storings: Sequence[Storing], min_sequences: int | None
+    capacity: int, context: ReplayContext, storings: Sequence[Storing], min_sequences: int | None
 ) -> BlockRing | ShardedRing:
-    planned = budget(
-        capacity_rows=shape.capacity,
-        spec=shape.spec,
-        lanes=shape.lanes,
-        storing=storings[0],
-        shards=len(storings),
-    )
+    spec = BlockSpec(sequence=context.sequence, row=context.row_spec, carry=context.carry_spec)
+    size: dict[str, Any] = {"capacity_rows": capacity, "spec": spec, "lanes": context.lanes}
+    planned = budget(**size, storing=storings[0], shards=len(storings))
     log.info("replay: %s; %.2f GB are available", planned, available_bytes() / 1e9)
     if min_sequences is not None:
         planned.check_min_sequences(min_sequences)
     planned.check(available_bytes())  # each shard looks at its own share only
-    given: dict[str, Any] = {
-        "capacity_rows": shape.capacity,
-        "spec": shape.spec,
-        "lanes": shape.lanes,
-    }
     if len(storings) > 1:
-        return ShardedRing(**given, storings=storings)
-    return BlockRing(**given, storing=storings[0])
+        return ShardedRing(**size, storings=storings)
+    return BlockRing(**size, storing=storings[0])
 
 
-def _layout(shape: Shape) -> Layout:
-    spec = shape.spec
-    return Layout.of(spec.sequence, spec.row, spec.carry, shape.lanes)
+def _layout(context: ReplayContext) -> Layout:
+    return Layout.of(context.sequence, context.row_spec, context.carry_spec, context.lanes)
 
 
-def storings_of(
-    storing: Storing, shards: int | None, devices: Sequence[Any], where: str
-) -> list[Storing]:
-    """The storing of each ring: one for every device of the learner, if the blocks lie there.
-
-    where: of the process that holds the replay, which its builder sees to (rlx.training.assemble).
-    """
-    if storing.storage != "device":
+def _storings(keeping: Keeping, devices: Sequence[Any]) -> list[Storing]:
+    """The storing of each ring: one for every device of the learner, if the blocks lie there."""
+    shards = keeping.shards
+    storing = Storing(
+        storage=keeping.storage,
+        folder=keeping.folder,
+        compress=keeping.compress,
+        gather_threads=keeping.gather_threads,
+    )
+    if keeping.storage != "device":
         return [replace(storing, shards=shards or 1)] * (shards or 1)
-    if where == "process":
+    if keeping.where == "process":
         raise ValueError("where=process: blocks on the learner's device are in its process.")
     if shards not in (None, len(devices) or 1):
         raise ValueError(

@@ -9,22 +9,18 @@ from typing import Annotated, Any, final
 
 import numpy as np
 
-from rlx.interfaces import Ring
+from rlx.interfaces import ReplayContext, Ring
 from rlx.replay.agreement import queue_clashes
-from rlx.replay.held import HeldRing, Shape
-from rlx.replay.ring.block_spec import BlockSpec
-from rlx.replay.ring.storage import Storing
+from rlx.replay.held import HeldRing, Keeping
 from rlx.types import (
+    AloneOnly,
     Batch,
     Blocks,
-    Carry,
     OfTheRun,
     Range,
     Rollout,
-    Row,
     Runtime,
     Sample,
-    SequenceSpec,
 )
 
 
@@ -47,38 +43,30 @@ class Online:
         min_sequences: Annotated[int, Range(ge=1), OfTheRun()],
         max_delay: Annotated[int, Range(ge=1), OfTheRun()],
         gather_threads: Annotated[int, Range(ge=1)],
-        record: str | None,
-        sequence: Runtime[SequenceSpec],
-        row_spec: Runtime[Row],
-        carry_spec: Runtime[Carry],
-        lanes: Runtime[int],
-        seed: Runtime[int],
-        on_policy: Runtime[bool],
+        record: Annotated[str | None, AloneOnly()],
+        context: Runtime[ReplayContext],
     ) -> None:
         """Settings: conf/replay/online.yaml. Raises ValueError for what cannot work."""
-        spec = BlockSpec(sequence=sequence, row=row_spec, carry=carry_spec)
-        self._held = HeldRing(
-            Shape(capacity=capacity, spec=spec, lanes=lanes),
-            [Storing(gather_threads=gather_threads)],
-            min_sequences=min_sequences,
+        keeping = Keeping(
+            capacity=capacity,
+            storage="memory",
+            folder=None,
+            compress="none",
+            gather_threads=gather_threads,
+            shards=1,
+            where="thread",
             prefetch=0,
             record=record,
-            seed=seed,
         )
+        self._held = HeldRing(keeping, context, min_sequences=min_sequences)
         self._ring = self._held.ring
         self.min_sequences = min_sequences
-        per_lane = -(-min_sequences // lanes) - 1  # that wait while the others come
-        needed = per_lane * lanes * sequence.stride
-        if needed >= max_delay and not on_policy:
-            raise ValueError(
-                f"max_delay={max_delay}: {min_sequences} sequences of {lanes} lanes take about "
-                f"{needed} env steps, so the first would be dropped before the last is there; "
-                "raise it, or lower min_sequences"
-            )
+        if not context.on_policy:
+            _check_delay(max_delay, min_sequences, context)
         # An on-policy agent learns from one batch; the next one is made with the weights after it.
-        self._on_policy = on_policy
-        self._enough = min_sequences if on_policy else 2 * min_sequences
-        self._max_delay = math.inf if on_policy else max_delay
+        self._on_policy = context.on_policy
+        self._enough = min_sequences if context.on_policy else 2 * min_sequences
+        self._max_delay = math.inf if context.on_policy else max_delay
         self._waiting: deque[tuple[int, int]] = deque()  # (key, env steps when it was complete)
         self._dropped = 0  # sequences
 
@@ -184,3 +172,15 @@ class Online:
     def close(self) -> None:
         """Ends what was recorded, and drawing ahead."""
         self._held.close()
+
+
+def _check_delay(max_delay: int, min_sequences: int, context: ReplayContext) -> None:
+    """Raises ValueError if the first sequence of a batch is dropped before the last is there."""
+    per_lane = -(-min_sequences // context.lanes) - 1  # that wait while the others come
+    needed = per_lane * context.lanes * context.sequence.stride
+    if needed >= max_delay:
+        raise ValueError(
+            f"max_delay={max_delay}: {min_sequences} sequences of {context.lanes} lanes take about "
+            f"{needed} env steps, so the first would be dropped before the last is there; "
+            "raise it, or lower min_sequences"
+        )

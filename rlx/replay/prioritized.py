@@ -10,29 +10,64 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, final
 
 import numpy as np
 
-from rlx.interfaces import InitialPriorities, Ring
+from rlx.interfaces import InitialPriorities, ReplayContext, Ring
 from rlx.replay.agreement import ring_clashes
-from rlx.replay.held import HeldRing, Shape, storings_of
-from rlx.replay.ring.block_spec import BlockSpec
+from rlx.replay.held import Begin, HeldRing, Keeping
 from rlx.replay.ring.checks import NOT_VALID, check_priorities
 from rlx.replay.ring.drawing import Draw
-from rlx.replay.ring.storage import Storing
-from rlx.types import (
-    Batch,
-    Blocks,
-    Carry,
-    OfTheRun,
-    Range,
-    Rollout,
-    Row,
-    Runtime,
-    Sample,
-    SequenceSpec,
-)
+from rlx.types import Batch, Blocks, Inline, OfTheRun, Range, Rollout, Runtime, Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Priorities:
+    """What sequences are drawn by (settings of conf/replay)."""
+
+    priority_exponent: Annotated[float, Range(ge=0)]
+    priority_eta: Annotated[float, Range(ge=0, le=1)]
+    priority_epsilon: Annotated[float, Range(gt=0)]
+    initial_priority: Literal["acting", "max"]
+
+    def leaves(self, priority: np.ndarray) -> np.ndarray:
+        """f64[B] of the priorities f64[B]: what each sequence is drawn in proportion to."""
+        # A leaf of 0 would take the sequence out of the replay.
+        leaves = (priority + self.priority_epsilon) ** self.priority_exponent
+        return np.maximum(leaves, np.finfo(np.float64).tiny)
+
+    def check(self, initial_priorities: InitialPriorities | None) -> None:
+        """Raises ValueError if the agent has none of the initial priorities that are needed."""
+        needed = self.initial_priority == "acting" and self.priority_exponent > 0
+        if initial_priorities is None and needed:
+            raise ValueError(
+                "this agent has no initial_priorities (interfaces.Prioritizing), which "
+                "replay.initial_priority=acting draws by; choose replay=uniform or replay=online, "
+                "or set replay.initial_priority=max if its updates give priorities."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """How much the choice of sequences is made up for (settings of conf/replay)."""
+
+    importance_exponent: Annotated[float, Range(ge=0)]
+    importance_exponent_final: Annotated[float, Range(ge=0)] | None
+    anneal_env_steps: Annotated[int, Range(ge=1), OfTheRun()] | None
+    importance_scale: Literal["batch", "replay"]
+
+    def __post_init__(self) -> None:
+        if (self.importance_exponent_final is None) != (self.anneal_env_steps is None):
+            raise ValueError("set importance_exponent_final and anneal_env_steps both, or neither.")
+
+    def exponent(self, env_steps: int) -> float:
+        """The exponent then; it goes linearly from the first to the final one."""
+        if self.importance_exponent_final is None or self.anneal_env_steps is None:
+            return self.importance_exponent
+        done = min(1.0, env_steps / self.anneal_env_steps)
+        return (1.0 - done) * self.importance_exponent + done * self.importance_exponent_final
 
 
 def sequence_priority(rows: np.ndarray, eta: float) -> np.ndarray:
@@ -56,72 +91,31 @@ def importance_of(scaled_probability: np.ndarray, exponent: float, least: float)
 class Prioritized:
     """Draws sequences in proportion to (priority + epsilon)^priority_exponent."""
 
+    ratio: float | None
+    min_sequences: int
+    min_env_steps: int
     clashes = staticmethod(ring_clashes)
 
     def __init__(
         self,
         *,
-        capacity: Annotated[int, Range(ge=1), OfTheRun()],
-        ratio: Annotated[float, Range(gt=0)] | None,
-        min_sequences: Annotated[int, Range(ge=1), OfTheRun()],
-        min_env_steps: Annotated[int, Range(ge=0), OfTheRun()],
-        priority_exponent: Annotated[float, Range(ge=0)],
-        priority_eta: Annotated[float, Range(ge=0, le=1)],
-        priority_epsilon: Annotated[float, Range(gt=0)],
-        importance_exponent: Annotated[float, Range(ge=0)],
-        importance_exponent_final: Annotated[float, Range(ge=0)] | None,
-        anneal_env_steps: Annotated[int, Range(ge=1), OfTheRun()] | None,
-        importance_scale: Literal["batch", "replay"],
-        initial_priority: Literal["acting", "max"],
+        begin: Inline[Begin],
+        priorities: Inline[Priorities],
+        importance: Inline[Importance],
         stratified: bool,
-        storage: Literal["memory", "mmap", "device"],
-        folder: str | None,
-        compress: Literal["none", "lz4"],
-        gather_threads: Annotated[int, Range(ge=1)],
-        shards: Annotated[int, Range(ge=1)] | None,
-        record: str | None,
-        where: Literal["thread", "process"],
-        prefetch: Annotated[int, Range(ge=0)],
-        sequence: Runtime[SequenceSpec],
-        row_spec: Runtime[Row],
-        carry_spec: Runtime[Carry],
-        lanes: Runtime[int],
-        initial_priorities: Runtime[InitialPriorities | None],
-        seed: Runtime[int],
-        devices: Runtime[Sequence[Any]],
+        keeping: Inline[Keeping],
+        context: Runtime[ReplayContext],
     ) -> None:
         """Settings: conf/replay/prioritized.yaml. Raises ValueError for what cannot work."""
-        if initial_priorities is None and initial_priority == "acting" and priority_exponent > 0:
-            raise ValueError(
-                "this agent has no initial_priorities (interfaces.Prioritizing), which "
-                "replay.initial_priority=acting draws by; choose replay=uniform or replay=online, "
-                "or set replay.initial_priority=max if its updates give priorities."
-            )
-        storing = Storing(
-            storage=storage, folder=folder, compress=compress, gather_threads=gather_threads
-        )
-        spec = BlockSpec(sequence=sequence, row=row_spec, carry=carry_spec)
-        self._held = HeldRing(
-            Shape(capacity=capacity, spec=spec, lanes=lanes),
-            storings_of(storing, shards, devices, where),
-            min_sequences=min_sequences,
-            prefetch=prefetch,
-            record=record,
-            seed=seed,
-        )
+        priorities.check(context.initial_priorities)
+        self._held = HeldRing(keeping, context, min_sequences=begin.min_sequences)
         self._ring = self._held.ring
-        self.ratio = ratio
-        self.min_sequences = min_sequences
-        self.min_env_steps = min_env_steps
-        self._exponent, self._eta, self._epsilon = priority_exponent, priority_eta, priority_epsilon
-        if (importance_exponent_final is None) != (anneal_env_steps is None):
-            raise ValueError("set importance_exponent_final and anneal_env_steps both, or neither.")
-        self._importance_exponent = importance_exponent
-        self._final = importance_exponent_final, anneal_env_steps
-        self._importance_scale = importance_scale
-        self._initial_priority = initial_priority
+        self.ratio = begin.ratio
+        self.min_sequences = begin.min_sequences
+        self.min_env_steps = begin.min_env_steps
+        self._priorities, self._importance = priorities, importance
         self._stratified = stratified
-        self._initial_priorities = initial_priorities
+        self._initial_priorities = context.initial_priorities
         self._largest_priority = 1.0  # ever written; read by initial_priority=max only
         self._stale_updates = 0
         self._clock: Callable[[], int] = lambda: self._ring.env_steps
@@ -135,7 +129,7 @@ class Prioritized:
         self._held.add(rollout, self._first_leaves)
 
     def _draw(self, batch_size: int, buffers: Batch | None) -> Sample:
-        over_all = self._importance_scale == "replay"
+        over_all = self._importance.importance_scale == "replay"
         how = Draw(batch_size=batch_size, stratified=self._stratified, find_least=over_all)
         drawn = self._ring.draw(how, self._held.rng, buffers)
         scaled = drawn.scaled_probability
@@ -146,17 +140,13 @@ class Prioritized:
 
     @property
     def importance_exponent(self) -> float:
-        """The exponent now; it goes linearly from the first to the final one, by env steps."""
-        final, env_steps = self._final
-        if final is None or env_steps is None:
-            return self._importance_exponent
-        done = min(1.0, self._clock() / env_steps)
-        return (1.0 - done) * self._importance_exponent + done * final
+        """The exponent now."""
+        return self._importance.exponent(self._clock())
 
     @property
     def needs_priorities(self) -> bool:
         """Whether drawing depends on priorities."""
-        return self._exponent > 0
+        return self._priorities.priority_exponent > 0
 
     def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         """New priorities f32[B, T] of the rows (-1 = not valid) of the sequences with keys i64[B].
@@ -205,20 +195,17 @@ class Prioritized:
         self._stale_updates = int(state["stale_updates"])
 
     def _first_leaves(self, keys: np.ndarray) -> np.ndarray:
-        if self._initial_priority == "max" or self._initial_priorities is None:
-            return self._to_leaves(np.full(len(keys), self._largest_priority))
+        largest = self._priorities.initial_priority == "max"
+        if largest or self._initial_priorities is None:
+            return self._priorities.leaves(np.full(len(keys), self._largest_priority))
         return self._leaves(keys, self._initial_priorities(self._ring.scalars(keys)))
 
     def _leaves(self, keys: np.ndarray, priorities: np.ndarray) -> np.ndarray:
         """f64[B] of priorities f32[B, T]."""
         check_priorities(keys, priorities)
-        priority = sequence_priority(priorities, self._eta)
+        priority = sequence_priority(priorities, self._priorities.priority_eta)
         self._largest_priority = max(self._largest_priority, float(priority.max(initial=0.0)))
-        return self._to_leaves(priority)
-
-    def _to_leaves(self, priority: np.ndarray) -> np.ndarray:
-        # A leaf of 0 would take the sequence out of the replay.
-        return np.maximum((priority + self._epsilon) ** self._exponent, np.finfo(np.float64).tiny)
+        return self._priorities.leaves(priority)
 
     @property
     def startable(self) -> int:

@@ -3,75 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, final
+from typing import Any, final
 
 import numpy as np
 
-from rlx.interfaces import Ring
+from rlx.interfaces import ReplayContext, Ring
 from rlx.replay.agreement import ring_clashes
-from rlx.replay.held import HeldRing, Shape, storings_of
-from rlx.replay.ring.block_spec import BlockSpec
+from rlx.replay.held import Begin, HeldRing, Keeping
 from rlx.replay.ring.drawing import Draw
-from rlx.replay.ring.storage import Storing
-from rlx.types import (
-    Batch,
-    Blocks,
-    Carry,
-    OfTheRun,
-    Range,
-    Rollout,
-    Row,
-    Runtime,
-    Sample,
-    SequenceSpec,
-)
+from rlx.types import Batch, Blocks, Inline, Rollout, Runtime, Sample
 
 
 @final
 class Uniform:
     """Draws every startable sequence with the same chance; importance is 1."""
 
+    ratio: float | None
+    min_sequences: int
+    min_env_steps: int
     clashes = staticmethod(ring_clashes)
 
     def __init__(
-        self,
-        *,
-        capacity: Annotated[int, Range(ge=1), OfTheRun()],
-        ratio: Annotated[float, Range(gt=0)] | None,
-        min_sequences: Annotated[int, Range(ge=1), OfTheRun()],
-        min_env_steps: Annotated[int, Range(ge=0), OfTheRun()],
-        storage: Literal["memory", "mmap", "device"],
-        folder: str | None,
-        compress: Literal["none", "lz4"],
-        gather_threads: Annotated[int, Range(ge=1)],
-        shards: Annotated[int, Range(ge=1)] | None,
-        record: str | None,
-        where: Literal["thread", "process"],
-        prefetch: Annotated[int, Range(ge=0)],
-        sequence: Runtime[SequenceSpec],
-        row_spec: Runtime[Row],
-        carry_spec: Runtime[Carry],
-        lanes: Runtime[int],
-        seed: Runtime[int],
-        devices: Runtime[Sequence[Any]],
+        self, *, begin: Inline[Begin], keeping: Inline[Keeping], context: Runtime[ReplayContext]
     ) -> None:
         """Settings: conf/replay/uniform.yaml. Raises ValueError for what cannot work."""
-        storing = Storing(
-            storage=storage, folder=folder, compress=compress, gather_threads=gather_threads
-        )
-        spec = BlockSpec(sequence=sequence, row=row_spec, carry=carry_spec)
-        self._held = HeldRing(
-            Shape(capacity=capacity, spec=spec, lanes=lanes),
-            storings_of(storing, shards, devices, where),
-            min_sequences=min_sequences,
-            prefetch=prefetch,
-            record=record,
-            seed=seed,
-        )
+        self._held = HeldRing(keeping, context, min_sequences=begin.min_sequences)
         self._ring = self._held.ring
-        self.ratio = ratio
-        self.min_sequences = min_sequences
-        self.min_env_steps = min_env_steps
+        self.ratio = begin.ratio
+        self.min_sequences = begin.min_sequences
+        self.min_env_steps = begin.min_env_steps
 
     def add(self, rollout: Rollout) -> None:
         """Stores a rollout's blocks."""

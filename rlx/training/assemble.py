@@ -28,20 +28,24 @@ from rlx.interfaces import (
     Agent,
     EnvFamily,
     Evaluator,
+    FromRecord,
     Peers,
     PoolSettings,
     Prioritizing,
+    Replay,
+    ReplayContext,
     RunContext,
 )
 from rlx.problems import refuse
+from rlx.replay.held import Keeping
 from rlx.replay.process.client import ReplayProcess
 from rlx.training.agreement import check_agreement
-from rlx.training.learner import Learner
+from rlx.training.learner import Learner, OpenLearner
 from rlx.training.parts import Alone, Parts
 from rlx.training.quota import Quota
 from rlx.training.restoring import restore_learner, restore_replay
 from rlx.training.rounds import blocks_of_a_round
-from rlx.training.shares import share_exploration, share_folder, share_seed
+from rlx.training.shares import share_checkpoint, share_exploration, share_folder, share_seed
 from rlx.types import Rollout
 
 T = TypeVar("T")
@@ -70,7 +74,7 @@ def assemble(
     peers: with them it is everything of one learner process, whose settings are its share
     (`rlx.training.shares`); output_dir is the run's all the same.
     """
-    seed, peers = settings["seed"], peers or Alone()
+    peers = peers or Alone()
     evaluation, checkpoint, logging_ = (
         build(settings[group], group) for group in ("evaluation", "checkpoint", "logging")
     )
@@ -80,45 +84,27 @@ def assemble(
     _check_network(agent)
     round_blocks = blocks_of_a_round(settings, agent)
     learning: Learner = build(settings["learner"], "learner")
-    learner = _opened("learner", learning.open, agent, seed)
+    learner = _opened("learner", learning.open, agent, settings["seed"])
     resumed = restore_learner(output_dir, learner, peers, checkpoint.replay) if resume else None
-    exploration = share_exploration(build(settings["exploration"], "exploration"), peers)
-    own_seed = share_seed(seed, peers)
-    if peers.rank != 0:  # whose newest checkpoint the first process may not have got yet
-        checkpoint = dataclasses.replace(checkpoint, keep=max(3, checkpoint.keep))
-    chain = resumed.meta["chain"] + 1 if resumed else 0
+    context = RunContext(
+        family=family,
+        agent=agent,
+        exploration=share_exploration(build(settings["exploration"], "exploration"), peers),
+        seed=share_seed(settings["seed"], peers),
+        chain=resumed.meta["chain"] + 1 if resumed else 0,
+        env_steps=resumed.env_steps if resumed else 0,
+        round_blocks=round_blocks,
+    )
     with ExitStack() as undo:  # closes what there is, if something cannot be had
-        replay = make_replay(
-            settings["replay"],
-            agent,
-            lanes=acting.instances * acting.envs_per_actor,
-            seed=own_seed,
-            devices=learner.devices,
-            batch_size=learner.batch_size,
-        )
+        lanes = acting.instances * acting.envs_per_actor
+        given = replay_context(agent, lanes=lanes, seed=context.seed, devices=learner.devices)
+        replay = make_replay(settings["replay"], given, learner.batch_size)
         undo.callback(replay.close)
         if resumed is not None:
             restore_replay(replay, resumed)
-        if getattr(replay, "is_recorded", False):
-            pool: ActingPool = _nobody_acts(acting.env_steps_per_request, agent, chain)
-        else:
-            context = RunContext(
-                family=family,
-                agent=agent,
-                exploration=exploration,
-                seed=own_seed,
-                chain=chain,
-                env_steps=resumed.env_steps if resumed else 0,
-                round_blocks=round_blocks,
-            )
-            pool = _opened("acting", acting.open, context)
+        pool = _open_pool(acting, replay, context)
         undo.callback(pool.close, CLOSE_S)
-        quota = Quota(
-            ratio=replay.ratio,
-            rows_per_update=learner.batch_size * agent.sequence.unroll,
-            burst_env_steps=pool.burst_env_steps,
-            min_sequences=replay.min_sequences,
-        )
+        quota = _make_quota(replay, pool, learner, agent)
         if resumed and resumed.replay_state is not None:  # else its account opens anew, too
             quota.restore(resumed.meta["quota"])
         evaluator = None
@@ -129,7 +115,7 @@ def assemble(
         evaluator=evaluator,
         output_dir=share_folder(output_dir, peers.rank),
         peers=peers,
-        seed=seed,
+        seed=settings["seed"],
         total_env_steps=settings["total_env_steps"],
         stop_after_s=settings["stop_after_s"],
         stop_after_updates=settings["stop_after_updates"],
@@ -140,7 +126,7 @@ def assemble(
         quota=quota,
         learner=learner,
         evaluation=evaluation,
-        checkpoint=checkpoint,
+        checkpoint=share_checkpoint(checkpoint, peers),
         logging=logging_,
         resumed=resumed and dataclasses.replace(resumed, state=None),  # which may be large
     )
@@ -152,6 +138,22 @@ def _opened(group: str, open_: Callable[..., T], *given: Any) -> T:
         return open_(*given)
     except ValueError as error:
         raise refuse(group, str(error)) from error
+
+
+def _open_pool(acting: PoolSettings, replay: Replay, context: RunContext) -> ActingPool:
+    """The pool of these settings, or one that plays what the replay has recorded."""
+    if isinstance(replay, FromRecord) and replay.is_recorded:
+        return _nobody_acts(acting.env_steps_per_request, context.agent, context.chain)
+    return _opened("acting", acting.open, context)
+
+
+def _make_quota(replay: Replay, pool: ActingPool, learner: OpenLearner, agent: Agent) -> Quota:
+    return Quota(
+        ratio=replay.ratio,
+        rows_per_update=learner.batch_size * agent.sequence.unroll,
+        burst_env_steps=pool.burst_env_steps,
+        min_sequences=replay.min_sequences,
+    )
 
 
 def _nobody_acts(want: int, agent: Agent, chain: int) -> Recorded:
@@ -200,35 +202,31 @@ def _check_network(agent: Agent) -> None:
         raise refuse("network", str(error).splitlines()[0]) from error
 
 
-def make_replay(
-    own: Mapping[str, Any],
-    agent: Agent,
-    *,
-    lanes: int,
-    seed: int,
-    devices: Sequence[jax.Device],
-    batch_size: int,
-) -> Any:
+def replay_context(
+    agent: Agent, *, lanes: int, seed: int, devices: Sequence[jax.Device]
+) -> ReplayContext:
+    """What the replay of this agent is told."""
+    return ReplayContext(
+        sequence=agent.sequence,
+        row_spec=row_spec(agent.spec, agent.acting_spec),
+        carry_spec=carry_spec(agent),
+        lanes=lanes,
+        initial_priorities=agent.initial_priorities if isinstance(agent, Prioritizing) else None,
+        on_policy=agent.on_policy,
+        seed=seed,
+        devices=devices,
+    )
+
+
+def make_replay(own: Mapping[str, Any], context: ReplayContext, batch_size: int) -> Any:
     """The replay of these settings, in this process or in its own."""
-    runtime = {
-        "sequence": agent.sequence,
-        "row_spec": row_spec(agent.spec, agent.acting_spec),
-        "carry_spec": carry_spec(agent),
-        "lanes": lanes,
-        **_priorities_of(agent),
-        "on_policy": agent.on_policy,
-        "seed": seed,
-        "devices": devices,
-    }
-    if own.get("where") != "process":
-        return build(own, "replay", **runtime)
-    make = partial(prepare({**own, "prefetch": 0}, "replay").make, {**runtime, "devices": ()})
+    call = prepare(own, "replay")
+    keeping = call.gathered(Keeping)
+    if keeping is None or keeping.settings["where"] != "process":
+        return call.make({"context": context})
+    elsewhere = {"context": dataclasses.replace(context, devices=())}
+    make = partial(prepare({**own, "prefetch": 0}, "replay").make, elsewhere)
     try:
         return ReplayProcess(make, ahead=own["prefetch"], batch_size=batch_size)
     except ValueError as error:
         raise refuse("replay", str(error)) from error
-
-
-def _priorities_of(agent: Agent) -> dict[str, Any]:
-    found = agent.initial_priorities if isinstance(agent, Prioritizing) else None
-    return {"initial_priorities": found}

@@ -36,7 +36,7 @@ from rlx.replay.files.segments import SegmentError, check_segment
 from rlx.replay.files.snapshots import read_blocks
 from rlx.runs.files import write_json
 from rlx.training.agreement import takes_turns
-from rlx.types import Blocks, Range
+from rlx.types import AloneOnly, Blocks, Range
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Checkpoint:
     every_env_steps: Annotated[int, Range(ge=1)]
     keep: Annotated[int, Range(ge=1)]
     replay: bool
-    exact: bool
+    exact: Annotated[bool, AloneOnly()]
 
     @staticmethod
     def clashes(settings: JSON) -> list[Problem]:

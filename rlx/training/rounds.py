@@ -13,7 +13,7 @@ from typing import Any
 
 from rlx.config.build import build
 from rlx.config.targets import resolve
-from rlx.interfaces import Agent, InRounds
+from rlx.interfaces import Agent, InRounds, TrainsOnce
 from rlx.problems import ConfigError, Problem
 
 Settings = Mapping[str, Any]
@@ -69,7 +69,8 @@ def _batch_problems(settings: Settings) -> list[Problem]:
     """The problems of the batch and the replay: a batch is a round, and the replay holds one."""
     replay, lanes = settings["replay"], _lanes(settings)
     batch_size = settings["learner"]["batch_size"]
-    if not getattr(resolve(replay["_target_"])[0], "trains_once", False):
+    cls, _ = resolve(replay["_target_"])
+    if not (isinstance(cls, TrainsOnce) and cls.trains_once):
         says = "an on-policy agent trains once on each row; choose replay=online"
         return [Problem(path="replay", says=says)]
     if batch_size % lanes:

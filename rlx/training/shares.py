@@ -7,20 +7,24 @@ computed and not what is computed.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from rlx.config.build import ROLES, build, setting_hints
+from rlx.config.build import ROLES, Root, build, setting_hints
 from rlx.config.hints import marker
 from rlx.config.targets import resolve
 from rlx.interfaces import Exploration, Peers, Served
 from rlx.problems import ConfigError, Problem, refuse
 from rlx.seeding import spawn_int
-from rlx.types import OfTheRun
+from rlx.training.checkpoint import Checkpoint
+from rlx.types import AloneOnly, OfTheRun
+
+T = TypeVar("T")
 
 FOLDER = "learners"  # of the run's folder: what is each process's own
 
@@ -35,7 +39,7 @@ def share_of(settings: Mapping[str, Any], count: int) -> dict[str, Any]:
     divided = {"run", "actors" if whole == "instances" else "lanes"}
     if isinstance(pool, Served) and pool.is_served:
         divided.add("lanes")  # a request is of all actors
-    for group, name, of in _counts_of_the_run(settings):
+    for group, name, of in _marked(settings, OfTheRun):
         if of.exactly:
             own[group][name] = _divided(settings, group, name, count)
         elif of.over in divided and (value := own[group][name]):
@@ -44,13 +48,13 @@ def share_of(settings: Mapping[str, Any], count: int) -> dict[str, Any]:
     return own
 
 
-def _counts_of_the_run(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, OfTheRun]]:
-    """(group, setting, its marker) of each that all processes have together."""
+def _marked(settings: Mapping[str, Any], kind: type[T]) -> Iterator[tuple[str, str, T]]:
+    """(group, setting, its marker) of each setting that is marked so."""
     for group in ROLES:
         cls, _ = resolve(settings[group]["_target_"])
         for name, hint in setting_hints(cls).items() if cls else ():
-            if (of := marker(hint, OfTheRun)) is not None:
-                yield group, name, of
+            if (found := marker(hint, kind)) is not None:
+                yield group, name, found
 
 
 def _divided(settings: Mapping[str, Any], group: str, name: str, count: int) -> int:
@@ -64,18 +68,15 @@ def _divided(settings: Mapping[str, Any], group: str, name: str, count: int) -> 
 
 
 def _refuse_alone_only(settings: Mapping[str, Any], count: int) -> None:
-    """What a run has only in one process."""
-    replay, checkpoint = settings["replay"], settings["checkpoint"]
-    alone = {
-        "deterministic": bool(settings["deterministic"]),
-        "checkpoint.exact": bool(checkpoint["exact"]),
-        "replay.record": replay.get("record") is not None,
-        "replay.path": "path" in replay,  # recorded experience
-    }
+    """Raises ConfigError for what only a run in one process can have."""
+    hints = {name: hint for name, hint in setting_hints(Root).items() if name in settings}
+    found = {name: settings[name] for name, hint in hints.items() if marker(hint, AloneOnly)}
+    for group, name, _ in _marked(settings, AloneOnly):
+        found[f"{group}.{name}"] = settings[group][name]
     problems = [
         Problem(path=key, says=f"needs learner.processes=1 (it is {count})")
-        for key, is_set in alone.items()
-        if is_set
+        for key, value in found.items()
+        if value not in (None, False)
     ]
     if problems:
         raise ConfigError(problems)
@@ -94,6 +95,13 @@ def log_file(run: Path, rank: int) -> Path:
 def share_seed(seed: int, peers: Peers) -> int:
     """The seed of a process's environments, exploration and draws; the first has the run's own."""
     return seed if peers.rank == 0 else spawn_int(seed, "learner process", peers.rank)
+
+
+def share_checkpoint(checkpoint: Checkpoint, peers: Peers) -> Checkpoint:
+    """Others than the first process keep older ones, whose newest the first may not have got."""
+    if peers.rank == 0:
+        return checkpoint
+    return dataclasses.replace(checkpoint, keep=max(3, checkpoint.keep))
 
 
 def share_exploration(exploration: Exploration, peers: Peers) -> Exploration:

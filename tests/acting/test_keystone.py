@@ -27,6 +27,7 @@ from rlx.interfaces import RunContext
 from rlx.replay.prioritized import Prioritized
 from rlx.types import Batch, EnvSpec, Timestep, Weights
 from tests import parts
+from tests.replay.replay_streams import making
 
 CARTPOLE: dict[str, Any] = {"id": "CartPole-v1", "components": [0, 2], "max_episode_steps": 30}
 PONG: dict[str, Any] = {"id": "Pong-v5", "max_episode_steps": 25}
@@ -118,7 +119,8 @@ def make_replay(
     compress: Any = "none",
     shards: int | None = None,
 ) -> Prioritized:
-    return Prioritized(
+    return making(
+        Prioritized,
         capacity=capacity,
         ratio=1.0,
         min_sequences=1,

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 
 from rlx import trees
-from rlx.types import ArraySpec, Blocks, Carry, NetInput, QActing, Rollout, Row, SequenceSpec
+from rlx.config.hints import marker
+from rlx.interfaces import ReplayContext
+from rlx.types import (
+    ArraySpec,
+    Blocks,
+    Carry,
+    Gathered,
+    NetInput,
+    QActing,
+    Rollout,
+    Row,
+    SequenceSpec,
+)
+
+R = TypeVar("R")
 
 
 def row_spec(shape: tuple[int, ...] = (3,)) -> Row:
@@ -70,11 +86,35 @@ IN_MEMORY = {
     "gather_threads": 1,
     "shards": None,
     "min_env_steps": 0,
-    "devices": (),
     "where": "thread",
     "record": None,
     "prefetch": 0,
 }
+
+
+CONTEXT = {"initial_priorities": None, "on_policy": False, "devices": ()}
+
+
+def making(cls: Callable[..., R], **given: Any) -> R:
+    """The replay of settings as its YAML has them, and of what the run tells it."""
+    names = {field.name for field in dataclasses.fields(ReplayContext)}
+    told = CONTEXT | {name: given.pop(name) for name in names & given.keys()}
+    settings = _gathered(cls, given)
+    assert not given, f"{cls} has no {sorted(given)}"
+    return cls(context=ReplayContext(**told), **settings)
+
+
+def _gathered(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Takes the settings of a class from those given."""
+    annotated = cls if dataclasses.is_dataclass(cls) else cls.__init__
+    found, hints = {}, get_type_hints(annotated, include_extras=True)
+    for name, hint in hints.items():
+        if marker(hint, Gathered):
+            inner = get_args(hint)[0]
+            found[name] = inner(**_gathered(inner, given))
+        elif name in given:
+            found[name] = given.pop(name)
+    return found
 
 
 def all_blocks(replay: Any) -> list[list[Blocks]]:

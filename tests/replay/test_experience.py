@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from replay_streams import IN_MEMORY, blocks_of, carry_spec, rollout, row_spec, sequence_spec
+from replay_streams import (
+    IN_MEMORY,
+    blocks_of,
+    carry_spec,
+    making,
+    rollout,
+    row_spec,
+    sequence_spec,
+)
 
 from rlx import trees
 from rlx.replay.dataset import Dataset
@@ -47,13 +55,13 @@ SHARED: dict[str, Any] = {
 def recording(folder: Path | None, capacity: int = 400, **changes: Any) -> Prioritized:
     record = None if folder is None else str(folder)
     keeping = IN_MEMORY | {"record": record}
-    return Prioritized(capacity=capacity, lanes=2, **SHARED | keeping | changes)
+    return making(Prioritized, capacity=capacity, lanes=2, **SHARED | keeping | changes)
 
 
 def dataset(folder: Path, **changes: Any) -> Dataset:
     others = ("record", "shards", "min_env_steps", "devices", "where")
     keeping = {name: value for name, value in IN_MEMORY.items() if name not in others}
-    return Dataset(path=str(folder), **SHARED | keeping | changes)
+    return making(Dataset, path=str(folder), lanes=2, **SHARED | keeping | changes)
 
 
 def delivered(begin: int, end: int, chain: int = 0) -> Rollout:

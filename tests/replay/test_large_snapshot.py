@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from replay_streams import ATARI_CARRY, ATARI_ROW, ATARI_SEQUENCE, IN_MEMORY, rollout
+from replay_streams import ATARI_CARRY, ATARI_ROW, ATARI_SEQUENCE, IN_MEMORY, making, rollout
 
 from rlx.replay.files.snapshots import Snapshots, read_blocks
 from rlx.replay.uniform import Uniform
@@ -23,7 +23,8 @@ ROWS, LANES, AT_ONCE = 1_000_000, 64, 64
 
 
 def make() -> Uniform:
-    return Uniform(
+    return making(
+        Uniform,
         capacity=ROWS,
         ratio=None,
         min_sequences=1,

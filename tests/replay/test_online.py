@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replay_streams import all_blocks, carry_spec, rollout, row_spec, sequence_spec
+from replay_streams import all_blocks, carry_spec, making, rollout, row_spec, sequence_spec
 
 from rlx.interfaces import PrioritizedReplay
 from rlx.replay.online import Online
@@ -31,7 +31,7 @@ def make(lanes: int = 2, **changes: Any) -> Online:
         "seed": 0,
         "on_policy": False,
     }
-    return Online(**options | changes)
+    return making(Online, **options | changes)
 
 
 def add(replay: Online, begin: int, end: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from replay_streams import IN_MEMORY, carry_spec, rollout, row_spec, sequence_spec
+from replay_streams import IN_MEMORY, carry_spec, making, rollout, row_spec, sequence_spec
 from scipy import stats
 
 from rlx.replay.prefetch import SPARE
@@ -18,7 +18,8 @@ SEQUENCE = sequence_spec(block_rows=2, length=5)
 
 
 def make(prefetch: int, min_sequences: int = 1) -> Uniform:
-    return Uniform(
+    return making(
+        Uniform,
         capacity=80,
         ratio=None,
         min_sequences=min_sequences,

@@ -1,14 +1,20 @@
-import inspect
 import json
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replay_streams import IN_MEMORY, all_blocks, carry_spec, rollout, row_spec, sequence_spec
+from replay_streams import (
+    IN_MEMORY,
+    all_blocks,
+    carry_spec,
+    making,
+    rollout,
+    row_spec,
+    sequence_spec,
+)
 from scipy import stats
 
 from rlx import trees
@@ -50,7 +56,7 @@ def make(**settings) -> Prioritized:
         **IN_MEMORY,
         "seed": 0,
     }
-    return Prioritized(**(defaults | settings))
+    return making(Prioritized, **(defaults | settings))
 
 
 def test_an_agent_without_first_priorities_is_refused_but_with_the_largest_ones():
@@ -310,18 +316,6 @@ def test_a_sample_is_what_its_keys_say():
 
 
 # --- settings and saving -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "cls"), [("prioritized", Prioritized), ("uniform", Uniform)])
-def test_the_yaml_lists_every_setting_with_a_comment(name, cls):
-    text = (CONF / f"{name}.yaml").read_text()
-    node = yaml.safe_load(text)
-    assert node.pop("_target_") == f"{cls.__module__}.{cls.__qualname__}"
-    parameters = inspect.signature(cls.__init__).parameters
-    assert node.keys() == parameters.keys() - RUNTIME - {"self"}
-    assert all(p.default is p.empty for p in parameters.values())
-    for line in text.splitlines():
-        assert line.startswith("_target_") or "#" in line, line
 
 
 def test_unreachable_min_sequences_are_refused():

@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from replay_streams import IN_MEMORY, all_blocks, carry_spec, rollout, row_spec, sequence_spec
+from replay_streams import (
+    IN_MEMORY,
+    all_blocks,
+    carry_spec,
+    making,
+    rollout,
+    row_spec,
+    sequence_spec,
+)
 
 from rlx import trees
 from rlx.problems import ConfigError, refuse
@@ -46,7 +54,7 @@ DRAWING = {
 
 def make(**changes: Any) -> Prioritized:
     settings = {"capacity": 80, "ratio": 1.5, "min_sequences": 1, "seed": 0} | DRAWING | changes
-    return Prioritized(
+    return making(Prioritized, 
         sequence=SEQUENCE, row_spec=row_spec(), carry_spec=carry_spec(), lanes=2,
         **IN_MEMORY | settings,
     )  # fmt: skip

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replay_streams import IN_MEMORY, carry_spec, rollout, row_spec, sequence_spec
+from replay_streams import IN_MEMORY, carry_spec, making, rollout, row_spec, sequence_spec
 
 from rlx.replay.uniform import Uniform
 from rlx.training.quota import Quota
@@ -88,7 +88,8 @@ def test_no_deadlock_with_a_replay(
     """Lanes of any speed, chains that break, the smallest rings: both sides always go on."""
     sequence = sequence_spec(block_rows=2, length=length, blocks_per_stride=blocks_per_stride)
     blocks = 2 * lanes * sequence.blocks + spare
-    replay = Uniform(
+    replay = making(
+        Uniform,
         capacity=2 * blocks,
         ratio=ratio,
         min_sequences=min(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from replay_streams import IN_MEMORY, carry_spec, fill, rollout, row_spec, sequence_spec
+from replay_streams import IN_MEMORY, carry_spec, fill, making, rollout, row_spec, sequence_spec
 
 from rlx import trees
 from rlx.problems import ConfigError
@@ -195,8 +195,12 @@ def test_the_budget_of_shards_is_the_bytes_of_their_rings():
 
 def uniform(**changes: Any) -> Uniform:
     settings = {"ratio": 1.5, "min_sequences": 1, "seed": 0} | changes
-    return Uniform(
-        sequence=SEQUENCE, row_spec=row_spec(), carry_spec=carry_spec(), **IN_MEMORY | settings
+    return making(
+        Uniform,
+        sequence=SEQUENCE,
+        row_spec=row_spec(),
+        carry_spec=carry_spec(),
+        **IN_MEMORY | settings,
     )
 
 

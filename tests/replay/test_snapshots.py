@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from replay_streams import IN_MEMORY, all_blocks, carry_spec, rollout, row_spec, sequence_spec
+from replay_streams import (
+    IN_MEMORY,
+    all_blocks,
+    carry_spec,
+    making,
+    rollout,
+    row_spec,
+    sequence_spec,
+)
 
 from rlx.replay.files import snapshots
 from rlx.replay.files.segments import SegmentError
@@ -26,7 +34,8 @@ def small_segments(monkeypatch):
 
 
 def make(seed: int = 0, **keeping: Any) -> Uniform:
-    return Uniform(
+    return making(
+        Uniform,
         capacity=80,
         ratio=None,
         min_sequences=1,

@@ -1,5 +1,13 @@
 import numpy as np
-from replay_streams import IN_MEMORY, all_blocks, carry_spec, rollout, row_spec, sequence_spec
+from replay_streams import (
+    IN_MEMORY,
+    all_blocks,
+    carry_spec,
+    making,
+    rollout,
+    row_spec,
+    sequence_spec,
+)
 from scipy import stats
 
 from rlx import trees
@@ -21,7 +29,7 @@ def make(**settings) -> Uniform:
         **IN_MEMORY,
         "seed": 0,
     }
-    return Uniform(**(defaults | settings))
+    return making(Uniform, **(defaults | settings))
 
 
 def add(replay: Uniform, begin: int, end: int) -> None:
