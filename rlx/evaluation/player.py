@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx import trees
-from rlx.acting.inputs import network_input
+from rlx.acting.actor import network_input
 from rlx.envs.actions import Actions, describe
 from rlx.envs.observations import NARROWED, Leaf, RawSpaces
 from rlx.interfaces import Agent

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from rlx.acting.inputs import InputTracker
+from rlx.acting.actor import InputTracker
 from rlx.acting.policy import Policy
 from rlx.evaluation.video import GridRecorder, VideoRecorder, not_recorded, with_values
 from rlx.interfaces import Agent, Asynchronous, Env, EnvFamily

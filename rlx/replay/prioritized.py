@@ -18,9 +18,10 @@ import numpy as np
 from rlx.interfaces import InitialPriorities, ReplayContext, Ring
 from rlx.replay.agreement import ring_clashes
 from rlx.replay.held import Begin, HeldRing, Keeping
-from rlx.replay.ring.checks import NOT_VALID, check_priorities
-from rlx.replay.ring.drawing import Draw
+from rlx.replay.ring.ring import Draw
 from rlx.types import Batch, Blocks, Inline, OfTheRun, Range, Rollout, Runtime, Sample
+
+NOT_VALID = -1.0  # the priority of a row that has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,3 +260,22 @@ class Prioritized:
     def close(self) -> None:
         """Ends what was recorded, and drawing ahead."""
         self._held.close()
+
+
+def check_priorities(keys: np.ndarray, priorities: np.ndarray) -> None:
+    """Raises where they are not f32[B, T], >= 0, or finite (FloatingPointError with the keys)."""
+    priorities = np.asarray(priorities)
+    if priorities.ndim != 2 or len(priorities) != len(keys):
+        raise ValueError(
+            f"Priorities must be f32[{len(keys)}, T], one line per key, "
+            f"got {list(priorities.shape)}."
+        )
+    bad = ~np.isfinite(priorities).all(axis=1)
+    if bad.any():
+        raise FloatingPointError(
+            f"Priorities of the sequences with keys {np.asarray(keys)[bad].tolist()} are not "
+            f"finite; look at the learner's loss and the rewards."
+        )
+    if ((priorities < 0) & (priorities != NOT_VALID)).any():
+        least = float(priorities.min())
+        raise ValueError(f"Priorities must be >= 0 (or -1 = not valid), got {least}.")

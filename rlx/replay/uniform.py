@@ -10,7 +10,7 @@ import numpy as np
 from rlx.interfaces import ReplayContext, Ring
 from rlx.replay.agreement import ring_clashes
 from rlx.replay.held import Begin, HeldRing, Keeping
-from rlx.replay.ring.drawing import Draw
+from rlx.replay.ring.ring import Draw
 from rlx.types import Batch, Blocks, Inline, Rollout, Runtime, Sample
 
 

@@ -25,8 +25,7 @@ from rlx.replay.ring import ring as blocks
 from rlx.replay.ring import storage
 from rlx.replay.ring.block_spec import BlockSpec
 from rlx.replay.ring.budget import Budget, budget
-from rlx.replay.ring.drawing import Draw, Drawn
-from rlx.replay.ring.ring import BlockRing
+from rlx.replay.ring.ring import BlockRing, Draw, Drawn
 from rlx.replay.ring.storage import Storing
 from rlx.types import Carry
 

@@ -14,8 +14,7 @@ from rlx.problems import ConfigError
 from rlx.replay.ring import storage
 from rlx.replay.ring.block_spec import BlockSpec
 from rlx.replay.ring.budget import budget
-from rlx.replay.ring.drawing import Draw
-from rlx.replay.ring.ring import BlockRing
+from rlx.replay.ring.ring import BlockRing, Draw
 from rlx.replay.ring.shards import ShardedRing
 from rlx.replay.ring.storage import Storing
 from rlx.replay.ring.stores import make_storage

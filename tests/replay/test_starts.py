@@ -21,8 +21,7 @@ from rlx import trees
 from rlx.networks.cores import stack_frames
 from rlx.replay.ring import storage
 from rlx.replay.ring.block_spec import BlockSpec
-from rlx.replay.ring.drawing import Draw, Drawn
-from rlx.replay.ring.ring import BlockRing
+from rlx.replay.ring.ring import BlockRing, Draw, Drawn
 from rlx.replay.ring.storage import Storing
 from rlx.types import ArraySpec, Carry, NetInput, Rollout, Row, SequenceSpec
 

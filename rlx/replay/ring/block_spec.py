@@ -219,3 +219,33 @@ def block_leaves(rows: Row, carry: Carry, following: Any, spec: Mapping[str, Any
         kept["next"] = following
     leaves: Leaves = trees.flatten(kept)
     return leaves
+
+
+def checked_leaves(what: str, given: Leaves, stored: Mapping[str, ArraySpec], blocks: int) -> None:
+    """Raises ValueError where leaves of blocks [M, ...] below `what` are not as they are stored."""
+    leaves = {path: leaf for path, leaf in given.items() if path.startswith(what)}
+    wanted = {path: spec for path, spec in stored.items() if path.startswith(what)}
+    if leaves.keys() != wanted.keys():
+        raise ValueError(
+            f"A rollout has the leaves {sorted(leaves)}, the replay stores {sorted(wanted)}; both "
+            "must come from one spec."
+        )
+    for path, leaf in leaves.items():
+        want = wanted[path]
+        if leaf.shape != (blocks, *want.shape) or leaf.dtype != want.dtype:
+            raise ValueError(
+                f"A rollout's leaf {path} is {leaf.dtype}{list(leaf.shape)}, the replay "
+                f"stores {want.dtype}{[blocks, *want.shape]}; convert it where it is made."
+            )
+
+
+def checked_buffers(tree: Any, batch_size: int) -> Leaves:
+    """The leaves of buffers for a batch, if they hold as many sequences."""
+    leaves: Leaves = trees.flatten(tree)
+    for path, leaf in leaves.items():
+        if len(leaf) != batch_size:
+            raise ValueError(
+                f"Buffer {path} holds {len(leaf)} sequences, {batch_size} are asked for; "
+                f"make it by buffers({batch_size})."
+            )
+    return leaves

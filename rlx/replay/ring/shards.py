@@ -20,8 +20,7 @@ import numpy as np
 from rlx import trees
 from rlx.replay.ring import saving
 from rlx.replay.ring.block_spec import BlockSpec
-from rlx.replay.ring.drawing import Draw, Drawn
-from rlx.replay.ring.ring import BlockRing, LeafOf
+from rlx.replay.ring.ring import BlockRing, Draw, Drawn, LeafOf
 from rlx.replay.ring.storage import Storing
 from rlx.types import Batch, Blocks, Rollout, Row
 
