@@ -287,17 +287,18 @@ class EnvPoolLanes:
         raw = dict(zip(self._answer_names, self._pool._recv(), strict=True))
         lane, reward, truncated = raw["info:env_id"], raw["reward"], raw["trunc"]
         terminated = raw["done"] & ~truncated
-        ended = None
+        ended = raw["done"] | truncated
         if self._atari:
             reward = raw["info:reward"]
             terminated, truncated, ended = self._atari_ends(terminated, truncated, raw)
-        return self._tracker.answer(
+        done = terminated | truncated
+        return Timestep(
             observation=self._read(raw),
             reward=reward,
             terminated=terminated,
             truncated=truncated,
+            first=self._tracker.answered(lane=lane, reward=reward, done=done, ended=ended),
             lane=lane,
-            ended=ended,
         )
 
     def _atari_ends(

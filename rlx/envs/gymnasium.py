@@ -259,11 +259,13 @@ class GymnasiumLanes:
         if not np.array_equal(lane, self._all_lanes()):
             observation = {name: array[lane] for name, array in observation.items()}
             reward, terminated, truncated = reward[lane], terminated[lane], truncated[lane]
-        return self._tracker.answer(
+        reward, done = reward.astype(np.float32), terminated | truncated
+        return Timestep(
             observation=observation,
-            reward=reward.astype(np.float32),
+            reward=reward,
             terminated=terminated,
             truncated=truncated & ~terminated,  # gymnasium sets both at a game's end on the limit
+            first=self._tracker.answered(lane=lane, reward=reward, done=done, ended=done),
             lane=lane,
         )
 

@@ -6,13 +6,13 @@ Letters as in `rlx.types`: N lanes, n <= N lanes in one answer, `*` the shape of
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from rlx.envs.actions import Actions, describe
-from rlx.types import EnvSpec, Episode, Timestep
+from rlx.types import EnvSpec, Episode
 
 
 def lane_index(lane: np.ndarray, every: np.ndarray) -> slice | np.ndarray:
@@ -80,9 +80,8 @@ class EpisodeCounter:
 class LaneTracker:
     """Tracks the lanes of one environment: which wait for an action, whose episode ended, returns.
 
-    It turns raw answers into `rlx.types.Timestep`s: the answer after an ended one is `first`. This
-    follows from the lane's previous answer alone; EnvPool's elapsed_step goes on counting over the
-    resets of `episodic_life`.
+    The answer after an ended one is `first`. This follows from the lane's previous answer alone;
+    EnvPool's elapsed_step goes on counting over the resets of `episodic_life`.
     """
 
     def __init__(
@@ -158,24 +157,15 @@ class LaneTracker:
         """Whether this lane has answered and waits for an action."""
         return bool(self._waiting[lane])
 
-    def answer(
-        self,
-        *,
-        observation: Mapping[str, np.ndarray],
-        reward: np.ndarray,
-        terminated: np.ndarray,
-        truncated: np.ndarray,
-        lane: np.ndarray,
-        ended: np.ndarray | None = None,
-    ) -> Timestep:
-        """The Timestep of n lanes' raw answer, in its order.
+    def answered(
+        self, *, lane: np.ndarray, reward: np.ndarray, done: np.ndarray, ended: np.ndarray
+    ) -> np.ndarray:
+        """bool[n]: which of the lanes i32[n] that have answered begin an episode with it.
 
-        `terminated` and `truncated` (bool[n]) exclude each other; `ended` bool[n] says where the
-        game truly ended, if that is not the same.
+        done: bool[n], terminated or truncated; ended: bool[n], where the game truly ended.
         """
         index = lane_index(lane, self._all)
         first = self._done[index].copy()
-        done = terminated | truncated
         self._done[index] = done
         self._waiting[index] = True
         self._n_waiting += len(lane)
@@ -186,16 +176,9 @@ class LaneTracker:
             "lane": lane,
             "reward": reward,
             "first": first,
-            "ended": done if ended is None else ended,
+            "ended": ended,
         }
-        return Timestep(
-            observation=observation,
-            reward=reward,
-            terminated=terminated,
-            truncated=truncated,
-            first=first,
-            lane=lane,
-        )
+        return first
 
     def count(self) -> None:
         """Counts the last answer's episodes once; call it while the lanes are busy."""

@@ -43,7 +43,7 @@ from rlx.training.agreement import check_agreement
 from rlx.training.learner import Learner, OpenLearner
 from rlx.training.parts import Alone, Parts
 from rlx.training.quota import Quota
-from rlx.training.restoring import restore_learner, restore_replay
+from rlx.training.restoring import Restored, restore_learner, restore_replay
 from rlx.training.rounds import blocks_of_a_round
 from rlx.training.shares import share_checkpoint, share_exploration, share_folder, share_seed
 from rlx.types import Rollout
@@ -104,12 +104,8 @@ def assemble(
             restore_replay(replay, resumed)
         pool = _open_pool(acting, replay, context)
         undo.callback(pool.close, CLOSE_S)
-        quota = _make_quota(replay, pool, learner, agent)
-        if resumed and resumed.replay_state is not None:  # else its account opens anew, too
-            quota.restore(resumed.meta["quota"])
-        evaluator = None
-        if peers.rank == 0:
-            evaluator = _build_evaluator(settings, evaluation, family, agent)
+        quota = _make_quota(replay, pool, learner, agent, resumed)
+        evaluator = _build_evaluator(settings, evaluation, context) if peers.rank == 0 else None
         undo.pop_all()
     return Parts(
         evaluator=evaluator,
@@ -147,13 +143,18 @@ def _open_pool(acting: PoolSettings, replay: Replay, context: RunContext) -> Act
     return _opened("acting", acting.open, context)
 
 
-def _make_quota(replay: Replay, pool: ActingPool, learner: OpenLearner, agent: Agent) -> Quota:
-    return Quota(
+def _make_quota(
+    replay: Replay, pool: ActingPool, learner: OpenLearner, agent: Agent, resumed: Restored | None
+) -> Quota:
+    quota = Quota(
         ratio=replay.ratio,
         rows_per_update=learner.batch_size * agent.sequence.unroll,
         burst_env_steps=pool.burst_env_steps,
         min_sequences=replay.min_sequences,
     )
+    if resumed is not None and resumed.replay_state is not None:  # else its account opens anew
+        quota.restore(resumed.meta["quota"])
+    return quota
 
 
 def _nobody_acts(want: int, agent: Agent, chain: int) -> Recorded:
@@ -178,7 +179,7 @@ def _nobody_acts(want: int, agent: Agent, chain: int) -> Recorded:
 
 
 def _build_evaluator(
-    settings: Mapping[str, Any], evaluation: Evaluation, family: EnvFamily, agent: Agent
+    settings: Mapping[str, Any], evaluation: Evaluation, run: RunContext
 ) -> Evaluator | None:
     """What evaluates beside the training; it joins the cluster of the actors if they have one."""
     if evaluation.where == "inline" or evaluation.every_env_steps is None:
@@ -187,9 +188,9 @@ def _build_evaluator(
 
     return RayEvaluator(
         evaluation=evaluation,
-        family=family,
-        agent=agent,
-        seed=settings["seed"],
+        family=run.family,
+        agent=run.agent,
+        seed=run.seed,
         address=settings["acting"].get("address"),
     )
 
