@@ -45,6 +45,11 @@ def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     )
 
 
+def empty(spec: Any, *leading: int) -> Any:
+    """Uninitialised arrays [*leading, *] in the structure of `spec`."""
+    return tree_map(lambda s: np.empty((*leading, *s.shape), s.dtype), spec)
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Leaves by path, such as {"inputs/observation/image": ...}."""
     parts = children(tree)

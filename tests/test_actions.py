@@ -19,9 +19,8 @@ import rlx
 from rlx import export, trees
 from rlx.acting.exploration import Constant
 from rlx.acting.local_pool import LocalPool
-from rlx.acting.plan import carry_spec
+from rlx.acting.plan import carry_spec, row_spec
 from rlx.acting.thread_pool import ThreadPool
-from rlx.acting.writer import row_spec
 from rlx.envs.envpool import EnvPool
 from rlx.envs.gymnasium import Gymnasium
 from rlx.networks.actions import encode_action, encode_previous

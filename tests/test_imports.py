@@ -41,7 +41,7 @@ DEVICE_HOMES = {"training/learner", "acting/policy", "evaluation/player", "repla
 }
 WITHOUT_JAX = {
     *("types", "seeding", "interfaces", "envs", "replay", "cluster", "runs/folders"),
-    *("acting/actor", "acting/writer", "acting/remote", "acting/remote_env"),
+    *("acting/actor", "acting/remote", "acting/remote_env"),
     "acting/wire",
 }
 WITH_JAX = {"replay/ring/device"}

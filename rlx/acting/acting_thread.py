@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from time import monotonic
 
-from rlx.acting.actor import Actor, collect_in_turn
+from rlx.acting.actor import Actor
 from rlx.cluster.faults import ActingFailed
 from rlx.types import Request, Rollout, Weights
 
@@ -205,3 +205,25 @@ class Threads:
         end = monotonic() + timeout_s
         for thread in self.threads:
             thread.join(max(0.0, end - monotonic()))
+
+
+def collect_in_turn(
+    actors: Sequence[Actor], request: Request, goes_on: Callable[[], bool]
+) -> list[Rollout]:
+    """Collects what was asked for from several actors together, or stops when `goes_on` is false.
+
+    The host acts for one actor while the others' lanes step, so device and environments overlap.
+    """
+    for actor in actors:
+        actor.begin(request)
+    while not _is_done(actors, request) and goes_on():
+        for actor in actors:
+            if not actor.rests:
+                actor.advance()
+    return [actor.end() for actor in actors]
+
+
+def _is_done(actors: Sequence[Actor], request: Request) -> bool:
+    if request.want_blocks is not None:
+        return all(actor.rests for actor in actors)
+    return sum(actor.env_steps for actor in actors) >= request.want_env_steps

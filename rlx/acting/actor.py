@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
@@ -10,7 +9,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from rlx import trees
-from rlx.acting.writer import BlockWriter, Index, row_spec
 from rlx.envs.lanes import lane_index
 from rlx.interfaces import Env, Exploration
 from rlx.types import (
@@ -22,12 +20,14 @@ from rlx.types import (
     Observation,
     Request,
     Rollout,
+    Row,
     SequenceSpec,
     Timestep,
     Weights,
 )
 
-ONE = np.int32(1)
+Index = slice | np.ndarray  # of lanes: a slice if it is all of them in order, else intp[n]
+Place = tuple[Any, Any]  # (lanes, row) that index [N, K, ...]; a slice where all lanes keep pace
 
 
 class ActingPolicy(Protocol):
@@ -69,7 +69,7 @@ class Actor:
         policy: ActingPolicy,
         exploration: Exploration,
         sequence: SequenceSpec,
-        acting_spec: object,
+        row_spec: Row,
         carry_spec: Carry,
         first_lane: int,
         total_lanes: int,
@@ -83,7 +83,7 @@ class Actor:
         self._writer = BlockWriter(
             lanes=env.lanes,
             block_rows=sequence.block_rows,
-            row=row_spec(env.spec, acting_spec),
+            row=row_spec,
             carry=carry_spec,
         )
         self._started = np.zeros(env.lanes, bool)
@@ -102,7 +102,10 @@ class Actor:
 
     def collect(self, request: Request) -> Rollout:
         """Steps until the request is fulfilled; returns the blocks finished by then."""
-        return collect_in_turn([self], request, lambda: True)[0]
+        self.begin(request)
+        while not self._is_done:
+            self.advance()
+        return self.end()
 
     def begin(self, request: Request) -> None:
         """Takes a request's weights and counts from 0."""
@@ -119,6 +122,12 @@ class Actor:
     def rests(self) -> bool:
         """Whether the actor has made all blocks that the request asks for."""
         return self._resting is not None and self._begun > 0
+
+    @property
+    def _is_done(self) -> bool:
+        assert self._request is not None
+        enough = self.env_steps >= self._request.want_env_steps
+        return enough if self._request.want_blocks is None else self.rests
 
     def advance(self) -> None:
         """Waits for the lanes' answer and acts; when it returns the lanes step on, or rest."""
@@ -270,28 +279,6 @@ class Actor:
         return episode
 
 
-def collect_in_turn(
-    actors: Sequence[Actor], request: Request, goes_on: Callable[[], bool]
-) -> list[Rollout]:
-    """Collects what was asked for from several actors together, or stops when `goes_on` is false.
-
-    The host acts for one actor while the others' lanes step, so device and environments overlap.
-    """
-    for actor in actors:
-        actor.begin(request)
-    while not _is_done(actors, request) and goes_on():
-        for actor in actors:
-            if not actor.rests:
-                actor.advance()
-    return [actor.end() for actor in actors]
-
-
-def _is_done(actors: Sequence[Actor], request: Request) -> bool:
-    if request.want_blocks is not None:
-        return all(actor.rests for actor in actors)
-    return sum(actor.env_steps for actor in actors) >= request.want_env_steps
-
-
 class InputTracker:
     """Makes of each lane's timesteps what the network reads: previous action and reward, time."""
 
@@ -324,6 +311,119 @@ class InputTracker:
         self._action[index] = action
 
 
+class BlockWriter:
+    """The open blocks of N lanes: rows [N, K, ...] and the carry before each block's first row.
+
+    A row is written in three parts: `open` with x_t, `decide` with a_t, `close` with r_{t+1} when
+    the environment has answered. As long as every call is for all lanes in order they keep pace,
+    and slices of whole rows are written, which is much cheaper than a place for each lane.
+    """
+
+    def __init__(self, *, lanes: int, block_rows: int, row: Row, carry: Carry) -> None:
+        self._lanes, self._block_rows = lanes, block_rows
+        self._row_spec, self._carry_spec = row, carry
+        self._all, self._none = np.arange(lanes), np.arange(0)
+        self._keep_pace = True  # and then the first lane's number holds for all
+        self._filled = np.zeros(lanes, np.int64)  # rows closed in each lane's open block
+        self._is_open = np.zeros(lanes, bool)  # a row that no answer has closed
+        self._number = np.zeros(lanes, np.int64)
+        self._version = np.full(lanes, -1, np.int64)
+        self.nothing = (
+            trees.empty(row, 0, block_rows),
+            trees.empty(carry, 0),
+        )  # no blocks, rightly structured
+        self._renew()
+
+    def next_starts(self, index: Index) -> np.ndarray:
+        """The lanes among these whose next row opens a block, before this row is closed."""
+        self._keep_pace = self._keep_pace and isinstance(index, slice)
+        if self._keep_pace:
+            starts = (self._filled.item(0) + self._is_open.item(0)) % self._block_rows == 0
+            return self._all if starts else self._none
+        open_rows = self._filled[index] + self._is_open[index]
+        return self._all[index][open_rows % self._block_rows == 0]
+
+    def begin(self, lane: np.ndarray, carry: Carry, version: int) -> None:
+        """Notes the carry before the first row of these lanes' new blocks."""
+        self._version[lane] = version
+        for name, values in trees.flatten(carry).items():
+            self._carry[name][lane] = values
+
+    def place(self, index: Index) -> Place:
+        """The places of these lanes' next rows."""
+        if self._keep_pace:
+            return index, self._filled.item(0)
+        filled = self._filled[index]
+        return self._all if isinstance(index, slice) else index, filled
+
+    def open(self, index: Index, inputs: NetInput) -> Place:
+        """Writes x_t; returns the place where `decide` puts the rest."""
+        place, rows = self.place(index), self._rows.inputs
+        for name, values in inputs.observation.items():
+            rows.observation[name][place] = values
+        rows.prev_action[place] = inputs.prev_action
+        rows.prev_reward[place] = inputs.prev_reward
+        rows.time[place] = inputs.time
+        rows.first[place] = inputs.first
+        self._is_open[index] = True
+        return place
+
+    def decide(self, place: Place, action: np.ndarray, acting: Any) -> None:
+        """Writes a_t and the agent's record of acting time."""
+        self._rows.action[place] = action
+        for name, values in (trees.children(acting) or {}).items():
+            self._acting[name][place] = values
+
+    def close(
+        self, index: Index, reward: np.ndarray, discount: np.ndarray, valid: np.ndarray
+    ) -> np.ndarray:
+        """Writes r_{t+1} into these lanes' open rows; returns the lanes whose block is now full."""
+        place = self.place(index)
+        self._rows.reward[place] = reward
+        self._rows.discount[place] = discount
+        self._rows.valid[place] = valid
+        self._filled[index] += 1
+        self._is_open[index] = False
+        if self._keep_pace:
+            return self._all if self._filled.item(0) == self._block_rows else self._none
+        return self._all[index][self._filled[index] == self._block_rows]
+
+    def take(self, lane: np.ndarray) -> tuple[Row, Carry, np.ndarray, np.ndarray]:
+        """Takes these lanes' full blocks, in the order of `lane`, which may be any.
+
+        Returns (rows [n, K, ...], carry [n, ...], number, weights version).
+        """
+        number, version = self._number[lane], self._version[lane]
+        self._number[lane] += 1
+        self._filled[lane] = 0
+        if len(lane) == self._lanes and (lane == self._all).all():  # no need to copy them
+            rows, carry = self._rows, trees.unflatten(self._carry_spec, self._carry)
+            self._renew()
+        else:
+            rows = trees.tree_map(lambda x: x[lane], self._rows)
+            carry = trees.unflatten(
+                self._carry_spec, {name: x[lane] for name, x in self._carry.items()}
+            )
+        return rows, carry, number, version
+
+    def restart(self, lane: np.ndarray) -> None:
+        """Drops these lanes' open blocks; their next block is number 0."""
+        self._keep_pace = False
+        self._filled[lane] = 0
+        self._is_open[lane] = False
+        self._number[lane] = 0
+
+    def renumber(self) -> None:
+        """Gives the open blocks number 0."""
+        self._number[:] = 0
+
+    def _renew(self) -> None:
+        self._rows: Row = trees.empty(self._row_spec, self._lanes, self._block_rows)
+        self._acting = trees.children(self._rows.acting) or {}
+        carry = trees.empty(self._carry_spec, self._lanes)
+        self._carry: dict[str, np.ndarray] = trees.flatten(carry)
+
+
 def network_input(
     *,
     observation: Observation,
@@ -345,6 +445,6 @@ def network_input(
         observation=observation,
         prev_action=xp.where(every_element, none, last_action),
         prev_reward=xp.where(first, np.float32(0), reward),
-        time=xp.where(first, np.int32(0), last_time + ONE),
+        time=xp.where(first, np.int32(0), last_time + np.int32(1)),
         first=first,
     )

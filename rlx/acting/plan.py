@@ -12,11 +12,10 @@ import numpy as np
 from rlx import trees
 from rlx.acting.actor import Actor
 from rlx.acting.policy import Policy
-from rlx.acting.writer import empty, input_spec
 from rlx.interfaces import Agent, Asynchronous, Device, Env, EnvFamily, Exploration, RunContext
 from rlx.problems import Problem
 from rlx.seeding import spawn_int
-from rlx.types import ArraySpec, Carry, NetInput
+from rlx.types import ArraySpec, Carry, EnvSpec, NetInput, Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ class Plan:
             policy=self.policy(index, chain),
             exploration=self.exploration,
             sequence=self.agent.sequence,
-            acting_spec=self.agent.acting_spec,
+            row_spec=row_spec(self.agent.spec, self.agent.acting_spec),
             carry_spec=carry_spec(self.agent),
             first_lane=index * self.envs_per_actor,
             total_lanes=self.lanes,
@@ -124,5 +123,32 @@ def carry_spec(agent: Agent) -> Carry:
 
 def zero_inputs(agent: Agent, lanes: int) -> NetInput:
     """Inputs [lanes, ...] of zeros."""
-    inputs = empty(input_spec(agent.spec), lanes)
+    inputs = trees.empty(input_spec(agent.spec), lanes)
     return trees.tree_map(np.zeros_like, inputs)
+
+
+def row_spec(spec: EnvSpec, acting: Any) -> Row:
+    """The ArraySpecs of one stored row."""
+    return Row(
+        inputs=input_spec(spec),
+        action=spec.action.array,
+        reward=ArraySpec(shape=(), dtype="float32"),
+        discount=ArraySpec(shape=(), dtype="float32"),
+        valid=ArraySpec(shape=(), dtype="bool"),
+        acting=acting,
+    )
+
+
+def input_spec(spec: EnvSpec) -> NetInput:
+    """The ArraySpecs of one network input."""
+
+    def scalar(dtype: str) -> ArraySpec:
+        return ArraySpec(shape=(), dtype=dtype)
+
+    return NetInput(
+        observation=dict(spec.observation),
+        prev_action=spec.action.array,
+        prev_reward=scalar("float32"),
+        time=scalar("int32"),
+        first=scalar("bool"),
+    )

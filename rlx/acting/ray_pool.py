@@ -16,14 +16,13 @@ import jax
 import numpy as np
 
 from rlx import trees
-from rlx.acting.plan import Plan, age_problems, carry_spec, make_plan, newest_only
+from rlx.acting.plan import Plan, age_problems, carry_spec, make_plan, newest_only, row_spec
 from rlx.acting.ray_actors import RayActors, Traffic
 from rlx.acting.ray_resources import Placement, Resources, Room, check_store
 from rlx.acting.ray_server import RayServer
 from rlx.acting.remote import RemoteActor
 from rlx.acting.remote_env import RemoteEnv
 from rlx.acting.wire import Compression
-from rlx.acting.writer import row_spec
 from rlx.cluster.cluster import Cluster
 from rlx.cluster.faults import Restarts
 from rlx.cluster.fleet import Deadlines, Fleet

@@ -20,7 +20,7 @@ import numpy as np
 from rlx import trees
 from rlx.acting.acting_thread import ActingThread, Arrived, Orders, Threads
 from rlx.acting.actor import Actor
-from rlx.acting.plan import Plan, carry_spec
+from rlx.acting.plan import Plan, carry_spec, row_spec
 from rlx.acting.policy import Policy
 from rlx.acting.remote_env import Step
 from rlx.cluster.fleet import Answered, Fleet, Lost, Ready
@@ -235,7 +235,7 @@ class RayServer:
             policy=policy,
             exploration=plan.exploration,
             sequence=plan.agent.sequence,
-            acting_spec=plan.agent.acting_spec,
+            row_spec=row_spec(plan.agent.spec, plan.agent.acting_spec),
             carry_spec=carry_spec(plan.agent),
             first_lane=0,
             total_lanes=lanes,

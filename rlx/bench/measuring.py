@@ -20,8 +20,8 @@ import numpy as np
 import yaml
 
 from rlx import trees
+from rlx.acting.plan import row_spec
 from rlx.acting.policy import Policy
-from rlx.acting.writer import row_spec
 from rlx.config.build import build
 from rlx.config.paths import config_dir
 from rlx.interfaces import Agent, EnvFamily, RunContext

@@ -23,8 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx import trees
-from rlx.acting.plan import carry_spec
-from rlx.acting.writer import row_spec
+from rlx.acting.plan import carry_spec, row_spec
 from rlx.bench import measuring
 from rlx.config.build import build
 from rlx.interfaces import Agent

@@ -18,9 +18,8 @@ import jax
 import numpy as np
 
 from rlx import trees
-from rlx.acting.plan import carry_spec
+from rlx.acting.plan import carry_spec, row_spec
 from rlx.acting.recorded import Recorded
-from rlx.acting.writer import empty, row_spec
 from rlx.config.build import build, prepare
 from rlx.evaluation.playing import Evaluation
 from rlx.interfaces import (
@@ -160,11 +159,11 @@ def _make_quota(
 def _nobody_acts(want: int, agent: Agent, chain: int) -> Recorded:
     """The pool of a run that trains from recorded experience."""
     log.info("replay=dataset: no actor runs; what acting and exploration set is not used")
-    rows = empty(row_spec(agent.spec, agent.acting_spec), 0, agent.sequence.block_rows)
+    rows = trees.empty(row_spec(agent.spec, agent.acting_spec), 0, agent.sequence.block_rows)
     none = np.zeros(0, np.int64)
     nothing = Rollout(
         rows=rows,
-        carry=empty(carry_spec(agent), 0),
+        carry=trees.empty(carry_spec(agent), 0),
         next=trees.tree_map(lambda x: x[:, 0], rows.inputs),
         lane=none.astype(np.int32),
         chain=none.astype(np.int32),

@@ -18,8 +18,7 @@ import pytest
 from rlx import trees
 from rlx.acting.exploration import Constant
 from rlx.acting.local_pool import LocalPool, OpenLocalPool
-from rlx.acting.plan import carry_spec
-from rlx.acting.writer import row_spec
+from rlx.acting.plan import carry_spec, row_spec
 from rlx.agents import common
 from rlx.agents.r2d2 import R2D2
 from rlx.envs.envpool import EnvPool
