@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "rlx"
 PAGE = ROOT / "docs" / "design.md"
 BEGIN, END = "<!-- transition: begin -->\n", "<!-- transition: end -->\n"
+COLUMNS = 118
 START = "train"
 TRAVELS = ("Timestep", "NetInput", "Row", "Rollout", "Blocks", "Drawn", "Sample", "Batch")
 BELOW = ("networks/torsos", "networks/cores", "networks/convolution", "networks/heads")
@@ -93,16 +95,22 @@ def lines_of(code: CodeType) -> int:
     return len(inspect.getsourcelines(code)[0])
 
 
-def table(files: dict[str, list[tuple[str, int]]]) -> str:
+def listed(files: dict[str, list[tuple[str, int]]]) -> str:
     """The list as Markdown."""
     total = sum(lines for functions in files.values() for _, lines in functions)
-    rows = [
-        f"| `{name}` | {sum(lines for _, lines in functions)} | "
-        f"{', '.join(f'`{function}`' for function, _ in functions)} |"
+    items = [
+        textwrap.fill(
+            f"- `{name}`, {sum(lines for _, lines in functions)} lines: "
+            f"{', '.join(f'`{function}`' for function, _ in functions)}",
+            width=COLUMNS,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
         for name, functions in files.items()
     ]
-    head = f"{len(files)} files, {total} lines of functions entered.\n\n"
-    return head + "\n".join(["| file | lines | functions |", "|---|---|---|", *rows]) + "\n"
+    head = f"{len(files)} files, {total} lines of functions entered:\n\n"
+    return head + "\n".join(items) + "\n"
 
 
 def write(text: str) -> None:
@@ -114,7 +122,7 @@ def write(text: str) -> None:
 
 
 if __name__ == "__main__":
-    found = table(follow())
+    found = listed(follow())
     print(found)
     if "--write" in sys.argv[1:]:
         write(found)
