@@ -36,7 +36,7 @@ from rlx.types import Params, Weights
 
 if TYPE_CHECKING:
     from rlx.evaluation.player import Player, State
-    from rlx.training.checkpoint import Restored
+    from rlx.training.checkpoint_files import Restored
 
 __all__ = ["Loaded", "compose", "load", "make", "run"]
 
@@ -154,7 +154,8 @@ class Loaded:
         """A checkpoint without its replay: "latest", "best", or the folder of one."""
         import jax
 
-        from rlx.training.checkpoint import Checkpointer, CheckpointError
+        from rlx.training.checkpoint import Checkpointer
+        from rlx.training.checkpoint_files import CheckpointError
 
         like = jax.eval_shape(lambda: self.agent.init(jax.random.PRNGKey(0)))
         try:

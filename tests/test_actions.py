@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from rlx.acting.thread_pool import ThreadPool
 from rlx.envs.envpool import EnvPool
 from rlx.envs.gymnasium import Gymnasium
 from rlx.networks.actions import encode_action, encode_previous
+from rlx.problems import ConfigError, RunFailed
+from rlx.replay.files.experience import rollouts
 from rlx.replay.uniform import Uniform
 from rlx.types import BoxSpec, DiscreteSpec, MultiDiscreteSpec, Rollout, Row, Weights
 from tests import parts
@@ -259,9 +262,9 @@ optimizer:
   decay: linear
   final_learning_rate: 0.0
 """
+REPLAY = ("replay=uniform", "replay.capacity=2000", "replay.min_sequences=4", "replay.ratio=4.0")
 SMALL = [
     *("agent=random", "network.torso.layers=[8]", "network.core.units=8"),
-    *("replay=uniform", "replay.min_sequences=4", "replay.capacity=2000", "replay.ratio=4.0"),
     *("acting.envs_per_actor=4", "acting.env_steps_per_request=8", "total_env_steps=300"),
     *("learner.batch_size=4", "evaluation.final_episodes=4", "checkpoint.every_env_steps=200"),
     *("logging.console=off", "logging.tensorboard=false"),
@@ -276,9 +279,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     (conf / "agent").mkdir()
     (conf / "agent" / "random.yaml").write_text(AGENT)
 
-    def run(*overrides: str) -> Path:
+    def run(*overrides: str, replay: Sequence[str] = REPLAY) -> Path:
         folder = tmp_path_factory.mktemp("runs") / "run"
-        rlx.run(rlx.compose([*SMALL, *overrides], extra_dir=conf), folder)
+        rlx.run(rlx.compose([*SMALL, *replay, *overrides], extra_dir=conf), folder)
         return folder
 
     return run
@@ -333,3 +336,28 @@ def test_a_run_learns_acts_and_is_exported(env, trained, tmp_path):
     assert (np.asarray(theirs) >= np.asarray(told["low"], np.float32)).all()
     assert (np.asarray(theirs) <= np.asarray(told["high"], np.float32)).all()
     assert (np.asarray(told["low"]) == (start if start.ndim else np.asarray(spec.low))).all()
+
+
+def test_what_actors_on_ray_do_in_a_box_is_recorded_and_learnt_from(trained, tmp_path):
+    experience = tmp_path / "experience"
+    thin = ("acting=ray_pool", "acting.instances=2", "acting.cpus_per_actor=0.5")
+    folder = trained(*PENDULUM, *thin, f"replay.record={experience}")
+    agent = rlx.load(folder).agent
+    specs = row_spec(agent.spec, agent.acting_spec), carry_spec(agent)
+    for rows in lanes_of(list(rollouts(experience, *specs))).values():
+        check_rows(rows, agent.spec.action)
+    offline = ("replay=dataset", f"replay.path={experience}", "replay.priority_exponent=0")
+    small = ("replay.min_sequences=4", "replay.ratio=4.0")
+    learnt = trained(*PENDULUM, replay=(*offline, *small))
+    summary = json.loads((learnt / "summary.json").read_text())
+    assert (summary["state"], summary["updates"] > 20) == ("finished", True)
+
+
+def test_a_replay_by_priorities_refuses_updates_that_give_none(trained):
+    by_priorities = ("replay=prioritized", "replay.initial_priority=max", *REPLAY[1:])
+    with pytest.raises(RunFailed, match="updates of RandomAgent do not give; choose"):
+        trained(*PENDULUM, replay=by_priorities)
+    with pytest.raises(ConfigError, match="no initial_priorities"):
+        trained(*PENDULUM, replay=("replay=prioritized", *REPLAY[1:]))
+    drawn_evenly = ("replay.priority_exponent=0", "replay.importance_exponent=0")
+    trained(*PENDULUM, replay=("replay=prioritized", *REPLAY[1:], *drawn_evenly))

@@ -30,7 +30,7 @@ from rlx.config.build import build
 from rlx.config.paths import config_dir
 from rlx.interfaces import Agent
 from rlx.training.learner import OpenLearner
-from rlx.types import Batch, UpdateOutput
+from rlx.types import Sample, UpdateOutput
 
 PRODUCT = {"cpu": 2048, "gpu": 8192}  # rows and columns of the matrices that are multiplied
 PROFILED_UPDATES = 3
@@ -60,14 +60,16 @@ def bench_learner(
     size = setup.batch_size if batch is None else batch
     prefix = f"learner/{setup.name}/{dtype}/{size} sequences"
     update = Compiled(agent, size)
-    paths: dict[str, LoopPath | Torch] = {"learner path": LoopPath(agent, size)}
+    paths: dict[str, LoopPath | Torch] = {
+        "learner path": LoopPath(agent, size, SameBatch(agent, size))
+    }
     if torch is not None:
         paths["PyTorch's update"] = Torch(torch, size, dense or 0)
     if from_replays:
         blocks = RowSource(agent, frames_of(setup))
         for name, keeping in REPLAYS.items():
             replay, _ = filled(agent, REPLAYED_ROWS, blocks, keeping, size)
-            paths[name] = FromReplay(agent, size, replay)
+            paths[name] = LoopPath(agent, size, replay)
     product = Product(dtype)
     variants: dict[str, measuring.Work] = {
         "compiled update": update.work,
@@ -111,22 +113,21 @@ class Compiled:
 class LoopPath:
     """Updates as the loop makes them: fresh host batches, late priorities, publishing."""
 
-    def __init__(self, agent: Agent, size: int) -> None:
+    def __init__(self, agent: Agent, size: int, replay: Any) -> None:
         own = measuring.settings("learner", "default") | {"batch_size": size}
         self._learner: OpenLearner = build(own, "learner").open(agent, 0)
-        self._batch = measuring.random_batch(agent, size)
-        self._keys = np.arange(size)
+        self._size, self._replay = size, replay
         self._waiting: list[tuple[np.ndarray, UpdateOutput]] = []
         self._published: list[Any] = []
 
     def work(self) -> float:
         learner = self._learner
-        keys, batch = self.draw()
-        output = learner.update(learner.put(batch))
+        sample = self._replay.sample(self._size)
+        output = learner.update(learner.put(sample.batch))
         self.settle()
         if self._published:
             self._published.pop().weights()
-        self._waiting.append((keys, output))
+        self._waiting.append((sample.keys, output))
         if learner.updates % learner.publish_every_updates == 0:
             self._published.append(learner.publish())
         return 1
@@ -134,35 +135,34 @@ class LoopPath:
     def settle(self) -> None:
         while self._waiting:
             keys, output = self._waiting.pop()
-            self.update_priorities(keys, np.asarray(self._learner.priorities(output)))
-
-    def draw(self) -> tuple[np.ndarray, Batch]:
-        """The keys and the batch; here the same batch always."""
-        return self._keys, self._batch
-
-    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
-        """Does nothing: here no replay needs priorities."""
-
-    def close(self) -> None:
-        """Does nothing: nothing is open."""
-
-
-class FromReplay(LoopPath):
-    """The same with batches from a full replay, whose priorities are updated."""
-
-    def __init__(self, agent: Agent, size: int, replay: Any) -> None:
-        super().__init__(agent, size)
-        self._size, self._replay = size, replay
-
-    def draw(self) -> tuple[np.ndarray, Batch]:
-        sample = self._replay.sample(self._size)
-        return sample.keys, sample.batch
-
-    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
-        self._replay.update_priorities(keys, priorities)
+            priorities = np.asarray(self._learner.priorities(output))
+            self._replay.update_priorities(keys, priorities)
 
     def close(self) -> None:
         self._replay.close()
+
+
+class SameBatch:
+    """Stands for a replay that costs nothing: it gives the same batch always."""
+
+    def __init__(self, agent: Agent, size: int) -> None:
+        self._sample = Sample(
+            batch=measuring.random_batch(agent, size),
+            keys=np.arange(size),
+            weights_version=np.zeros(size, np.int64),
+            least_scaled_probability=1.0,
+            importance_exponent=0.0,
+        )
+
+    def sample(self, batch_size: int) -> Sample:
+        """The batch, whatever is asked for."""
+        return self._sample
+
+    def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+        """Does nothing: nothing is drawn by them."""
+
+    def close(self) -> None:
+        """Does nothing: nothing is open."""
 
 
 class Torch:

@@ -13,7 +13,8 @@ import numpy as np
 from rlx.evaluation.playing import Evaluation
 from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers, Replay
 from rlx.runs.metrics import Logging
-from rlx.training.checkpoint import Checkpoint, Restored
+from rlx.training.checkpoint import Checkpoint
+from rlx.training.checkpoint_files import Restored
 from rlx.training.learner import OpenLearner
 from rlx.training.quota import Quota
 from rlx.types import Batch

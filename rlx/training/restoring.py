@@ -9,7 +9,8 @@ from typing import Any
 
 from rlx.interfaces import Peers
 from rlx.problems import refuse
-from rlx.training.checkpoint import Checkpointer, CheckpointError, Restored
+from rlx.training.checkpoint import Checkpointer
+from rlx.training.checkpoint_files import CheckpointError, Restored
 from rlx.training.learner import OpenLearner
 from rlx.training.shares import share_folder
 

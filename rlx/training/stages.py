@@ -15,7 +15,7 @@ from rlx.problems import RunFailed
 from rlx.runs.metrics import Metrics
 from rlx.runs.times import StageTimes
 from rlx.training import nonfinite
-from rlx.training.checkpoint import Restored
+from rlx.training.checkpoint_files import Restored
 from rlx.training.learner import Published
 from rlx.training.parts import Counters, InFlight, Parts
 from rlx.types import Episode, News, Rollout, Sample
