@@ -36,10 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def sweep(tmp_path_factory):
-    """The folder of a real multirun (tests/sweeps.py); not to be written into."""
-    from tests import sweeps
+    """The folder of a real multirun (tests/multirun.py); not to be written into."""
+    from tests import multirun
 
-    return sweeps.make(tmp_path_factory.mktemp("sweep"))
+    return multirun.make(tmp_path_factory.mktemp("sweep"))
 
 
 @pytest.fixture

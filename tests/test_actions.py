@@ -31,8 +31,8 @@ from rlx.replay.uniform import Uniform
 from rlx.types import BoxSpec, DiscreteSpec, MultiDiscreteSpec, Rollout, Row, Weights
 from tests import parts
 from tests.acting.test_keystone import context
+from tests.agents.random_agent import RandomAgent, Value
 from tests.replay.replay_streams import making
-from tests.sampling import RandomAgent, Value
 from tests.test_export import AFTERWARDS, WITHOUT_RLX, documented
 
 READING: dict[str, Any] = {
@@ -243,11 +243,11 @@ def test_an_unroll_equals_unrolls_of_one_row(spec, core):
 # --- whole runs ----------------------------------------------------------------------------------
 
 AGENT = """
-_target_: tests.sampling.RandomAgent
+_target_: tests.agents.random_agent.RandomAgent
 unroll: 5
 block_rows: 3
 head:
-  _target_: tests.sampling.Value
+  _target_: tests.agents.random_agent.Value
   hidden: 8
 optimizer:
   _target_: rlx.agents.optimizers.Adam
@@ -338,6 +338,7 @@ def test_a_run_learns_acts_and_is_exported(env, trained, tmp_path):
     assert (np.asarray(told["low"]) == (start if start.ndim else np.asarray(spec.low))).all()
 
 
+@pytest.mark.xdist_group("in turn")  # as all tests with Ray
 def test_what_actors_on_ray_do_in_a_box_is_recorded_and_learnt_from(trained, tmp_path):
     experience = tmp_path / "experience"
     thin = ("acting=ray_pool", "acting.instances=2", "acting.cpus_per_actor=0.5")

@@ -13,7 +13,7 @@ import pytest
 
 from rlx import diff
 from rlx.problems import ConfigError
-from tests.test_run import ROOT, TINY
+from tests.training.test_run import ROOT, TINY
 
 # They never begin to learn, so that nothing is compiled for that.
 QUICK = [*TINY, "replay.min_sequences=900", "evaluation.final_episodes=0", "total_env_steps=200"]

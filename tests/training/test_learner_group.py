@@ -35,9 +35,9 @@ from rlx.training.shares import share_exploration, share_of, share_seed
 from rlx.types import Batch
 from tests import parts
 from tests.acting.test_ray_pool import wait_for
-from tests.test_learner import UPDATES, learner
-from tests.test_ray_run import command, nothing_is_left_running
-from tests.test_run import TINY
+from tests.training.test_learner import UPDATES, learner
+from tests.training.test_ray_run import command, nothing_is_left_running
+from tests.training.test_run import TINY
 
 __all__ = ["nothing_is_left_running"]  # a fixture of every test here, too
 
@@ -177,7 +177,7 @@ import sys, numpy as np, jax
 rank, address, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.distributed.initialize(address, 2, rank, initialization_timeout=60)
-from tests.test_learner_group import batches_of, learner, update
+from tests.training.test_learner_group import batches_of, learner, update
 np.savez(out, *update(learner(processes=2), batches_of(rank, 2)))
 try:
     learner(devices=None, processes=2)

@@ -22,8 +22,8 @@ from rlx.results import page as report_page
 from rlx.results import reading as results
 from rlx.results.page import markdown, markdown_table, page, plain_table
 from rlx.runs.folders import read_rows
-from tests.sweeps import TASK
-from tests.test_results import begun, copied
+from tests.multirun import TASK
+from tests.results.test_results import begun, copied
 
 
 @pytest.fixture(scope="module")

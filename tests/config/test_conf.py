@@ -19,8 +19,8 @@ from rlx.config.build import ROLES, plain, runtime_names, setting_hints
 from rlx.config.targets import resolve
 from rlx.training.assemble import build_agent
 
-CONF = Path(__file__).parents[1] / "conf"
-SOURCE = Path(__file__).parents[1] / "rlx"
+CONF = Path(__file__).parents[2] / "conf"
+SOURCE = Path(__file__).parents[2] / "rlx"
 OPTIONS = [
     f"{group}={path.stem}" for group in ROLES for path in sorted((CONF / group).glob("*.yaml"))
 ]

@@ -24,7 +24,7 @@ from rlx.config import composing, moved, paths, targets
 from rlx.problems import ConfigError, Problem
 from tests import standins
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import pytest
-from replay_streams import carry_spec, rollout, row_spec, sequence_spec
 
 import rlx
 from rlx.config import build as config
@@ -26,8 +25,9 @@ from rlx.training.assemble import make_replay
 from rlx.training.rounds import blocks_of_a_round
 from rlx.training.shares import share_of
 from rlx.types import AloneOnly, Inline, OfTheRun, Range, Runtime
+from tests.replay.replay_streams import carry_spec, rollout, row_spec, sequence_spec
 
-HERE = "tests.test_inline"
+HERE = "tests.config.test_inline"
 CONTEXT = ReplayContext(
     sequence=sequence_spec(),
     row_spec=row_spec(),
@@ -122,6 +122,8 @@ class Newest:
     ratio: float | None
     min_sequences: int
     min_env_steps: int
+    rings: Any
+    has_enough = False
 
     def __init__(
         self,
@@ -138,7 +140,6 @@ class Newest:
         ring: Any = self._held.ring
         self.rings, self.capacity = ring.rings, ring.capacity_rows
         self.buffers = ring.buffers
-        self.has_enough = False
 
     def add(self, rollout: Any) -> None:
         self._held.add(rollout, lambda keys: np.ones(len(keys)))
@@ -206,8 +207,8 @@ def test_learner_processes_divide_and_refuse_what_groups_mark():
         share_of(whole(secret="x", record="somewhere") | {"deterministic": True}, 2)
     assert [problem.path for problem in caught.value.problems] == [
         "deterministic",
-        "replay.secret",
         "replay.record",
+        "replay.secret",
     ]
     recorded = plain(rlx.compose(["replay=dataset", "replay.path=somewhere"]))
     with pytest.raises(ConfigError, match=r"replay\.path: needs learner\.processes=1"):
@@ -226,22 +227,23 @@ def test_replays_say_what_they_are():
 
 
 def test_a_class_without_the_members_of_its_role_says_which():
-    missing = r"Cart is no Replay: it has no .*min_sequences, ratio, restore"
+    missing = r"Cart is no Replay: it has no .*min_sequences, nbytes, ratio, restore"
     with pytest.raises(ConfigError, match=missing):
         build(cart(), "replay", owner="me")
     assert targets.fits(Newest, config.load("rlx.interfaces.Replay"))
 
 
 def test_rlx_make_takes_settings_of_groups_and_what_a_run_tells():
-    replay = rlx.make("replay=uniform", capacity=100, context=CONTEXT)
+    replay = rlx.make("replay=uniform", capacity=100, min_sequences=1, context=CONTEXT)
     assert replay.capacity == 100
     with pytest.raises(ConfigError, match="capacty: no such setting; did you mean capacity"):
         rlx.make("replay=uniform", capacty=100, context=CONTEXT)
 
 
 def test_importance_is_annealed_both_ways_or_not_at_all():
-    settings = partial(rlx.make, "replay=prioritized", initial_priority="max", context=CONTEXT)
-    replay = settings(importance_exponent_final=1.0, anneal_env_steps=40, capacity=80)
+    small = {"capacity": 80, "min_sequences": 1, "initial_priority": "max"}
+    settings = partial(rlx.make, "replay=prioritized", **small, context=CONTEXT)
+    replay = settings(importance_exponent_final=1.0, anneal_env_steps=40)
     replay.add(rollout([(k % 2, 0, k // 2) for k in range(10)], CONTEXT.sequence))
     assert replay.importance_exponent == pytest.approx(0.8)  # half of the way from 0.6
     with pytest.raises(ConfigError, match="both, or neither"):

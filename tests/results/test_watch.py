@@ -26,7 +26,7 @@ from rlx import watch
 from rlx.config.options import read_options
 from rlx.problems import ConfigError
 from rlx.results.live import EVALUATION, TRAIN, LiveRuns, RowsFile, thin
-from tests.test_run import EVALUATED, ROOT, TINY
+from tests.training.test_run import EVALUATED, ROOT, TINY
 
 HOSTILE = "<img src=x onerror='document.title=1'> & no more"
 # One process: a run that finishes, one that fails in its second interval, one without an end.

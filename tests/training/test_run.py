@@ -36,7 +36,7 @@ from rlx.training.learner import OpenLearner
 from rlx.training.nonfinite import NonFinite
 from rlx.training.stages import Stages
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LANES, REQUEST, ROWS_PER_UPDATE, ROW_EVERY = 4, 8, 16, 200
 TINY = [
     "agent.burn_in=2",
@@ -723,7 +723,7 @@ def test_each_device_draws_from_its_own_memory_what_a_shard_of_the_host_would(co
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     code = (
         "import sys, jax, rlx\n"
-        "from tests.test_run import TINY\n"
+        "from tests.training.test_run import TINY\n"
         "from rlx.training.learner import OpenLearner\n"
         "seen, put = set(), OpenLearner.put\n"
         "def watched(self, batch):\n"
@@ -750,7 +750,7 @@ def test_each_device_draws_from_its_own_memory_what_a_shard_of_the_host_would(co
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
-        env=os.environ | compiled | flags | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        env=os.environ | compiled | flags | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=200,
@@ -936,7 +936,7 @@ class Fussy:
 def test_a_part_of_ones_own_has_its_rules_asked_with_all_others(monkeypatch):
     settings = plain(rlx.compose([*TINY, "replay.ratio=null"]))
     monkeypatch.setattr("rlx.config.targets._allowed", {"rlx.", "tests."})
-    settings["exploration"] = {"_target_": "tests.test_run.Fussy"}
+    settings["exploration"] = {"_target_": "tests.training.test_run.Fussy"}
     with pytest.raises(ConfigError) as caught:
         check_agreement(settings)
     assert [problem.path for problem in caught.value.problems] == ["exploration", "replay.ratio"]

@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from rlx.training import checkpoint as c
+from rlx.training import checkpoint_files as files
 from rlx.trees import register
 from rlx.types import TrainState
 
@@ -82,7 +83,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def test_yaml_lists_every_setting_and_no_other() -> None:
-    node = yaml.safe_load((Path(__file__).parents[1] / "conf/checkpoint/default.yaml").read_text())
+    node = yaml.safe_load((Path(__file__).parents[2] / "conf/checkpoint/default.yaml").read_text())
     assert node.pop("_target_") == "rlx.training.checkpoint.Checkpoint"
     assert set(node) == {field.name for field in dataclasses.fields(c.Checkpoint)}
     c.Checkpoint(**node)
@@ -141,7 +142,7 @@ def test_meta_and_replay_come_back_as_they_were(tmp_path: Path) -> None:
 
 def test_restored_arrays_can_be_written_without_touching_the_checkpoint(tmp_path: Path) -> None:
     checkpointer = c.Checkpointer(tmp_path, SETTINGS)
-    big = np.ones(c.MAP_BYTES, np.uint8)
+    big = np.ones(files.MAP_BYTES, np.uint8)
     checkpointer.save(1, state=train_state(), meta={}, replay_state={"big": big})
     for _ in range(2):
         found = checkpointer.restore(train_state()).replay_state
@@ -336,7 +337,7 @@ def test_a_failing_save_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(c, "_write_state", full)
+    monkeypatch.setattr(files, "_write_state", full)
     with pytest.raises(OSError, match="disk full"):
         checkpointer.save(6, state=train_state(), meta={})
     assert names(tmp_path / "checkpoints") == before
@@ -461,8 +462,8 @@ def test_a_pickle_in_a_checkpoint_is_never_read(tmp_path: Path) -> None:
     np.save(folder / "replay/0000.npy", np.array([{"evil": 1}]), allow_pickle=True)
     manifest = json.loads((folder / "manifest.json").read_text())
     body = manifest["body"]
-    body["files"]["replay/0000.npy"] = c._fingerprint(folder / "replay/0000.npy")
-    forged = {"sha256": c._body_sha256(body), "body": body}
+    body["files"]["replay/0000.npy"] = files._fingerprint(folder / "replay/0000.npy")
+    forged = {"sha256": files._body_sha256(body), "body": body}
     (folder / "manifest.json").write_text(json.dumps(forged))
     with pytest.raises(ValueError, match="allow_pickle=False"):
         checkpointer.restore(train_state())

@@ -48,13 +48,13 @@ def test_any_number_of_devices_gives_the_same_parameters(tmp_path):
     code = (
         "import sys, numpy as np, jax\n"
         "jax.config.update('jax_default_matmul_precision', 'highest')\n"
-        "from tests.test_learner import run\n"
+        "from tests.training.test_learner import run\n"
         "for devices in map(int, sys.argv[1:]):\n"
         "    leaves, td = run(devices)\n"
         "    np.savez(f'{devices}.npz', *leaves, td=td)\n"
     )
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    flags["PYTHONPATH"] = str(Path(__file__).parents[1])
+    flags["PYTHONPATH"] = str(Path(__file__).parents[2])
     subprocess.run(
         [sys.executable, "-c", code, "2", "4", "8"],
         cwd=tmp_path,

@@ -61,7 +61,7 @@ class Late:
 
 
 def test_yaml_lists_every_setting_and_no_other() -> None:
-    node = yaml.safe_load((Path(__file__).parents[1] / "conf/logging/default.yaml").read_text())
+    node = yaml.safe_load((Path(__file__).parents[2] / "conf/logging/default.yaml").read_text())
     assert node.pop("_target_") == "rlx.runs.metrics.Logging"
     assert set(node) == {field.name for field in dataclasses.fields(m.Logging)}
     m.Logging(**node)

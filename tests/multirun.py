@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.test_run import TINY
+from tests.training.test_run import TINY
 
 TASK = "CartPole-v1"
 SWEEP = [

@@ -33,7 +33,7 @@ from rlx.runs.folders import read_rows
 from rlx.training.stages import Stages
 from rlx.types import Evaluated, Rollout
 from tests.acting.test_ray_pool import assert_in_order_and_once, streams, wait_for
-from tests.test_run import TINY, run
+from tests.training.test_run import TINY, run
 
 RAY = [
     *(key for key in TINY if not key.startswith("acting.")),
@@ -151,9 +151,9 @@ def test_a_cluster_of_another_ray_version_is_refused(tmp_path):
 
 def test_what_raises_always_ends_with_a_checkpoint_and_status_1(tmp_path, monkeypatch):
     """The environment works when it is checked, and in no actor."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     code = (
-        "import rlx, tests.test_ray_run as t\n"
+        "import rlx, tests.training.test_ray_run as t\n"
         "from tests.acting.faulty_envs import FaultyFamily\n"
         "from rlx.training import assemble\n"
         "build = assemble.build\n"

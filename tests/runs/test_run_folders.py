@@ -31,7 +31,7 @@ from rlx.runs.folders import (
     settings_now,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

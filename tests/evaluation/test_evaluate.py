@@ -31,7 +31,7 @@ from rlx.seeding import spawn_int
 from rlx.types import Carry, Episode, NetInput, Timestep, Weights
 from tests import parts
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SEED, LANES, EPISODES = 3, 8, 12
 CARTPOLE = EnvPool(
     id="CartPole-v1",

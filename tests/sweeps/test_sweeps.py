@@ -24,7 +24,7 @@ from rlx.runs.files import only_one
 from rlx.sweeps import jobs
 from rlx.sweeps.jobs import Job, LocalProcess, Outcome, run_jobs
 from rlx.sweeps.sweeping import JobFailed, Refused, Sweep, share_of_cores, share_of_gpus
-from tests.test_run import TINY
+from tests.training.test_run import TINY
 
 FINISHES = """
 import json
@@ -156,7 +156,7 @@ def test_a_table_that_is_broken_or_cannot_be_written_ends_no_sweep(tmp_path, cap
 DRIVER = """
 import sys
 from pathlib import Path
-from tests.test_sweeps import job, local
+from tests.sweeps.test_sweeps import job, local
 from rlx.sweeps.jobs import run_jobs
 folder = Path(sys.argv[1])
 write = "open('pid', 'w').write(str(os.getpid()))\\n"
