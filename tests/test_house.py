@@ -1,0 +1,103 @@
+"""The size of things: what keeps modules and functions readable, and one transition short."""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = {  # what a library asks us to inherit from
+    "Protocol", "NamedTuple", "nn.Module", "Head", "Core", "Torso", "Launcher", "Sweeper",
+    "BaseHTTPRequestHandler", "ThreadingHTTPServer", "CompactHydraException",
+}  # fmt: skip
+ERRORS = {"Exception", "RuntimeError", "ValueError", "RunFailed", "CheckpointError"}
+
+
+def sources() -> list[Path]:
+    return [*ROOT.glob("rlx/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]
+
+
+def nodes() -> Iterator[tuple[str, ast.AST]]:
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}", node
+
+
+def functions() -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    return {f"{at} {node.name}": node for at, node in nodes() if isinstance(node, kinds)}
+
+
+def test_functions_fit_on_a_page_and_most_are_a_few_lines():
+    lines = {at: (node.end_lineno or 0) - node.lineno + 1 for at, node in functions().items()}
+    assert {at: n for at, n in lines.items() if n > 60} == {}
+    assert statistics.median(lines.values()) <= 6
+    assert statistics.quantiles(lines.values(), n=10)[-1] <= 18
+
+
+def test_constructors_have_few_parameters():
+    found = {}
+    for at, node in functions().items():
+        count = len(node.args.args) + len(node.args.kwonlyargs) - 1
+        if node.name == "__init__" and count > 12:
+            found[at] = count
+    assert found == {}
+
+
+def test_modules_are_short_and_few_lie_at_the_top():
+    long = {path.name: n for path in sources() if (n := len(path.read_text().splitlines())) > 450}
+    assert long == {}
+    assert len(list((ROOT / "rlx").glob("*.py"))) <= 18
+
+
+def test_nothing_is_inherited_but_protocols_modules_and_one_level_of_errors():
+    classes = {at: node for at, node in nodes() if isinstance(node, ast.ClassDef)}
+    bases = {
+        f"{at} {node.name}": ast.unparse(base).partition("[")[0]
+        for at, node in classes.items()
+        for base in node.bases
+    }
+    assert {at: base for at, base in bases.items() if base not in LIBRARIES | ERRORS} == {}
+
+
+@pytest.fixture(scope="module")
+def followed() -> str:
+    done = subprocess.run(
+        [sys.executable, "docs/make/transition.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_one_transition_crosses_few_files(followed):
+    counted = re.match(r"(\d+) files, (\d+) lines of functions entered:", followed)
+    assert counted, followed[:200]
+    files, lines = map(int, counted.groups())
+    assert files <= 14
+    assert lines <= 900
+    listed = re.findall(r"^- `([\w/]+\.py)`, (\d+) lines", followed, re.M)
+    assert len(listed) == files
+    assert sum(int(n) for _, n in listed) == lines
+    for file in ("envs/envpool.py", "replay/ring/ring.py", "training/learner.py"):
+        assert file in dict(listed), "the script lost the transition"
+
+
+def test_the_design_lists_the_files_that_a_transition_crosses(followed):
+    page = (ROOT / "docs" / "design.md").read_text()
+    between = page.partition("<!-- transition: begin -->")[2].partition("<!-- transition: end")[0]
+    files = re.findall(r"^- `([\w/]+\.py)`", between, re.M)
+    assert files == re.findall(r"^- `([\w/]+\.py)`", followed, re.M), (
+        "run python docs/make/transition.py --write"
+    )
