@@ -291,6 +291,15 @@ class FromRecord(Protocol):
     is_recorded: bool
 
 
+class Movable(Protocol):
+    """What a replay has, beyond `Replay`, that can lie in a process of its own."""
+
+    capacity: int  # rows that it can hold
+
+    def buffers(self, batch_size: int) -> Batch:
+        """Arrays that `sample(batch_size, buffers=)` fills."""
+
+
 @runtime_checkable
 class TrainsOnce(Protocol):
     """A replay that may give each sequence once only, in the order in which they were made."""

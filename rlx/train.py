@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from rlx import api
 from rlx.config import composing, paths
@@ -180,6 +181,10 @@ def _settings(folder: Path) -> Path:
     saved, now = config_file(folder), settings_now(folder, "resume", resolve=False)
     if now == load_yaml(saved.read_bytes()):
         return saved.parent
+    try:
+        OmegaConf.resolve(OmegaConf.create(now))
+    except OmegaConfBaseException:  # it refers to settings by what they were called
+        now = settings_now(folder, "resume")
     found = folder / HYDRA / RENEWED
     found.mkdir(exist_ok=True)
     write_whole(found / CONFIG, OmegaConf.to_yaml(OmegaConf.create(now)).encode())

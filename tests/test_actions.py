@@ -22,6 +22,7 @@ from rlx.acting.exploration import Constant
 from rlx.acting.local_pool import LocalPool
 from rlx.acting.plan import carry_spec, row_spec
 from rlx.acting.thread_pool import ThreadPool
+from rlx.envs.actions import Actions
 from rlx.envs.envpool import EnvPool
 from rlx.envs.gymnasium import Gymnasium
 from rlx.networks.actions import encode_action, encode_previous
@@ -110,13 +111,13 @@ def acted(kind: str, family: Any, core: str = "lstm") -> tuple[RandomAgent, Any,
     return agent, params, rollouts
 
 
-def lanes_of(rollouts: list[Rollout]) -> dict[int, Row]:
+def lanes_of(rollouts: list[Rollout], least: int = 8) -> dict[int, Row]:
     """Each lane's rows, end to end."""
     blocks: dict[int, list[tuple[int, Row]]] = {}
     for rollout, m in ((r, m) for r in rollouts for m in range(len(r.lane))):
         rows = trees.tree_map(lambda x, m=m: x[m], rollout.rows)
         blocks.setdefault(int(rollout.lane[m]), []).append((int(rollout.number[m]), rows))
-    assert len(blocks) == 8
+    assert least <= len(blocks) <= 8
     joined = {}
     for lane, found in blocks.items():
         assert [number for number, _ in found] == list(range(len(found)))
@@ -211,6 +212,17 @@ def test_a_box_is_scaled_by_its_bounds_where_it_has_two():
     found = encode_previous(beyond, first, BOX, "float32")
     np.testing.assert_array_equal(found, [[-1, 1, -30, 1], [0, 0, 0, 0]])
     assert encode_action(action, BOX, "bfloat16").dtype == "bfloat16"
+
+
+def test_actions_stay_within_bounds_that_float32_has_not():
+    spec = BoxSpec(shape=(3,), low=(-0.1, -np.inf, 0.0), high=(0.1, np.inf, 1e-3))
+    beyond = np.float32([[-9.0, -9.0, -9.0], [9.0, 9.0, 9.0]])
+    for dtype in (None, "float64"):  # of the rows, of the environment
+        low, high = Actions(spec, dtype=dtype).outward(beyond).astype(np.float64)
+        assert (low >= spec.low).all()
+        assert (high <= spec.high).all()
+        np.testing.assert_allclose(low, [-0.1, -9.0, 0.0], rtol=1e-6)
+        np.testing.assert_allclose(high, [0.1, 9.0, 1e-3], rtol=1e-6)
 
 
 def test_choices_are_one_hots_side_by_side():
@@ -345,7 +357,10 @@ def test_what_actors_on_ray_do_in_a_box_is_recorded_and_learnt_from(trained, tmp
     folder = trained(*PENDULUM, *thin, f"replay.record={experience}")
     agent = rlx.load(folder).agent
     specs = row_spec(agent.spec, agent.acting_spec), carry_spec(agent)
-    for rows in lanes_of(list(rollouts(experience, *specs))).values():
+    made = list(rollouts(experience, *specs))
+    long = [rows for rows in lanes_of(made, least=4).values() if len(rows.action) >= 20]
+    assert len(long) >= 4  # one actor may have done it all
+    for rows in long:
         check_rows(rows, agent.spec.action)
     offline = ("replay=dataset", f"replay.path={experience}", "replay.priority_exponent=0")
     small = ("replay.min_sequences=4", "replay.ratio=4.0")

@@ -107,3 +107,16 @@ def test_resume_goes_on_with_its_replay_and_learner_and_diff_tells_what_changed(
     rows = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
     # The replay was restored: the account of trained rows goes on at once.
     assert rows[-1]["replay/ratio"] > 40
+
+
+def test_settings_that_refer_to_renamed_ones_are_resumed_and_loaded(own):
+    config = own / ".hydra" / "config.yaml"
+    text = config.read_text()
+    referring = text.replace(
+        "warmup_updates: 0", "warmup_updates: ${agent.optimizer.decay_updates}"
+    )
+    assert referring != text
+    config.write_text(referring)
+    assert rlx.load(own).agent.optimizer.warmup_gradient_steps == 15000
+    command("train", f"resume={own}", "total_env_steps=4200", "evaluation.final_episodes=2")
+    assert json.loads((own / "summary.json").read_text())["env_steps"] >= 4200

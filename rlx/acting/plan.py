@@ -12,6 +12,7 @@ import numpy as np
 from rlx import trees
 from rlx.acting.actor import Actor
 from rlx.acting.policy import Policy
+from rlx.config.targets import resolve
 from rlx.interfaces import Agent, Asynchronous, Device, Env, EnvFamily, Exploration, RunContext
 from rlx.problems import Problem
 from rlx.seeding import spawn_int
@@ -96,7 +97,9 @@ def age_problems(settings: Mapping[str, Any]) -> list[Problem]:
         settings["acting"]["max_weight_age_updates"],
         settings["learner"]["publish_every_updates"],
     )
-    if oldest is None or oldest >= every:
+    agent, _ = resolve(settings["agent"]["_target_"])
+    published_at_once = getattr(agent, "on_policy", False) is True
+    if oldest is None or oldest >= every or published_at_once:
         return []
     says = f"weights are published every {every} updates (learner.publish_every_updates): "
     says += f"actors would wait for ever; accepted: null or an int >= {every}"

@@ -104,6 +104,11 @@ class RayPool:
         return self.inference == "server"
 
     @property
+    def least(self) -> int:
+        """Actors that the run cannot do without: a round needs them all."""
+        return self.instances if self.sync else self.min_instances
+
+    @property
     def room(self) -> Room:
         """What the actors ask of the cluster."""
         each = Resources(
@@ -114,7 +119,7 @@ class RayPool:
             placement=self.placement,
             threads=self.threads_per_actor,
         )
-        return Room(each=each, instances=self.instances, least=self.min_instances)
+        return Room(each=each, instances=self.instances, least=self.least)
 
     @property
     def deadlines(self) -> Deadlines:
@@ -160,7 +165,7 @@ class RayPool:
             cls=RemoteEnv if self.is_served else RemoteActor,
             arguments=arguments,
             count=self.instances,
-            least=self.min_instances,
+            least=self.least,
             first_chain=first_chain,
             options=each.options(),
             environment=each.environment(),

@@ -71,6 +71,9 @@ class ValueAgent(Protocol):
     def stored_state(self) -> bool:
         """Whether sequences start from the stored recurrent state, else from zeros."""
 
+    def values(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
+        """The values to act by, f32[N, A]; `values` of this module, or the agent's own."""
+
     @property
     def target_period_updates(self) -> int: ...
 
@@ -153,7 +156,7 @@ def act(
 
     `key` is consumed.
     """
-    q, carry = values(agent, params, inputs, carry)
+    q, carry = agent.values(params, inputs, carry)
     mask = common.allowed(inputs, agent.spec)
     action = common.epsilon_greedy(key, q, exploration, mask)
     acting = QActing(q=common.take_action(q, action), q_max=common.masked(q, mask).max(axis=-1))

@@ -132,9 +132,10 @@ class Call:
     path: str
 
     def gathered(self, cls: type) -> Call | None:
-        """The settings that the class takes as an `Inline[cls]`, if it takes one."""
-        given = (value for value in self.settings.values() if isinstance(value, Call))
-        return next((call for call in given if call.cls is cls), None)
+        """The settings that the class takes as an `Inline[cls]`, in a group of it as well."""
+        given = [call for call in self.settings.values() if isinstance(call, Call)]
+        found = (call if issubclass(call.cls, cls) else call.gathered(cls) for call in given)
+        return next((call for call in found if call is not None), None)
 
     def make(self, runtime: Mapping[str, Any]) -> Any:
         """Calls the class; its ValueError is a problem of the settings."""
@@ -203,8 +204,19 @@ def setting_hints(cls: type) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, hint in _parameters(cls).items():
-        found |= setting_hints(split(hint)[0]) if marker(hint, Gathered) else {name: hint}
+        own = setting_hints(_group(cls, name, hint)) if marker(hint, Gathered) else {name: hint}
+        if twice := sorted(found.keys() & own.keys()):
+            raise TypeError(f"{full_name(cls)}: {name} has {twice}, which another has, too.")
+        found |= own
     return found
+
+
+def _group(cls: type, name: str, hint: Any) -> type:
+    """The class of an `Inline` parameter."""
+    group = split(hint)[0]
+    if not is_class(group):
+        raise TypeError(f"{full_name(cls)}: {name} is Inline of {group}; give one class.")
+    return group
 
 
 def _parameters(cls: type) -> dict[str, Any]:
@@ -265,7 +277,7 @@ def _arguments(
     found: dict[str, Any] = {}
     for name, hint in _parameters(cls).items():
         if marker(hint, Gathered):
-            inner = split(hint)[0]
+            inner = _group(cls, name, hint)
             settings = _arguments(inner, given, path, out)
             found[name] = Call(cls=inner, settings=settings, path=path)
         elif name in given:

@@ -51,7 +51,9 @@ def resolve(target: Any) -> tuple[type | None, str]:
     """
     accepted = f"accepted: a public class under {' or '.join(_prefixes())}"
     if not isinstance(target, str) or not target.startswith(_prefixes()):
-        return None, f"not allowed; {accepted}"
+        package = str(target).partition(".")[0]
+        way = f"rlx.allow('{package}.') or an entry point allows it (docs/extending.md)"
+        return None, f"not allowed; {accepted}; {way}"
     if target in MOVED:
         return None, f"moved; write {MOVED[target]}"
     module_name, _, name = target.rpartition(".")
@@ -109,7 +111,10 @@ def lacks(cls: type, roles: tuple[type, ...]) -> str:
         return ": it is only an interface"
     if len(roles) > 1 or not getattr(roles[0], "_is_protocol", False):
         return ""
-    return f": it has no {', '.join(sorted(_missing_members(cls, roles[0])))}"
+    missing = _missing_members(cls, roles[0])
+    says = f": it has no {', '.join(sorted(missing))}"
+    stated = missing & {*vars(roles[0]).get("__annotations__", {})}
+    return f"{says} (annotate in the class's body what __init__ sets)" if stated else says
 
 
 def _missing_members(cls: type, protocol: type) -> set[str]:

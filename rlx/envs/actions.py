@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,8 @@ class Actions:
         # In the environment's dtype: 0.1 of float32 is beyond a box of float64 to 0.1.
         shape = (1, *spec.array.shape)
         if isinstance(spec, BoxSpec):
-            self._low = np.asarray(spec.low, self._dtype).reshape(shape)
-            self._high = np.asarray(spec.high, self._dtype).reshape(shape)
+            self._low = _within(spec.low, self._dtype, np.inf).reshape(shape)
+            self._high = _within(spec.high, self._dtype, -np.inf).reshape(shape)
         elif isinstance(spec, MultiDiscreteSpec):
             self._counts = np.asarray(spec.counts, np.uint32)
         self._start = np.asarray(start, self._dtype)
@@ -72,6 +73,16 @@ class Actions:
         if isinstance(self._spec, BoxSpec):
             return action.clip(self._low, self._high)
         return action + self._start if self._start.any() else action
+
+
+def _within(bounds: Sequence[float], dtype: Any, inwards: float) -> np.ndarray:
+    """The bounds in a dtype, in which the nearest number may lie beyond them."""
+    exact = np.asarray(bounds, np.float64)
+    near = exact.astype(dtype)
+    if not np.issubdtype(dtype, np.floating):
+        return near
+    beyond = near < exact if inwards > 0 else near > exact
+    return np.where(beyond, np.nextafter(near, np.asarray(inwards, dtype)), near)
 
 
 def _check_finite(action: np.ndarray) -> None:

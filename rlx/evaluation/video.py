@@ -210,4 +210,7 @@ def _has_ffmpeg() -> bool:
 
 def not_recorded(why: str) -> ConfigError:
     """The ConfigError, of one line, that says why nothing can be recorded."""
-    return refuse("record", why.strip().split("\n")[0])
+    says = why.strip().split("\n")[0]
+    if "render_mode" in says:
+        says += "; docs/using.md says what an environment needs to be filmed"
+    return refuse("record", says)

@@ -165,10 +165,10 @@ def _storings(keeping: Keeping, devices: Sequence[Any]) -> list[Storing]:
         compress=keeping.compress,
         gather_threads=keeping.gather_threads,
     )
+    if keeping.where == "process":
+        raise ValueError("where=process: only a run starts a process for its replay; set thread.")
     if keeping.storage != "device":
         return [replace(storing, shards=shards or 1)] * (shards or 1)
-    if keeping.where == "process":
-        raise ValueError("where=process: blocks on the learner's device are in its process.")
     if shards not in (None, len(devices) or 1):
         raise ValueError(
             f"shards={shards}: the learner's devices hold one each, {len(devices)} in all; "

@@ -19,6 +19,7 @@ from rlx.interfaces import InitialPriorities, ReplayContext, Ring
 from rlx.replay.agreement import ring_clashes
 from rlx.replay.held import Begin, HeldRing, Keeping
 from rlx.replay.ring.ring import Draw
+from rlx.replay.ring.saving import check_layout
 from rlx.types import Batch, Blocks, Inline, OfTheRun, Range, Rollout, Runtime, Sample
 
 NOT_VALID = -1.0  # the priority of a row that has none
@@ -182,6 +183,7 @@ class Prioritized:
     def drawing_state(self) -> dict[str, Any]:
         """The part of `state` that does not follow from the blocks."""
         return {
+            "layout": self._ring.rings[0].layout,
             "rng": json.dumps(self._held.rng.bit_generator.state),
             "leaves": np.array(self._ring.rings[0].all_leaves),
             "largest_priority": self._largest_priority,
@@ -189,7 +191,9 @@ class Prioritized:
         }
 
     def restore_drawing(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `drawing_state` with the same blocks."""
+        """Goes on from `drawing_state` with the same blocks; raises ValueError for other starts."""
+        if "layout" in state:  # earlier ones lack it
+            check_layout(state["layout"], self._ring.rings[0].layout)
         self._ring.rings[0].load_leaves(np.asarray(state["leaves"]))
         self._held.rng.bit_generator.state = json.loads(state["rng"])
         self._largest_priority = float(state["largest_priority"])

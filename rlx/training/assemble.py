@@ -21,6 +21,7 @@ from rlx import trees
 from rlx.acting.plan import carry_spec, row_spec
 from rlx.acting.recorded import Recorded
 from rlx.config.build import build, prepare
+from rlx.config.targets import fits, full_name, lacks
 from rlx.evaluation.playing import Evaluation
 from rlx.interfaces import (
     ActingPool,
@@ -28,6 +29,7 @@ from rlx.interfaces import (
     EnvFamily,
     Evaluator,
     FromRecord,
+    Movable,
     Peers,
     PoolSettings,
     Prioritizing,
@@ -224,8 +226,15 @@ def make_replay(own: Mapping[str, Any], context: ReplayContext, batch_size: int)
     keeping = call.gathered(Keeping)
     if keeping is None or keeping.settings["where"] != "process":
         return call.make({"context": context})
-    elsewhere = {"context": dataclasses.replace(context, devices=())}
-    make = partial(prepare({**own, "prefetch": 0}, "replay").make, elsewhere)
+    if keeping.settings["storage"] == "device":
+        says = "blocks on the learner's device are in its process; accepted: thread"
+        raise refuse("replay.where", says, given="process")
+    if not fits(call.cls, Movable):
+        says = f"{full_name(call.cls)} cannot lie in another process{lacks(call.cls, (Movable,))}"
+        raise refuse("replay.where", says, given="process")
+    there = {**own, "prefetch": 0, "where": "thread"}  # of that process
+    told = {"context": dataclasses.replace(context, devices=())}
+    make = partial(prepare(there, "replay").make, told)
     try:
         return ReplayProcess(make, ahead=own["prefetch"], batch_size=batch_size)
     except ValueError as error:

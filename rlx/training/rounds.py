@@ -13,7 +13,7 @@ from typing import Any
 
 from rlx.config.build import build
 from rlx.config.targets import resolve
-from rlx.interfaces import Agent, InRounds, TrainsOnce
+from rlx.interfaces import Agent, Asynchronous, InRounds, TrainsOnce
 from rlx.problems import ConfigError, Problem
 
 Settings = Mapping[str, Any]
@@ -59,9 +59,10 @@ def _agent_problems(agent: Agent) -> list[Problem]:
 def _acting_problems(settings: Settings) -> list[Problem]:
     """What would act with other weights than the newest, or learn from a part of the lanes."""
     wrong = _pool_problems(settings, on_policy=True)
-    if (answering := settings["env"].get("batch_size")) is not None:
+    family = build(settings["env"], "env")
+    if isinstance(family, Asynchronous) and family.batch_size is not None:
         says = "an on-policy agent's lanes answer together; set it to null"
-        wrong.append(Problem(path="env.batch_size", given=str(answering), says=says))
+        wrong.append(Problem(path="env.batch_size", given=str(family.batch_size), says=says))
     return wrong
 
 

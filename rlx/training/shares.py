@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -35,35 +35,50 @@ def share_of(settings: Mapping[str, Any], count: int) -> dict[str, Any]:
     _refuse_alone_only(settings, count)
     pool, acting = build(own["acting"], "acting"), own["acting"]
     whole = "instances" if acting["instances"] % count == 0 else "envs_per_actor"
-    acting[whole] = _divided(settings, "acting", whole, count)
+    acting[whole] = _divided(acting[whole], f"acting.{whole}", count)
     divided = {"run", "actors" if whole == "instances" else "lanes"}
     if isinstance(pool, Served) and pool.is_served:
         divided.add("lanes")  # a request is of all actors
-    for group, name, of in _marked(settings, OfTheRun):
+    for setting in _marked(own, OfTheRun):
+        value, of = setting.node[setting.name], setting.marker
         if of.exactly:
-            own[group][name] = _divided(settings, group, name, count)
-        elif of.over in divided and (value := own[group][name]):
-            own[group][name] = -(-value // count)
+            setting.node[setting.name] = _divided(value, setting.path, count)
+        elif of.over in divided and value:
+            setting.node[setting.name] = -(-value // count)
     own["logging"]["console"] = "off"  # the watcher shows what there is to see
     return own
 
 
-def _marked(settings: Mapping[str, Any], kind: type[T]) -> Iterator[tuple[str, str, T]]:
-    """(group, setting, its marker) of each setting that is marked so."""
+@dataclass(frozen=True, kw_only=True)
+class _Marked(Generic[T]):
+    """A setting that is marked so: node[name], at its path in the configuration."""
+
+    node: dict[str, Any]
+    name: str
+    path: str
+    marker: T
+
+
+def _marked(settings: Mapping[str, Any], kind: type[T]) -> Iterator[_Marked[T]]:
     for group in ROLES:
-        cls, _ = resolve(settings[group]["_target_"])
-        for name, hint in setting_hints(cls).items() if cls else ():
-            if (found := marker(hint, kind)) is not None:
-                yield group, name, found
+        yield from _marked_in(settings[group], group, kind)
 
 
-def _divided(settings: Mapping[str, Any], group: str, name: str, count: int) -> int:
-    value: int = settings[group][name]
+def _marked_in(node: dict[str, Any], path: str, kind: type[T]) -> Iterator[_Marked[T]]:
+    cls, _ = resolve(node["_target_"])
+    for name, hint in setting_hints(cls).items() if cls else ():
+        if (found := marker(hint, kind)) is not None:
+            yield _Marked(node=node, name=name, path=f"{path}.{name}", marker=found)
+        if isinstance(inner := node[name], dict) and "_target_" in inner:
+            yield from _marked_in(inner, f"{path}.{name}", kind)
+
+
+def _divided(value: int, path: str, count: int) -> int:
     if value % count:
         says = f"does not divide over {count} processes (learner.processes); "
         nearest = max(count, value - value % count)
         says += f"nearest that do: {nearest}, {value - value % count + count}"
-        raise refuse(f"{group}.{name}", says, given=str(value))
+        raise refuse(path, says, given=str(value))
     return value // count
 
 
@@ -71,8 +86,7 @@ def _refuse_alone_only(settings: Mapping[str, Any], count: int) -> None:
     """Raises ConfigError for what only a run in one process can have."""
     hints = {name: hint for name, hint in setting_hints(Root).items() if name in settings}
     found = {name: settings[name] for name, hint in hints.items() if marker(hint, AloneOnly)}
-    for group, name, _ in _marked(settings, AloneOnly):
-        found[f"{group}.{name}"] = settings[group][name]
+    found |= {s.path: s.node[s.name] for s in _marked(settings, AloneOnly)}
     problems = [
         Problem(path=key, says=f"needs learner.processes=1 (it is {count})")
         for key, value in found.items()

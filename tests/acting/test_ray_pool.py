@@ -544,6 +544,14 @@ def test_a_cluster_without_room_says_so_after_a_while(pool):
     assert "CPU 4" in text
 
 
+def test_a_round_that_has_no_room_for_all_actors_says_so(pool):
+    """One fits into the cluster and acting.min_instances is 1, but a round needs both."""
+    actors = pool(sync=True, round_blocks=2, cpus_per_actor=3.0, resource_timeout_s=3.0)
+    actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
+    with pytest.raises(ActingFailed, match=r"min_instances=2 actors for .* [01]/2 actors ready"):
+        collect(actors, 10**9)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -219,6 +219,16 @@ def test_what_makes_no_rounds_is_refused(tmp_path, conf, changes, says):
     assert any(line.startswith(says) for line in str(refused.value).splitlines())
 
 
+def test_weights_of_rounds_are_never_too_old(tmp_path, conf, seen):
+    """publish_every_updates is for others: an on-policy agent's weights are published at once."""
+    oldest = ("acting.max_weight_age_updates=1", "learner.publish_every_updates=10")
+    summary = train(conf, tmp_path / "run", *POOLS["threads"], *oldest, env_steps=800)
+    assert summary["updates"] > 3
+    assert set(seen.ages) == {0}
+    with pytest.raises(ConfigError, match=r"weights are published every 10 updates"):
+        train(conf, tmp_path / "no", "agent=dqn", *POOLS["threads"], *oldest)
+
+
 def test_a_run_that_is_stopped_in_a_round_makes_that_round_anew(tmp_path, conf, seen, monkeypatch):
     """What waited in the saved replay was made by lanes that are gone; nothing of it is kept."""
     act = Stages.act

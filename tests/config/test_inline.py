@@ -20,6 +20,7 @@ from rlx.replay.dataset import Dataset
 from rlx.replay.held import Begin, HeldRing, Keeping
 from rlx.replay.online import Online
 from rlx.replay.prioritized import Prioritized
+from rlx.replay.process.client import ReplayProcess
 from rlx.replay.uniform import Uniform
 from rlx.training.assemble import make_replay
 from rlx.training.rounds import blocks_of_a_round
@@ -106,11 +107,29 @@ def test_what_is_wrong_in_a_group_is_said_of_the_flat_setting():
         build(lacking, Cart, owner="me")
 
 
-def test_a_prepared_call_gives_its_groups():
+def test_a_prepared_call_gives_its_groups_and_theirs():
     call = prepare(cart(), Cart)
     assert call.gathered(Axle).settings["length"] == 1.0
-    assert call.gathered(Wheel) is None  # it is in a group of a group
+    assert call.gathered(Wheel).settings["spokes"] == 8
     assert call.gathered(Cart) is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twice:
+    wheel: Inline[Wheel]
+    spokes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perhaps:
+    wheel: Inline[Wheel | Axle]
+
+
+def test_groups_that_cannot_be_told_apart_are_refused():
+    with pytest.raises(TypeError, match=r"Twice: spokes has \['spokes'\], which another has, too"):
+        setting_hints(Twice)
+    with pytest.raises(TypeError, match=r"Perhaps: wheel is Inline of .*; give one class"):
+        setting_hints(Perhaps)
 
 
 # --- a replay of one's own -----------------------------------------------------------------------
@@ -123,6 +142,8 @@ class Newest:
     min_sequences: int
     min_env_steps: int
     rings: Any
+    capacity: int
+    buffers: Any
     has_enough = False
 
     def __init__(
@@ -185,8 +206,9 @@ NEWEST |= {"ratio": 1.0, "min_sequences": 1, "min_env_steps": 0}
 
 @pytest.mark.parametrize("where", ["thread", "process"])
 def test_a_replay_of_ones_own_lies_in_either_process(where):
-    replay = make_replay(NEWEST | {"where": where}, CONTEXT, 4)
+    replay: Any = make_replay(NEWEST | {"where": where}, CONTEXT, 4)
     try:
+        assert isinstance(replay, ReplayProcess) == (where == "process")
         replay.add(rollout([(k % 2, 0, k // 2) for k in range(20)], CONTEXT.sequence))
         keys = np.concatenate([replay.sample(4).keys for _ in range(8)])
         assert set(keys) <= set(range(replay.startable - 4, replay.startable))
@@ -215,6 +237,37 @@ def test_learner_processes_divide_and_refuse_what_groups_mark():
         share_of(recorded, 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    length: Annotated[int, Range(ge=1), OfTheRun()]
+    log: Annotated[str | None, AloneOnly()]
+
+
+class Windowed(Newest):
+    def __init__(self, *, window: Window, begin: Inline[Begin], keeping: Inline[Keeping]) -> None:
+        raise AssertionError("only its settings are read")
+
+
+def test_marks_count_in_nodes_within_nodes():
+    window = {"_target_": f"{HERE}.Window", "length": 101, "log": None}
+    node = {key: value for key, value in NEWEST.items() if key not in ("newest", "secret")}
+    node |= {"_target_": f"{HERE}.Windowed", "window": window}
+    settings = plain(rlx.compose(["acting.envs_per_actor=16"])) | {"replay": node}
+    assert share_of(settings, 2)["replay"]["window"]["length"] == 51
+    assert window["length"] == 101
+    window["log"] = "somewhere"
+    with pytest.raises(ConfigError, match=r"replay\.window\.log: needs learner\.processes=1"):
+        share_of(settings, 2)
+
+
+def test_a_process_that_cannot_be_had_is_refused():
+    with pytest.raises(ConfigError, match="only a run starts a process for its replay"):
+        rlx.make("replay=uniform", where="process", min_sequences=1, context=CONTEXT)
+    on_device = NEWEST | {"where": "process", "storage": "device"}
+    with pytest.raises(ConfigError, match=r"replay\.where=process: blocks on the learner's device"):
+        make_replay(on_device, CONTEXT, 4)
+
+
 def test_replays_say_what_they_are():
     assert [isinstance(cls, FromRecord) for cls in (Dataset, Online, Newest)] == [
         True,
@@ -231,6 +284,33 @@ def test_a_class_without_the_members_of_its_role_says_which():
     with pytest.raises(ConfigError, match=missing):
         build(cart(), "replay", owner="me")
     assert targets.fits(Newest, config.load("rlx.interfaces.Replay"))
+
+
+class Unmovable:
+    """A replay with all that `Replay` asks for, and no buffers."""
+
+    ratio: float | None
+    min_sequences: int
+    min_env_steps: int
+    has_enough = False
+    startable = rows = env_steps = nbytes = 0
+    rings: Any
+    add = sample = state = restore = flush = stats = close = Newest.flush
+
+    def __init__(
+        self, *, begin: Inline[Begin], keeping: Inline[Keeping], context: Runtime[ReplayContext]
+    ) -> None: ...
+
+
+def test_a_replay_that_no_process_can_serve_says_what_it_lacks():
+    node = {key: value for key, value in NEWEST.items() if key not in ("newest", "secret")}
+    node |= {"_target_": f"{HERE}.Unmovable"}
+    assert isinstance(make_replay(node, CONTEXT, 4), Unmovable)
+    lacking = (
+        r"replay\.where=process: .*Unmovable cannot lie in another process: it has no buffers, "
+    )
+    with pytest.raises(ConfigError, match=lacking + "capacity"):
+        make_replay(node | {"where": "process"}, CONTEXT, 4)
 
 
 def test_rlx_make_takes_settings_of_groups_and_what_a_run_tells():

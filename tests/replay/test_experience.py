@@ -257,3 +257,28 @@ def test_a_stopped_training_from_a_dataset_goes_on(tmp_path):
     record(tmp_path / "other", [40])  # as many blocks, another record
     with pytest.raises(ValueError, match="the dataset has changed"):
         dataset(tmp_path / "other").restore(replay.state(), [])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"stride": 4}, {"burn_in": 2}, {"unroll": 2, "burn_in": 3}, {"n_step": 3}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_leaves_of_other_starts_are_not_taken_over(tmp_path, changes):
+    record(tmp_path, [30, 60])
+    saved = dataset(tmp_path).state()
+    other = dataset(tmp_path, sequence=dataclasses.replace(SEQUENCE, **changes))
+    with pytest.raises(ValueError, match=r"another layout \(sequence .*replay=false"):
+        other.restore(saved, [])
+    dataset(tmp_path).restore(saved, [])
+    earlier = {name: value for name, value in saved.items() if name != "layout"}
+    dataset(tmp_path).restore(earlier, [])
+
+
+@pytest.mark.parametrize("lanes", ["4", 0, None, True])
+def test_a_dataset_without_lanes_is_damaged(tmp_path, lanes):
+    record(tmp_path, [10])
+    about = json.loads((tmp_path / experience.FILE).read_text())
+    (tmp_path / experience.FILE).write_text(json.dumps(about | {"lanes": lanes}))
+    with pytest.raises(ValueError, match=r"damaged: leaves, block_rows or lanes are none"):
+        dataset(tmp_path)

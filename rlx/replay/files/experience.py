@@ -159,11 +159,16 @@ def read_layout(folder: Path) -> Layout:
         raise ValueError(f"{path}: no recorded experience that this rlx reads (format {FORMAT})")
     try:
         layout = Layout(**{field.name: about[field.name] for field in dataclasses.fields(Layout)})
-        if not isinstance(layout.leaves, dict) or not isinstance(layout.block_rows, int):
-            raise ValueError(f"{path}: damaged: leaves or block_rows are none")
+        counts = layout.block_rows, layout.lanes
+        if not isinstance(layout.leaves, dict) or not all(_is_count(n) for n in counts):
+            raise ValueError(f"{path}: damaged: leaves, block_rows or lanes are none")
         return layout
     except KeyError as error:
         raise ValueError(f"{path}: damaged: {error} is missing") from error
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 EPISODES = ("episode/return", "episode/env_steps", "episode/lane")

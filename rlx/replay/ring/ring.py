@@ -276,6 +276,11 @@ class BlockRing:
 
     # --- saving ---
 
+    @property
+    def layout(self) -> str:
+        """JSON of all that a saved state depends on."""
+        return saving.layout(self.spec, self.slots, self.lanes)
+
     def state(self) -> dict[str, Any]:
         """Flat names to arrays and JSON scalars: all that `restore` needs beside the blocks."""
         with self._writing, self._lock:
@@ -284,8 +289,7 @@ class BlockRing:
                 "blocks_dropped": self.blocks_dropped,
                 "redraws": self.reader.redraws,
             }
-            layout = saving.layout(self.spec, self.slots, self.lanes)
-            return {"layout": layout, **counters, **self.index.state()}
+            return {"layout": self.layout, **counters, **self.index.state()}
 
     def blocks_after(self, key: int, most: int) -> tuple[Blocks, int]:
         """Copies of up to `most` blocks with later keys, the oldest first; for any thread.
@@ -310,7 +314,7 @@ class BlockRing:
         Raises ValueError if it is of a ring made otherwise, or a block is missing.
         """
         saving.check_shards(state, 1)
-        saving.check_layout(state["layout"], saving.layout(self.spec, self.slots, self.lanes))
+        saving.check_layout(state["layout"], self.layout)
         with self._writing, self._lock:
             self.index.restore(state)
             self.env_steps = int(state["env_steps"])
