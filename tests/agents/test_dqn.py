@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlx import trees
-from rlx.agents import common
+from rlx.agents import common, q_learning
 from rlx.agents.dqn import DQN
 from rlx.types import ArraySpec, Batch, TrainState
 from tests import parts
@@ -140,3 +140,26 @@ def test_it_has_memory_by_the_network_alone():
         dqn(stride=1)
     with pytest.raises(ValueError, match="agent dqn acts in discrete action spaces"):
         dqn(parts.network(parts.BOX))
+
+
+def test_it_acts_by_values_of_its_own(monkeypatch):
+    """An agent whose values have another form writes `values`, and `act` goes by them."""
+
+    def contrary(agent: DQN, params, inputs, carry):
+        found, carry = q_learning.values(agent, params, inputs, carry)
+        return -found, carry
+
+    agent = dqn(parts.network(MASKED))
+    batch, state = masked_batch(agent, 32), started(agent)
+    inputs = trees.tree_map(lambda x: x[:, 0], batch.rows.inputs)
+    greedy, key = np.zeros(32, np.float32), jax.random.PRNGKey(0)
+    usual, acting, _ = agent.act(state.params, inputs, batch.carry, key, greedy)
+    monkeypatch.setattr(DQN, "values", contrary)
+    action, own, _ = agent.act(state.params, inputs, batch.carry, key, greedy)
+    assert (np.asarray(action) != np.asarray(usual)).any()
+    value, _ = q_learning.values(agent, state.params, inputs, batch.carry)
+    allowed = np.asarray(common.allowed(inputs, agent.spec))
+    np.testing.assert_array_equal(action, np.where(allowed, -value, -np.inf).argmax(-1))
+    np.testing.assert_allclose(own.q, -np.take_along_axis(value, action[:, None], 1)[:, 0])
+    assert (np.asarray(own.q_max) >= own.q).all()
+    assert (np.asarray(acting.q) == np.asarray(acting.q_max)).all()
