@@ -72,5 +72,36 @@ class Masked(gymnasium.Env):
         return {"sight": sight, "action_mask": self.mask.astype(np.int8)}
 
 
-for _entry in (Choices, Masked):
+class Ends(gymnasium.Env):
+    """Episodes of 3, 4, 5, 3, ... env steps that end in turn by termination and by truncation.
+
+    The first one's number is the seed's rest by 7. It shows (the number, env steps in it); the
+    reward is 100 * the number + env steps. With `both` it sets both flags at a termination, as a
+    time limit that falls on the game's end does.
+    """
+
+    action_space = spaces.Discrete(2)
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+    def __init__(self, both: bool = False) -> None:
+        self.episode, self.both = -1, both
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.episode = self.episode + 1 if seed is None else seed % 7  # lanes differ
+        self.time = 0
+        return self._show(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self.time += 1
+        ended = self.time == 3 + self.episode % 3
+        terminated = ended and self.episode % 2 == 0
+        truncated = ended and (self.both or not terminated)
+        return self._show(), float(100 * self.episode + self.time), terminated, truncated, {}
+
+    def _show(self) -> np.ndarray:
+        return np.float32([self.episode, self.time])
+
+
+for _entry in (Choices, Ends, Masked):
     gymnasium.register(f"rlx-test/{_entry.__name__}-v0", _entry)

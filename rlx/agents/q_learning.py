@@ -200,7 +200,7 @@ def update(
 
     state, output = common.gradient_step(loss, agent.optimizer.build(), state, axis_name)
     target = common.periodic_target(
-        state.params, state.target_params, state.updates, agent.target_period_updates
+        state.params, state.target_params, state.gradient_steps, agent.target_period_updates
     )
     return replace(state, target_params=target), output
 
@@ -300,9 +300,9 @@ def value_metrics(q: Array, td: Array, rows: Row) -> common.Metrics:
     def mean(x: Array) -> Array:
         return ops.masked_mean(x.ravel(), rows.valid.ravel(), jnp)
 
-    drift = jnp.where(rows.valid[0], jnp.abs(q[0] - rows.acting.q[0]), 0)
+    drift = jnp.abs(q[0] - rows.acting.q[0])
     return {
         "learner/q_mean": mean(q),
         "learner/td_mean": mean(jnp.abs(td)),
-        "learner/q_drift": drift.mean(),
+        "learner/q_drift": ops.masked_mean(drift, rows.valid[0], jnp),
     }

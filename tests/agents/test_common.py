@@ -156,4 +156,4 @@ def test_drift_counts_only_first_rows_that_are_valid():
     taken = jnp.asarray(rows.acting.q) + 2.0
     metrics = q_learning.value_metrics(taken, jnp.zeros_like(taken), rows)
     assert metrics["learner/td_mean"] == 0
-    np.testing.assert_allclose(metrics["learner/q_drift"], 2 / 3, rtol=1e-5)
+    np.testing.assert_allclose(metrics["learner/q_drift"], 2.0, rtol=1e-5)
