@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +23,6 @@ from rlx.problems import ConfigError, Problem, refuse
 from rlx.seeding import spawn_int
 from rlx.training.checkpoint import Checkpoint
 from rlx.types import AloneOnly, OfTheRun
-
-T = TypeVar("T")
 
 FOLDER = "learners"  # of the run's folder: what is each process's own
 
@@ -50,21 +48,21 @@ def share_of(settings: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Marked(Generic[T]):
+class _Marked:
     """A setting that is marked so: node[name], at its path in the configuration."""
 
     node: dict[str, Any]
     name: str
     path: str
-    marker: T
+    marker: Any
 
 
-def _marked(settings: Mapping[str, Any], kind: type[T]) -> Iterator[_Marked[T]]:
+def _marked(settings: Mapping[str, Any], kind: type) -> Iterator[_Marked]:
     for group in ROLES:
         yield from _marked_in(settings[group], group, kind)
 
 
-def _marked_in(node: dict[str, Any], path: str, kind: type[T]) -> Iterator[_Marked[T]]:
+def _marked_in(node: dict[str, Any], path: str, kind: type) -> Iterator[_Marked]:
     cls, _ = resolve(node["_target_"])
     for name, hint in setting_hints(cls).items() if cls else ():
         if (found := marker(hint, kind)) is not None:
