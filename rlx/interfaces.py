@@ -209,7 +209,7 @@ InitialPriorities = Callable[[Row], np.ndarray]  # Prioritizing.initial_prioriti
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayContext:
-    """What a run tells the replay that it makes (`Runtime[ReplayContext]`)."""
+    """A run gives this record to the replay that it makes (`Runtime[ReplayContext]`)."""
 
     sequence: SequenceSpec
     row_spec: Row  # with ArraySpec leaves
@@ -292,7 +292,7 @@ class FromRecord(Protocol):
 
 
 class Movable(Protocol):
-    """What a replay has, beyond `Replay`, that can lie in a process of its own."""
+    """A replay that can lie in a process of its own has these members beyond those of `Replay`."""
 
     capacity: int  # rows that it can hold
 
@@ -329,7 +329,7 @@ class Exploration(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What a run tells the pool that it opens."""
+    """A run gives this record to the pool that it opens."""
 
     family: EnvFamily
     agent: Agent

@@ -273,7 +273,7 @@ def _read_settings(
 def _arguments(
     cls: type, given: Mapping[str, Any], path: str, out: list[Problem]
 ) -> dict[str, Any]:
-    """What the constructor is called with; an `Inline` parameter becomes the Call of its class."""
+    """Reads the constructor's arguments; an `Inline` parameter becomes the Call of its class."""
     found: dict[str, Any] = {}
     for name, hint in _parameters(cls).items():
         if marker(hint, Gathered):

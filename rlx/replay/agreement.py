@@ -9,7 +9,7 @@ from rlx.problems import Problem
 
 
 def ring_clashes(settings: Mapping[str, Any]) -> list[Problem]:
-    """Of a replay that is drawn from: each ring gives an equal part, and learning must begin."""
+    """Checks a replay that is drawn from: rings give equal parts, and learning begins in time."""
     replay, found = settings["replay"], []
     batch_size, total = settings["learner"]["batch_size"], settings["total_env_steps"]
     if batch_size % (shards := replay["shards"] or 1):
@@ -22,7 +22,7 @@ def ring_clashes(settings: Mapping[str, Any]) -> list[Problem]:
 
 
 def queue_clashes(settings: Mapping[str, Any]) -> list[Problem]:
-    """Of a replay whose sequences are drawn once: a batch must wait when learning begins."""
+    """Checks a replay that gives sequences once: a whole batch waits when learning begins."""
     least, batch_size = settings["replay"]["min_sequences"], settings["learner"]["batch_size"]
     if least >= batch_size:
         return []

@@ -29,7 +29,7 @@ Draw = Callable[[int, Batch | None], Sample]  # how the replay draws a batch int
 
 @dataclass(frozen=True, kw_only=True)
 class Begin:
-    """When learning may begin, and how much of it (settings of conf/replay)."""
+    """These settings of conf/replay say when learning may begin, and how much it may learn."""
 
     ratio: Annotated[float, Range(gt=0)] | None
     min_sequences: Annotated[int, Range(ge=1), OfTheRun()]
@@ -38,7 +38,7 @@ class Begin:
 
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
-    """Where rows are kept, and how batches are drawn from them (settings of conf/replay)."""
+    """These settings of conf/replay say where rows are kept and how batches leave the replay."""
 
     capacity: Annotated[int, Range(ge=1), OfTheRun()]
     storage: Literal["memory", "mmap", "device"]

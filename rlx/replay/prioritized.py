@@ -27,7 +27,7 @@ NOT_VALID = -1.0  # the priority of a row that has none
 
 @dataclass(frozen=True, kw_only=True)
 class Priorities:
-    """What sequences are drawn by (settings of conf/replay)."""
+    """These settings of conf/replay give each sequence its chance to be drawn."""
 
     priority_exponent: Annotated[float, Range(ge=0)]
     priority_eta: Annotated[float, Range(ge=0, le=1)]
@@ -53,7 +53,7 @@ class Priorities:
 
 @dataclass(frozen=True, kw_only=True)
 class Importance:
-    """How much the choice of sequences is made up for (settings of conf/replay)."""
+    """These settings of conf/replay say how far importance makes up for uneven chances."""
 
     importance_exponent: Annotated[float, Range(ge=0)]
     importance_exponent_final: Annotated[float, Range(ge=0)] | None

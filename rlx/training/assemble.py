@@ -207,7 +207,7 @@ def _check_network(agent: Agent) -> None:
 def replay_context(
     agent: Agent, *, lanes: int, seed: int, devices: Sequence[jax.Device]
 ) -> ReplayContext:
-    """What the replay of this agent is told."""
+    """Makes the record that the replay of this agent is given."""
     return ReplayContext(
         sequence=agent.sequence,
         row_spec=row_spec(agent.spec, agent.acting_spec),

@@ -45,7 +45,7 @@ class Damaged(CheckpointError):
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What a checkpoint gives back."""
+    """A checkpoint gives back this record."""
 
     state: Any  # the tree of `like_state`: NumPy arrays; typed PRNG keys are JAX key arrays
     meta: JSON
@@ -60,7 +60,7 @@ class Restored:
 
 
 def segments_folder(checkpoint: Path) -> Path:
-    """Where the blocks of this checkpoint's replay lie."""
+    """Names the folder that holds the blocks of this checkpoint's replay."""
     above = checkpoint.parent
     return (above.parent if above.name == DISCARDED else above) / SEGMENTS
 

@@ -42,7 +42,7 @@ PROBE_BLOCKS = 32  # or a hundredth of all: by those, and by twice as many each 
 
 @dataclass(frozen=True, kw_only=True)
 class Storing:
-    """How one ring keeps its rows."""
+    """One ring keeps its rows by these settings."""
 
     storage: Literal["memory", "mmap", "device"] = "memory"
     compress: Literal["none", "lz4"] = "none"
