@@ -371,8 +371,12 @@ class Served(Protocol):
 class InRounds(Protocol):
     """The settings of a pool of which some suit an on-policy agent only, or no such agent."""
 
-    def round_problems(self, *, on_policy: bool) -> Sequence[Problem]:
-        """What is wrong with them for such an agent."""
+    def round_problems(self, *, on_policy: bool, publish_every_updates: int) -> Sequence[Problem]:
+        """Gives the problems of these settings with such an agent.
+
+        The weights of an on-policy agent are published after each update, whatever
+        `publish_every_updates` is.
+        """
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from time import monotonic
 
-from rlx.acting.actor import Actor
+from rlx.acting.actor import Actor, are_done
 from rlx.cluster.faults import ActingFailed
 from rlx.types import Request, Rollout, Weights
 
@@ -216,14 +216,8 @@ def collect_in_turn(
     """
     for actor in actors:
         actor.begin(request)
-    while not _is_done(actors, request) and goes_on():
+    while not are_done(actors, request) and goes_on():
         for actor in actors:
             if not actor.rests:
                 actor.advance()
     return [actor.end() for actor in actors]
-
-
-def _is_done(actors: Sequence[Actor], request: Request) -> bool:
-    if request.want_blocks is not None:
-        return all(actor.rests for actor in actors)
-    return sum(actor.env_steps for actor in actors) >= request.want_env_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
@@ -103,7 +104,7 @@ class Actor:
     def collect(self, request: Request) -> Rollout:
         """Steps until the request is fulfilled; returns the blocks finished by then."""
         self.begin(request)
-        while not self._is_done:
+        while not are_done([self], request):
             self.advance()
         return self.end()
 
@@ -122,12 +123,6 @@ class Actor:
     def rests(self) -> bool:
         """Whether the actor has made all blocks that the request asks for."""
         return self._resting is not None and self._begun > 0
-
-    @property
-    def _is_done(self) -> bool:
-        assert self._request is not None
-        enough = self.env_steps >= self._request.want_env_steps
-        return enough if self._request.want_blocks is None else self.rests
 
     def advance(self) -> None:
         """Waits for the lanes' answer and acts; when it returns the lanes step on, or rest."""
@@ -279,6 +274,13 @@ class Actor:
         return episode
 
 
+def are_done(actors: Sequence[Actor], request: Request) -> bool:
+    """Says whether these actors together have made what was asked for."""
+    if request.want_blocks is not None:
+        return all(actor.rests for actor in actors)
+    return sum(actor.env_steps for actor in actors) >= request.want_env_steps
+
+
 class InputTracker:
     """Makes of each lane's timesteps what the network reads: previous action and reward, time."""
 
@@ -328,10 +330,7 @@ class BlockWriter:
         self._is_open = np.zeros(lanes, bool)  # a row that no answer has closed
         self._number = np.zeros(lanes, np.int64)
         self._version = np.full(lanes, -1, np.int64)
-        self.nothing = (
-            trees.empty(row, 0, block_rows),
-            trees.empty(carry, 0),
-        )  # no blocks, rightly structured
+        self.nothing = trees.empty(row, 0, block_rows), trees.empty(carry, 0)  # no blocks
         self._renew()
 
     def next_starts(self, index: Index) -> np.ndarray:

@@ -12,7 +12,6 @@ import numpy as np
 from rlx import trees
 from rlx.acting.actor import Actor
 from rlx.acting.policy import Policy
-from rlx.config.targets import resolve
 from rlx.interfaces import Agent, Asynchronous, Device, Env, EnvFamily, Exploration, RunContext
 from rlx.problems import Problem
 from rlx.seeding import spawn_int
@@ -91,15 +90,9 @@ def make_plan(context: RunContext, *, instances: int, envs_per_actor: int, devic
     )
 
 
-def age_problems(settings: Mapping[str, Any]) -> list[Problem]:
-    """Whether acting.max_weight_age_updates lets weights be older than they are published."""
-    oldest, every = (
-        settings["acting"]["max_weight_age_updates"],
-        settings["learner"]["publish_every_updates"],
-    )
-    agent, _ = resolve(settings["agent"]["_target_"])
-    published_at_once = getattr(agent, "on_policy", False) is True
-    if oldest is None or oldest >= every or published_at_once:
+def age_problems(oldest: int | None, every: int) -> list[Problem]:
+    """Checks that weights of at most `oldest` updates exist if they are published every so many."""
+    if oldest is None or oldest >= every:
         return []
     says = f"weights are published every {every} updates (learner.publish_every_updates): "
     says += f"actors would wait for ever; accepted: null or an int >= {every}"

@@ -64,18 +64,13 @@ class RayPool:
     grace_s: Annotated[float, Range(gt=0)]
     restarts: Restarts
 
-    @staticmethod
-    def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
-        """Weights that can never be as new as asked for."""
-        return age_problems(settings)
-
-    def round_problems(self, *, on_policy: bool) -> Sequence[Problem]:
+    def round_problems(self, *, on_policy: bool, publish_every_updates: int) -> Sequence[Problem]:
         """An on-policy agent acts in rounds, with its newest weights as they are."""
         if on_policy:
             accepted = {"sync": True, "inference": "actor", "weights_dtype": "float32"}
             return newest_only({name: getattr(self, name) for name in accepted}, accepted)
         if not self.sync:
-            return []
+            return age_problems(self.max_weight_age_updates, publish_every_updates)
         says = "is for on-policy agents, which learn in rounds; this one does not, set it to false"
         return [Problem(path="acting.sync", given="true", says=says)]
 

@@ -8,10 +8,10 @@ environments step while the device acts for the other.
 from __future__ import annotations
 
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 from rlx.acting.acting_thread import ActingThread, Arrived, Orders, Threads
 from rlx.acting.actor import Actor
@@ -42,14 +42,11 @@ class ThreadPool:
         """Requests that may wait for the loop, of each thread."""
         return self.max_pending if self.realtime else self.requests_per_actor
 
-    @staticmethod
-    def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
-        """Weights that can never be as new as asked for."""
-        return age_problems(settings)
-
-    def round_problems(self, *, on_policy: bool) -> Sequence[Problem]:
+    def round_problems(self, *, on_policy: bool, publish_every_updates: int) -> Sequence[Problem]:
         """An on-policy agent's environments wait for its newest weights."""
-        return newest_only({"realtime": self.realtime}, {"realtime": False}) if on_policy else []
+        if on_policy:
+            return newest_only({"realtime": self.realtime}, {"realtime": False})
+        return age_problems(self.max_weight_age_updates, publish_every_updates)
 
     def open(self, context: RunContext) -> OpenThreadPool:
         """Starts the threads; raises ConfigError for lanes that do not fit two groups."""

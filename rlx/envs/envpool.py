@@ -287,7 +287,7 @@ class EnvPoolLanes:
         raw = dict(zip(self._answer_names, self._pool._recv(), strict=True))
         lane, reward, truncated = raw["info:env_id"], raw["reward"], raw["trunc"]
         terminated = raw["done"] & ~truncated
-        ended = raw["done"] | truncated
+        ended = None
         if self._atari:
             reward = raw["info:reward"]
             terminated, truncated, ended = self._atari_ends(terminated, truncated, raw)
@@ -297,7 +297,9 @@ class EnvPoolLanes:
             reward=reward,
             terminated=terminated,
             truncated=truncated,
-            first=self._tracker.answered(lane=lane, reward=reward, done=done, ended=ended),
+            first=self._tracker.answered(
+                lane=lane, reward=reward, done=done, ended=done if ended is None else ended
+            ),
             lane=lane,
         )
 

@@ -43,7 +43,10 @@ def _lanes(settings: Settings) -> int:
 
 def _pool_problems(settings: Settings, *, on_policy: bool) -> list[Problem]:
     pool = build(settings["acting"], "acting")
-    return list(pool.round_problems(on_policy=on_policy)) if isinstance(pool, InRounds) else []
+    if not isinstance(pool, InRounds):
+        return []
+    every = settings["learner"]["publish_every_updates"]
+    return list(pool.round_problems(on_policy=on_policy, publish_every_updates=every))
 
 
 def _agent_problems(agent: Agent) -> list[Problem]:
