@@ -4,6 +4,8 @@
 # make setup   only the set-up;  make clean   removes .venv and caches, never outputs
 
 ARGS ?=
+# Without the last option a test that kills its worker makes pytest-xdist wait for ever, and is not named.
+IN_TWO := -n 2 --dist loadgroup --max-worker-restart=0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.rlx-installed
@@ -21,7 +23,7 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	RLX_SMALL=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --nbmake tests notebooks
+	RLX_SMALL=1 $(BIN)/python -m pytest $(IN_TWO) --nbmake tests notebooks
 
 notebooks: $(STAMP)
 	$(BIN)/python -m pytest -v --nbmake --nbmake-timeout=1200 notebooks
