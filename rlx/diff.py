@@ -1,4 +1,4 @@
-"""What differs between two runs: `python -m rlx.diff RUN_A RUN_B`.
+"""Shows what differs between two runs: `python -m rlx.diff RUN_A RUN_B`.
 
 Settings, code, versions, machine, and what the runs came to. Of a resumed run the newest part
 counts. The exit status is 0 if the settings are the same, 1 if any differs, 2 for bad input;
@@ -195,7 +195,7 @@ def _cut(text: str, start: int, width: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line takes, in this order."""
+    """The command line takes these arguments, in this order."""
 
     run_a: str
     run_b: str

@@ -44,7 +44,7 @@ JSON = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line takes; the module's docstring explains it."""
+    """The command line takes these options; the module's docstring explains them."""
 
     run: str
     episodes: Annotated[int, Range(ge=1)] = 100
@@ -86,7 +86,7 @@ def evaluate_run(options: Options) -> JSON:
 
 
 def read_evaluations(path: Path) -> list[JSON]:
-    """What an evaluation.json holds, oldest first; a ConfigError if another file is there."""
+    """Reads an evaluation.json, oldest first; raises ConfigError if another file is there."""
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         says = "cannot be written; give output=FILE in a folder that exists and can be written"
         raise refuse("output", says, given=str(path))

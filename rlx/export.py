@@ -59,7 +59,7 @@ PACKAGES = ("rlx", "jax", "jaxlib", "numpy")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line takes; the module's docstring explains it."""
+    """The command line takes these options; the module's docstring explains them."""
 
     run: str
     out: str | None = None

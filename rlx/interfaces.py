@@ -75,7 +75,7 @@ class Checked(Protocol):
     """Settings that can be judged before anything is made of them."""
 
     def problems(self) -> Sequence[str]:
-        """What is wrong, a line each."""
+        """Says what is wrong, a line each."""
 
 
 @runtime_checkable
@@ -83,7 +83,7 @@ class CheckedFamily(Protocol):
     """An environment family that can judge its settings for a number of lanes."""
 
     def problems(self, *, lanes: int | None) -> Sequence[str]:
-        """What is wrong, a line each; no environment is made."""
+        """Says what is wrong, a line each; no environment is made."""
 
 
 @runtime_checkable
@@ -116,7 +116,7 @@ class Agrees(Protocol):
 
     @staticmethod
     def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
-        """What these settings of a whole run break of its rules."""
+        """Says which of its rules these settings of a whole run break."""
 
 
 class Network(Protocol):
@@ -391,7 +391,7 @@ class ActingPool(Protocol):
 
     @property
     def chain(self) -> int:
-        """How many lives the lanes have had."""
+        """Counts the lives that the lanes have had."""
 
     @property
     def burst_env_steps(self) -> int:
@@ -420,7 +420,7 @@ class Peers(Protocol):
     restarts: int  # of all of them, so far
 
     def exchange(self, mine: T) -> Sequence[T]:
-        """What each process gives, by rank; waits for the last one."""
+        """Returns what each process gives, by rank; waits for the last one."""
 
 
 class Evaluator(Protocol):

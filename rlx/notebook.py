@@ -1,4 +1,4 @@
-"""For notebooks: the figure of a run, redrawn in place while a cell trains.
+"""Draws the figure of a run in a notebook, anew in place while a cell trains.
 
     with rlx.notebook.live("my_run"):
         summary = rlx.run(cfg, "my_run")

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, said in one line each."""
+"""Says what is wrong with a configuration, in one line each."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RunFailed(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Which file, or the command line, set each key."""
+    """Tells which file, or the command line, set each key."""
 
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     clashes: tuple[Problem, ...] = ()  # problems that only the sources show
@@ -59,7 +59,7 @@ class Sources:
 
 @contextmanager
 def or_exit(program: str, *also: type[Exception]) -> Iterator[None]:
-    """For a command line: says each problem of a ConfigError in a line, and exits with status 2.
+    """Says each problem of a ConfigError in a line, and exits a command with status 2.
 
     also: further exceptions of one line that mean the same.
     """

@@ -1,4 +1,4 @@
-"""What runs came to, or what is in recorded experience.
+"""Shows what runs came to, or what is in recorded experience.
 
     python -m rlx.report runs=DIR         a page with curves, scores and speed of all runs below DIR
     python -m rlx.report dataset=DIR      what experience that was recorded there holds
@@ -126,7 +126,7 @@ def _show_runs(given: Study, found: dict[str, pd.DataFrame]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line takes; the module's docstring explains it."""
+    """The command line takes these options; the module's docstring explains them."""
 
     runs: str | None = None
     dataset: str | None = None

@@ -133,7 +133,7 @@ def probability_of_improvement(
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """How probably a run of `first` beats one of `second` on a task, ties counting half.
+    """Gives the chance that a run of `first` beats one of `second` on a task; ties count half.
 
     Both: f64[runs] of each task, in the same order of tasks; each task counts the same.
     """
@@ -159,7 +159,7 @@ def optimality_gap(
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """How far scores stay below a target on average, those above it counting as the target."""
+    """Gives how far scores stay below a target on average; those above it count as the target."""
 
     def gap(scores: np.ndarray) -> Any:
         return target - np.minimum(scores, target).mean(axis=-1)
@@ -192,7 +192,7 @@ def _resampled_iqm(values: np.ndarray, rng: np.random.Generator, times: int) -> 
 def _draws(
     strata: Sequence[np.ndarray], seed: int, resamples: int, width: int = 1
 ) -> Iterator[list[np.ndarray]]:
-    """For each f64[runs, ...] a [times, runs, ...] of runs drawn anew, a few times at once.
+    """Yields for each f64[runs, ...] a [times, runs, ...] of runs drawn anew, a few at once.
 
     width: elements that the statistic makes of each score, which bounds how many.
     """

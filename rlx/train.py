@@ -192,7 +192,7 @@ def _settings(folder: Path) -> Path:
 
 
 def _resume_subdir(folder: Path) -> str:
-    """Where Hydra shall write the settings of the next resume."""
+    """Names the folder in which Hydra shall write the settings of the next resume."""
     return f"hydra.output_subdir={next_resume(folder).relative_to(folder)}"
 
 

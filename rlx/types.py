@@ -144,7 +144,7 @@ ActionSpec = DiscreteSpec | MultiDiscreteSpec | BoxSpec
 
 @dataclass(frozen=True, kw_only=True)
 class EnvSpec:
-    """What an environment gives and takes (of one lane)."""
+    """An environment gives and takes these, of one lane."""
 
     id: str
     observation: Mapping[str, ArraySpec]
@@ -244,7 +244,7 @@ class NetInput:
 
 @record
 class Carry:
-    """What the network remembers between two env steps."""
+    """The network remembers this between two env steps."""
 
     core: Any  # tree of f32[batch, units]; () for feed-forward cores
     frames: Observation  # [batch, S-1, *] per stacked leaf, oldest first; {} without stacks
@@ -252,7 +252,7 @@ class Carry:
 
 @record
 class QActing:
-    """What a Q agent keeps from acting time."""
+    """A Q agent keeps this from acting time."""
 
     q: Array  # f32: Q of the action taken
     q_max: Array  # f32: the largest Q
@@ -307,7 +307,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """What a learner process sends to all, itself too, between two updates."""
+    """A learner process sends this to all, itself too, between two updates."""
 
     env_steps: int  # made by its actors since its last news
     frames: int
@@ -321,7 +321,7 @@ class News:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """What an evaluation found."""
+    """An evaluation found these returns."""
 
     returns: tuple[float, ...]  # unclipped, one per episode
     weights_version: int  # it was played with
@@ -376,7 +376,7 @@ class TrainState:
 
 @record
 class UpdateOutput:
-    """What an update returns to the host."""
+    """An update returns this to the host."""
 
     priorities: Array | None  # f32[B, T], >= 0, -1 where a row is not valid; None: none are kept
     metrics: Mapping[str, Array]  # f32[] each

@@ -143,7 +143,7 @@ def content_policy(page: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line takes; the module's docstring explains it."""
+    """The command line takes these options; the module's docstring explains them."""
 
     runs: str = "outputs"
     port: Annotated[int, Range(ge=0, le=65535)] = 8080

@@ -17,7 +17,7 @@ Arrived = queue.SimpleQueue[tuple["ActingThread", list[Rollout]]]
 
 
 class Orders:
-    """What the loop shares with acting threads: the newest weights, the run's progress."""
+    """The loop shares this with acting threads: the newest weights, the run's progress."""
 
     def __init__(self, env_steps: int) -> None:
         self._lock = threading.Lock()

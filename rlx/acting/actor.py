@@ -32,7 +32,7 @@ Place = tuple[Any, Any]  # (lanes, row) that index [N, K, ...]; a slice where al
 
 
 class ActingPolicy(Protocol):
-    """What an actor needs of a policy (`rlx.acting.policy.Policy` runs it on a device)."""
+    """An actor needs this of a policy (`rlx.acting.policy.Policy` runs it on a device)."""
 
     version: int
 

@@ -1,4 +1,4 @@
-"""How much each lane explores, by its global number and by the progress of the run.
+"""Says how much each lane explores, by its global number and by the progress of the run.
 
 An amount of 0 gives the best action the agent knows (the mode), 1 gives its samples. For an agent
 without a distribution of its own the amount is epsilon, the share of random actions.

@@ -1,4 +1,4 @@
-"""What each actor of a pool is made from: a small frozen record that travels to other machines."""
+"""Plans the actors of a pool: a small frozen record that travels to other machines."""
 
 from __future__ import annotations
 

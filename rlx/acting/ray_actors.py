@@ -37,7 +37,7 @@ SILENT_S = 900.0  # without any rollout although actors are ready: something is 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What travels between actors and learner, and how much of it at once.
+    """These settings say what travels between actors and learner, and how much of it at once.
 
     With `want_blocks` each actor makes one request with each version of the weights, for so many
     blocks of each lane; the replacement of one that is lost on the way makes its part with the

@@ -105,7 +105,7 @@ class RayPool:
 
     @property
     def room(self) -> Room:
-        """What the actors ask of the cluster."""
+        """Collects what the actors ask of the cluster."""
         each = Resources(
             cpus=self.cpus_per_actor,
             gpus=self.gpus_per_actor,
@@ -118,7 +118,7 @@ class RayPool:
 
     @property
     def deadlines(self) -> Deadlines:
-        """How long the fleet waits."""
+        """Says how long the fleet waits."""
         return Deadlines(
             prepare_s=self.start_timeout_s,
             request_s=self.request_timeout_s,
@@ -133,7 +133,7 @@ class RayPool:
         return 1 if self.max_weight_age_updates or self.sync else self.requests_per_actor
 
     def traffic(self, plan: Plan, round_blocks: int | None) -> Traffic:
-        """What travels, in as many requests at once as `max_in_flight_bytes` allows."""
+        """Says what travels, in as many requests at once as `max_in_flight_bytes` allows."""
         most_env_steps = _most_env_steps(plan, self.env_steps_per_request, round_blocks)
         return Traffic(
             want_env_steps=self.env_steps_per_request,
@@ -206,7 +206,7 @@ class OpenRayPool:
         return self.source.chain
 
     def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
-        """What has arrived, or the first thing that does within `timeout_s`."""
+        """Returns what has arrived, or the first thing that does within `timeout_s`."""
         return self.source.collect(timeout_s, updates)
 
     def publish(self, weights: Weights, env_steps: int) -> None:
@@ -282,6 +282,6 @@ def row_bytes(agent: Agent) -> int:
 
 
 def cache_folder() -> Path:
-    """Where the actors of a machine keep compiled policies, from run to run."""
+    """Names the folder in which a machine's actors keep compiled policies, from run to run."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "rlx" / "xla"

@@ -1,4 +1,4 @@
-"""What actors on Ray ask of the cluster, and whether it can ever have it.
+"""Says what actors on Ray ask of the cluster, and whether it can ever have it.
 
 Nothing here waits: what no waiting helps is refused, with the nearest settings that fit.
 """
@@ -23,7 +23,7 @@ RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What each actor asks of the cluster, and where it wants to be."""
+    """Each actor asks this of the cluster, and says where it wants to be."""
 
     cpus: float
     gpus: float
@@ -55,7 +55,7 @@ class Room:
     least: int
 
     def check_settings(self, address: str | None) -> None:
-        """What can be said before Ray is there; raises ConfigError."""
+        """Checks what can be said before Ray is there; raises ConfigError."""
         if self.least > self.instances:
             says = f"more than acting.instances={self.instances}; accepted: 1 .. {self.instances}"
             raise refuse("acting.min_instances", says, given=str(self.least))

@@ -39,7 +39,7 @@ class RemoteActor:
         self._taken_s = 0.0
 
     def hello(self) -> Whereabouts:
-        """Where the process runs; its answer says that it lives."""
+        """Tells where the process runs; its answer says that it lives."""
         return whereabouts()
 
     def prepare(self, cores: tuple[int, ...] | None) -> None:

@@ -36,7 +36,7 @@ class RemoteEnv:
         self._env: Env | None = None
 
     def hello(self) -> Whereabouts:
-        """Where the process runs; its answer says that it lives."""
+        """Tells where the process runs; its answer says that it lives."""
         return whereabouts()
 
     def prepare(self, cores: tuple[int, ...] | None) -> None:

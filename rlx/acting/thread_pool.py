@@ -102,7 +102,7 @@ class OpenThreadPool:
         return max(self._first_chain, *(thread.chain for thread in self._threads.threads))
 
     def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
-        """What has arrived, or the first thing that does within `timeout_s`."""
+        """Returns what has arrived, or the first thing that does within `timeout_s`."""
         return self._threads.collect(timeout_s, updates)
 
     def publish(self, weights: Weights, env_steps: int) -> None:

@@ -27,7 +27,7 @@ class Packed:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What an actor sends back for a request."""
+    """An actor sends this back for a request."""
 
     rollout: Any  # a Rollout, some leaves of its rows Packed
     raw_bytes: int  # of the arrays, before

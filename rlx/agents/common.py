@@ -1,4 +1,4 @@
-"""What agents share: functions, never a base class.
+"""Agents share these functions; there is no base class.
 
 Rows and batches come as [B, L, ...] and are made time-major, [L, B, ...], at once.
 """

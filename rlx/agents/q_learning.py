@@ -1,4 +1,4 @@
-"""What agents with action values share: acting, targets, errors, updates, as functions.
+"""Agents with action values share these functions: acting, targets, errors, updates.
 
 Those whose first argument is `agent` do as methods, too: an agent with the settings of
 `ValueAgent` writes `act = q_learning.act` in its body, and what is its own is its `loss`.

@@ -1,4 +1,4 @@
-"""How fast, against what this machine could do: `python -m rlx.bench what=acting seconds=10`.
+"""Measures rlx against what this machine could do: `python -m rlx.bench what=acting seconds=10`.
 
 Options, and the bench that each belongs to:
 
@@ -79,7 +79,7 @@ Bench = Callable[[Setup, float], list[dict[str, Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line takes; the module's docstring explains it."""
+    """The command line takes these options; the module's docstring explains them."""
 
     what: Literal["acting", "learner", "replay"]
     seconds: Annotated[float, Range(gt=0)] = 10.0
@@ -114,7 +114,7 @@ def _bench(options: Options) -> None:
 
 
 def _benches(options: Options) -> Sequence[Bench]:
-    """What to run; parts that not every machine has are imported only if they are asked for."""
+    """Chooses what to run; parts that not every machine has are imported only if asked for."""
     if options.what == "replay":
         from rlx.bench.replay import bench_replay
 

@@ -1,4 +1,4 @@
-"""How fast updates are, against what the device's arithmetic allows:
+"""Measures updates against what the device's arithmetic allows:
 `python -m rlx.bench what=learner batch=32,64 dtype=float32,bfloat16`.
 
 For each batch size and compute dtype, in turn: the compiled update on data that lies on the device

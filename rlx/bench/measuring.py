@@ -158,7 +158,7 @@ def settings(group: str, name: str) -> Any:
 
 
 def context(agent: Agent, family: EnvFamily) -> RunContext:
-    """What a run that begins would tell its pool."""
+    """Makes the record that a run that begins would give its pool."""
     return RunContext(
         family=family,
         agent=agent,

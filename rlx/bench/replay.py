@@ -1,4 +1,4 @@
-"""How fast replays are, against copying the same bytes: `python -m rlx.bench what=replay`.
+"""Measures replays against copying the same bytes: `python -m rlx.bench what=replay`.
 
 Each way of keeping rows is filled, and then measured in turn with `np.copyto` of a whole batch
 (the ceiling: what this machine's memory gives one plain copy). The frames are real where EnvPool

@@ -1,4 +1,4 @@
-"""When a failed actor is started again, and when failing has gone too far. Knows no Ray.
+"""Decides when a failed actor starts again, and when failing has gone too far. Knows no Ray.
 
 An actor may be killed as often as it likes: machines come and go. It must not raise the same
 exception again and again, nor die again and again before it has ever answered: that is a bug, and
@@ -25,7 +25,7 @@ class ActingFailed(RunFailed):
 
 @dataclass(frozen=True, kw_only=True)
 class Restarts:
-    """How actors are replaced."""
+    """These settings say how actors are replaced."""
 
     window_s: Annotated[float, Range(gt=0)]  # failures older than this are forgotten
     max_raised: Annotated[int, Range(ge=1)]  # exceptions of one actor within the window, or

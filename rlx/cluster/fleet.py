@@ -39,7 +39,7 @@ State = Literal["pending", "preparing", "ready", "resting"]
 
 @dataclass(frozen=True, kw_only=True)
 class Deadlines:
-    """How long the fleet waits, in seconds."""
+    """The fleet waits so long, in seconds."""
 
     prepare_s: float  # for a process to open its environments and compile
     request_s: float  # for the answer to a request, since the answer before it

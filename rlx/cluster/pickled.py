@@ -1,4 +1,4 @@
-"""What actors on other machines are made of, as bytes."""
+"""Packs what actors on other machines are made of, as bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LARGEST_PLAN = 1_000_000  # bytes, pickled
 
 
 def pickled(made_of: Any) -> bytes:
-    """What actors are made of, to travel; ConfigError if it can't."""
+    """Packs what actors are made of, to travel; raises ConfigError if it cannot."""
     try:
         packed = cloudpickle.dumps(made_of)
     except Exception as error:  # it is anybody's code

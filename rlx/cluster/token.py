@@ -34,7 +34,7 @@ except ray.exceptions.AuthenticationError:
 
 
 def remember() -> Mapping[str, str | None]:
-    """What this process's environment says of tokens, for `put_back`."""
+    """Returns what this process's environment says of tokens, for `put_back`."""
     return {key: os.environ.get(key) for key in (MODE, TOKEN)}
 
 
@@ -120,7 +120,7 @@ def _mode() -> str | None:
 
 
 def _source() -> str | None:
-    """Where Ray takes this user's token from, in its order; None if there is none."""
+    """Names where Ray takes this user's token from, in its order; None if there is none."""
     if os.environ.get(TOKEN):
         return TOKEN
     if path := os.environ.get(TOKEN_PATH):

@@ -1,4 +1,4 @@
-"""Where a process is, and what keeps its libraries to a few threads."""
+"""Tells where a process is, and keeps its libraries to a few threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NICENESS = 15  # of actors that act, as Ray's own workers have
 
 @dataclass(frozen=True, kw_only=True)
 class Whereabouts:
-    """Where an actor's process is."""
+    """This record says where an actor's process is."""
 
     pid: int
     host: str

@@ -67,7 +67,7 @@ def compose(
 def find_sources(
     overrides: Sequence[str], config_name: str = "config", config_dir: Path | str | None = None
 ) -> Sources:
-    """Where the keys of a configuration that Hydra composed came from."""
+    """Finds where the keys of a configuration that Hydra composed came from."""
     with _hydra(config_dir) as loader:
         return _sources(loader, config_name, list(overrides))
 

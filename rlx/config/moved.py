@@ -1,4 +1,4 @@
-"""What an earlier rlx wrote, in the words of this one.
+"""Puts what an earlier rlx wrote into the words of this one.
 
 Configurations that were saved with runs name classes, and settings, as they were called then.
 """

@@ -1,4 +1,4 @@
-"""Where rlx's own files are."""
+"""Finds rlx's own files."""
 
 from __future__ import annotations
 

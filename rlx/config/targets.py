@@ -1,4 +1,4 @@
-"""What a `_target_` may name.
+"""Decides what a `_target_` may name.
 
 A target counts by what it resolves to, never by its spelling: a public class that was defined in
 an allowed package and has the role its place asks for.
@@ -76,7 +76,7 @@ def _is_allowed(found: Any) -> bool:
 
 
 def full_name(found: Any) -> str:
-    """Where a class or function was defined, whatever name led to it."""
+    """Names the place where a class or function was defined, whatever name led to it."""
     if isinstance(found, types.ModuleType):
         return found.__name__
     named = found if hasattr(found, "__qualname__") else type(found)
@@ -106,7 +106,7 @@ def fits(cls: type, role: type) -> bool:
 
 
 def lacks(cls: type, roles: tuple[type, ...]) -> str:
-    """What keeps a class from a role, where that can be said."""
+    """Says what keeps a class from a role, where that can be said."""
     if getattr(cls, "_is_protocol", False):
         return ": it is only an interface"
     if len(roles) > 1 or not getattr(roles[0], "_is_protocol", False):

@@ -97,7 +97,7 @@ class EnvPool:
     needs_jax: ClassVar[bool] = False
 
     def problems(self, *, lanes: int | None = None) -> list[str]:
-        """What is wrong with the settings, a line each; allocates no environment."""
+        """Says what is wrong with the settings, a line each; allocates no environment."""
         if self.id not in envpool.list_all_envs():
             return [_unknown_id(self.id)]
         try:
@@ -123,7 +123,7 @@ class EnvPool:
         return [Problem(path="env.batch_size", given=str(answering), says=says)]
 
     def spec(self) -> EnvSpec:
-        """What one lane gives and takes. Raises ValueError (nearest ids) for an unknown id."""
+        """Describes one lane; raises ValueError, with the nearest ids, for an unknown id."""
         raw = self._raw_spec()
         config = raw.config._asdict()
         leaves = self._select(_sources(raw))
@@ -436,7 +436,7 @@ def _first_line(error: Exception) -> str:
 
 @functools.cache
 def _cannot_render(env_id: str) -> str | None:
-    """Why this id renders no pictures here, or None; a child process tries, as it may abort."""
+    """Says why this id renders no pictures here, or None; a child tries, as it may abort."""
     trial = subprocess.run(
         [sys.executable, "-c", RENDER_TRIAL, env_id],
         capture_output=True,

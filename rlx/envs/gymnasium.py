@@ -73,7 +73,7 @@ class Gymnasium:
     max_episode_steps: Annotated[int, Range(ge=1)] | None
 
     def problems(self, *, lanes: int | None = None) -> list[str]:
-        """What is wrong with the settings, a line each; allocates no environment."""
+        """Says what is wrong with the settings, a line each; allocates no environment."""
         found = _id_problems(self.id)
         if self.vector not in VECTOR:
             found.append(

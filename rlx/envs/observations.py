@@ -66,7 +66,7 @@ class Leaf:
 
 @dataclass(frozen=True, kw_only=True)
 class RawSpaces:
-    """What an environment itself gives and takes, for agents that act without rlx's lanes."""
+    """An environment itself gives and takes these, for agents that act without rlx's lanes."""
 
     leaves: tuple[Leaf, ...]  # those that the network reads
     ignored: tuple[str, ...]  # names of those that the settings leave out
@@ -74,7 +74,7 @@ class RawSpaces:
 
 
 def raw_spaces(sources: Sequence[Source], leaves: Sequence[Leaf], action_start: Start) -> RawSpaces:
-    """What the environment gives, of all sources and those selected."""
+    """Describes what the environment gives, of all sources and those selected."""
     read = {leaf.source.name for leaf in leaves}
     ignored = tuple(source.name for source in sources if source.name not in read)
     return RawSpaces(leaves=tuple(leaves), ignored=ignored, action_start=action_start)

@@ -164,7 +164,7 @@ def _accepted(leaf: Leaf) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class State:
-    """What an agent remembers of an episode, or of N; opaque and never changed."""
+    """An agent remembers this of an episode, or of N; it is opaque and never changed."""
 
     leaves: Mapping[str, Array]
     key: Array

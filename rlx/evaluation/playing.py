@@ -26,7 +26,7 @@ JSON = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """When and how a run is evaluated (conf/evaluation)."""
+    """These settings of conf/evaluation say when and how a run is evaluated."""
 
     every_env_steps: Annotated[int, Range(ge=1)] | None
     episodes: Annotated[int, Range(ge=1)]

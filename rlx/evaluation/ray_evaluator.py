@@ -40,7 +40,7 @@ class RemoteEvaluator:
         self._made_of = made_of
 
     def hello(self) -> Whereabouts:
-        """Where the process runs; its answer says that it lives."""
+        """Tells where the process runs; its answer says that it lives."""
         return whereabouts()
 
     def prepare(self, cores: tuple[int, ...] | None) -> None:

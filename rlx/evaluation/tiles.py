@@ -29,7 +29,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What one tile shows of an episode at one env step."""
+    """One tile shows this of an episode at one env step."""
 
     picture: np.ndarray  # uint8[H, W, 3]
     title: str

@@ -19,7 +19,7 @@ from rlx.types import Array, Range
 
 
 class Core(nn.Module, kw_only=True):
-    """What a network accepts: `__call__(x, first, carry, dtype)` and `initial_carry(batch)`."""
+    """A core of a network has `__call__(x, first, carry, dtype)` and `initial_carry(batch)`."""
 
     def initial_carry(self, batch: int) -> Any:
         raise NotImplementedError

@@ -15,7 +15,7 @@ from rlx.types import Array, DiscreteSpec, Range
 
 
 class Head(nn.Module, kw_only=True):
-    """What an agent accepts as its head: `__call__(features, action, dtype, *further)`."""
+    """A head of an agent has `__call__(features, action, dtype, *further)`."""
 
 
 class Dueling(Head, kw_only=True):

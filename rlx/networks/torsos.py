@@ -15,7 +15,7 @@ from rlx.types import Array, Range
 
 
 class Torso(nn.Module, kw_only=True):
-    """What a network accepts as its torso: `__call__(observation, dtype) -> [batch, units]`."""
+    """A torso of a network has `__call__(observation, dtype) -> [batch, units]`."""
 
 
 def flat_leaves(observation: Mapping[str, Array], dtype: Any) -> Array:
@@ -52,7 +52,7 @@ class MLP(Torso, kw_only=True):
 
 
 class OneHotMLP(Torso, kw_only=True):
-    """For grids of small integers, such as MiniGrid's object, colour and state [7, 7, 3]."""
+    """Reads grids of small integers, such as MiniGrid's object, colour and state [7, 7, 3]."""
 
     categories: tuple[Annotated[int, Range(ge=1)], ...]  # values of each element of the last axis
     layers: tuple[Annotated[int, Range(ge=1)], ...]

@@ -1,4 +1,4 @@
-"""What replays need of the other groups' settings (interfaces.Agrees)."""
+"""Checks what replays need of the other groups' settings (interfaces.Agrees)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every replay around a ring holds: the ring, its generator, batches, and what is recorded."""
+"""Holds what every replay has: a ring, its generator, batches, and what is recorded."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class HeldRing:
         return self._buffers[-1]
 
     def flush(self) -> None:
-        """What is recorded is on the disk when this returns."""
+        """Writes what is recorded; it is on the disk when this returns."""
         if self._recorder is not None:
             self._recorder.flush()
 

@@ -122,7 +122,7 @@ class Online:
         return np.ones(len(keys))
 
     def _drop_late(self) -> None:
-        """Those that have waited too long, or that the ring has forgotten."""
+        """Drops those that have waited too long, or that the ring has forgotten."""
         before, now, oldest = len(self._waiting), self.env_steps, self._ring.rings[0].oldest_start
         # A slow lane's sequence begins with an older block than those that were complete before it.
         self._waiting = deque(
@@ -162,11 +162,11 @@ class Online:
 
     @property
     def rings(self) -> Sequence[Ring]:
-        """Where the blocks lie."""
+        """Lists the rings in which the blocks lie."""
         return self._ring.rings
 
     def flush(self) -> None:
-        """What is recorded is on the disk when this returns."""
+        """Writes what is recorded; it is on the disk when this returns."""
         self._held.flush()
 
     def close(self) -> None:

@@ -94,11 +94,11 @@ class Uniform:
 
     @property
     def rings(self) -> Sequence[Ring]:
-        """Where the blocks lie."""
+        """Lists the rings in which the blocks lie."""
         return self._ring.rings
 
     def flush(self) -> None:
-        """What is recorded is on the disk when this returns."""
+        """Writes what is recorded; it is on the disk when this returns."""
         self._held.flush()
 
     def close(self) -> None:

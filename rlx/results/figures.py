@@ -110,7 +110,7 @@ def _colors(given: Study) -> dict[str, dict[str, Any]]:
 
 
 def _name(label: str, runs: int, style: dict[str, Any]) -> str:
-    """What the legend calls a group's line."""
+    """Names a group's line in the legend."""
     return FURTHER if style["color"] == GREY else f"{label} ({plural(runs)})"
 
 

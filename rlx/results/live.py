@@ -1,4 +1,4 @@
-"""What can be seen of runs from their folders, while they work: states, counts, rates, curves.
+"""Reads runs from their folders while they work: states, counts, rates, curves.
 
 It only reads, and of metrics.jsonl only what was added since it last looked.
 """
@@ -48,7 +48,7 @@ class LiveRuns:
         self._runs: dict[str, LiveRun] = {}
 
     def all(self) -> list[JSON]:
-        """What is known of each run now, by name."""
+        """Returns what is known of each run now, by name."""
         with self._lock:
             self._find()
             for run in self._runs.values():
@@ -191,7 +191,7 @@ class LiveRun:
         }
 
     def brief(self) -> JSON:
-        """What the list of all runs shows of this one."""
+        """Returns what the list of all runs shows of this one."""
         curves = {"train": TRAIN, "evaluation": EVALUATION}
         return self._about | {key: self._rows.curve(of, SMALL) for key, of in curves.items()}
 

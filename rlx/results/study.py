@@ -1,4 +1,4 @@
-"""What a report shows of several runs: groups that are compared on tasks, and their tables.
+"""Compares groups of runs on tasks, and makes the tables that a report shows.
 
 A group is what differs in nothing but the seed and the task; a task is an environment (env.id).
 Only finished runs have a final score; all runs have curves, as far as they came.
@@ -81,7 +81,7 @@ class Study:
 
     @cached_property
     def metric(self) -> str:
-        """What the curves show: evaluations, if every run that began has several of them."""
+        """Names what the curves show: evaluations, if every run that began has several."""
         began = [run for run in self.runs if run.rows]
         several = all(len(_points(run, CURVES[0], "env_steps")[0]) >= 3 for run in began)
         return CURVES[0] if began and several else CURVES[1]
@@ -237,7 +237,7 @@ def human_normalized(given: Study) -> list[dict[str, Any]]:
 
 
 def improvement(given: Study) -> list[dict[str, Any]]:
-    """For each pair of groups, the one that is rather better first, on the tasks that both have."""
+    """Compares each pair of groups on the tasks that both have; the better one stands first."""
     rows = []
     for first, second in combinations(given.groups, 2):
         row = _better(given, first, second)

@@ -1,4 +1,4 @@
-"""Where rows of metrics go besides metrics.jsonl: TensorBoard and Weights & Biases."""
+"""Sends rows of metrics to TensorBoard and to Weights & Biases, besides metrics.jsonl."""
 
 from __future__ import annotations
 

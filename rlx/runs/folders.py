@@ -221,7 +221,7 @@ class RunFolder:
 
     @property
     def overrides(self) -> list[str]:
-        """What the command lines of the start and the resumes said; of each key the newest."""
+        """Returns what the command lines of start and resumes said; the newest of each key."""
         found: dict[str, str] = {}
         for folder in (self.path / HYDRA, *resumes(self.path)):
             for text in map(str, self._read(folder / OVERRIDES, load_yaml, list)):
@@ -352,7 +352,7 @@ def age_s(status: Mapping[str, Any]) -> float | None:
 
 
 def changed_at(path: Path) -> float:
-    """When a file was last written, in seconds since 1970; 0 where there is none."""
+    """Returns when a file was last written, in seconds since 1970; 0 where there is none."""
     try:
         return path.stat().st_mtime
     except OSError:

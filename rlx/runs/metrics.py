@@ -60,7 +60,7 @@ PENDING_LIMIT = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
-    """What is written and shown, and how often (conf/logging)."""
+    """These settings of conf/logging say what is written and shown, and how often."""
 
     every_env_steps: Annotated[int, Range(ge=1)]
     window_episodes: Annotated[int, Range(ge=1)]
@@ -157,7 +157,7 @@ class Metrics:
         return self.last_row
 
     def state(self) -> JSON:
-        """What a checkpoint keeps: the window and the open interval. Waits for the device.
+        """Returns what a checkpoint keeps: the window and the open interval. Waits for the device.
 
         Write the row that is due at the same env step before taking this.
         """

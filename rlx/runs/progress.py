@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live block on a terminal, plain lines elsewhere, or nothing.
+"""Shows a run while it works: a live block on a terminal, plain lines elsewhere, or nothing.
 
 It draws when it is given a row and has no clock or thread of its own, so it costs a run next to
 nothing. A console that goes away (a closed terminal, a broken pipe) never stops a run.
@@ -138,7 +138,7 @@ def _raise_again() -> NoReturn:
 
 
 def choose_mode(console: Literal["auto", "rich", "plain", "off"], stream: TextIO) -> Mode:
-    """What `logging.console` comes to: auto is rich on a terminal, plain where it is none."""
+    """Resolves `logging.console`: auto is rich on a terminal, plain where it is none."""
     if console != "auto":
         return console
     import rich.console

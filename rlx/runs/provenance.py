@@ -1,4 +1,4 @@
-"""What a run was made with: versions, machine, git revision and uncommitted changes."""
+"""Records what a run was made with: versions, machine, git revision, uncommitted changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says of itself now (status.json) and at its end (summary.json)."""
+"""Writes what a run says of itself now (status.json) and at its end (summary.json)."""
 
 from __future__ import annotations
 

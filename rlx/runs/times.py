@@ -1,4 +1,4 @@
-"""Where the time of the training loop goes, stage by stage."""
+"""Measures where the time of the training loop goes, stage by stage."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a job."""
+    """A job ended in this state."""
 
     state: str  # finished, interrupted, failed, not started
     summary: Mapping[str, Any]  # of summary.json; empty if there is none
@@ -80,7 +80,7 @@ Watch = Callable[[Job], bool]  # of a running job, now and then: whether it is t
 
 @dataclass(frozen=True, kw_only=True)
 class Before:
-    """What an earlier run left in a job's folder; it says nothing about this job."""
+    """Lists what an earlier run left in a job's folder; it says nothing about this job."""
 
     stamps: Mapping[str, tuple[int, ...]]  # by name, of status.json and summary.json
     console_bytes: int
@@ -167,7 +167,7 @@ def _book(one: _Live, status: int | str, outcomes: dict[int, Outcome]) -> None:
 
 
 def outcome(job: Job, status: int | str, before: Before = NOTHING_BEFORE) -> Outcome:
-    """What a job came to, from its exit status and what is new in its folder."""
+    """Tells what a job came to, from its exit status and what is new in its folder."""
     summary = _new_object(job.folder / SUMMARY_FILE, before)
     if status == 0 and summary:
         return Outcome(state=str(summary.get("state")), summary=summary, error=None)

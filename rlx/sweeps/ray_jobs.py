@@ -65,7 +65,7 @@ class SweepCluster:
         return out
 
     def room(self, cfgs: Sequence[DictConfig]) -> int:
-        """How many of these jobs the cluster's CPUs hold at once, with their actors; at least 1."""
+        """Counts the jobs that the cluster's CPUs hold at once, with their actors; at least 1."""
         need = max(self._cpus + _needs(cfg) for cfg in cfgs)
         cpus = ray.cluster_resources().get("CPU", 1.0)
         return max(1, int(cpus // need)) if need else len(cfgs)

@@ -1,4 +1,4 @@
-"""What the groups of a configuration must agree on, said before anything is built.
+"""Checks what the groups of a configuration must agree on, before anything is built.
 
 Each rule stands with the class that it concerns (interfaces.Agrees); here all are asked.
 """

@@ -130,7 +130,7 @@ def assemble(
 
 
 def _opened(group: str, open_: Callable[..., T], *given: Any) -> T:
-    """What settings open; a ValueError is a problem of this group's."""
+    """Opens these settings; a ValueError is a problem of this group's."""
     try:
         return open_(*given)
     except ValueError as error:
@@ -182,7 +182,7 @@ def _nobody_acts(want: int, agent: Agent, chain: int) -> Recorded:
 def _build_evaluator(
     settings: Mapping[str, Any], evaluation: Evaluation, run: RunContext
 ) -> Evaluator | None:
-    """What evaluates beside the training; it joins the cluster of the actors if they have one."""
+    """Makes what evaluates beside the training; it joins the actors' cluster if they have one."""
     if evaluation.where == "inline" or evaluation.every_env_steps is None:
         return None
     from rlx.evaluation.ray_evaluator import RayEvaluator

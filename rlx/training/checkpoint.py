@@ -54,7 +54,7 @@ _ASIDE = ".old-"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """When a run is saved and what of it (conf/checkpoint)."""
+    """These settings of conf/checkpoint say when a run is saved, and what of it."""
 
     every_env_steps: Annotated[int, Range(ge=1)]
     keep: Annotated[int, Range(ge=1)]
@@ -146,7 +146,7 @@ class Checkpointer:
 
     @property
     def segments_folder(self) -> Path:
-        """Where the blocks of saved replays lie."""
+        """Names the folder that holds the blocks of saved replays."""
         return self.folder / SEGMENTS
 
     def segments_kept(self) -> set[str] | None:

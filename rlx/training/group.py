@@ -53,7 +53,7 @@ TAIL_BYTES = 65_536
 
 
 class Rendezvous:
-    """Where the processes exchange values: a Ray actor, all of whose calls wait at once."""
+    """The processes exchange values here: a Ray actor, all of whose calls wait at once."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -62,7 +62,7 @@ class Rendezvous:
         self._began_s = monotonic()
 
     async def exchange(self, rank: int, mine: Any) -> list[Any]:
-        """What each process gives, by rank, when the last one has given it."""
+        """Returns what each process gives, by rank, when the last one has given it."""
         if self._answer is None:
             self._answer = asyncio.get_running_loop().create_future()
         answer = self._answer
@@ -308,7 +308,7 @@ class Life:
         return ConfigError([replace(problem, says=problem.says + of) for problem in error.problems])
 
     def _dead(self) -> ProcessLost | None:
-        """What made a process fail, if it was that another one, or the rendezvous, has died."""
+        """Returns the error of a learner process, or the rendezvous, that has died; else None."""
         calls = [process.__ray_ready__.remote() for process in (*self._processes, self._rendezvous)]
         names = [f"learner process {rank}" for rank in range(self._count)] + ["their rendezvous"]
         done, _ = ray.wait(calls, num_returns=len(calls), timeout=GRIEF_S)

@@ -1,4 +1,4 @@
-"""What a run keeps: evaluations, rows of metrics, checkpoints, its status and its summary."""
+"""Writes what a run keeps: evaluations, rows of metrics, checkpoints, status and summary."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ class Keeper:
         return saved
 
     def _meta(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the training state and the replay."""
+        """Collects what a checkpoint keeps beside the training state and the replay."""
         parts, stages = self._parts, self._stages
         return {
             "env_steps": stages.count.env_steps,

@@ -63,7 +63,7 @@ class Parts:
 
 @dataclass(kw_only=True)
 class Counters:
-    """How far the run is."""
+    """These counts say how far the run is."""
 
     env_steps: int = 0
     frames: int = 0

@@ -1,4 +1,4 @@
-"""What a checkpoint gives back to the parts of a resumed run."""
+"""Gives the parts of a resumed run what a checkpoint holds."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def _agent_problems(agent: Agent) -> list[Problem]:
 
 
 def _acting_problems(settings: Settings) -> list[Problem]:
-    """What would act with other weights than the newest, or learn from a part of the lanes."""
+    """Finds what would act with older weights, or learn from a part of the lanes."""
     wrong = _pool_problems(settings, on_policy=True)
     family = build(settings["env"], "env")
     if isinstance(family, Asynchronous) and family.batch_size is not None:

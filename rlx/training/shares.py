@@ -1,4 +1,4 @@
-"""What each of several learner processes takes of a run: its part of the lanes, replay and batch.
+"""Gives each of several learner processes its part of a run's lanes, replay and batch.
 
 Settings say what all of them have together, so that `learner.processes=2` changes where a run is
 computed and not what is computed.
@@ -95,12 +95,12 @@ def _refuse_alone_only(settings: Mapping[str, Any], count: int) -> None:
 
 
 def share_folder(run: Path, rank: int) -> Path:
-    """Where process `rank` writes; the first one writes where a run alone does."""
+    """Names the folder of process `rank`; the first one writes where a run alone does."""
     return run if rank == 0 else run / FOLDER / str(rank)
 
 
 def log_file(run: Path, rank: int) -> Path:
-    """Where process `rank` logs, if it is one of several."""
+    """Names the file into which process `rank` logs, if it is one of several."""
     return run / FOLDER / f"{rank}.log"
 
 

@@ -209,7 +209,7 @@ class Stages:
 
     @contextmanager
     def left_to_the_end(self) -> Iterator[None]:
-        """What fails here is raised when all processes have stopped, and can save."""
+        """Keeps what fails here, to be raised when all processes have stopped and can save."""
         try:
             yield
         except RunFailed as error:

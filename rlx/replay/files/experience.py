@@ -35,7 +35,7 @@ COLUMNS = ("lane", "chain", "number", "weights_version")
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What all blocks of a dataset have in common."""
+    """All blocks of a dataset have this in common."""
 
     leaves: dict[str, list[Any]]  # path below rows/ or carry/ -> [shape, dtype]
     block_rows: int

@@ -27,7 +27,7 @@ WRITERS = 2  # files written at a time: one waits for the disk while the other i
 
 
 class Saved(Protocol):
-    """What a snapshot needs of a replay."""
+    """A snapshot needs this of a replay."""
 
     @property
     def rings(self) -> Sequence[Ring]: ...
@@ -100,7 +100,7 @@ class Snapshots:
             self._failed = error
 
     def _write_new(self, replay: Saved) -> None:
-        """What there is now: blocks may come faster than they can be written."""
+        """Writes the blocks that are there now; others may come faster than they are written."""
         with ThreadPoolExecutor(WRITERS, "snapshot") as writers:
             for number, ring in enumerate(replay.rings):
                 self._write_ring(number, ring, writers)

@@ -151,7 +151,7 @@ class ReplayProcess:
         self._calls.tell(("update_priorities", (keys, priorities)))
 
     def flush(self) -> None:
-        """What is recorded is on the disk when this returns."""
+        """Writes what is recorded; it is on the disk when this returns."""
         self._call("flush", deadline_s=LONG_S)
 
     def stats(self) -> dict[str, float]:
@@ -227,7 +227,7 @@ class Caller:
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
-        """What cannot be answered in step any more is not asked again."""
+        """Closes the wire for good if a call fails: later answers could not be told apart."""
         if self._wire.closed:
             raise ReplayLost(f"the replay's process {self._process.pid} is closed")
         try:

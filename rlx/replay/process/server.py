@@ -176,7 +176,7 @@ def _portable(error: Exception) -> Exception:
 
 @contextmanager
 def _log_lines() -> Iterator[list[str]]:
-    """What is logged meanwhile; the run says it in its own log."""
+    """Collects what is logged meanwhile; the run says it in its own log."""
     lines: list[str] = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""What travels between a run and its replay in another process."""
+"""Carries what travels between a run and its replay in another process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def receive(wire: Connection) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """What the loop asks for in every turn, as of the last call."""
+    """The loop asks for this in every turn; it is as of the last call."""
 
     startable: int
     has_enough: bool
@@ -51,7 +51,7 @@ class Status:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """What is said of a replay once it is there."""
+    """A replay's process says this of it once it is there."""
 
     ratio: float | None
     min_sequences: int
@@ -88,7 +88,7 @@ class ArrayAt:
 
 
 def planned(batches: Sequence[Batch]) -> tuple[list[Batch], int]:
-    """Where the arrays of these batches are to lie, and the bytes of all."""
+    """Plans where the arrays of these batches are to lie, and returns the bytes of all, too."""
     at = 0
 
     def place(x: np.ndarray) -> ArrayAt:

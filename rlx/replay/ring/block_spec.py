@@ -1,4 +1,4 @@
-"""What a ring keeps of a block, and how sequences lie over blocks.
+"""Says what a ring keeps of a block, and how sequences lie over blocks.
 
 Leaves are named by paths: `rows/...` [K, ...] for the K rows of a block, `carry/...` for the carry
 before its first row, `next/...` for the input after its last one. That input is kept only where a
@@ -27,7 +27,7 @@ VALID = ROWS + "valid"
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Where sequences begin and which blocks they touch."""
+    """These arrays say where sequences begin and which blocks they touch."""
 
     slots: np.ndarray  # i64[n, blocks]; where one touches fewer, its last slot is repeated
     row: np.ndarray  # i64[n]: the first row within the first block
@@ -38,7 +38,7 @@ class Windows:
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where the rows of windows lie in leaves seen as [slots * K, ...]."""
+    """These arrays say where the rows of windows lie in leaves seen as [slots * K, ...]."""
 
     rows: np.ndarray  # i64[n, L]
     following: np.ndarray  # i64[n]: the row after the last; the last itself where a block ends
@@ -151,7 +151,7 @@ class BlockSpec:
         return found
 
     def places(self, windows: Windows) -> Places:
-        """Where the rows of these windows lie."""
+        """Finds where the rows of these windows lie."""
         if not self.starts_inside:
             blocks, rows, ends = self._places_from(np.zeros((), np.int64))
             slots, every = windows.slots[:, blocks], np.arange(len(windows) if ends else 0)

@@ -11,7 +11,7 @@ from rlx.replay.ring.storage import Storing, images
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a ring will take, known before anything is allocated."""
+    """A ring will take this; it is known before anything is allocated."""
 
     rows: int  # capacity, rounded down to whole blocks
     blocks: int  # slots of the ring

@@ -1,4 +1,4 @@
-"""Which blocks lie in a ring, how they follow one another, and which sequences start in them.
+"""Knows which blocks lie in a ring, how they follow, and which sequences start in them.
 
 A *block key* is a block's number among all blocks ever added; the block lies in slot key % slots
 until the one `slots` later overwrites it. Lanes interleave in the ring, so each slot links to its
@@ -31,7 +31,7 @@ from rlx.types import SequenceSpec
 
 @dataclass(kw_only=True)
 class SlotTable:
-    """What is known of the block in each slot; key -1 where there is none."""
+    """This is known of the block in each slot; the key is -1 where there is none."""
 
     key: np.ndarray  # i64[slots]
     next_key: np.ndarray  # i64[slots]: the chain's next block, -1 if it has not come
@@ -57,7 +57,7 @@ class SlotTable:
 
 @dataclass(kw_only=True)
 class LaneTable:
-    """Where each lane's latest chain stands."""
+    """These arrays say where each lane's latest chain stands."""
 
     chain: np.ndarray  # i32[lanes], -1 before the first
     expected: np.ndarray  # i64[lanes]: the number of the chain's next block
@@ -264,7 +264,7 @@ class BlockIndex:
         return window
 
     def windows(self, keys: np.ndarray, window: np.ndarray) -> Windows:
-        """Where these sequences with their block keys lie."""
+        """Finds where these sequences with their block keys lie."""
         return Windows(
             slots=window % self.slots, row=self._start_rows[keys % self.starts_per_block]
         )

@@ -69,7 +69,7 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """How a batch is to be drawn."""
+    """These settings say how a batch is to be drawn."""
 
     batch_size: int
     stratified: bool = False  # one draw from each of batch_size equal parts of the total

@@ -1,4 +1,4 @@
-"""How a ring's saved state is checked, and how its blocks are written back."""
+"""Checks a ring's saved state, and writes its blocks back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a ring keeps the leaves of its blocks: in memory, in a mapped file, or compressed.
+"""Keeps the leaves of a ring's blocks: in memory, in a mapped file, or compressed.
 
 Leaves are named and shaped as in `block_spec`, with a first axis of slots. Nothing here
 knows of keys, lanes or priorities; the ring sees to it that no slot is read while it is written.
@@ -276,7 +276,7 @@ class Compressed:
         return packed
 
     def _check_fits(self, written: int) -> None:
-        """What all shards will take, as far as this one's first blocks tell; raises ConfigError."""
+        """Checks what all shards will take, as this one's first blocks tell; raises ConfigError."""
         part = min(written, self._slots) / self._slots
         taken = self._shards * self._frame_bytes
         whole = int(taken / part)
@@ -353,7 +353,7 @@ class Compressed:
 
 @dataclass(frozen=True, kw_only=True)
 class _Image:
-    """Where an image's frames go in a batch."""
+    """These paths say where an image's frames go in a batch."""
 
     path: str
     next: str

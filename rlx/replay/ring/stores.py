@@ -1,4 +1,4 @@
-"""Which storage a ring's settings ask for."""
+"""Makes the storage that a ring's settings ask for."""
 
 from __future__ import annotations
 
