@@ -101,3 +101,16 @@ def test_the_design_lists_the_files_that_a_transition_crosses(followed):
     assert files == re.findall(r"^- `([\w/]+\.py)`", followed, re.M), (
         "run python docs/make/transition.py --write"
     )
+
+
+MID_CLAUSE = {
+    "What", "Where", "How", "When", "Which", "Why", "Of", "Those", "That", "And", "Or", "But",
+    "For", "With", "As", "To", "If", "In", "By", "Else", "Then", "Whose", "From", "Once", "While",
+}  # fmt: skip
+
+
+def test_docstrings_begin_with_a_subject_or_a_verb():
+    described = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    texts = {at: ast.get_docstring(node) for at, node in nodes() if isinstance(node, described)}
+    wrong = {at: text for at, text in texts.items() if text and text.split()[0] in MID_CLAUSE}
+    assert wrong == {}
