@@ -25,13 +25,26 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 # With Ray, or with bars on speed: one after the other, in one of pytest-xdist's workers.
-IN_TURN = {"acting", "test_bench", "test_learner_group", "test_ray_run"}
+IN_TURN = {"acting", "test_bench", "test_learner_group", "test_ray_run", "04_scale_out"}
+GROUP = "in turn"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {item.path.stem, item.path.parent.name} & IN_TURN:
-            item.add_marker(pytest.mark.xdist_group("in turn"))
+            item.add_marker(pytest.mark.xdist_group(GROUP))
+
+
+@pytest.fixture(autouse=True)
+def _ray_is_used_in_turn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test that starts Ray beside another one: `address=auto` of one finds the other's."""
+    if any(mark.args == (GROUP,) for mark in request.node.iter_markers("xdist_group")):
+        return
+
+    def refused(*args: object, **kwargs: object) -> None:
+        pytest.fail(f"a test with Ray needs @pytest.mark.xdist_group({GROUP!r})")
+
+    monkeypatch.setattr("ray.init", refused)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 
 from rlx.cluster import token as ray_token
 from rlx.problems import ConfigError, refuse
@@ -116,29 +117,44 @@ def _workers_not_nice() -> Iterator[None]:
 
 
 def _join(address: str, setting: str) -> None:
-    _check_reachable(address, setting)
-    ray_token.for_given_cluster(address, setting)
+    where = _found(setting) if address == "auto" else address
+    _check_reachable(where, setting, given=address)
+    ray_token.for_given_cluster(where, setting, given=address)
     try:
-        ray.init(address=address, **_quiet())
+        ray.init(address=where, **_quiet())
     except ConnectionError as error:
-        says = "no Ray cluster is there; start one with 'ray start --head', or give null for an own"
-        raise refuse(setting, f"{says} ({_one_line(error)})", given=address) from error
+        raise _nothing_there(setting, address, error) from error
     except (RuntimeError, ValueError) as error:
         raise _refused(address, setting, error) from error
 
 
-def _check_reachable(address: str, setting: str) -> None:
+def _found(setting: str) -> str:
+    """Returns the host:port of the cluster that runs on this machine, as Ray finds it.
+
+    Processes of a cluster that has died may be found, too; so what is found is then tried.
+    """
+    try:
+        found: str = canonicalize_bootstrap_address("auto")
+    except ConnectionError as error:
+        raise _nothing_there(setting, "auto", error) from error
+    return found
+
+
+def _nothing_there(setting: str, address: str, error: Exception) -> ConfigError:
+    says = "no Ray cluster is there; start one with 'ray start --head', or give null for an own"
+    return refuse(setting, f"{says} ({_one_line(error)})", given=address)
+
+
+def _check_reachable(address: str, setting: str, *, given: str) -> None:
     """Refuses an address where nothing listens, as Ray would try it for minutes."""
-    if address == "auto":
-        return
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
-        raise refuse(setting, "accepted: null, auto, host:port", given=address)
+        raise refuse(setting, "accepted: null, auto, host:port", given=given)
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
     except (OSError, UnicodeError) as error:
         says = f"cannot be reached ({error}); tried {host} port {port} for {CONNECT_S:.0f} s"
-        raise refuse(setting, says, given=address) from error
+        raise refuse(setting, says, given=given) from error
 
 
 def _refused(address: str, setting: str, error: Exception) -> ConfigError:

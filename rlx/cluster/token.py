@@ -12,6 +12,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import ray
@@ -56,34 +57,33 @@ def for_own_cluster() -> None:
     _set({MODE: "token"} | made)
 
 
-def for_given_cluster(address: str, setting: str) -> None:
+def for_given_cluster(address: str, setting: str, given: str) -> None:
     """Shows a token where the cluster at `address` asks for one, and none where it does not.
 
-    Raises ConfigError if it asks for another token than is here, or if RAY_AUTH_MODE contradicts
-    it. What cannot be found out is left to Ray.
+    address: host:port.  given: the setting's value, from which `address` was found.
+    Raises ConfigError if no cluster answers there, if it asks for another token than is here, or if
+    RAY_AUTH_MODE contradicts it.
     """
     if not _is_known() or _mode() not in (None, "token", "disabled"):
         return
-    is_open = _lets_in(address, "disabled")
-    if is_open is None:
-        return
+    is_open = _lets_in(address, "disabled", setting, given)
     if _mode() is not None and is_open is (_mode() == "token"):
         asks = "asks for no token" if is_open else "asks for a token"
         says = f"the cluster there {asks}, but {MODE}={_mode()} is set here; unset it"
-        raise refuse(setting, says, given=address)
+        raise refuse(setting, says, given=given)
     if not is_open:
-        _check_token(address, setting)
+        _check_token(address, setting, given)
     _set({MODE: "disabled" if is_open else "token"})
 
 
-def _check_token(address: str, setting: str) -> None:
+def _check_token(address: str, setting: str, given: str) -> None:
     source = _source()
     if source is None:
         says = f"the cluster there asks for a token, and there is none here; {_what_to_do()}"
-        raise refuse(setting, says, given=address)
-    if _lets_in(address, "token") is False:
+        raise refuse(setting, says, given=given)
+    if not _lets_in(address, "token", setting, given):
         says = f"the cluster there refused the token from {source}; {_what_to_do()}"
-        raise refuse(setting, says, given=address)
+        raise refuse(setting, says, given=given)
 
 
 def _what_to_do() -> str:
@@ -93,9 +93,12 @@ def _what_to_do() -> str:
     )
 
 
-def _lets_in(address: str, mode: str) -> bool | None:
-    """Whether the cluster answers a process of that mode; None if it cannot be found out."""
-    try:
+def _lets_in(address: str, mode: str, setting: str, given: str) -> bool:
+    """Whether the cluster lets in a process of that mode.
+
+    Raises ConfigError if nothing answers as a cluster: Ray itself would ask for minutes.
+    """
+    with suppress(subprocess.TimeoutExpired):
         asked = subprocess.run(
             [sys.executable, "-c", ASK, address],
             env=os.environ | {MODE: mode},
@@ -104,9 +107,10 @@ def _lets_in(address: str, mode: str) -> bool | None:
             stderr=subprocess.DEVNULL,
             timeout=ASK_S,
         )
-    except subprocess.TimeoutExpired:
-        return None
-    return {0: True, REFUSED: False}.get(asked.returncode)
+        if asked.returncode in (0, REFUSED):
+            return asked.returncode == 0
+    says = f"no Ray cluster answers at {address}, asked for up to {ASK_S:.0f} s; start one with"
+    raise refuse(setting, f"{says} 'ray start --head', or give null for an own", given=given)
 
 
 def _is_known() -> bool:

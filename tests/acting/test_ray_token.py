@@ -15,6 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from rlx.cluster import token as ray_token
+from rlx.cluster.cluster import Cluster
+from rlx.problems import ConfigError
+
 KEYS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 TOKEN, OTHER = "a" * 64, "b" * 64
 # A driver that hears of an actor which asks the driver for an object: what a wrong mode breaks.
@@ -114,6 +118,21 @@ def test_a_token_in_the_home_folder_opens_the_cluster_that_asks_for_it(guarded, 
 def test_auto_shows_the_token_too(guarded, home):
     settings = environment(home, RAY_ADDRESS=guarded, RAY_AUTH_TOKEN=TOKEN)
     assert driver("auto", settings) == WORKS.format(["RAY_AUTH_TOKEN"])
+
+
+def test_auto_tries_what_it_finds(home):
+    """Ray finds the processes of a dead cluster, too, and would ask it for minutes."""
+    says = driver("auto", environment(home, RAY_ADDRESS="127.0.0.1:1"))
+    assert "acting.address=auto: cannot be reached " in says
+    assert " port 1 for " in says
+
+
+def test_what_listens_and_is_no_cluster_is_refused(monkeypatch):
+    monkeypatch.setattr(ray_token, "ASK_S", 3.0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"no Ray cluster answers at {address}, asked for"):
+            Cluster(address=address, store_bytes=0)
 
 
 REFUSALS = [

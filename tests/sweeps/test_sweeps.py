@@ -253,6 +253,7 @@ def test_settings_of_a_launcher_are_refused_before_anything_begins(bad):
         launcher.setup(hydra_context=HydraContext(None, None), task_function=None, config=None)
 
 
+@pytest.mark.xdist_group("in turn")  # as all tests with Ray
 def test_jobs_as_ray_tasks_are_lost_singly_and_never_started_again(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_GRPC_SERVER", "kept from jobs")
     from rlx.sweeps.ray_jobs import cluster_of_sweep

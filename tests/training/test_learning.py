@@ -38,6 +38,7 @@ def test_the_default_run_solves_its_task(tmp_path, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("in turn")  # as all tests with Ray
 @pytest.mark.parametrize(
     "overrides",
     [
