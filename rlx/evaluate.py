@@ -14,9 +14,13 @@ The episodes that started first are counted (rlx/evaluation/playing.py), played 
                        the chosen one and the return so far, DIR/videos/...-grid.mp4
     grid=9             episodes in that grid; at most envs and episodes
     record_fps=30      frames per second of that video, one per env step
-    output=null        the file to write; null: DIR/evaluation.json
+    output=null        the file to write; null: DIR/evaluation.json, or, if something of the above
+                       is not as in the run's own last evaluation, DIR/other_evaluations.json
 
-The file holds {"evaluations": [...]}, the newest last: a further evaluation is added to it.
+Reports take a run's score from DIR/evaluation.json. So only evaluations of the newest parameters,
+with the run's evaluation.epsilon and at least as many episodes as end its training, go there; the
+others are kept apart, each with what it `differs` in. A file holds {"evaluations": [...]}, the
+newest last: a further evaluation is added to it.
 `rlx.load(DIR).evaluate(episodes=100)` does the same from Python and writes no file.
 """
 
@@ -33,13 +37,17 @@ from typing import Annotated, Any, Literal
 import jax
 
 from rlx import api
+from rlx.config.build import plain
 from rlx.config.options import command
 from rlx.problems import refuse
 from rlx.runs.files import write_json
-from rlx.runs.folders import EVALUATION_FILE
+from rlx.runs.folders import EVALUATION_FILE, OTHER_EVALUATIONS_FILE, newest_checkpoint
+from rlx.runs.scores import differences
 from rlx.types import Range
 
 JSON = dict[str, Any]
+
+FILES = (EVALUATION_FILE, OTHER_EVALUATIONS_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate_run(options: Options) -> JSON:
     """Evaluates a run, adds the result to its evaluation.json, shows and returns it."""
     run = api.load(options.run)
-    output = Path(options.output or run.output_dir / EVALUATION_FILE)
-    read_evaluations(output)  # what could not be written in the end is refused now
+    given = None if options.output is None else Path(options.output)
+    for path in [given] if given else [run.output_dir / name for name in FILES]:
+        read_evaluations(path)  # what could not be written in the end is refused now
     result = run.evaluate(
         episodes=options.episodes,
         which=options.which,
@@ -80,7 +89,10 @@ def evaluate_run(options: Options) -> JSON:
         grid=options.grid,
         record_fps=options.record_fps,
     )
-    write_json(output, {"evaluations": [*read_evaluations(output), result]})
+    differs = differences(result, plain(run.cfg), newest_checkpoint(run.output_dir))
+    output = given or run.output_dir / FILES[bool(differs)]
+    added = result | {"differs": differs} if differs else result
+    write_json(output, {"evaluations": [*read_evaluations(output), added]})
     _show(result, output)
     return result
 

@@ -217,6 +217,7 @@ class ReplayContext:
     lanes: int
     initial_priorities: InitialPriorities | None  # None: the agent has none
     on_policy: bool
+    env_steps: int  # that these lanes had made before it; it begins empty all the same
     seed: int
     devices: Sequence[Any]  # the learner's; none in a process that has no learner
 
@@ -426,8 +427,8 @@ class Peers(Protocol):
 class Evaluator(Protocol):
     """Evaluates beside the training."""
 
-    def submit(self, weights: Weights, env_steps: int) -> None:
-        """Asks for an evaluation; dropped and counted while another is being made."""
+    def submit(self, weights: Weights, env_steps: int) -> bool:
+        """Asks for an evaluation; dropped, counted and False while another is being made."""
 
     def poll(self) -> list[Evaluated]:
         """The evaluations finished since the last call; it never waits."""

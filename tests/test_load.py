@@ -82,6 +82,7 @@ def evaluated(act: Player, family: Any, *, lanes: int, epsilon: float = 0.0) -> 
         lanes=lanes,
         epsilon=epsilon,
         seed=SEED,
+        purpose="test",
         watch=watch,
         acted=acted,
     )
@@ -160,6 +161,7 @@ def test_frames_in_a_batch_are_stacked_and_begin_anew_with_their_episodes():
         lanes=2,
         epsilon=0.0,
         seed=SEED,
+        purpose="test",
         acted=acted,
     )
     np.testing.assert_array_equal(actions, told[:60])

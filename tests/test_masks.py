@@ -189,6 +189,7 @@ def test_evaluations_take_no_forbidden_action(epsilon):
         lanes=3,
         epsilon=epsilon,
         seed=0,
+        purpose="selection",
     )
     assert [episode.env_steps for episode in found] == [9] * 6
 

@@ -23,6 +23,15 @@ from rlx.types import Episode, Range, Timestep, Weights
 
 JSON = dict[str, Any]
 
+# Each purpose has starts and random actions of its own: a checkpoint that was chosen by some
+# episodes is not judged by the same ones. Branches of the seed, see `rlx.seeding`.
+Purpose = Literal["selection", "final", "test"]
+BRANCHES: dict[Purpose, tuple[str, ...]] = {
+    "selection": ("evaluation", "selection"),  # evaluations during training
+    "final": ("evaluation", "final"),  # the one after training
+    "test": ("evaluation",),  # of a saved run
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -43,6 +52,7 @@ class Evaluation:
         family: EnvFamily,
         episodes: int,
         seed: int,
+        purpose: Purpose,
         watch: Watch | None = None,
     ) -> list[float]:
         """The unclipped returns of `episodes` episodes."""
@@ -54,6 +64,7 @@ class Evaluation:
             lanes=min(self.envs, episodes),
             epsilon=self.epsilon,
             seed=seed,
+            purpose=purpose,
             watch=watch,
         )
         return [episode.return_ for episode in finished]
@@ -71,6 +82,7 @@ def run_episodes(
     lanes: int,
     epsilon: float,
     seed: int,
+    purpose: Purpose,
     watch: Watch | None = None,
     acted: Acted | None = None,
     render: bool = False,
@@ -80,10 +92,10 @@ def run_episodes(
     `watch` sees the environment, its answer and who started what, after every step; `acted` then
     sees the actions [n, *] chosen for that answer and the agent's record of them.
     """
-    env = _open(family, lanes, seed, render)
-    policy = Policy(
-        agent=agent, lanes=lanes, seed=seed, path=("evaluation", "policy"), device="cpu"
-    )
+    branch = BRANCHES[purpose]
+    seeds = [spawn_int(seed, *branch, lane) for lane in range(lanes)]
+    env = _open(family, seeds, render)
+    policy = Policy(agent=agent, lanes=lanes, seed=seed, path=(*branch, "policy"), device="cpu")
     policy.take(weights)
     tracker, starts = InputTracker(lanes, env.spec.action), Starts(lanes, episodes)
     exploration = np.full(lanes, epsilon, np.float32)
@@ -106,17 +118,16 @@ def run_episodes(
         env.close()
 
 
-def _open(family: EnvFamily, lanes: int, seed: int, render: bool) -> Env:
+def _open(family: EnvFamily, seeds: list[int], render: bool) -> Env:
     # Answers of all lanes at once: else the machine's load decides which episodes start first,
     # and a batch size that suits the lanes of training may be more than there are here.
     if dataclasses.is_dataclass(family) and isinstance(family, Asynchronous):
         family = dataclasses.replace(family, batch_size=None)
-    seeds = [spawn_int(seed, "evaluation", lane) for lane in range(lanes)]
     if not render:
-        return family.make(lanes=lanes, seeds=seeds)
+        return family.make(lanes=len(seeds), seeds=seeds)
     drawing: Any = family  # `render` is no part of every family
     try:
-        return drawing.make(lanes=lanes, seeds=seeds, render=True)
+        return drawing.make(lanes=len(seeds), seeds=seeds, render=True)
     except (ValueError, TypeError) as error:
         raise not_recorded(str(error)) from error
 
@@ -170,6 +181,7 @@ def evaluate(
         lanes=lanes,
         epsilon=epsilon,
         seed=seed,
+        purpose="test",
         watch=recorder,
         acted=recorder.acted if isinstance(recorder, GridRecorder) else None,
         render=recorder is not None,

@@ -58,6 +58,7 @@ class RemoteEvaluator:
             family=self._family,
             episodes=self._evaluation.episodes,
             seed=self._seed,
+            purpose="selection",
         )
         return Evaluated(
             returns=tuple(returns), weights_version=weights.version, env_steps=env_steps
@@ -97,13 +98,14 @@ class RayEvaluator:
         self._busy = False
         self._polled_s = 0.0
 
-    def submit(self, weights: Weights, env_steps: int) -> None:
-        """Asks for an evaluation; while another is being made it is dropped and counted."""
+    def submit(self, weights: Weights, env_steps: int) -> bool:
+        """Asks for an evaluation; while another is being made it is dropped, counted, and False."""
         if self._busy or self._wanted is not None:
             self._skipped += 1
-            return
+            return False
         self._wanted = weights, env_steps
         self._send()
+        return True
 
     def poll(self) -> list[Evaluated]:
         """The evaluations finished since the last call; it looks a few times a second."""

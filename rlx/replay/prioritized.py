@@ -120,11 +120,12 @@ class Prioritized:
         self._initial_priorities = context.initial_priorities
         self._largest_priority = 1.0  # ever written; read by initial_priority=max only
         self._stale_updates = 0
-        self._clock: Callable[[], int] = lambda: self._ring.env_steps
+        self._env_steps_before = context.env_steps  # this replay, which was not restored
+        self._added: Callable[[], int] = lambda: self._ring.env_steps
 
-    def follow(self, clock: Callable[[], int]) -> None:
+    def follow(self, played: Callable[[], int]) -> None:
         """Anneals by this count of env steps and not by those that were added."""
-        self._clock = clock
+        self._added = played
 
     def add(self, rollout: Rollout) -> None:
         """Stores a rollout's blocks and gives the sequences they complete a first priority."""
@@ -143,7 +144,7 @@ class Prioritized:
     @property
     def importance_exponent(self) -> float:
         """The exponent now."""
-        return self._importance.exponent(self._clock())
+        return self._importance.exponent(self._env_steps_before + self._added())
 
     @property
     def needs_priorities(self) -> bool:
@@ -170,15 +171,13 @@ class Prioritized:
         """Arrays and JSON scalars: all but the blocks."""
         return {
             **self._held.state(),
-            "largest_priority": self._largest_priority,
-            "stale_updates": self._stale_updates,
+            **self._counts(),
         }
 
     def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Goes on from a saved state and its blocks; raises ValueError if they do not fit."""
         self._held.restore(state, blocks)
-        self._largest_priority = float(state["largest_priority"])
-        self._stale_updates = int(state["stale_updates"])
+        self._restore_counts(state)
 
     def drawing_state(self) -> dict[str, Any]:
         """The part of `state` that does not follow from the blocks."""
@@ -186,9 +185,20 @@ class Prioritized:
             "layout": self._ring.rings[0].layout,
             "rng": json.dumps(self._held.rng.bit_generator.state),
             "leaves": np.array(self._ring.rings[0].all_leaves),
+            **self._counts(),
+        }
+
+    def _counts(self) -> dict[str, Any]:
+        return {
             "largest_priority": self._largest_priority,
             "stale_updates": self._stale_updates,
+            "env_steps_before": self._env_steps_before,
         }
+
+    def _restore_counts(self, state: Mapping[str, Any]) -> None:
+        self._largest_priority = float(state["largest_priority"])
+        self._stale_updates = int(state["stale_updates"])
+        self._env_steps_before = int(state.get("env_steps_before", 0))  # earlier ones lack it
 
     def restore_drawing(self, state: Mapping[str, Any]) -> None:
         """Goes on from `drawing_state` with the same blocks; raises ValueError for other starts."""
@@ -196,8 +206,7 @@ class Prioritized:
             check_layout(state["layout"], self._ring.rings[0].layout)
         self._ring.rings[0].load_leaves(np.asarray(state["leaves"]))
         self._held.rng.bit_generator.state = json.loads(state["rng"])
-        self._largest_priority = float(state["largest_priority"])
-        self._stale_updates = int(state["stale_updates"])
+        self._restore_counts(state)
 
     def _first_leaves(self, keys: np.ndarray) -> np.ndarray:
         largest = self._priorities.initial_priority == "max"

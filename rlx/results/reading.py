@@ -25,7 +25,7 @@ IGNORED = ("resume",)  # settings that say nothing about what was learnt
 COUNTS = ("env_steps", "frames", "updates", "wall_s")
 # Where a run's score may come from, the best first.
 SCORES: Mapping[str, str] = {
-    "evaluation.json": "mean return of the newest evaluation in evaluation.json",
+    "evaluation.json": "mean return of the newest evaluation by rlx.evaluate, as the run's own",
     "evaluation": "mean return of the run's own last evaluation",
     "training": "mean return of the last episodes of training",
 }
@@ -44,7 +44,7 @@ class Run:
     overrides: frozenset[str]  # settings that were named on the command line
     rows: Sequence[JSON]
     summary: JSON
-    evaluations: Sequence[JSON]  # of evaluation.json, the newest last
+    evaluations: Sequence[JSON]  # of evaluation.json, by the run's own protocol, the newest last
 
     @property
     def scores(self) -> dict[str, float | None]:

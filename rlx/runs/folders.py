@@ -21,6 +21,7 @@ import yaml
 
 from rlx.config.moved import renewed
 from rlx.problems import refuse
+from rlx.runs.scores import differences
 
 JSON = dict[str, Any]
 Kind = TypeVar("Kind")
@@ -33,6 +34,7 @@ METRICS_FILE = "metrics.jsonl"
 STATUS_FILE = "status.json"
 SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
+OTHER_EVALUATIONS_FILE = "other_evaluations.json"  # which are not of the run's own protocol
 ENV_FILE = "env.json"
 MARKS = (STATUS_FILE, METRICS_FILE, f"{HYDRA}/{CONFIG}")  # any of them makes a folder a run
 DEPTH = 12  # folders below the given one that are searched
@@ -100,7 +102,13 @@ def is_used(folder: Path) -> bool:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run's folder has any checkpoint."""
-    return any((folder / "checkpoints").glob("[0-9]*"))
+    return newest_checkpoint(folder) is not None
+
+
+def newest_checkpoint(folder: Path) -> int | None:
+    """The env steps of a run's newest checkpoint; None if it has none."""
+    found = (folder / "checkpoints").glob("[0-9]*")
+    return max((int(path.name) for path in found if _is_number(path.name)), default=None)
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -208,9 +216,11 @@ class RunFolder:
 
     @property
     def evaluations(self) -> list[JSON]:
-        """The evaluations in evaluation.json, the newest last."""
+        """The evaluations in evaluation.json by the run's own protocol, the newest last."""
         found = self._read(self.path / EVALUATION_FILE, json.loads, dict).get("evaluations")
-        return [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
+        entries = [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
+        newest = newest_checkpoint(self.path)
+        return [e for e in entries if not differences(e, self.settings, newest)]
 
     @property
     def choices(self) -> dict[str, str]:

@@ -40,11 +40,11 @@ from rlx.interfaces import (
 from rlx.problems import refuse
 from rlx.replay.held import Keeping
 from rlx.replay.process.client import ReplayProcess
-from rlx.training.agreement import check_agreement
+from rlx.training.agreement import check_agreement, takes_turns
 from rlx.training.learner import Learner, OpenLearner
 from rlx.training.parts import Alone, Parts
 from rlx.training.quota import Quota
-from rlx.training.restoring import Restored, restore_learner, restore_replay
+from rlx.training.restoring import Restored, check_total, restore_learner, restore_replay
 from rlx.training.rounds import blocks_of_a_round
 from rlx.training.shares import share_checkpoint, share_exploration, share_folder, share_seed
 from rlx.types import Rollout
@@ -87,6 +87,8 @@ def assemble(
     learning: Learner = build(settings["learner"], "learner")
     learner = _opened("learner", learning.open, agent, settings["seed"])
     resumed = restore_learner(output_dir, learner, peers, checkpoint.replay) if resume else None
+    if resumed is not None:
+        check_total(settings["total_env_steps"], resumed)
     context = RunContext(
         family=family,
         agent=agent,
@@ -99,6 +101,8 @@ def assemble(
     with ExitStack() as undo:  # closes what there is, if something cannot be had
         lanes = acting.instances * acting.envs_per_actor
         given = replay_context(agent, lanes=lanes, seed=context.seed, devices=learner.devices)
+        if resumed is not None and resumed.replay_state is None:
+            given = dataclasses.replace(given, env_steps=resumed.env_steps // peers.count)
         replay = make_replay(settings["replay"], given, learner.batch_size)
         undo.callback(replay.close)
         if resumed is not None:
@@ -119,6 +123,7 @@ def assemble(
         family=family,
         agent=agent,
         pool=pool,
+        takes_turns=takes_turns(settings),
         replay=replay,
         quota=quota,
         learner=learner,
@@ -154,7 +159,7 @@ def _make_quota(
         min_sequences=replay.min_sequences,
     )
     if resumed is not None and resumed.replay_state is not None:  # else its account opens anew
-        quota.restore(resumed.meta["quota"])
+        quota.restore(resumed.meta["quota"], replay.env_steps)
     return quota
 
 
@@ -215,6 +220,7 @@ def replay_context(
         lanes=lanes,
         initial_priorities=agent.initial_priorities if isinstance(agent, Prioritizing) else None,
         on_policy=agent.on_policy,
+        env_steps=0,
         seed=seed,
         devices=devices,
     )

@@ -7,7 +7,7 @@
         replay.json     the replay's tables; their arrays lie in replay/*.npy
         manifest.json   size and sha256 of every file above, and the segments; written last
     <run>/checkpoints/segments/         the replay's blocks, which checkpoints share
-    <run>/checkpoints/best.json         names the checkpoint with the best score
+    <run>/checkpoints/best-000000040000/    the training state with the best score, no replay
     <run>/checkpoints/discarded/        checkpoints that the run went back behind
 
 All is written to a temporary folder, forced to the disk and renamed. What is in a checkpoint's
@@ -16,16 +16,16 @@ folder is the matter of `rlx.training.checkpoint_files`.
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from rlx.problems import Problem
-from rlx.runs.files import write_json
 from rlx.training.agreement import takes_turns
 from rlx.training.checkpoint_files import (
     DISCARDED,
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 FOLDER = "checkpoints"
-BEST_FILE = "best.json"
+BEST = "best-"  # begins the name of the folder with the best score
 
 _TEMPORARY = ".tmp-"
 _ASIDE = ".old-"
@@ -98,30 +98,52 @@ class Checkpointer:
         meta: Mapping[str, Any],
         replay_state: Mapping[str, Any] | None = None,
         segments: Sequence[Mapping[str, Any]] = (),
-        score: float | None = None,
     ) -> Path:
         """Writes one checkpoint, deletes those that are no longer kept, returns its folder.
 
         state: a tree of host or device arrays, PRNG keys among them. replay_state: nested dicts
         of arrays and JSON values (tuples come back as lists). segments: the files that hold the
-        replay's blocks, of a Snapshots in `segments_folder`. score: the higher, the better.
+        replay's blocks, of a Snapshots in `segments_folder`.
         """
-        settings = self._settings
-        if settings is None:
-            raise CheckpointError(f"{self.run}: opened for reading; give settings to save.")
         name = _name(env_steps)
+        with self._written(name) as temporary:
+            write_all(temporary, env_steps, state, meta, replay_state, segments, None)
+            self._discard_later(name)
+        self._keep_last()
+        return self.folder / name
+
+    def keep_best(self, state: Any, meta: Mapping[str, Any], score: float) -> None:
+        """Writes what was evaluated, unless what is kept has a higher score.
+
+        state: as `save` takes it. meta has its `env_steps`. score: the higher, the better; one
+        that is not finite is none.
+        """
+        before = self.best()
+        least = -math.inf if before is None else _score(before)
+        if not math.isfinite(score) or (least is not None and score < least):
+            return
+        name = f"{BEST}{_name(meta['env_steps'])}"
+        with self._written(name) as temporary:
+            write_all(temporary, meta["env_steps"], state, meta, None, (), score)
+        for path in self._bests():
+            if path.name != name:
+                self._delete(path)
+        (self.folder / "best.json").unlink(missing_ok=True)  # of a run that an earlier rlx began
+
+    @contextmanager
+    def _written(self, name: str) -> Iterator[Path]:
+        """A temporary folder to write into, which is then put in the place of that name."""
+        if self._settings is None:
+            raise CheckpointError(f"{self.run}: opened for reading; give settings to save.")
         temporary = self.folder / f"{_TEMPORARY}{name}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
-            write_all(temporary, env_steps, state, meta, replay_state, segments, score)
+            yield temporary
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        self._discard_later(name)
         self._put_in_place(temporary, name)
-        self._keep(settings.keep)
-        return self.folder / name
 
     def restore(
         self, like_state: Any, which: str | Path = "latest", *, with_replay: bool = True
@@ -169,11 +191,12 @@ class Checkpointer:
 
     def best(self) -> Path | None:
         """The checkpoint with the best score; None: no checkpoint has a score."""
-        try:
-            name = json.loads((self.folder / BEST_FILE).read_text())["checkpoint"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return _best(self.paths())
-        return self.folder / name
+        there = [*self.paths(), *self._bests()]  # runs of earlier versions scored any of them
+        scored = [(score, path) for path in there if (score := _score(path)) is not None]
+        return max(scored)[1] if scored else None
+
+    def _bests(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{BEST}[0-9]*"))
 
     def _candidates(self, which: str | Path) -> list[Path]:
         if which not in ("latest", "best"):
@@ -223,26 +246,24 @@ class Checkpointer:
 
         They are another history: as the "latest" they would win over this one.
         """
-        for path in self.paths():
-            if path.name > name:
+        for path in [*self.paths(), *self._bests()]:
+            if path.name.removeprefix(BEST) > name:
                 place = self.folder / DISCARDED / path.name
                 place.parent.mkdir(exist_ok=True)
                 shutil.rmtree(place, ignore_errors=True)
                 path.rename(place)
                 log.warning("%s: later than env step %d; moved to %s.", path, int(name), place)
 
-    def _keep(self, last: int) -> None:
-        paths = self.paths()
-        best = _best(paths)
-        if best is not None:
-            about = {"checkpoint": best.name, "score": _score(best)}
-            write_json(self.folder / BEST_FILE, about | {"env_steps": int(best.name)})
-        else:
-            (self.folder / BEST_FILE).unlink(missing_ok=True)
-        for path in paths[:-last]:
+    def _keep_last(self) -> None:
+        assert self._settings is not None
+        best = self.best()
+        for path in self.paths()[: -self._settings.keep]:
             if path != best:
-                # Renamed first: a kill leaves no half checkpoint under a checkpoint's name.
-                shutil.rmtree(path.rename(self.folder / f"{_TEMPORARY}{path.name}"))
+                self._delete(path)
+
+    def _delete(self, path: Path) -> None:
+        """Renames it first: a kill leaves no half checkpoint under a checkpoint's name."""
+        shutil.rmtree(path.rename(self.folder / f"{_TEMPORARY}{path.name}"))
 
 
 def _name(env_steps: int) -> str:
@@ -256,8 +277,3 @@ def _score(path: Path) -> float | None:
         return read_manifest(path)["score"]
     except Damaged:
         return None
-
-
-def _best(paths: list[Path]) -> Path | None:
-    scored = [(score, path) for path in paths if (score := _score(path)) is not None]
-    return max(scored)[1] if scored else None

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlx.evaluation.playing import Purpose
 from rlx.problems import RunFailed
 from rlx.replay.files.snapshots import Snapshots
 from rlx.runs import status
 from rlx.runs.progress import Progress
 from rlx.training.checkpoint import Checkpointer
 from rlx.training.stages import Stages
+from rlx.types import TrainState
 
 log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
     """An evaluation was left because the run is to stop: episodes may have no end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluating:
+    """What is being evaluated, so that the score is claimed for this state and for no later one."""
+
+    state: TrainState  # on the host
+    meta: dict[str, Any]
+
+    @property
+    def updates(self) -> int:
+        return int(self.meta["updates"])
 
 
 class Keeper:
@@ -30,8 +45,9 @@ class Keeper:
         self._evaluated: float | None = None  # the newest evaluation's mean return
         if parts.resumed:
             self._evaluated = parts.resumed.meta["evaluation_return"]
-        self._score: float | None = None  # the same, until a checkpoint has it
-        self._before = 0  # env steps at the last `keep`
+        self._evaluating: Evaluating | None = None  # beside the training
+        self._owes_evaluation = False  # one was due, and the run was stopped before its end
+        self._heard_env_steps = 0  # up to which the clocks were heard
         self._first_update = parts.learner.updates  # of this process
         self._row: dict[str, Any] = stages.metrics.last_row or {}
         self._checkpoints = Checkpointer(parts.output_dir, parts.checkpoint)
@@ -51,7 +67,9 @@ class Keeper:
     def begin(self) -> None:
         """Writes the status: the run runs."""
         status.write_status(self._parts.output_dir, "running", self._row)
-        self._before = self._stages.count.env_steps
+        self._heard_env_steps = self._stages.count.env_steps
+        if resumed := self._parts.resumed:
+            self._owes_evaluation = resumed.meta.get("owes_evaluation", False)
         if self._parts.checkpoint.exact and self._parts.resumed is None:
             self.save()  # so that a run stopped before its first checkpoint has one, too
 
@@ -63,7 +81,7 @@ class Keeper:
         parts, stages = self._parts, self._stages
         if stages.in_a_round:
             return
-        if parts.peers.rank == 0 and self._is_due(parts.evaluation.every_env_steps):
+        if self._evaluation_is_due():
             self._begin_to_evaluate()
         with stages.left_to_the_end():
             self._take_evaluations()
@@ -73,13 +91,18 @@ class Keeper:
             self.save()
         if self._is_due(parts.checkpoint.every_env_steps):
             self._begin_to_save()
-        self._before = stages.count.env_steps
+        self._heard_env_steps = stages.count.env_steps
         if self._progress.is_due:
             self._progress.update(self._live())
 
     def _is_due(self, every: int | None) -> bool:
         """Whether a multiple of so many env steps was passed since `keep`; never if None."""
-        return every is not None and self._before // every != self._stages.count.env_steps // every
+        now = self._stages.count.env_steps
+        return every is not None and self._heard_env_steps // every != now // every
+
+    def _evaluation_is_due(self) -> bool:
+        due = self._owes_evaluation or self._is_due(self._parts.evaluation.every_env_steps)
+        return due and self._parts.peers.rank == 0
 
     # --- ends ------------------------------------------------------------------------------------
 
@@ -109,9 +132,11 @@ class Keeper:
         evaluation = self._parts.evaluation
         if state == "finished" and self._parts.peers.rank == 0:
             if evaluation.final_episodes:
-                self.evaluate(evaluation.final_episodes)
-            elif self._is_due(evaluation.every_env_steps):
-                self.evaluate(evaluation.episodes)
+                self.evaluate(evaluation.final_episodes, "final")
+            elif self._evaluation_is_due():
+                self.evaluate(evaluation.episodes, "selection")
+        if state == "interrupted":
+            self._owes_evaluation = self._evaluation_is_due()
         self._write_row()
         if state == "interrupted" and self._parts.checkpoint.exact:
             # Resuming off the clock would part this run from an unstopped one.
@@ -192,14 +217,12 @@ class Keeper:
         replay.flush()
         keeps = parts.checkpoint.replay
         segments = self._snapshots.complete(replay) if keeps else []
-        score, self._score = self._score, None  # an evaluation is the score of one checkpoint
         saved = self._checkpoints.save(
             self._stages.count.env_steps,
             state=parts.learner.state() if parts.peers.rank == 0 else {},
             meta=self._meta() | {"finished": finished},
             replay_state=replay.state() | self._stages.unsettled() if keeps else None,
             segments=segments,
-            score=score,
         )
         self._snapshots.forget(self._checkpoints.segments_kept())
         if parts.checkpoint.exact and not finished:
@@ -218,6 +241,8 @@ class Keeper:
             "metrics": stages.metrics.state(),
             "quota": parts.quota.state(),
             "evaluation_return": self._evaluated,
+            "owes_evaluation": self._owes_evaluation,
+            "total_env_steps": parts.total_env_steps,
             "processes": parts.peers.count,
         }
 
@@ -225,38 +250,53 @@ class Keeper:
 
     def _begin_to_evaluate(self) -> None:
         """Evaluates now, or has an evaluator do so beside the training."""
-        parts = self._parts
+        parts, self._owes_evaluation = self._parts, False
         if parts.evaluator is not None:
-            parts.evaluator.submit(parts.learner.publish().weights(), self._stages.count.env_steps)
+            weights = parts.learner.publish().weights()
+            if parts.evaluator.submit(weights, self._stages.count.env_steps):
+                self._evaluating = self._now()
             return
-        with suppress(Stopped):  # `agree` will hear of it
-            self.evaluate(parts.evaluation.episodes)
+        try:
+            self.evaluate(parts.evaluation.episodes, "selection")
+        except Stopped:  # `agree` will hear of it
+            self._owes_evaluation = True
 
-    def evaluate(self, episodes: int) -> None:
+    def _now(self) -> Evaluating:
+        learner, count = self._parts.learner, self._stages.count
+        meta = {"env_steps": count.env_steps, "frames": count.frames, "updates": learner.updates}
+        return Evaluating(state=learner.state(), meta=meta)
+
+    def evaluate(self, episodes: int, purpose: Purpose) -> None:
         """Evaluates; the update in flight stays so: evaluating changes no bit of training."""
         parts = self._parts
         with self._stages.times.measure("evaluation"):
-            weights = parts.learner.publish().weights()
+            weights, now = parts.learner.publish().weights(), self._now()
             returns = parts.evaluation.returns(
                 agent=parts.agent,
                 weights=weights,
                 family=parts.family,
                 episodes=episodes,
                 seed=parts.seed,
+                purpose=purpose,
                 watch=self._leave_if_stopped,
             )
-        self._note(returns, weights.version)
+        self._note(returns, now)
 
     def _take_evaluations(self) -> None:
         """Notes what an evaluator beside the training has found."""
         for found in self._parts.evaluator.poll() if self._parts.evaluator else ():
-            self._note(found.returns, found.weights_version)
+            if self._evaluating is None or self._evaluating.updates != found.weights_version:
+                continue  # of an evaluator that was lost meanwhile
+            self._note(found.returns, self._evaluating)
             self._stages.metrics.record("evaluation/of_env_steps", found.env_steps)
 
-    def _note(self, returns: Any, weights_version: int) -> None:
-        self._evaluated = self._score = sum(returns) / len(returns)
-        self._stages.metrics.record("evaluation/return_mean", self._evaluated)
-        self._stages.metrics.record("evaluation/weights_version", weights_version)
+    def _note(self, returns: Any, of: Evaluating) -> None:
+        """Notes the mean return, and keeps what was evaluated if nothing before it was better."""
+        self._evaluated = score = sum(returns) / len(returns)
+        self._stages.metrics.record("evaluation/return_mean", score)
+        self._stages.metrics.record("evaluation/weights_version", of.updates)
+        with self._stages.times.measure("checkpoint"):
+            self._checkpoints.keep_best(of.state, of.meta, score)
 
     def _leave_if_stopped(self, *_: object) -> None:
         if self._stages.stop.is_set():

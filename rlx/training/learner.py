@@ -165,6 +165,10 @@ class OpenLearner:
         priorities = np.asarray(output.priorities)
         return priorities.reshape(-1, priorities.shape[-1])
 
+    def has_ended(self, output: UpdateOutput) -> bool:
+        """Whether an update has ended; it never waits."""
+        return bool(output.metrics[FINITE].is_ready())
+
     def is_finite(self, output: UpdateOutput) -> bool:
         """Whether an update had finite losses and gradients; waits for it.
 

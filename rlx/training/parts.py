@@ -36,6 +36,7 @@ class Parts:
     family: EnvFamily
     agent: Agent
     pool: ActingPool
+    takes_turns: bool  # the pool, with the learner: then the same seed gives the same bits
     replay: Replay
     quota: Quota
     learner: OpenLearner
@@ -77,6 +78,7 @@ class InFlight:
     keys: np.ndarray  # i64[B] of its sequences
     priorities: Callable[[], np.ndarray | None]  # None: the agent keeps none
     is_finite: Callable[[], bool]
+    has_ended: Callable[[], bool]  # never waits
     batch: Batch | None  # None: of a run before this process
 
 

@@ -11,7 +11,11 @@ Both cannot be blocked: if learning is, ratio * E - trained < rows_per_update, a
 
 from __future__ import annotations
 
-from typing import final
+import logging
+from collections.abc import Mapping
+from typing import Any, final
+
+log = logging.getLogger(__name__)
 
 
 @final
@@ -80,15 +84,28 @@ class Quota:
             return 0.0
         return self._trained_rows / (env_steps - self._opened_at)
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         return {
             "opened_at": -1 if self._opened_at is None else self._opened_at,
             "trained_rows": self._trained_rows,
+            "ratio": self._ratio,
         }
 
-    def restore(self, state: dict[str, int]) -> None:
-        """Takes over a saved account. A new ratio counts from its opening, too."""
-        opened_at = int(state["opened_at"])
+    def restore(self, state: Mapping[str, Any], env_steps: int) -> None:
+        """Takes over a saved account; with another ratio a new one opens at `env_steps`.
+
+        The old one's rows were trained at the old ratio. By the new one they would be a debt, or a
+        credit, of the whole run so far.
+        """
+        opened_at, before = int(state["opened_at"]), state.get("ratio", self._ratio)
+        if opened_at >= 0 and before != self._ratio:
+            log.warning(
+                "replay.ratio=%s, %s before: a new account between acting and learning begins at "
+                "%s env steps",
+                *(_shown(self._ratio), _shown(before), f"{env_steps:,}"),
+            )
+            self._opened_at = env_steps
+            return
         self._opened_at = None if opened_at < 0 else opened_at
         self._trained_rows = int(state["trained_rows"])
 
@@ -97,3 +114,7 @@ class Quota:
         assert self._ratio is not None
         assert self._opened_at is not None
         return self._ratio * (env_steps - self._opened_at) - self._trained_rows
+
+
+def _shown(ratio: float | None) -> str:
+    return "null" if ratio is None else f"{ratio:g}"

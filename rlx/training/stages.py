@@ -59,6 +59,7 @@ class Stages:
         self._published: Published | None = None  # of the update in flight
         self._prioritized = _prioritized(parts.replay)
         self._acting_version = 0
+        self._settles_early = not parts.takes_turns
         if parts.resumed:
             self._resume(parts.resumed)
 
@@ -94,6 +95,7 @@ class Stages:
 
     def act(self) -> None:
         """Adds what the pool has ready, unless the learner is owed updates."""
+        self._settle_early()
         pool, replay, quota = self.parts.pool, self.parts.replay, self.parts.quota
         if replay.has_enough or not quota.may_act(replay.env_steps, replay.startable):
             return
@@ -146,6 +148,7 @@ class Stages:
         self.in_a_round = on_policy and not may_learn
         if not may_learn:
             return
+        self._settle_early()
         with self.times.measure("sample"):
             sample = replay.sample(learner.batch_size)
         with self.times.measure("learner_put"):
@@ -161,6 +164,7 @@ class Stages:
             keys=sample.keys,
             priorities=partial(learner.priorities, output),
             is_finite=partial(learner.is_finite, output),
+            has_ended=partial(learner.has_ended, output),
             batch=sample.batch,
         )
         if on_policy or learner.updates % learner.publish_every_updates == 0:
@@ -190,6 +194,15 @@ class Stages:
         if self._published is not None:
             self.publish(self._published)
             self._published = None
+
+    def _settle_early(self) -> None:
+        """Ends an update that is done already, where no seed promises when that is.
+
+        The next batch is drawn by its priorities, and actors need not wait for the update after it.
+        """
+        last = self._in_flight
+        if self._settles_early and last is not None and last.has_ended() and last.is_finite():
+            self.settle()
 
     def publish(self, published: Published | None = None) -> None:
         """Gives the actors these weights, or those of now; waits for the update that makes them."""
@@ -244,5 +257,6 @@ class Stages:
                 keys=saved["pending_keys"],
                 priorities=lambda: pending,
                 is_finite=lambda: True,
+                has_ended=lambda: True,
                 batch=None,
             )

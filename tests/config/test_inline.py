@@ -36,6 +36,7 @@ CONTEXT = ReplayContext(
     lanes=2,
     initial_priorities=None,
     on_policy=False,
+    env_steps=0,
     seed=0,
     devices=(),
 )

@@ -166,14 +166,35 @@ def test_without_a_ratio_each_side_is_free():
 def test_saving():
     quota = Quota(ratio=1.0, rows_per_update=10, burst_env_steps=5)
     other = Quota(ratio=1.0, rows_per_update=10, burst_env_steps=5)
-    other.restore(quota.state())
+    other.restore(quota.state(), 0)
     assert not other.is_open
     quota.open(7)
     quota.trained(10)
-    other.restore(quota.state())
-    assert other.state() == quota.state() == {"opened_at": 7, "trained_rows": 10}
+    other.restore(quota.state(), 50)
+    assert other.state() == quota.state() == {"opened_at": 7, "trained_rows": 10, "ratio": 1.0}
     assert not other.may_learn(26, 1)
     assert other.may_learn(27, 1)
+
+
+@pytest.mark.parametrize(("before", "now"), [(1.0, 2.0), (None, 2.0), (2.0, None)])
+def test_another_ratio_opens_a_new_account(before, now):
+    old = Quota(ratio=before, rows_per_update=10, burst_env_steps=5)
+    old.open(7)
+    old.trained(500)
+    new = Quota(ratio=now, rows_per_update=10, burst_env_steps=5)
+    new.restore(old.state(), 1000)
+    assert new.state() == {"opened_at": 1000, "trained_rows": 0, "ratio": now}
+    again = Quota(ratio=now, rows_per_update=10, burst_env_steps=5)
+    new.trained(10)
+    again.restore(new.state(), 1500)
+    assert again.state() == new.state()
+
+
+def test_an_account_that_does_not_tell_its_ratio_goes_on():
+    """Checkpoints of an earlier rlx."""
+    quota = Quota(ratio=1.0, rows_per_update=10, burst_env_steps=5)
+    quota.restore({"opened_at": 7, "trained_rows": 10}, 50)
+    assert quota.state() == {"opened_at": 7, "trained_rows": 10, "ratio": 1.0}
 
 
 def test_bad_settings_are_refused():

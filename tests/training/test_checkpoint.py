@@ -209,16 +209,43 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     checkpointer = c.Checkpointer(tmp_path, SETTINGS)
     scores = {10: 1.0, 20: 5.0, 30: 5.0, 40: None, 50: float("nan"), 60: 4.0}
     for n, score in scores.items():
-        checkpointer.save(n, state=train_state(n), meta={"n": n}, score=score)
-    assert [int(path.name) for path in checkpointer.paths()] == [30, 50, 60]
-    assert names(tmp_path / "checkpoints") == [f"{n:012d}" for n in (30, 50, 60)] + ["best.json"]
-    best = json.loads((tmp_path / "checkpoints/best.json").read_text())
-    assert best == {"checkpoint": "000000000030", "score": 5.0, "env_steps": 30}
-    assert checkpointer.restore(train_state(), "best").meta == {"n": 30}
+        checkpointer.save(n, state=train_state(n), meta={"n": n})
+        if score is not None:
+            checkpointer.keep_best(train_state(n + 1), {"env_steps": n}, score)
+    assert [int(path.name) for path in checkpointer.paths()] == [50, 60]
+    kept = ["000000000050", "000000000060", "best-000000000030"]
+    assert names(tmp_path / "checkpoints") == kept
+    best = checkpointer.restore(train_state(), "best")
+    assert bits(best.state) == bits(train_state(31))
+    assert (best.meta, best.env_steps) == ({"env_steps": 30}, 30)
     assert checkpointer.restore(train_state()).meta == {"n": 60}
-    assert checkpointer.restore(train_state(), checkpointer.paths()[1]).meta == {"n": 50}
-    checkpointer.save(70, state=train_state(70), meta={"n": 70}, score=6.0)
-    assert [int(path.name) for path in checkpointer.paths()] == [60, 70]
+    assert checkpointer.restore(train_state(), checkpointer.paths()[0]).meta == {"n": 50}
+    checkpointer.keep_best(train_state(60), {"env_steps": 60}, 6.0)
+    assert names(tmp_path / "checkpoints")[-1] == "best-000000000060"
+
+
+def test_a_scored_checkpoint_of_an_earlier_rlx_is_kept_until_a_better_one(tmp_path: Path) -> None:
+    checkpointer = save_some(tmp_path, 1)
+    (old,) = checkpointer.paths()
+    body = json.loads((old / "manifest.json").read_text())["body"] | {"score": 3.0}
+    manifest = {"sha256": files._body_sha256(body), "body": body}
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    save_some(tmp_path, 2, 3, 4)
+    checkpointer.keep_best(train_state(4), {"env_steps": 4}, 2.0)
+    assert checkpointer.restore(train_state(), "best").env_steps == 1
+    checkpointer.keep_best(train_state(4), {"env_steps": 4}, 4.0)
+    save_some(tmp_path, 5)
+    assert checkpointer.restore(train_state(), "best").env_steps == 4
+    assert [int(path.name) for path in checkpointer.paths()] == [4, 5]
+
+
+def test_a_best_of_another_history_is_set_aside(tmp_path: Path) -> None:
+    checkpointer = save_some(tmp_path, 1, 2, 3)
+    checkpointer.keep_best(train_state(3), {"env_steps": 3}, 9.0)
+    save_some(tmp_path, 2)
+    assert checkpointer.best() is None
+    assert "best-000000000003" in names(tmp_path / "checkpoints/discarded")
+    assert checkpointer.segments_kept() == set()
 
 
 def test_best_without_a_score_is_the_latest(tmp_path: Path, caplog) -> None:
@@ -258,8 +285,8 @@ while True:
     n += 1
     state = {name: leaf + n for name, leaf in like.items()}
     replay = {"a": np.full(300_000, n), "b": np.full(10, n)}
-    score = float(n % 7)
-    checkpointer.save(n, state=state, meta={"n": n}, replay_state=replay, score=score)
+    checkpointer.save(n, state=state, meta={"n": n}, replay_state=replay)
+    checkpointer.keep_best(state, {"env_steps": n}, float(n % 7))
     print(n, flush=True)
 """
 
@@ -289,6 +316,9 @@ def test_kill_9_in_the_middle_of_saves_leaves_only_whole_checkpoints(tmp_path: P
         last = int(paths[-1].name)
         for path in paths:
             check_uniform(c.Checkpointer(tmp_path, None).restore(like, path))
+        if (best := c.Checkpointer(tmp_path, None).best()) is not None:
+            restored = c.Checkpointer(tmp_path, None).restore(like, best)
+            assert all((leaf == restored.env_steps).all() for leaf in restored.state.values())
         assert names(tmp_path / "checkpoints") == left  # a reader changes nothing
     assert interrupted >= 3
     c.Checkpointer(tmp_path, SETTINGS)
@@ -398,8 +428,9 @@ def test_an_error_when_no_good_checkpoint_is_left(tmp_path: Path) -> None:
 def test_a_damaged_best_falls_back_to_the_latest(tmp_path: Path) -> None:
     checkpointer = c.Checkpointer(tmp_path, SETTINGS)
     for n, score in ((1, 9.0), (2, 1.0), (3, 2.0)):
-        checkpointer.save(n, state=train_state(n), meta={}, score=score)
-    flip_a_bit(checkpointer.paths()[0] / "meta.json")
+        checkpointer.save(n, state=train_state(n), meta={})
+        checkpointer.keep_best(train_state(n), {"env_steps": n}, score)
+    flip_a_bit(checkpointer.best() / "meta.json")
     assert checkpointer.restore(train_state(), "best").env_steps == 3
 
 
