@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -336,6 +337,7 @@ class RunContext:
     agent: Agent
     exploration: Exploration
     seed: int
+    output_dir: Path | None  # the run's folder; None: it keeps nothing
     chain: int  # how many lives the lanes have had
     env_steps: int  # made by the run so far
     round_blocks: int | None  # a request's, of each lane (rlx.training.rounds); None: env steps

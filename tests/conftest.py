@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import pytest
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun with `&`: Ctrl-C is tested, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["RLX_COMPILED"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -26,6 +26,7 @@ from rlx.acting.acting_thread import Orders
 from rlx.acting.wire import Answer, narrowed, unpack
 from rlx.cluster.faults import ActingFailed
 from rlx.cluster.fleet import Answered, Fleet, Lost, Ready
+from rlx.problems import RunFailed
 from rlx.types import Rollout, Weights
 
 POLL_S = 0.005  # between two looks at what the loop has taken
@@ -183,7 +184,7 @@ class RayActors:
                 if not any(slot.requests for slot in self._fleet.slots):
                     self._wake.wait(IDLE_S)  # there was nothing that `poll` could wait for
                     self._wake.clear()
-        except ActingFailed as error:
+        except RunFailed as error:
             self._failed = error
         except BaseException as error:
             self._failed = ActingFailed(f"acting on Ray ended by {type(error).__name__}: {error}")

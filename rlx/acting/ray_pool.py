@@ -83,10 +83,11 @@ class RayPool:
         arguments = (
             _env_arguments(plan) if self.is_served else _actor_arguments(plan, self.compress)
         )
-        cluster = Cluster(address=self.address, store_bytes=2 * self.max_in_flight_bytes)
+        store_bytes = 2 * self.max_in_flight_bytes
+        cluster = Cluster(address=self.address, store_bytes=store_bytes, run=context.output_dir)
         try:
             room.check_cluster(cluster)
-            fleet = self._fleet(arguments, context.chain)
+            fleet = self._fleet(arguments, context.chain, cluster.check)
             source = self._source(fleet, plan, context)
         except BaseException:
             cluster.close()
@@ -154,16 +155,16 @@ class RayPool:
             device="learner" if self.is_served or self.gpus_per_actor else "cpu",
         )
 
-    def _fleet(self, arguments: Arguments, first_chain: int) -> Fleet:
+    def _fleet(self, arguments: Arguments, first_chain: int, check: Callable[[], None]) -> Fleet:
         each, several = self.room.each, jax.process_count() > 1
         return Fleet(
+            check=check,
             cls=RemoteEnv if self.is_served else RemoteActor,
             arguments=arguments,
             count=self.instances,
             least=self.least,
             first_chain=first_chain,
             options=each.options(),
-            environment=each.environment(),
             # Fleets of several learner processes do not know which cores the others took.
             threads=None if each.gpus or several else each.threads,
             free_answers=1 if self.is_served else 0,  # of `reset`

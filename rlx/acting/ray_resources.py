@@ -35,15 +35,13 @@ class Resources:
     def options(self) -> dict[str, Any]:
         """Ray's options of an actor."""
         wants = {"num_cpus": self.cpus, "num_gpus": self.gpus, "memory": self.memory}
+        variables = SHARE_GPU if self.gpus else thread_limits(self.threads)
         return {
             **{name: amount for name, amount in wants.items() if amount is not None},
             "resources": dict(self.custom),
+            "runtime_env": {"env_vars": dict(variables)},
             **_scheduling(self.placement),
         }
-
-    def environment(self) -> Mapping[str, str]:
-        """Variables of an actor's process."""
-        return SHARE_GPU if self.gpus else thread_limits(self.threads)
 
 
 @dataclass(frozen=True, kw_only=True)

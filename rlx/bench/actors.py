@@ -79,13 +79,13 @@ class Rooflines:
     def __init__(self, plan: Plan) -> None:
         packed, cache = pickled(plan), str(cache_folder())
         self._fleet = Fleet(
+            check=lambda: None,
             cls=Roofline,
             arguments=lambda index, life: {"plan": packed, "index": index, "cache": cache},
             count=plan.instances,
             least=plan.instances,
             first_chain=0,
-            options={"num_cpus": 0},
-            environment=thread_limits(1),
+            options={"num_cpus": 0, "runtime_env": {"env_vars": dict(thread_limits(1))}},
             threads=1,
             at_once=8,
             restarts=NO_RESTARTS,

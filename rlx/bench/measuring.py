@@ -164,6 +164,7 @@ def context(agent: Agent, family: EnvFamily) -> RunContext:
         agent=agent,
         exploration=build(settings("exploration", "ladder"), "exploration"),
         seed=0,
+        output_dir=None,
         chain=0,
         env_steps=0,
         round_blocks=None,

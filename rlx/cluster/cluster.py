@@ -9,12 +9,14 @@ import socket
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private.services import canonicalize_bootstrap_address
 
 from rlx.cluster import token as ray_token
+from rlx.cluster.node_watch import NodeWatch
 from rlx.problems import ConfigError, refuse
 
 log = logging.getLogger(__name__)
@@ -29,11 +31,17 @@ class Cluster:
 
     address: None = this process's connection if it has one, else an own cluster on this machine;
     "auto" = the cluster that runs on this machine; "host:port" = that one.
+    run: the folder of a run, whose status says so if Ray ends this process.
     Raises ConfigError where there is none, one of another version, or one that refuses the token.
     """
 
     def __init__(
-        self, *, address: str | None, store_bytes: int, setting: str = "acting.address"
+        self,
+        *,
+        address: str | None,
+        store_bytes: int,
+        setting: str = "acting.address",
+        run: Path | None = None,
     ) -> None:
         self.started_by_us = not ray.is_initialized()
         self.is_own = self.started_by_us and address is None
@@ -44,6 +52,14 @@ class Cluster:
             except BaseException:
                 ray_token.put_back(self._tokens)
                 raise
+        self._watch = NodeWatch(is_own=self.is_own, run=run)
+
+    def check(self) -> None:
+        """Raises NodeLost if this machine's Ray node, or the cluster, is gone; it never waits long.
+
+        Whoever waits for something of the cluster calls it in each turn.
+        """
+        self._watch.check()
 
     @property
     def resources(self) -> Mapping[str, float]:
@@ -52,6 +68,7 @@ class Cluster:
 
     def close(self) -> None:
         """Leaves the cluster; ends it only if this run started it."""
+        self._watch.close()
         if self.started_by_us and ray.is_initialized():
             ray.shutdown()
             ray_token.put_back(self._tokens)

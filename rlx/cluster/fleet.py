@@ -95,6 +95,7 @@ class Slot:
 class Fleet:
     """`count` Ray actors of one class.
 
+    `check()`: raises NodeLost where the cluster is gone (Cluster.check).
     `arguments(index, chain)`: keywords of the class for a life, small and without references.
     `threads`: cores that each actor's process is bound to; None: to none in particular.
     `free_answers`: so many of a life prove nothing yet, as of environments that were only reset.
@@ -104,27 +105,26 @@ class Fleet:
     def __init__(
         self,
         *,
+        check: Callable[[], None],
         cls: type,
         arguments: Callable[[int, int], Mapping[str, Any]],
         count: int,
         least: int,
         first_chain: int,
         options: Mapping[str, Any],
-        environment: Mapping[str, str],
         threads: int | None,
         free_answers: int = 0,
         at_once: int,
         restarts: Restarts,
         deadlines: Deadlines,
     ) -> None:
-        self._remote = ray.remote(cls)
+        self._check, self._remote = check, ray.remote(cls)
         self._free_answers = free_answers
         self._options = {
             **options,
             "max_restarts": 0,
             "max_task_retries": 0,
             "enable_task_events": False,  # Ray would keep a record of each request
-            "runtime_env": {"env_vars": dict(environment)},
         }
         _check_options(self._remote, self._options)
         self._arguments, self._least, self._threads = arguments, least, threads
@@ -163,8 +163,9 @@ class Fleet:
     def poll(self, timeout_s: float) -> list[Event]:
         """The events since the last call; waits up to `timeout_s` for one.
 
-        Raises ActingFailed when the fleet can't go on.
+        Raises ActingFailed or NodeLost when the fleet can't go on.
         """
+        self._check()  # before each call of Ray's that might end this process
         self._forgive(monotonic() - self._polled_s)
         self._begin_lives()
         for slot, reference in self._answered(timeout_s):
@@ -213,6 +214,7 @@ class Fleet:
 
     def _take(self, slot: Slot, reference: Any) -> None:
         """Takes an answer, or the error in its place."""
+        self._check()
         try:
             value = ray.get(reference, timeout=FETCH_S)
         except ray_errors.RayError as error:
@@ -328,7 +330,8 @@ class Fleet:
             asked = {k: v for k, v in self._options.items() if k in ASKED and v}
             have = ", ".join(f"{k} {v:g}" for k, v in _amounts(ray.cluster_resources()))
             free = ", ".join(f"{k} {v:g}" for k, v in _amounts(ray.available_resources()))
-            text += f"; each asks for {asked}; the cluster has {have}, free {free or 'nothing'}"
+            text += f"; each asks for {asked}; the cluster has {have or 'no node'}"
+            text += f", free {free or 'nothing'}"
             text += f"; waiting for room: {_some(waiting)}"
         if resting:
             text += f"; to be started: {_some(resting)}"

@@ -81,13 +81,13 @@ class RayEvaluator:
         made_of = pickled((evaluation, family, agent, seed))
         self._cluster = Cluster(address=address, store_bytes=STORE_BYTES)
         self._fleet = Fleet(
+            check=self._cluster.check,
             cls=RemoteEvaluator,
             arguments=lambda index, life: {"made_of": made_of},
             count=1,
             least=1,
             first_chain=0,
-            options={"num_cpus": 0},
-            environment=thread_limits(1),
+            options={"num_cpus": 0, "runtime_env": {"env_vars": dict(thread_limits(1))}},
             threads=None,
             at_once=1,
             restarts=RESTARTS,

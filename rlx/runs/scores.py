@@ -1,4 +1,4 @@
-"""Which evaluations of a run are its score: those of its own protocol.
+"""Tells which evaluations of a run are its score: those of its own protocol.
 
 The protocol is the settings' own: `evaluation.epsilon`, at least as many episodes as end the
 training, and the newest parameters. An evaluation of a filmed episode, of an older checkpoint or of
@@ -14,7 +14,7 @@ JSON = Mapping[str, Any]
 
 
 def differences(evaluation: JSON, settings: JSON, env_steps: int | None) -> list[str]:
-    """What sets an evaluation apart from the run's own protocol, in words; [] where nothing does.
+    """Says what sets an evaluation apart from the run's own protocol; [] where nothing does.
 
     evaluation: an entry of evaluation.json; what it does not tell is taken to be as in the run.
     settings: the run's. env_steps: of its newest checkpoint; None: it is not known.

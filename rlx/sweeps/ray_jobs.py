@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import sleep
@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from ray.exceptions import RayError, TaskCancelledError
 
 from rlx.cluster.cluster import Cluster
+from rlx.cluster.node_watch import NodeLost
 from rlx.problems import refuse
 from rlx.sweeps.jobs import CONSOLE_FILE, POLL_S, Job
 from rlx.sweeps.sweeping import GPU_SHARE
@@ -34,13 +35,14 @@ class SweepCluster:
     def __init__(
         self,
         *,
+        check: Callable[[], None],
         cpus: float,
         gpus: float,
         resources: Mapping[str, float],
         environment: Mapping[str, str],
         grace_s: float,
     ) -> None:
-        self._cpus, self._gpus = cpus, gpus
+        self._check, self._cpus, self._gpus = check, cpus, gpus
         self._environment, self._grace_s = dict(environment), grace_s
         if 0 < gpus < 1:
             fraction = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{GPU_SHARE * gpus:.3f}"}
@@ -53,7 +55,7 @@ class SweepCluster:
     def start(self, job: Job, slot: int) -> RayTask:
         """Hands a job to Ray; which of its machines is idle decides where it runs."""
         given = job.command, str(job.folder), os.getcwd(), self._environment, self._grace_s
-        return RayTask(self._task.remote(*given))
+        return RayTask(self._task.remote(*given), self._check)
 
     def join(self, cfg: DictConfig) -> list[str]:
         """Overrides that make a job's actors and learner processes come to this cluster."""
@@ -83,7 +85,7 @@ def cluster_of_sweep(address: str | None, **shares: Any) -> Iterator[SweepCluste
         if cluster.is_own:  # another one's machines may be on their way
             asked["cpus_per_job"] = "CPU", shares["cpus"]
         _refuse_unmet(asked)
-        yield SweepCluster(**shares)
+        yield SweepCluster(check=cluster.check, **shares)
     finally:
         cluster.close()
 
@@ -110,10 +112,15 @@ def _refuse_unmet(asked: Mapping[str, tuple[str, float]]) -> None:
 class RayTask:
     """A job under way in a task, as rlx.sweeps.jobs sees it."""
 
-    def __init__(self, ref: Any) -> None:
-        self._ref = ref
+    def __init__(self, ref: Any, check: Callable[[], None]) -> None:
+        """check: raises NodeLost where the cluster is gone."""
+        self._ref, self._check = ref, check
 
     def poll(self) -> int | str | None:
+        try:
+            self._check()
+        except NodeLost as error:
+            return f"was lost ({error}); it isn't started again"
         if not ray.wait([self._ref], timeout=0)[0]:
             return None
         try:

@@ -76,37 +76,32 @@ def assemble(
     (`rlx.training.shares`); output_dir is the run's all the same.
     """
     peers = peers or Alone()
-    evaluation, checkpoint, logging_ = (
-        build(settings[group], group) for group in ("evaluation", "checkpoint", "logging")
-    )
+    groups = ("evaluation", "checkpoint", "logging")
+    evaluation, checkpoint, logging_ = (build(settings[group], group) for group in groups)
     acting: PoolSettings = build(settings["acting"], "acting")
     check_agreement(settings)
     family, agent = build_agent(settings)
     _check_network(agent)
-    round_blocks = blocks_of_a_round(settings, agent)
-    learning: Learner = build(settings["learner"], "learner")
-    learner = _opened("learner", learning.open, agent, settings["seed"])
+    blocks = blocks_of_a_round(settings, agent)
+    opening: Learner = build(settings["learner"], "learner")
+    learner = _opened("learner", opening.open, agent, settings["seed"])
     resumed = restore_learner(output_dir, learner, peers, checkpoint.replay) if resume else None
-    if resumed is not None:
-        check_total(settings["total_env_steps"], resumed)
+    check_total(settings["total_env_steps"], resumed)
     context = RunContext(
         family=family,
         agent=agent,
         exploration=share_exploration(build(settings["exploration"], "exploration"), peers),
         seed=share_seed(settings["seed"], peers),
+        output_dir=output_dir if peers.count == 1 else None,
         chain=resumed.meta["chain"] + 1 if resumed else 0,
         env_steps=resumed.env_steps if resumed else 0,
-        round_blocks=round_blocks,
+        round_blocks=blocks,
     )
     with ExitStack() as undo:  # closes what there is, if something cannot be had
         lanes = acting.instances * acting.envs_per_actor
         given = replay_context(agent, lanes=lanes, seed=context.seed, devices=learner.devices)
-        if resumed is not None and resumed.replay_state is None:
-            given = dataclasses.replace(given, env_steps=resumed.env_steps // peers.count)
-        replay = make_replay(settings["replay"], given, learner.batch_size)
+        replay = _open_replay(settings["replay"], given, learner, resumed, peers)
         undo.callback(replay.close)
-        if resumed is not None:
-            restore_replay(replay, resumed)
         pool = _open_pool(acting, replay, context)
         undo.callback(pool.close, CLOSE_S)
         quota = _make_quota(replay, pool, learner, agent, resumed)
@@ -140,6 +135,26 @@ def _opened(group: str, open_: Callable[..., T], *given: Any) -> T:
         return open_(*given)
     except ValueError as error:
         raise refuse(group, str(error)) from error
+
+
+def _open_replay(
+    own: Mapping[str, Any],
+    given: ReplayContext,
+    learner: OpenLearner,
+    resumed: Restored | None,
+    peers: Peers,
+) -> Any:
+    """The replay of these settings, with what the checkpoint has of it."""
+    if resumed is not None and resumed.replay_state is None:
+        given = dataclasses.replace(given, env_steps=resumed.env_steps // peers.count)
+    replay = make_replay(own, given, learner.batch_size)
+    if resumed is not None:
+        try:
+            restore_replay(replay, resumed)
+        except BaseException:
+            replay.close()
+            raise
+    return replay
 
 
 def _open_pool(acting: PoolSettings, replay: Replay, context: RunContext) -> ActingPool:

@@ -16,9 +16,10 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
@@ -109,20 +110,21 @@ def run_group(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) ->
     own = share_of(settings, count)
     _check_devices(settings["learner"]["platform"], group)
     console = Console(settings, output_dir, count)
-    cluster = _join_cluster(group, settings["acting"])
+    cluster = _join_cluster(group, settings["acting"], output_dir)
     try:
         _check_room(settings, group, cluster)
         with stop_on_signals() as stop, _failure_in_status(output_dir):
-            return _live(own, output_dir, group, count, stop, console, resume=resume)
+            group_of = partial(Life, output_dir, group, count, cluster.check)
+            return _live(group_of, own, output_dir, group, stop, console, resume=resume)
     finally:
         cluster.close()
 
 
 def _live(
+    group_of: Callable[[int], Life],
     settings: Mapping[str, Any],
     output_dir: Path,
     group: Group,
-    count: int,
     stop: threading.Event,
     console: Console,
     *,
@@ -131,7 +133,7 @@ def _live(
     """Runs one group after the other, until one finishes."""
     restarts, in_a_row, saved = 0, 0, _newest(output_dir)
     while True:
-        life = Life(output_dir, group, count, restarts)
+        life = group_of(restarts)
         try:
             life.begin(settings, stop, resume=resume)
             return {**life.watch(stop, console), "learner_restarts": restarts}
@@ -169,7 +171,7 @@ def _failure_in_status(output_dir: Path) -> Iterator[None]:
         raise
 
 
-def _join_cluster(group: Group, acting: Mapping[str, Any]) -> Cluster:
+def _join_cluster(group: Group, acting: Mapping[str, Any], run: Path) -> Cluster:
     """Joins the learner processes' cluster, which the actors join, too."""
     address, setting, own = group.address, "learner.group.address", acting.get("address")
     if None not in (address, own) and address != own:
@@ -177,7 +179,7 @@ def _join_cluster(group: Group, acting: Mapping[str, Any]) -> Cluster:
     if address is None:
         address, setting = own, "acting.address"
     store = 2 * acting.get("max_in_flight_bytes", STORE_BYTES // 2)
-    return Cluster(address=address, store_bytes=store, setting=setting)
+    return Cluster(address=address, store_bytes=store, setting=setting, run=run)
 
 
 def _check_devices(platform: str | None, group: Group) -> None:
@@ -211,7 +213,16 @@ def _check_room(settings: Mapping[str, Any], group: Group, cluster: Cluster) -> 
 class Life:
     """One life of the group: its processes, and the place where they meet."""
 
-    def __init__(self, output_dir: Path, group: Group, count: int, restarts: int) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        group: Group,
+        count: int,
+        check: Callable[[], None],
+        restarts: int,
+    ) -> None:
+        """check: raises NodeLost where the cluster is gone."""
+        self._check = check
         self._group, self._count, self._restarts = group, count, restarts
         options: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0}
         self._rendezvous = ray.remote(Rendezvous).options(num_cpus=0, **options).remote(count)
@@ -251,6 +262,7 @@ class Life:
                 stop_sent = True
                 for process in self._processes:
                     process.stop.remote()
+            self._check()
             done, waiting = ray.wait(waiting, num_returns=1, timeout=WATCH_S)
             console.look()
             for run in done:
@@ -270,6 +282,7 @@ class Life:
         """The answers of all processes to one call while they start."""
         limit_s, began_s, waiting = self._group.start_timeout_s, monotonic(), list(references)
         while waiting:
+            self._check()
             done, waiting = ray.wait(waiting, num_returns=1, timeout=WATCH_S)
             for reference in done:
                 self._answer(reference)

@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluating:
-    """What is being evaluated, so that the score is claimed for this state and for no later one."""
+    """Holds what is being evaluated: the score is claimed for this state and for no later one."""
 
     state: TrainState  # on the host
     meta: dict[str, Any]

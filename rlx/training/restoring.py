@@ -32,8 +32,10 @@ def restore_replay(replay: Any, resumed: Restored) -> None:
         raise refuse("resume", says) from error
 
 
-def check_total(total_env_steps: int, resumed: Restored) -> None:
+def check_total(total_env_steps: int, resumed: Restored | None) -> None:
     """Raises ConfigError for a total that was lowered below what the run has made already."""
+    if resumed is None:
+        return
     before = resumed.meta.get("total_env_steps", total_env_steps)
     if total_env_steps < min(before, resumed.env_steps):
         says = f"the run has made {resumed.env_steps:,} env steps already; give at least as many"

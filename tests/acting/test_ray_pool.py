@@ -468,13 +468,13 @@ def fleet(cluster) -> Iterator[Fleet]:
     cluster.add_node(num_cpus=1, resources={"far": 1})
     cluster.wait_for_nodes()
     made = Fleet(
+        check=lambda: None,
         cls=Big,
         arguments=lambda index, chain: {},
         count=1,
         least=1,
         first_chain=0,
         options={"resources": {"far": 1}},
-        environment={},
         threads=None,
         at_once=1,
         restarts=RESTARTS,

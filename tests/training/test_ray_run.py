@@ -392,3 +392,38 @@ def test_two_jobs_of_a_multirun_each_have_their_cluster(tmp_path):
     assert done.returncode == 0, done.stderr
     states = [json.loads((tmp_path / n / "summary.json").read_text())["state"] for n in "01"]
     assert states == ["finished", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("victim", "named"),
+    [
+        ("gcs_server", "GCS server at "),
+        ("DashboardAgent", "its dashboard_agent was lost"),
+        pytest.param("raylet", "its raylet (process ", marks=pytest.mark.slow),
+        pytest.param("RuntimeEnvAgent", "runtime_env_agent was lost", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_names_what_ended_its_cluster(tmp_path, victim, named):
+    """Ray itself ends a process whose raylet is gone, in many cases before it can save."""
+    often = ("checkpoint.every_env_steps=500", "total_env_steps=1_000_000")
+    running = subprocess.Popen(command(tmp_path, *RAY, *often), stderr=subprocess.PIPE, text=True)
+    try:
+        saved = (tmp_path / "checkpoints").glob
+        wait_for(lambda: [*saved("[0-9]*")], "a checkpoint", 120)
+        (found,) = [
+            p for p in psutil.Process(running.pid).children(recursive=True) if victim in names_of(p)
+        ]
+        found.kill()
+        said = running.communicate(timeout=300)[1]
+    finally:
+        running.kill()
+    assert running.returncode == 1
+    lines = [line for line in said.splitlines() if line.startswith("rlx: ")]
+    assert named in lines[0]
+    assert lines[1:] == [f"rlx: resume={tmp_path} goes on from the last checkpoint"]
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], named in status["error"]) == ("failed", True)
+
+
+def names_of(process: psutil.Process) -> str:
+    return (process.cmdline() or [""])[0].rpartition("/")[2]
