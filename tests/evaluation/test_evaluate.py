@@ -346,8 +346,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(capsys, caplog, run):
         file.write("x")
     with caplog.at_level(logging.WARNING):
         evaluate.main([f"run={run}", "episodes=1"])
+    (kept,) = json.loads((run / "other_evaluations.json").read_text())["evaluations"]
     assert f"{newest / 'meta.json'}: damaged" in caplog.text
-    assert saved(run)[0]["checkpoint"] == str(older)
+    assert kept["checkpoint"] == str(older)
     (line,) = refused(capsys, f"run={run}", f"which={newest}")
     assert f"{newest / 'meta.json'}: damaged" in line
 
@@ -446,12 +447,12 @@ def test_the_command_records_a_grid_and_cuts_what_is_too_long(run, monkeypatch, 
     monkeypatch.setattr(videos, "_has_ffmpeg", lambda: False)
     monkeypatch.setattr(videos, "VIDEO_FRAMES", 4)
     with caplog.at_level(logging.WARNING):
-        evaluate.main([f"run={run}", "episodes=2", "record=grid", "grid=7"])
+        evaluate.main([f"run={run}", "episodes=10", "record=grid", "grid=7"])
     (found,) = saved(run)
     assert found["video"] == str(run / "videos" / f"evaluation-{found['env_steps']}-grid.gif")
     assert os.listdir(run / "videos") == [Path(found["video"]).name]
     assert caplog.text.count("cut after 4 frames") == 1
-    assert found["returns"] == rlx.load(run).evaluate(episodes=2)["returns"]
+    assert found["returns"] == rlx.load(run).evaluate(episodes=10)["returns"]
 
 
 def test_an_agent_without_values_has_a_grid_without_bars(agent, weights, tmp_path, monkeypatch):
