@@ -22,7 +22,6 @@ The file holds {"evaluations": [...]}, the newest last: a further evaluation is 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ from typing import Annotated, Any, Literal
 import jax
 
 from rlx import api
+from rlx.config.documents import read_json
 from rlx.config.options import command
 from rlx.problems import refuse
 from rlx.runs.files import write_json
@@ -93,7 +93,7 @@ def read_evaluations(path: Path) -> list[JSON]:
     if not path.exists():
         return []
     try:
-        return list(json.loads(path.read_bytes())["evaluations"])
+        return list(read_json(path)["evaluations"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         says = "is no file of evaluations; move it away, or give another"
         raise refuse("output", says, given=str(path)) from error

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+MOST_SHOWN = 200  # characters of what was given
+MOST_SAID = 2000  # characters of what is said of it, which may list what is accepted
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -21,9 +24,9 @@ class Problem:
     source: str = ""  # 'conf/acting/local.yaml' or 'command line'
 
     def __str__(self) -> str:
-        given = f"={self.given}" if self.given else ""
-        source = f" ({self.source})" if self.source else ""
-        return f"{self.path}{given}{source}: {self.says}"
+        given = f"={cut(self.given)}" if self.given else ""
+        source = f" ({cut(self.source, MOST_SAID)})" if self.source else ""
+        return f"{cut(self.path)}{given}{source}: {cut(self.says, MOST_SAID)}"
 
 
 class ConfigError(Exception):
@@ -88,6 +91,21 @@ def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
     if near := nearest(name, names):
         return f"did you mean {prefix}{near}?"
     return f"accepted: {', '.join(names) or 'none'}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def cut(text: str, most: int = MOST_SHOWN) -> str:
+    """A text on one line of at most so many characters; what is left out is in its middle."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) <= most:
+        return text
+    half = (most - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
 
 
 def show(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlx import api
 from rlx.config import composing, paths
 from rlx.config.build import ROLES, check, remember
-from rlx.problems import ConfigError, Problem, RunFailed, refuse
+from rlx.problems import ConfigError, Problem, RunFailed, first_line, refuse
 from rlx.runs.files import write_whole
 from rlx.runs.folders import (
     CONFIG,
@@ -34,12 +35,12 @@ from rlx.runs.folders import (
     find_run,
     has_checkpoint,
     is_used,
-    load_yaml,
     next_resume,
     settings_now,
 )
 
-RENEWED = "renewed"  # in .hydra: settings of an earlier rlx, in the words of this one
+RENEWED = "renewed"  # in .hydra: a copy of the settings that Hydra reads at a resume
+ROOM_BYTES = 128 << 10  # more than a start writes before the first checkpoint
 VERSION = {"execution_whitelist": ("rlx.*",)} if composing.HYDRA_14 else composing.VERSION
 
 
@@ -112,27 +113,32 @@ def prepare(argv: list[str]) -> list[str]:
     folder = Path(cfg.hydra.run.dir)
     if cfg.resume is None:
         api.refuse_used(folder)
-    _make_output(folder)
+    _make_output(folder, "hydra.run.dir" if cfg.resume in (None, "auto") else "resume")
     if cfg.resume == "auto" and is_used(folder):  # its own settings are kept as they were
         at = argv.index(args.overrides[0]) if args.overrides else len(argv)
         argv = [*argv[:at], _resume_subdir(folder), *argv[at:]]
     return argv
 
 
-def _make_output(folder: Path) -> None:
-    """Refuses a folder that cannot be made, before Hydra tries to."""
+def _make_output(folder: Path, key: str) -> None:
+    """Refuses a folder that cannot be made or written into, before Hydra tries to."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         says = f"cannot be made: {existing} is not a folder that can be written; give another"
-        raise refuse("hydra.run.dir", says, given=str(folder))
+        raise refuse(key, says, given=str(folder))
     try:
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".room-") as file:
+            file.write(bytes(ROOM_BYTES))
         if is_new:  # Hydra makes its own: its name tells the microsecond, and that is a later one
             folder.rmdir()
-    except OSError as error:  # as under /proc, where root seems to be allowed
-        says = f"cannot be made ({error.strerror}); give another"
-        raise refuse("hydra.run.dir", says, given=str(folder)) from error
+    except (OSError, ValueError) as error:  # as under /proc, where root seems to be allowed
+        says = (
+            f"cannot be made or written ({getattr(error, 'strerror', None) or first_line(error)}); "
+        )
+        says += "give another" if key != "resume" else "make room, then resume again"
+        raise refuse(key, says, given=str(folder)) from error
 
 
 # --- resume --------------------------------------------------------------------------------------
@@ -177,17 +183,27 @@ def _resume_argv(folder: Path, args: Any) -> list[str]:
 
 
 def _settings(folder: Path) -> Path:
-    """The folder of a run's settings for Hydra; as today's rlx writes them, if they are older."""
-    saved, now = config_file(folder), settings_now(folder, "resume", resolve=False)
-    if now == load_yaml(saved.read_bytes()):
-        return saved.parent
+    """A folder for Hydra that holds a run's settings, as today's rlx writes them, and nothing else.
+
+    The run's own folder may hold groups of Hydra, and its settings a section of Hydra's, which
+    can start programs; nothing of either is read.
+    """
+    now = settings_now(folder, "resume", resolve=False)
+    if "defaults" in now:
+        says = "names groups, as settings of a run do not; restore the file"
+        raise refuse("resume", says, given=str(config_file(folder)))
     try:
         OmegaConf.resolve(OmegaConf.create(now))
     except OmegaConfBaseException:  # it refers to settings by what they were called
         now = settings_now(folder, "resume")
     found = folder / HYDRA / RENEWED
-    found.mkdir(exist_ok=True)
-    write_whole(found / CONFIG, OmegaConf.to_yaml(OmegaConf.create(now)).encode())
+    try:
+        shutil.rmtree(found, ignore_errors=True)
+        found.mkdir()
+        write_whole(found / CONFIG, OmegaConf.to_yaml(OmegaConf.create(now)).encode())
+    except OSError as error:
+        says = f"cannot be written ({error.strerror}); make room, then resume again"
+        raise refuse("resume", says, given=str(found)) from error
     return found
 
 

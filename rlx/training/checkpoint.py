@@ -16,7 +16,6 @@ folder is the matter of `rlx.training.checkpoint_files`.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,8 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from rlx.config.documents import read_json
 from rlx.problems import Problem
 from rlx.runs.files import write_json
+from rlx.runs.folders import is_number
 from rlx.training.agreement import takes_turns
 from rlx.training.checkpoint_files import (
     DISCARDED,
@@ -135,13 +136,11 @@ class Checkpointer:
         candidates = self._candidates(which)
         for path in candidates:
             try:
-                manifest = verify(path, with_replay)
+                return read_all(path, verify(path, with_replay), like_state, with_replay)
             except Damaged as damage:
                 if path == candidates[-1]:
                     raise CheckpointError(f"{damage} No other checkpoint is left.") from damage
                 log.warning("%s Trying another checkpoint.", damage)
-                continue
-            return read_all(path, manifest, like_state, with_replay)
         raise AssertionError("unreachable: candidates are never empty")
 
     @property
@@ -165,15 +164,17 @@ class Checkpointer:
         """The folders of all checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted(p for p in self.folder.iterdir() if p.name.isdigit() and p.is_dir())
+        return sorted(p for p in self.folder.iterdir() if is_number(p.name) and p.is_dir())
 
     def best(self) -> Path | None:
         """The checkpoint with the best score; None: no checkpoint has a score."""
         try:
-            name = json.loads((self.folder / BEST_FILE).read_text())["checkpoint"]
+            name = read_json(self.folder / BEST_FILE)["checkpoint"]
         except (OSError, ValueError, KeyError, TypeError):
-            return _best(self.paths())
-        return self.folder / name
+            name = None
+        known = {path.name: path for path in self.paths()}
+        named = known.get(name) if isinstance(name, str) else None
+        return named or _best(self.paths())
 
     def _candidates(self, which: str | Path) -> list[Path]:
         if which not in ("latest", "best"):

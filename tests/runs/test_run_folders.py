@@ -18,13 +18,13 @@ import yaml
 
 import rlx
 from rlx import diff
+from rlx.config.documents import parse_yaml
 from rlx.problems import ConfigError
 from rlx.results import reading as results
 from rlx.results.live import LiveRuns
 from rlx.runs.folders import (
     RunFolder,
     find,
-    load_yaml,
     next_resume,
     number,
     parse_settings,
@@ -137,7 +137,7 @@ def test_numbers_and_interpolations_are_read_as_hydra_reads_them():
     }
     assert parse_settings(b"a: ${nope}") == {"a": "${nope}"}
     assert parse_settings(text, resolve=False)["b"] == "${c.d}"
-    assert load_yaml(b"x: 10\ny: 0.5\nz: 1e5") == {"x": 10, "y": 0.5, "z": 1e5}
+    assert parse_yaml(b"x: 10\ny: 0.5\nz: 1e5") == {"x": 10, "y": 0.5, "z": 1e5}
 
 
 # --- states --------------------------------------------------------------------------------------
