@@ -359,7 +359,9 @@ def _is_count(value: Any) -> bool:
 def is_gone(status: Mapping[str, Any]) -> bool:
     """Whether the process that wrote a status.json has ended, as far as this machine can tell."""
     pid, host = status.get("pid"), status.get("host")
-    return _is_count(pid) and host in (None, platform.node()) and not is_alive(pid)
+    if not isinstance(pid, int) or not _is_count(pid):
+        return False
+    return host in (None, platform.node()) and not is_alive(pid)
 
 
 def is_alive(pid: int) -> bool:

@@ -53,8 +53,8 @@ def write_state(folder: Path, state: Any) -> None:
     write_text(folder / LEAVES, json.dumps(leaves, indent=1))
     # orbax refuses arrays without elements; leaves.json says all there is to know of them.
     if some := {k: v for k, v in arrays.items() if v.size}:
-        with _orbax(folder, "written") as (orbax, path):
-            orbax.save(path, some)
+        with _orbax(folder, "written") as (orbax, place):
+            orbax.save(place, some)
         _check_written(folder, some)
 
 
