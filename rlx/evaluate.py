@@ -14,6 +14,7 @@ The episodes that started first are counted (rlx/evaluation/playing.py), played 
                        the chosen one and the return so far, DIR/videos/...-grid.mp4
     grid=9             episodes in that grid; at most envs and episodes
     record_fps=30      frames per second of that video, one per env step
+    allow=null         packages that the run's env.id=module:name may import, with commas between
     output=null        the file to write; null: DIR/evaluation.json
 
 The file holds {"evaluations": [...]}, the newest last: a further evaluation is added to it.
@@ -56,6 +57,7 @@ class Options:
     grid: Annotated[int, Range(ge=1)] = 9
     record_fps: Annotated[float, Range(gt=0)] = 30.0
     output: str | None = None
+    allow: tuple[str, ...] | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate_run(options: Options) -> JSON:
     """Evaluates a run, adds the result to its evaluation.json, shows and returns it."""
-    run = api.load(options.run)
+    run = api.load(options.run, allow=options.allow or ())
     output = Path(options.output or run.output_dir / EVALUATION_FILE)
     read_evaluations(output)  # what could not be written in the end is refused now
     result = run.evaluate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,12 @@ def or_exit(program: str, *also: type[Exception]) -> Iterator[None]:
         for problem in getattr(error, "problems", [error]):
             print(f"{program}: {problem}", file=sys.stderr)
         sys.exit(2)
+
+
+def print_anything() -> None:
+    """Lets a command print any name of a file: what the terminal has not got is escaped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's or a test's may be another
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def refuse(path: str, says: str, *, given: str = "", source: str = "") -> ConfigError:

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlx import api
 from rlx.config import composing, paths
-from rlx.config.build import ROLES, check, remember
+from rlx.config.build import ROLES, check, plain, remember
+from rlx.config.marks import anchored, marked, refuse_modules
 from rlx.problems import ConfigError, Problem, RunFailed, first_line, refuse
 from rlx.runs.files import write_whole
 from rlx.runs.folders import (
@@ -38,6 +40,7 @@ from rlx.runs.folders import (
     next_resume,
     settings_now,
 )
+from rlx.types import IsPath
 
 RENEWED = "renewed"  # in .hydra: a copy of the settings that Hydra reads at a resume
 ROOM_BYTES = 128 << 10  # more than a start writes before the first checkpoint
@@ -64,7 +67,8 @@ def job(cfg: DictConfig) -> Any:
     overrides = [*_searchpath(running), *running.overrides.task]
     sources = composing.find_sources(overrides, running.job.config_name, main_dir)
     try:
-        summary = api.run(remember(cfg, sources), running.runtime.output_dir)
+        began_in, folder = running.runtime.cwd, running.runtime.output_dir
+        summary = api.run(remember(cfg, sources), folder, began_in=began_in)
     except (ConfigError, RunFailed) as error:
         if isinstance(error, ConfigError) and str(running.output_subdir).startswith(
             f"{HYDRA}/{RESUME}"
@@ -95,8 +99,9 @@ def prepare(argv: list[str]) -> list[str]:
         raise refuse("--config-path", says, given=args.config_path)
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return argv
-    if (folder := _resumed(args.overrides)) is not None:
-        argv = _resume_argv(folder, args)
+    resumed, given = _resumed(args.overrides), args.overrides
+    if resumed is not None:
+        argv = _resume_argv(resumed, args)
         args = get_args_parser().parse_args(argv)
     if args.multirun or "hydra.mode=MULTIRUN" in args.overrides:
         return argv
@@ -109,15 +114,31 @@ def prepare(argv: list[str]) -> list[str]:
     )
     if cfg.hydra.mode == RunMode.MULTIRUN:  # as an experiment of sweeps/ says
         return argv
+    if resumed is not None:
+        named = {text.partition("=")[0].lstrip("+") for text in given}
+        refuse_modules(plain(cfg), str(config_file(resumed)), named)
     check(cfg)
     folder = Path(cfg.hydra.run.dir)
     if cfg.resume is None:
         api.refuse_used(folder)
     _make_output(folder, "hydra.run.dir" if cfg.resume in (None, "auto") else "resume")
+    more = _whole_paths(plain(cfg))
     if cfg.resume == "auto" and is_used(folder):  # its own settings are kept as they were
-        at = argv.index(args.overrides[0]) if args.overrides else len(argv)
-        argv = [*argv[:at], _resume_subdir(folder), *argv[at:]]
-    return argv
+        more.append(_resume_subdir(folder))
+    if not more or not args.overrides:
+        return [*argv, *more]
+    at = len(argv) - argv[::-1].index(args.overrides[-1])  # Hydra's own options may follow
+    return [*argv[:at], *more, *argv[at:]]
+
+
+def _whole_paths(settings: Mapping[str, Any]) -> list[str]:
+    """The overrides that make relative paths whole: Hydra saves what the command line says."""
+    found = zip(marked(settings, IsPath), marked(anchored(settings, "."), IsPath), strict=True)
+    return [
+        f"{now.path}={composing.quote(now.node[now.name])}"
+        for before, now in found
+        if before.node[before.name] != now.node[now.name]
+    ]
 
 
 def _make_output(folder: Path, key: str) -> None:

@@ -83,8 +83,8 @@ def parse_json(data: bytes | str) -> Any:
     if data.count(b"[") + data.count(b"{") > MOST_DEPTH or len(data) > MOST_DIGITS:
         _check_json(_TEXTS.sub(b"", data))
     found = _parsed(json.loads, data)
-    if _SURROGATE.search(data):  # half of a pair is a text that nobody can print
-        _parsed(lambda _: json.dumps(found, ensure_ascii=False).encode(), data)
+    if _SURROGATE.search(data):  # half of a pair can neither be printed nor written: ? stands there
+        found = json.loads(json.dumps(found, ensure_ascii=False).encode(errors="replace"))
     return found
 
 

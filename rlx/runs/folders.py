@@ -373,10 +373,10 @@ def is_alive(pid: int) -> bool:
     except (OSError, OverflowError):  # another user's
         return True
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
     except (OSError, IndexError):
         return True
-    return state not in ("Z", "X")
+    return state not in (b"Z", b"X")
 
 
 def age_s(status: Mapping[str, Any]) -> float | None:
