@@ -178,10 +178,12 @@ class Loaded:
 
         from rlx.training.checkpoint import Checkpointer
         from rlx.training.checkpoint_files import CheckpointError
+        from rlx.training.restoring import check_meta
 
         like = jax.eval_shape(lambda: self.agent.init(jax.random.PRNGKey(0)))
         try:
-            return Checkpointer(self.output_dir, None).restore(like, which, with_replay=False)
+            checkpoints = Checkpointer(self.output_dir, None)
+            return check_meta(checkpoints.restore(like, which, with_replay=False))
         except CheckpointError as error:
             raise refuse("which", str(error), given=str(which)) from error
 

@@ -82,7 +82,11 @@ def evaluate_run(options: Options) -> JSON:
         grid=options.grid,
         record_fps=options.record_fps,
     )
-    write_json(output, {"evaluations": [*read_evaluations(output), result]})
+    try:
+        write_json(output, {"evaluations": [*read_evaluations(output), result]})
+    except OSError as error:
+        says = f"cannot be written ({error.strerror}); make room, or give another"
+        raise refuse("output", says, given=str(output)) from error
     _show(result, output)
     return result
 

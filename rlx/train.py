@@ -27,7 +27,7 @@ from rlx import api
 from rlx.config import composing, paths
 from rlx.config.build import ROLES, check, plain, remember
 from rlx.config.marks import anchored, marked, refuse_modules
-from rlx.problems import ConfigError, Problem, RunFailed, first_line, refuse
+from rlx.problems import ConfigError, Problem, RunFailed, first_line, refuse, show
 from rlx.runs.files import write_whole
 from rlx.runs.folders import (
     CONFIG,
@@ -112,13 +112,13 @@ def prepare(argv: list[str]) -> list[str]:
         extra_dir=args.config_dir,
         keep_hydra=True,
     )
+    folder = _output(cfg)
     if cfg.hydra.mode == RunMode.MULTIRUN:  # as an experiment of sweeps/ says
         return argv
     if resumed is not None:
         named = {text.partition("=")[0].lstrip("+") for text in given}
         refuse_modules(plain(cfg), str(config_file(resumed)), named)
     check(cfg)
-    folder = Path(cfg.hydra.run.dir)
     if cfg.resume is None:
         api.refuse_used(folder)
     _make_output(folder, "hydra.run.dir" if cfg.resume in (None, "auto") else "resume")
@@ -139,6 +139,24 @@ def _whole_paths(settings: Mapping[str, Any]) -> list[str]:
         for before, now in found
         if before.node[before.name] != now.node[now.name]
     ]
+
+
+def _output(cfg: DictConfig) -> Path:
+    """The folder of a single run, which Hydra's section names."""
+    try:
+        found = cfg.hydra.run.dir, cfg.hydra.output_subdir, cfg.hydra.job.name
+    except OmegaConfBaseException as error:
+        raise refuse(str(error.full_key), first_line(error)) from error
+    if not isinstance(found[0], str) or not found[0]:
+        raise refuse("hydra.run.dir", "accepted: a folder", given=show(found[0]))
+    try:
+        os.stat(found[0])
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # it is made, or what is in the way is named
+    except (OSError, ValueError) as error:
+        says = f"no folder can be named so ({first_line(error).partition(':')[0]}); give another"
+        raise refuse("hydra.run.dir", says, given=found[0]) from error
+    return Path(found[0])
 
 
 def _make_output(folder: Path, key: str) -> None:

@@ -98,7 +98,7 @@ def find_run(path: Path | str, key: str = "resume") -> Path:
 
 def is_used(folder: Path) -> bool:
     """Whether a run has begun in that folder."""
-    return (folder / ENV_FILE).exists()
+    return os.path.exists(folder / ENV_FILE)  # whatever the name: Path's own raises at a long one
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,17 @@ import numpy as np
 
 from rlx import trees
 from rlx.config.documents import read_json
-from rlx.problems import first_line
+from rlx.problems import RunFailed, cut, first_line
 
 JSON = dict[str, Any]
 STATE, LEAVES = "state", "leaves.json"
 ADDED = {"gradient_steps": "updates"}  # leaves that older checkpoints lack: equal to these then
 LEAF_KEYS = {"dtype", "shape", "key"}
+ROOM_BYTES = 256 << 10  # that orbax takes for its tables
 SHOWN = 5  # differing leaves named in an error
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunFailed):
     """A checkpoint cannot be written or restored; says which, why and what to do."""
 
 
@@ -53,9 +55,16 @@ def write_state(folder: Path, state: Any) -> None:
     write_text(folder / LEAVES, json.dumps(leaves, indent=1))
     # orbax refuses arrays without elements; leaves.json says all there is to know of them.
     if some := {k: v for k, v in arrays.items() if v.size}:
+        _check_room(folder, sum(v.nbytes for v in some.values()))
         with _orbax(folder, "written") as (orbax, place):
             orbax.save(place, some)
         _check_written(folder, some)
+
+
+def _check_room(folder: Path, nbytes: int) -> None:
+    """Raises OSError where so much cannot be written, which orbax says in hundreds of lines."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, nbytes + ROOM_BYTES)
 
 
 def _check_written(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -88,8 +97,8 @@ def _orbax(folder: Path, done: str) -> Iterator[tuple[Any, Path]]:
         with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
             yield checkpointer, Path(f"/proc/self/fd/{handle}") / STATE
     except Exception as error:
-        says = f"{folder / STATE}: cannot be {done} ({first_line(error)})."
-        raise Damaged(says) from error
+        why = first_line(error).replace(f"/proc/self/fd/{handle}", str(folder))
+        raise Damaged(f"{folder / STATE}: cannot be {done} ({cut(why)}).") from error
     finally:
         os.close(handle)
         logger.setLevel(level)

@@ -31,6 +31,7 @@ from rlx.runs.folders import (
     parse_settings,
     settings_now,
 )
+from tests.conftest import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -302,6 +303,28 @@ def test_a_module_that_only_a_run_names_is_not_imported(run, tmp_path):
     named = "env.id=evil_envs:CartPole-v1"
     command("train", f"resume={run}", named, status=2, cwd=run)
     assert told.read_text() == "imported"
+
+
+def test_paths_in_settings_stay_where_the_run_was_begun(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    given = ("replay.record=rec", "replay.storage=mmap", "replay.folder=map")
+    where = ("hydra.run.dir=out", "hydra.job.chdir=true")
+    said = command("train", *SMALL, *given, *where, cwd=tmp_path)
+    assert f"replay.record is {tmp_path}/rec" in said
+    whole = {"record": f"{tmp_path}/rec", "folder": f"{tmp_path}/map"}
+    command("train", "resume=../out", "total_env_steps=900", cwd=other)
+    command("train", "resume=../out", "total_env_steps=1200", "replay.folder=here", cwd=other)
+    now = settings_now(tmp_path / "out")["replay"]
+    assert now["record"] == whole["record"]
+    assert now["folder"] == f"{other}/here"
+    for file in (tmp_path / "out" / ".hydra").rglob("resume-1/config.yaml"):
+        saved = yaml.safe_load(file.read_text())["replay"]
+        assert {name: saved[name] for name in whole} == whole
+    assert next_resume(tmp_path / "out").name == "resume-3"
+    assert sorted(path.name for path in other.iterdir()) == ["here"]
+    runs = {path.name.partition("-")[0] for path in (tmp_path / "rec").glob("*.npz")}
+    assert len(runs) == 3
 
 
 def test_only_finite_numbers_are_numbers():
