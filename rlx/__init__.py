@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+if any(word.startswith("rlx.") for word in sys.orig_argv[1:4]):  # python -m rlx.train
+    from rlx.problems import interrupts_in_a_line
+
+    interrupts_in_a_line()
 
 if TYPE_CHECKING:
     from rlx.api import compose as compose

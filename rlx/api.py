@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlx.config.build import ROLES, build, check, plain, remember, runtime_names, setting_hints
+from rlx.config.build import (
+    ROLES,
+    build,
+    check,
+    plain,
+    remember,
+    runtime_names,
+    setting_hints,
+    unboxed,
+)
 from rlx.config.composing import compose
+from rlx.config.marks import anchored, marked, refuse_modules
 from rlx.config.targets import resolve
 from rlx.interfaces import Agent, EnvFamily
 from rlx.machine import xla
@@ -32,22 +43,33 @@ from rlx.runs.folders import (
     next_resume,
     settings_now,
 )
-from rlx.types import Params, Weights
+from rlx.types import IsPath, Params, Weights
 
 if TYPE_CHECKING:
     from rlx.evaluation.player import Player, State
     from rlx.training.checkpoint_files import Restored
 
+log = logging.getLogger(__name__)
+
 __all__ = ["Loaded", "compose", "load", "make", "run"]
 
 
 def run(
-    cfg: DictConfig | Mapping[str, Any], output_dir: Path | str | None = None
+    cfg: DictConfig | Mapping[str, Any],
+    output_dir: Path | str | None = None,
+    *,
+    began_in: Path | str = ".",
 ) -> dict[str, Any]:
-    """Checks a configuration, runs it and returns the summary."""
+    """Checks a configuration, runs it and returns the summary.
+
+    began_in: relative paths among the settings start there. They are saved whole.
+    """
     check(cfg)
-    settings = plain(cfg)
+    settings = anchored(plain(cfg), began_in)
     folder = open_output(settings, output_dir)
+    for path in marked(settings, IsPath):
+        if (given := path.node[path.name]) is not None:
+            log.info("%s is %s", path.path, given)
     with only_one(folder), kept(settings, folder):
         return start(settings, folder)
 
@@ -156,10 +178,12 @@ class Loaded:
 
         from rlx.training.checkpoint import Checkpointer
         from rlx.training.checkpoint_files import CheckpointError
+        from rlx.training.restoring import check_meta
 
         like = jax.eval_shape(lambda: self.agent.init(jax.random.PRNGKey(0)))
         try:
-            return Checkpointer(self.output_dir, None).restore(like, which, with_replay=False)
+            checkpoints = Checkpointer(self.output_dir, None)
+            return check_meta(checkpoints.restore(like, which, with_replay=False))
         except CheckpointError as error:
             raise refuse("which", str(error), given=str(which)) from error
 
@@ -264,11 +288,16 @@ class Loaded:
         return build_agent(plain(self.cfg))
 
 
-def load(run_dir: Path | str) -> Loaded:
-    """A finished or interrupted run; its configuration is checked like any other."""
+def load(run_dir: Path | str, *, allow: Sequence[str] = ()) -> Loaded:
+    """A finished or interrupted run; its configuration is checked like any other.
+
+    It is only data: a module that it names (`env.id=module:Name`) is not imported for its sake.
+    allow: packages that may be. One that is imported already needs no permission.
+    """
     xla.prepare()
-    saved = config_file(find_run(run_dir, "run"))
-    cfg = OmegaConf.create(settings_now(run_dir))
+    saved, settings = config_file(find_run(run_dir, "run")), settings_now(run_dir)
+    refuse_modules(settings, str(saved), allow)
+    cfg = OmegaConf.create(settings)
     names = {key: str(saved) for key in map(str, cfg)}
     check(remember(cfg, Sources(names=names)))
     return Loaded(cfg=cfg, output_dir=Path(run_dir))
@@ -301,5 +330,5 @@ def make(
                 for n in unknown
             ]
         )
-    settings: Any = OmegaConf.merge(node, {k: v for k, v in given.items() if k in hints})
+    settings: Any = OmegaConf.merge(node, {k: unboxed(v) for k, v in given.items() if k in hints})
     return build(settings, group, **{k: v for k, v in given.items() if k in runtime})

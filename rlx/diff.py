@@ -16,9 +16,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rlx.config.documents import Unreadable, read_file
 from rlx.config.options import command
-from rlx.problems import show
-from rlx.runs.folders import STATUS_FILE, SUMMARY_FILE, RunFolder, flat, read_object, settings_now
+from rlx.problems import cut, refuse, show
+from rlx.runs.folders import (
+    STATUS_FILE,
+    SUMMARY_FILE,
+    RunFolder,
+    flat,
+    is_number,
+    read_object,
+    settings_now,
+)
 
 JSON = dict[str, Any]
 
@@ -92,6 +101,7 @@ def describe(run: Path) -> dict[str, JSON]:
     settings = read_settings(run)
     files = sorted(run.glob("env*.json"), key=_number)
     env = read_object(files[-1], strict=True) if files else {}
+    versions = env.pop("versions", None)
     status = read_object(run / STATUS_FILE, strict=True)
     summary = status | read_object(run / SUMMARY_FILE, strict=True)
     summary |= {"state": RunFolder(run).state()[0]}
@@ -100,7 +110,7 @@ def describe(run: Path) -> dict[str, JSON]:
     return {
         CONFIGURATION: settings,
         CODE: {"git": env.pop("git", ABSENT), DIFF: _changes(run, files)},
-        VERSIONS: flat(env.pop("versions", {})),
+        VERSIONS: flat(versions) if isinstance(versions, dict) else {},
         MACHINE: flat(env),
         RESULT: results | {"resumes": max(0, len(files) - 1)} | fingerprint,
     }
@@ -115,14 +125,19 @@ def read_settings(run: Path) -> JSON:
 def _number(path: Path) -> int:
     """3 of env-3.json and of resume-3; 0 of env.json."""
     digits = path.stem.rpartition("-")[2]
-    return int(digits) if digits.isdigit() else 0
+    return int(digits) if is_number(digits) else 0
 
 
 def _changes(run: Path, files: Sequence[Path]) -> str:
     """The uncommitted changes that belong to the newest env.json."""
     name = files[-1].stem.replace("env", "git") if files else "git"
     path = run / f"{name}.diff"
-    return path.read_text(errors="replace") if path.is_file() else ""
+    try:
+        return read_file(path).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    except Unreadable as error:
+        raise refuse("run", f"cannot be read ({error})", given=str(path)) from error
 
 
 # --- printing ------------------------------------------------------------------------------------
@@ -184,7 +199,7 @@ def shorten(a: str, b: str, width: int) -> tuple[str, str]:
 
 def _cut(text: str, start: int, width: int) -> str:
     """`width` columns of a text from `start`, with an ellipsis where something is left out."""
-    text = " ".join(text.split("\n"))
+    text = cut(" ".join(text.split("\n")), max(len(text), 1))
     if len(text) <= width:
         return text
     start = max(0, min(start, len(text) - width))

@@ -14,6 +14,7 @@ The episodes that started first are counted (rlx/evaluation/playing.py), played 
                        the chosen one and the return so far, DIR/videos/...-grid.mp4
     grid=9             episodes in that grid; at most envs and episodes
     record_fps=30      frames per second of that video, one per env step
+    allow=null         packages that the run's env.id=module:name may import, with commas between
     output=null        the file to write; null: DIR/evaluation.json, or, if something of the above
                        is not as in the run's own last evaluation, DIR/other_evaluations.json
 
@@ -26,7 +27,6 @@ newest last: a further evaluation is added to it.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -38,6 +38,7 @@ import jax
 
 from rlx import api
 from rlx.config.build import plain
+from rlx.config.documents import read_json
 from rlx.config.options import command
 from rlx.problems import refuse
 from rlx.runs.files import write_json
@@ -64,6 +65,7 @@ class Options:
     grid: Annotated[int, Range(ge=1)] = 9
     record_fps: Annotated[float, Range(gt=0)] = 30.0
     output: str | None = None
+    allow: tuple[str, ...] | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate_run(options: Options) -> JSON:
     """Evaluates a run, adds the result to its evaluation.json, shows and returns it."""
-    run = api.load(options.run)
+    run = api.load(options.run, allow=options.allow or ())
     given = None if options.output is None else Path(options.output)
     for path in [given] if given else [run.output_dir / name for name in FILES]:
         read_evaluations(path)  # what could not be written in the end is refused now
@@ -92,7 +94,11 @@ def evaluate_run(options: Options) -> JSON:
     differs = differences(result, plain(run.cfg), newest_checkpoint(run.output_dir))
     output = given or run.output_dir / FILES[bool(differs)]
     added = result | {"differs": differs} if differs else result
-    write_json(output, {"evaluations": [*read_evaluations(output), added]})
+    try:
+        write_json(output, {"evaluations": [*read_evaluations(output), added]})
+    except OSError as error:
+        says = f"cannot be written ({error.strerror}); make room, or give another"
+        raise refuse("output", says, given=str(output)) from error
     _show(result, output)
     return result
 
@@ -105,7 +111,7 @@ def read_evaluations(path: Path) -> list[JSON]:
     if not path.exists():
         return []
     try:
-        return list(json.loads(path.read_bytes())["evaluations"])
+        return list(read_json(path)["evaluations"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         says = "is no file of evaluations; move it away, or give another"
         raise refuse("output", says, given=str(path)) from error

@@ -6,6 +6,7 @@ Options:
     out=null           the file to write; null: DIR/agent.zip. One that is there is replaced
     which=latest       latest | best | the folder of a checkpoint
     batch=symbolic     how many environments one call acts in: any number, or just so many
+    allow=null         packages that the run's env.id=module:name may import, with commas between
     platforms=cpu      what it can run on, of cpu, cuda, rocm and tpu: platforms=cpu,cuda
 
 The file needs jax, numpy and flatbuffers where it is used, not rlx; so does writing it
@@ -44,6 +45,7 @@ from rlx.envs.actions import Start
 from rlx.envs.observations import RawSpaces, raw_spaces_of
 from rlx.evaluation.player import act_in_lanes, state_shapes
 from rlx.interfaces import Agent
+from rlx.machine.packages import import_package
 from rlx.problems import refuse
 from rlx.runs.files import write_whole
 from rlx.types import ActionSpec, Array, BoxSpec, DiscreteSpec, Params, Range
@@ -66,6 +68,7 @@ class Options:
     which: str = "latest"
     batch: Literal["symbolic"] | Annotated[int, Range(ge=1)] = "symbolic"
     platforms: tuple[str, ...] = ("cpu",)
+    allow: tuple[str, ...] | None = None
 
 
 def export(
@@ -149,7 +152,7 @@ def _check(platforms: Sequence[str]) -> None:
         says = f"accepted: one or more of {', '.join(PLATFORMS)}, with commas between"
         raise refuse("platforms", says, given=",".join(platforms))
     try:
-        importlib.import_module("flatbuffers")
+        import_package("flatbuffers")
     except ImportError as error:
         says = "jax.export needs flatbuffers, which is not installed; pip install 'rlx[export]'"
         raise refuse("export", says) from error
@@ -216,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def export_run(options: Options) -> Path:
     """Writes the file; returns its path."""
     _check(options.platforms)
-    run = api.load(options.run)
+    run = api.load(options.run, allow=options.allow or ())
     out = Path(options.out or run.output_dir / "agent.zip")
     if out.is_dir() or not out.parent.is_dir():
         says = "cannot be written; give out=FILE in a folder that exists"

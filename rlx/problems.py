@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+MOST_SHOWN = 200  # characters of what was given
+MOST_SAID = 2000  # characters of what is said of it, which may list what is accepted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +25,9 @@ class Problem:
     source: str = ""  # 'conf/acting/local.yaml' or 'command line'
 
     def __str__(self) -> str:
-        given = f"={self.given}" if self.given else ""
-        source = f" ({self.source})" if self.source else ""
-        return f"{self.path}{given}{source}: {self.says}"
+        given = f"={cut(self.given)}" if self.given else ""
+        source = f" ({cut(self.source, MOST_SAID)})" if self.source else ""
+        return f"{cut(self.path)}{given}{source}: {cut(self.says, MOST_SAID)}"
 
 
 class ConfigError(Exception):
@@ -72,6 +76,25 @@ def or_exit(program: str, *also: type[Exception]) -> Iterator[None]:
         sys.exit(2)
 
 
+def interrupts_in_a_line() -> None:
+    """Makes Ctrl-C a line wherever it comes, as in the seconds in which libraries are imported."""
+    told = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("rlx: interrupted", file=sys.stderr)
+        else:
+            told(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def print_anything() -> None:
+    """Lets a command print any name of a file: what the terminal has not got is escaped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's or a test's may be another
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def refuse(path: str, says: str, *, given: str = "", source: str = "") -> ConfigError:
     """A ConfigError of one problem, to raise."""
     return ConfigError([Problem(path=path, says=says, given=given, source=source)])
@@ -88,6 +111,21 @@ def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
     if near := nearest(name, names):
         return f"did you mean {prefix}{near}?"
     return f"accepted: {', '.join(names) or 'none'}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def cut(text: str, most: int = MOST_SHOWN) -> str:
+    """A text on one line of at most so many characters; what is left out is in its middle."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) <= most:
+        return text
+    half = (most - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
 
 
 def show(value: Any) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,8 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlx import api
 from rlx.config import composing, paths
-from rlx.config.build import ROLES, check, remember
-from rlx.problems import ConfigError, Problem, RunFailed, refuse
+from rlx.config.build import ROLES, check, plain, remember
+from rlx.config.marks import anchored, marked, refuse_modules
+from rlx.problems import ConfigError, Problem, RunFailed, first_line, refuse, show
 from rlx.runs.files import write_whole
 from rlx.runs.folders import (
     CONFIG,
@@ -34,12 +37,13 @@ from rlx.runs.folders import (
     find_run,
     has_checkpoint,
     is_used,
-    load_yaml,
     next_resume,
     settings_now,
 )
+from rlx.types import IsPath
 
-RENEWED = "renewed"  # in .hydra: settings of an earlier rlx, in the words of this one
+RENEWED = "renewed"  # in .hydra: a copy of the settings that Hydra reads at a resume
+ROOM_BYTES = 128 << 10  # more than a start writes before the first checkpoint
 VERSION = {"execution_whitelist": ("rlx.*",)} if composing.HYDRA_14 else composing.VERSION
 
 
@@ -63,7 +67,8 @@ def job(cfg: DictConfig) -> Any:
     overrides = [*_searchpath(running), *running.overrides.task]
     sources = composing.find_sources(overrides, running.job.config_name, main_dir)
     try:
-        summary = api.run(remember(cfg, sources), running.runtime.output_dir)
+        began_in, folder = running.runtime.cwd, running.runtime.output_dir
+        summary = api.run(remember(cfg, sources), folder, began_in=began_in)
     except (ConfigError, RunFailed) as error:
         if isinstance(error, ConfigError) and str(running.output_subdir).startswith(
             f"{HYDRA}/{RESUME}"
@@ -94,8 +99,9 @@ def prepare(argv: list[str]) -> list[str]:
         raise refuse("--config-path", says, given=args.config_path)
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return argv
-    if (folder := _resumed(args.overrides)) is not None:
-        argv = _resume_argv(folder, args)
+    resumed, given = _resumed(args.overrides), args.overrides
+    if resumed is not None:
+        argv = _resume_argv(resumed, args)
         args = get_args_parser().parse_args(argv)
     if args.multirun or "hydra.mode=MULTIRUN" in args.overrides:
         return argv
@@ -106,33 +112,72 @@ def prepare(argv: list[str]) -> list[str]:
         extra_dir=args.config_dir,
         keep_hydra=True,
     )
+    folder = _output(cfg)
     if cfg.hydra.mode == RunMode.MULTIRUN:  # as an experiment of sweeps/ says
         return argv
+    if resumed is not None:
+        named = {text.partition("=")[0].lstrip("+") for text in given}
+        refuse_modules(plain(cfg), str(config_file(resumed)), named)
     check(cfg)
-    folder = Path(cfg.hydra.run.dir)
     if cfg.resume is None:
         api.refuse_used(folder)
-    _make_output(folder)
+    _make_output(folder, "hydra.run.dir" if cfg.resume in (None, "auto") else "resume")
+    more = _whole_paths(plain(cfg))
     if cfg.resume == "auto" and is_used(folder):  # its own settings are kept as they were
-        at = argv.index(args.overrides[0]) if args.overrides else len(argv)
-        argv = [*argv[:at], _resume_subdir(folder), *argv[at:]]
-    return argv
+        more.append(_resume_subdir(folder))
+    if not more or not args.overrides:
+        return [*argv, *more]
+    at = len(argv) - argv[::-1].index(args.overrides[-1])  # Hydra's own options may follow
+    return [*argv[:at], *more, *argv[at:]]
 
 
-def _make_output(folder: Path) -> None:
-    """Refuses a folder that cannot be made, before Hydra tries to."""
+def _whole_paths(settings: Mapping[str, Any]) -> list[str]:
+    """The overrides that make relative paths whole: Hydra saves what the command line says."""
+    found = zip(marked(settings, IsPath), marked(anchored(settings, "."), IsPath), strict=True)
+    return [
+        f"{now.path}={composing.quote(now.node[now.name])}"
+        for before, now in found
+        if before.node[before.name] != now.node[now.name]
+    ]
+
+
+def _output(cfg: DictConfig) -> Path:
+    """The folder of a single run, which Hydra's section names."""
+    try:
+        found = cfg.hydra.run.dir, cfg.hydra.output_subdir, cfg.hydra.job.name
+    except OmegaConfBaseException as error:
+        raise refuse(str(error.full_key), first_line(error)) from error
+    if not isinstance(found[0], str) or not found[0]:
+        raise refuse("hydra.run.dir", "accepted: a folder", given=show(found[0]))
+    try:
+        os.stat(found[0])
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # it is made, or what is in the way is named
+    except (OSError, ValueError) as error:
+        says = f"no folder can be named so ({first_line(error).partition(':')[0]}); give another"
+        raise refuse("hydra.run.dir", says, given=found[0]) from error
+    return Path(found[0])
+
+
+def _make_output(folder: Path, key: str) -> None:
+    """Refuses a folder that cannot be made or written into, before Hydra tries to."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         says = f"cannot be made: {existing} is not a folder that can be written; give another"
-        raise refuse("hydra.run.dir", says, given=str(folder))
+        raise refuse(key, says, given=str(folder))
     try:
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".room-") as file:
+            file.write(bytes(ROOM_BYTES))
         if is_new:  # Hydra makes its own: its name tells the microsecond, and that is a later one
             folder.rmdir()
-    except OSError as error:  # as under /proc, where root seems to be allowed
-        says = f"cannot be made ({error.strerror}); give another"
-        raise refuse("hydra.run.dir", says, given=str(folder)) from error
+    except (OSError, ValueError) as error:  # as under /proc, where root seems to be allowed
+        says = (
+            f"cannot be made or written ({getattr(error, 'strerror', None) or first_line(error)}); "
+        )
+        says += "give another" if key != "resume" else "make room, then resume again"
+        raise refuse(key, says, given=str(folder)) from error
 
 
 # --- resume --------------------------------------------------------------------------------------
@@ -177,17 +222,27 @@ def _resume_argv(folder: Path, args: Any) -> list[str]:
 
 
 def _settings(folder: Path) -> Path:
-    """The folder of a run's settings for Hydra; as today's rlx writes them, if they are older."""
-    saved, now = config_file(folder), settings_now(folder, "resume", resolve=False)
-    if now == load_yaml(saved.read_bytes()):
-        return saved.parent
+    """A folder for Hydra that holds a run's settings, as today's rlx writes them, and nothing else.
+
+    The run's own folder may hold groups of Hydra, and its settings a section of Hydra's, which
+    can start programs; nothing of either is read.
+    """
+    now = settings_now(folder, "resume", resolve=False)
+    if "defaults" in now:
+        says = "names groups, as settings of a run do not; restore the file"
+        raise refuse("resume", says, given=str(config_file(folder)))
     try:
         OmegaConf.resolve(OmegaConf.create(now))
     except OmegaConfBaseException:  # it refers to settings by what they were called
         now = settings_now(folder, "resume")
     found = folder / HYDRA / RENEWED
-    found.mkdir(exist_ok=True)
-    write_whole(found / CONFIG, OmegaConf.to_yaml(OmegaConf.create(now)).encode())
+    try:
+        shutil.rmtree(found, ignore_errors=True)
+        found.mkdir()
+        write_whole(found / CONFIG, OmegaConf.to_yaml(OmegaConf.create(now)).encode())
+    except OSError as error:
+        says = f"cannot be written ({error.strerror}); make room, then resume again"
+        raise refuse("resume", says, given=str(found)) from error
     return found
 
 

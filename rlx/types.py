@@ -66,6 +66,14 @@ class AloneOnly:
     """Marks a setting that needs a run with one learner process, unless it is null or false."""
 
 
+class NamesModule:
+    """Marks a setting that names a module as 'module:name', which is imported."""
+
+
+class IsPath:
+    """Marks a setting that is a path: a relative one starts where the run was begun."""
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def record(cls: C) -> C:
     """A frozen keyword-only dataclass whose fields are arrays or trees of arrays."""

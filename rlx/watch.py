@@ -3,6 +3,7 @@
     runs=outputs       the folder below which runs are looked for
     port=8080          0: any that is free
     host=127.0.0.1     who may connect: this machine alone; 0.0.0.0: everyone who reaches it
+    names=null         further names of this machine that browsers may use, with commas between
 
 Ctrl-C ends it. It only reads. What the page polls is JSON, for other programs too: /api/runs, and
 /api/run?name=NAME&metric=METRIC&metric=OTHER.
@@ -13,7 +14,9 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import ipaddress
 import json
+import platform
 import re
 import socket
 import sys
@@ -33,6 +36,7 @@ from rlx.types import Range
 PAGE = Path(__file__).with_name("watch_page.html")
 MAX_METRICS = 64  # of one question
 TIMEOUT_S = 20.0  # a client that sends or takes nothing for so long is left
+_PORT = re.compile(r":\d*$")
 WORTH_PACKING = 1400  # bytes; a smaller answer fits one packet as it is
 
 
@@ -41,8 +45,9 @@ class PageServer(ThreadingHTTPServer):
 
     daemon_threads = True  # a browser that keeps a connection open does not delay the end
 
-    def __init__(self, runs: Path, host: str, port: int) -> None:
+    def __init__(self, runs: Path, host: str, port: int, names: Sequence[str] = ()) -> None:
         """Raises OSError where it cannot listen there; port 0 is any that is free."""
+        self._names = {*map(str.lower, ("localhost", host, platform.node(), *names))}
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, address = found[0][0], found[0][4]
         self.folder, self.runs, self.page = runs, LiveRuns(runs), PAGE.read_bytes()
@@ -55,6 +60,22 @@ class PageServer(ThreadingHTTPServer):
         host, port = self.server_address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
         return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+    def is_named(self, host: str | None) -> bool:
+        """Whether a request's Host is an address, or a name of this machine.
+
+        A page of elsewhere may let its own name lead here, and would read the answers: by a name
+        only those are answered that this machine is known by.
+        """
+        if host is None:  # no browser
+            return True
+        name = host.strip().lower().rpartition(":")[0] if _PORT.search(host) else host.lower()
+        name = name.strip(".")
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            return name in self._names
+        return True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignores a browser that goes away."""
@@ -73,6 +94,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """The page, /api/runs or /api/run."""
         path, _, query = self.path.partition("?")
+        if not self.server.is_named(self.headers.get("Host")):
+            self._refuse(HTTPStatus.FORBIDDEN, "not a name of this machine; names=NAME allows it")
+            return
         if path == "/":
             self._answer(HTTPStatus.OK, self.server.page, "text/html; charset=utf-8")
         elif path == "/api/runs":
@@ -148,12 +172,13 @@ class Options:
     runs: str = "outputs"
     port: Annotated[int, Range(ge=0, le=65535)] = 8080
     host: str = "127.0.0.1"
+    names: tuple[str, ...] | None = None
 
 
-def open_server(runs: Path, host: str, port: int) -> PageServer:
+def open_server(runs: Path, host: str, port: int, names: Sequence[str] = ()) -> PageServer:
     """A server that listens; ConfigError where it cannot."""
     try:
-        return PageServer(runs, host, port)
+        return PageServer(runs, host, port, names)
     except socket.gaierror as error:
         says = f"no such host ({error.strerror}); 127.0.0.1 is this machine alone, 0.0.0.0 all"
         raise refuse("host", says, given=host) from error
@@ -180,7 +205,8 @@ def open_given(options: Options) -> PageServer:
     if not Path(options.runs).is_dir():
         says = "no such folder; give one below which runs are, as outputs or multirun"
         raise refuse("runs", says, given=options.runs)
-    return open_server(Path(options.runs).resolve(), options.host, options.port)
+    runs = Path(options.runs).resolve()
+    return open_server(runs, options.host, options.port, options.names or ())
 
 
 if __name__ == "__main__":

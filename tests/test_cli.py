@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,45 @@ def test_the_full_error_of_a_problem_can_be_had(conf):
 
 
 # --- sweeps --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("hydra.searchpath=[file:///nope]", "hydra.searchpath=file:///nope: no such folder"),
+        ("hydra.searchpath=[pkg://nope.conf]", "hydra.searchpath=pkg://nope.conf: no such folder"),
+        ("hydra.searchpath=nope", "hydra.searchpath=nope: accepted: a list"),
+        ("hydra.searchpath=[[]]", "hydra.searchpath=[[]]: accepted: a list"),
+        ("hydra.run.dir='${nope}'", "hydra.run.dir: Interpolation key 'nope' not found"),
+        ("hydra.run.dir=" + "a" * 5000, "hydra.run.dir=aaa"),
+        ("hydra.job.name='${nope}'", "hydra.job.name: Interpolation key 'nope' not found"),
+        ("a" * 300 + "=1", "aaa"),
+        ("env=" + "a" * 300, "env=aaa"),
+        ("seed='" + "x" * 9999 + "'", "seed=xxx"),
+        ("se\ned=1", "se\\ned=1"),
+        ("seed='\n\x1b[31m'", "seed=\\n\\x1b[31m"),
+    ],
+)
+def test_whatever_an_override_holds_it_is_a_short_line(tmp_path, monkeypatch, text, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(api.ConfigError) as refused:
+        train.prepare([text])
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(says)
+    assert line.isprintable()
+    assert len(line) < 1000
+    assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_while_libraries_are_imported_is_a_line(tmp_path):
+    for wait_s in (0.15, 0.5, 1.0):
+        line = [sys.executable, "-m", "rlx.train"]
+        process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        time.sleep(wait_s)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+        assert "Traceback" not in errors or "site" in errors  # before rlx is there at all
+        assert process.returncode != 0
 
 
 def test_in_a_sweep_one_bad_job_lets_the_others_run(conf):

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Union, get_args, get_origin
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -87,7 +88,7 @@ def _problems(tree: Mapping[str, Any]) -> list[Problem]:
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The resolved configuration as dicts and lists, without Hydra's own section."""
     if not isinstance(cfg, DictConfig):
-        return dict(cfg)
+        return {str(key): unboxed(value) for key, value in cfg.items()}
     if "hydra" in cfg:
         cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     try:
@@ -95,7 +96,18 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise refuse(str(error.full_key), str(error).splitlines()[0]) from error
     assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
+    return {str(key): unboxed(value) for key, value in tree.items()}
+
+
+def unboxed(value: Any) -> Any:
+    """The value with Python's numbers in the place of NumPy's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: unboxed(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(unboxed(child) for child in value)
+    return value
 
 
 def remember(cfg: DictConfig, sources: Sources) -> DictConfig:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ SEARCHPATH = "hydra.searchpath="
 # Hydra 1.4 replaces version_base by a list of what `_target_`s may run.
 HYDRA_14 = "execution_whitelist" in inspect.signature(hydra.main).parameters
 VERSION: dict[str, Any] = {} if HYDRA_14 else {"version_base": "1.3"}
-# ValueError: of a group that is set to null.
-COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+# ValueError: of a group that is set to null. OSError: of a name that no file can have.
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
 
 _lock = threading.RLock()  # Hydra's state is one per process
 
@@ -52,6 +54,7 @@ def compose(
     `keep_hydra` leaves Hydra's own section in. Raises ConfigError with every problem.
     """
     overrides = [*_searched(extra_dir), *overrides]
+    _check_searchpath(overrides)
     with _hydra(config_dir) as loader:
         try:
             cfg = loader.load_configuration(config_name, overrides, RunMode.RUN, from_shell=False)
@@ -95,6 +98,31 @@ def _searched(extra_dir: Path | str | None) -> list[str]:
             "--config-dir", "no such folder; give one that holds YAML groups", given=str(extra_dir)
         )
     return [search(extra_dir)]
+
+
+def _check_searchpath(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a search path in which Hydra would find nothing, and say nothing."""
+    for text in overrides:
+        if not text.startswith(SEARCHPATH) or (override := _parse(text, [])) is None:
+            continue
+        found = override.value()
+        if not isinstance(found, list) or not all(isinstance(path, str) for path in found):
+            says = "accepted: a list of folders and packages, as [file:///my/conf,pkg://mypkg.conf]"
+            raise refuse(SEARCHPATH[:-1], says, given=text.removeprefix(SEARCHPATH))
+        for path in found:
+            if not _is_searchable(path):
+                says = "no such folder or package; give one that holds YAML groups"
+                raise refuse(SEARCHPATH[:-1], says, given=path)
+
+
+def _is_searchable(path: str) -> bool:
+    scheme, _, name = path.rpartition("://")
+    try:
+        if scheme == "pkg":
+            return find_spec(name.replace("/", ".")) is not None
+        return scheme in ("", "file") and os.path.isdir(name)
+    except (ImportError, ValueError):
+        return False
 
 
 def search(*folders: Path | str) -> str:
@@ -181,7 +209,7 @@ def _diagnose(
     """The problems of each override, checked one by one: Hydra stops at the first problem."""
     out: list[Problem] = []
     parsed = [o for text in overrides if (o := _parse(text, out)) is not None]
-    path = [o for o in overrides if o.startswith(SEARCHPATH)]
+    path = [text for o in parsed if (text := str(o.input_line)).startswith(SEARCHPATH)]
     groups = {o.key_or_group: _options(loader, config_name, o.key_or_group, path) for o in parsed}
     choices = [o for o in parsed if groups[o.key_or_group]]
     bad = [p for o in choices if (p := _bad_choice(o, groups[o.key_or_group])) is not None]
@@ -215,7 +243,10 @@ def _parse(text: str, out: list[Problem]) -> Override | None:
 
 
 def _options(loader: ConfigLoader, config_name: str, group: str, path: list[str]) -> list[str]:
-    return list(loader.get_group_options(group, ObjectType.CONFIG, config_name, path))
+    try:
+        return list(loader.get_group_options(group, ObjectType.CONFIG, config_name, path))
+    except (OSError, ValueError):  # no folder can have that name
+        return []
 
 
 def _bad_choice(override: Override, options: list[str]) -> Problem | None:

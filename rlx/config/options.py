@@ -27,7 +27,7 @@ import yaml
 
 from rlx.config.build import read_value
 from rlx.config.hints import choices, describe, split
-from rlx.problems import ConfigError, Problem, did_you_mean, or_exit
+from rlx.problems import ConfigError, Problem, did_you_mean, or_exit, print_anything
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -52,6 +52,7 @@ def command(
     `sys.argv[1:]` where it is None; `places` is explained at `read_options`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    print_anything()
     if {"-h", "--help"} & set(arguments):
         print((doc or "").strip())
         return None

@@ -44,6 +44,11 @@ def _prefixes() -> tuple[str, ...]:
     return tuple(sorted(_allowed | _installed()))
 
 
+def may_import(module: str) -> bool:
+    """Whether a module is imported though only a run's own settings name it."""
+    return module in sys.modules or f"{module}.".startswith(_prefixes())
+
+
 def resolve(target: Any) -> tuple[type | None, str]:
     """The class that a target resolves to, or why there is none.
 

@@ -37,6 +37,7 @@ from rlx.types import (
     EnvSpec,
     Episode,
     MultiDiscreteSpec,
+    NamesModule,
     Range,
     Timestep,
 )
@@ -63,7 +64,7 @@ class Gymnasium:
     in its own dtype.
     """
 
-    id: str
+    id: Annotated[str, NamesModule()]
     kwargs: dict[str, Any]
     vector: Literal["sync", "async"]
     observe: str | list[str] | None

@@ -7,7 +7,6 @@ lane plays.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from rlx.evaluation import tiles
 from rlx.interfaces import Agent, ValuesActions
+from rlx.machine.packages import import_package
 from rlx.problems import ConfigError, refuse
 from rlx.types import Array, Carry, NetInput, Timestep
 
@@ -203,7 +203,7 @@ def _imageio() -> Any:
 
 def _has_ffmpeg() -> bool:
     try:
-        return bool(importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe())
+        return bool(import_package("imageio_ffmpeg").get_ffmpeg_exe())
     except (ImportError, RuntimeError):  # the latter: the package without the program
         return False
 

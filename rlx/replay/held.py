@@ -20,7 +20,7 @@ from rlx.replay.ring.ring import BlockRing, LeafOf
 from rlx.replay.ring.shards import ShardedRing
 from rlx.replay.ring.storage import Storing
 from rlx.seeding import spawn_rng
-from rlx.types import AloneOnly, Batch, Blocks, OfTheRun, Range, Rollout, Sample
+from rlx.types import AloneOnly, Batch, Blocks, IsPath, OfTheRun, Range, Rollout, Sample
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +42,13 @@ class Keeping:
 
     capacity: Annotated[int, Range(ge=1), OfTheRun()]
     storage: Literal["memory", "mmap", "device"]
-    folder: str | None
+    folder: Annotated[str | None, IsPath()]
     compress: Literal["none", "lz4"]
     gather_threads: Annotated[int, Range(ge=1)]
     shards: Annotated[int, Range(ge=1)] | None
     where: Literal["thread", "process"]
     prefetch: Annotated[int, Range(ge=0)]
-    record: Annotated[str | None, AloneOnly()]
+    record: Annotated[str | None, AloneOnly(), IsPath()]
 
 
 @final

@@ -16,6 +16,7 @@ from rlx.types import (
     AloneOnly,
     Batch,
     Blocks,
+    IsPath,
     OfTheRun,
     Range,
     Rollout,
@@ -43,7 +44,7 @@ class Online:
         min_sequences: Annotated[int, Range(ge=1), OfTheRun()],
         max_delay: Annotated[int, Range(ge=1), OfTheRun()],
         gather_threads: Annotated[int, Range(ge=1)],
-        record: Annotated[str | None, AloneOnly()],
+        record: Annotated[str | None, AloneOnly(), IsPath()],
         context: Runtime[ReplayContext],
     ) -> None:
         """Settings: conf/replay/online.yaml. Raises ValueError for what cannot work."""

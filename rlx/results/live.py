@@ -5,7 +5,6 @@ It only reads, and of metrics.jsonl only what was added since it last looked.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
@@ -15,7 +14,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rlx.runs.folders import METRICS_FILE, RunFolder, age_s, find, number
+from rlx.config.documents import Unreadable, open_file
+from rlx.problems import cut
+from rlx.runs.folders import (
+    METRICS_FILE,
+    MOST_LINE,
+    RunFolder,
+    age_s,
+    find,
+    number,
+    parse_row,
+)
 from rlx.runs.times import bottleneck
 
 JSON = dict[str, Any]
@@ -34,6 +43,7 @@ ROW_NAMES = {  # what the page calls them
 }
 KEPT = ("env_steps", "wall_s", TRAIN, EVALUATION)  # columns that every run keeps
 SMALL, LARGE = 48, 600  # points of a curve
+MOST_NAMES, MOST_NAME = 1000, 200  # metrics that are told of a run, and letters of each
 TAIL = 64  # bytes before the offset by which a file is known again
 
 
@@ -101,16 +111,16 @@ class RowsFile:
             found = self._path.stat()
             if (found.st_size, found.st_mtime_ns) != self._seen:
                 self._read(found)
-        except OSError:  # there is none, or it may not be read
+        except (OSError, Unreadable):  # there is none, or it may not be read
             self._forget()
 
     def _read(self, found: os.stat_result) -> None:
-        with self._path.open("rb") as file:
+        with open_file(self._path) as file:
             if found.st_size < self._offset or self._read_tail(file) != self._tail:
                 self._forget()
             file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
+            while line := file.readline(MOST_LINE):
+                if not line.endswith(b"\n") and len(line) < MOST_LINE:
                     break
                 self._offset += len(line)
                 self._take(line)
@@ -124,17 +134,15 @@ class RowsFile:
         return bytes(file.read(self._offset - begin))
 
     def _take(self, line: bytes) -> None:
-        try:
-            row = json.loads(line)
-        except ValueError:  # half of a line that a killed run left
+        if (row := parse_row(line)) is None:  # as half of a line that a killed run left
             return
-        if isinstance(row, dict) and number(row.get("env_steps")) is not None:
-            for name, column in self.columns.items():
-                value = number(row.get(name))
-                column.append(math.nan if value is None else value)
-            self.last = row
-            new = (name for name in row if name not in self.names)
-            self.names |= {name: None for name in new if number(row[name]) is not None}
+        for name, column in self.columns.items():
+            value = row.get(name)
+            column.append(math.nan if value is None else value)
+        self.last = row
+        if len(self.names) < MOST_NAMES:
+            new = (name for name in row if name not in self.names and len(name) <= MOST_NAME)
+            self.names |= {name: None for name in new if row[name] is not None}
 
     def curve(self, name: str, points: int) -> Curve:
         """Env steps and values where a value exists; at most `points`, as means of neighbours."""
@@ -222,7 +230,7 @@ class LiveRun:
 
 def _named(settings: Mapping[str, Any], group: str, key: str) -> str:
     node = settings.get(group)
-    return str(node.get(key) or "") if isinstance(node, dict) else ""
+    return cut(str(node.get(key) or "")) if isinstance(node, dict) else ""
 
 
 def thin(pairs: Sequence[tuple[float, float]], points: int) -> Curve:

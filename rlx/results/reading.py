@@ -6,13 +6,14 @@ list every run that was begun below a folder, whatever became of it. pip install
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlx.machine.packages import import_package
+from rlx.problems import cut
 from rlx.runs.folders import MARKS, METRICS_FILE, RunFolder, find, flat, number, read_rows
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def run_rows(found: Sequence[Run], settings: Iterable[str]) -> list[JSON]:
 def need(library: str) -> Any:
     """Imports a module, or raises an ImportError that says what to install."""
     try:
-        return importlib.import_module(library)
+        return import_package(library)
     except ImportError as error:
         raise ImportError(f"{library} is not installed; pip install 'rlx[report]'") from error
 
@@ -176,7 +177,7 @@ def _read(path: Path, root: Path) -> Run:
     except (OSError, ValueError) as broken:
         error = str(broken)
     return Run(
-        name=path.relative_to(root).as_posix() if path != root else path.resolve().name,
+        name=cut(path.relative_to(root).as_posix() if path != root else path.resolve().name, 1000),
         path=path,
         state=state,
         error=error,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -13,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from rlx.problems import refuse
+from rlx.problems import RunFailed, refuse
 
 LOCK_FILE = ".lock"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -53,6 +55,18 @@ def clean(value: Any) -> Any:
         return value.item()
     number = as_float(value)
     return number if math.isfinite(number) else None
+
+
+@contextmanager
+def full_disk_is_a_failure(folder: Path) -> Iterator[None]:
+    """Raises RunFailed, of one line, where the disk has no room or is none any more."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        says = f"{folder} cannot be written ({error.strerror}); make room there"
+        raise RunFailed(says) from error
 
 
 @contextmanager

@@ -6,21 +6,28 @@ neither pandas nor JAX, and it reads only: what a file holds is data.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from rlx.config.documents import (
+    MOST_YAML_BYTES,
+    Unreadable,
+    open_file,
+    parse_json,
+    parse_yaml,
+    read_file,
+    read_json,
+    read_yaml,
+)
 from rlx.config.moved import renewed
-from rlx.problems import refuse
+from rlx.problems import MOST_SAID, cut, first_line, refuse
 from rlx.runs.scores import differences
 
 JSON = dict[str, Any]
@@ -41,15 +48,11 @@ DEPTH = 12  # folders below the given one that are searched
 
 SILENT_S = 300.0  # a running process that told nothing for so long is called silent
 START_S = 300.0  # a folder without any status is starting for so long
+MOST_EXPANDED = 100_000  # values that the interpolations of settings may come to
+LARGEST = 1e100  # what is larger than any return, and is summed without overflow
+MOST_LINE = 1 << 20  # bytes of a row of metrics
+MOST_OVERRIDES = 100  # of a run, that are told
 CHOICES = "hydra.runtime.choices."  # begins the names of group choices in hydra.yaml
-
-LOADER: Any = type("Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {})
-LOADER.add_implicit_resolver(  # 1e-3 is a number, as for Hydra; of YAML 1.1 it is a word
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    [*"-+.0123456789"],
-)
-YAML_ERRORS = (OSError, ValueError, RecursionError, yaml.YAMLError)
 
 
 # --- where runs are ------------------------------------------------------------------------------
@@ -80,10 +83,10 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
 def natural(path: Path) -> list[tuple[int, str]]:
     """The key that sorts 2 before 10, and resume-2 before resume-10."""
     ends = [(part, part.rpartition("-")[2]) for part in path.parts]
-    return [(int(end) if _is_number(end) else -1, part) for part, end in ends]
+    return [(int(end) if is_number(end) else -1, part) for part, end in ends]
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 20
 
 
@@ -97,7 +100,7 @@ def find_run(path: Path | str, key: str = "resume") -> Path:
 
 def is_used(folder: Path) -> bool:
     """Whether a run has begun in that folder."""
-    return (folder / ENV_FILE).exists()
+    return os.path.exists(folder / ENV_FILE)  # whatever the name: Path's own raises at a long one
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -108,7 +111,7 @@ def has_checkpoint(folder: Path) -> bool:
 def newest_checkpoint(folder: Path) -> int | None:
     """The env steps of a run's newest checkpoint; None if it has none."""
     found = (folder / "checkpoints").glob("[0-9]*")
-    return max((int(path.name) for path in found if _is_number(path.name)), default=None)
+    return max((int(path.name) for path in found if is_number(path.name)), default=None)
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -117,7 +120,7 @@ def newest_checkpoint(folder: Path) -> int | None:
 def resumes(folder: Path) -> list[Path]:
     """The folders of the settings of a run's resumes, the newest last."""
     found = (folder / HYDRA).glob(f"{RESUME}[0-9]*")
-    numbered = [path for path in found if _is_number(path.name.removeprefix(RESUME))]
+    numbered = [path for path in found if is_number(path.name.removeprefix(RESUME))]
     return sorted(numbered, key=lambda path: int(path.name.removeprefix(RESUME)))
 
 
@@ -141,38 +144,59 @@ def settings_now(folder: Path | str, key: str = "run", *, resolve: bool = True) 
     """
     path = config_file(find_run(folder, key))
     try:
-        return parse_settings(path.read_bytes(), resolve=resolve)
-    except YAML_ERRORS as error:
-        says = f"cannot be read ({_first_line(error)}); restore the file"
+        return read_settings(path, resolve=resolve)
+    except (OSError, Unreadable) as error:
+        says = f"cannot be read ({first_line(error)}); restore the file"
         raise refuse(key, says, given=str(path)) from error
 
 
+def read_settings(path: Path, *, resolve: bool = True) -> JSON:
+    """The settings in a config.yaml; raises FileNotFoundError or Unreadable."""
+    return parse_settings(read_file(path, MOST_YAML_BYTES), resolve=resolve)
+
+
 def parse_settings(data: bytes, *, resolve: bool = True) -> JSON:
-    """The settings in the bytes of a config.yaml; raises one of YAML_ERRORS."""
-    tree = load_yaml(data)
-    if not isinstance(tree, Mapping):
-        raise ValueError("it holds no settings")
-    return renewed(_resolved(tree) if resolve and b"${" in data else tree)
+    """The settings in the bytes of a config.yaml; raises Unreadable.
+
+    A section `hydra` counts as not there: it is never a run's, and it can start programs.
+    """
+    tree = parse_yaml(data)
+    if not isinstance(tree, Mapping) or not all(isinstance(key, str) for key in tree):
+        raise Unreadable("it holds no settings")
+    own = {key: value for key, value in tree.items() if key != "hydra"}
+    if b"${" not in data:
+        return renewed(own)
+    found = _resolved(own)
+    return renewed(found if resolve else own)
 
 
-def _resolved(tree: Mapping[Any, Any]) -> Mapping[Any, Any]:
+def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with values in the place of its interpolations; those of nothing stay."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
+    if _expansion(tree) > MOST_EXPANDED:
+        raise Unreadable("its interpolations refer to too many others")
     try:
-        found: Any = OmegaConf.to_container(OmegaConf.create(dict(tree)), resolve=True)
+        found: Any = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except GrammarParseError as error:
+        raise Unreadable(f"an interpolation: {first_line(error)}") from error
     except OmegaConfBaseException:  # of Hydra's own section, which is not in the file
         return tree
-    return found if isinstance(found, Mapping) else tree
+    except (RecursionError, ValueError, TypeError) as error:
+        raise Unreadable(f"an interpolation: {first_line(error)}") from error
+    return found
 
 
-def load_yaml(data: bytes) -> Any:
-    """YAML of plain values; raises one of YAML_ERRORS."""
-    return yaml.load(data, LOADER)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _expansion(value: Any) -> int:
+    """At most so many values come of one if each part with interpolations refers to the next."""
+    if isinstance(value, str):
+        return max(1, value.count("${"))
+    if not isinstance(value, Mapping | list):
+        return 1
+    parts = list(value.values()) if isinstance(value, Mapping) else value
+    own = max(1, sum(isinstance(part, str) and "${" in part for part in parts))
+    return own * math.prod(map(_expansion, parts))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> JSON:
@@ -202,22 +226,22 @@ class RunFolder:
     @property
     def status(self) -> JSON:
         """The content of status.json: what the run says it does now."""
-        return self._read(self.path / STATUS_FILE, json.loads, dict)
+        return self._read(self.path / STATUS_FILE, read_json, dict)
 
     @property
     def summary(self) -> JSON:
         """The content of summary.json: the run's results."""
-        return self._read(self.path / SUMMARY_FILE, json.loads, dict)
+        return self._read(self.path / SUMMARY_FILE, read_json, dict)
 
     @property
     def settings(self) -> JSON:
         """The newest settings, nested; see `settings_now`, which raises if they cannot be read."""
-        return self._read(config_file(self.path), parse_settings, dict)
+        return self._read(config_file(self.path), read_settings, dict)
 
     @property
     def evaluations(self) -> list[JSON]:
         """The evaluations in evaluation.json by the run's own protocol, the newest last."""
-        found = self._read(self.path / EVALUATION_FILE, json.loads, dict).get("evaluations")
+        found = self._read(self.path / EVALUATION_FILE, read_json, dict).get("evaluations")
         entries = [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
         newest = newest_checkpoint(self.path)
         return [e for e in entries if not differences(e, self.settings, newest)]
@@ -225,18 +249,18 @@ class RunFolder:
     @property
     def choices(self) -> dict[str, str]:
         """Group -> the YAML chosen for it, where Hydra wrote it down."""
-        about = flat(self._read(self.path / HYDRA / "hydra.yaml", load_yaml, dict))
+        about = flat(self._read(self.path / HYDRA / "hydra.yaml", read_yaml, dict))
         named = {k.removeprefix(CHOICES): v for k, v in about.items() if k.startswith(CHOICES)}
-        return {k: str(v) for k, v in named.items() if not k.startswith("hydra/")}
+        return {k: cut(str(v)) for k, v in named.items() if not k.startswith("hydra/")}
 
     @property
     def overrides(self) -> list[str]:
         """Returns what the command lines of start and resumes said; the newest of each key."""
         found: dict[str, str] = {}
         for folder in (self.path / HYDRA, *resumes(self.path)):
-            for text in map(str, self._read(folder / OVERRIDES, load_yaml, list)):
-                found[text.partition("=")[0].lstrip("+~")] = text
-        return [text for key, text in found.items() if key != "resume"]
+            for text in map(str, self._read(folder / OVERRIDES, read_yaml, list)):
+                found[text.partition("=")[0].lstrip("+~")] = cut(text)
+        return [text for key, text in found.items() if key != "resume"][:MOST_OVERRIDES]
 
     def state(self) -> tuple[str, str]:
         """(state, note): what the run does, by its own word and by what is seen of its process.
@@ -252,24 +276,31 @@ class RunFolder:
                 return "starting", ""
             return "died", "it left no status.json: refused, or ended before its first env step"
         if state not in ("starting", "running"):
-            return state, str(status.get("error") or "")
-        pid, host, age = status.get("pid"), status.get("host"), age_s(status)
+            return cut(state), cut(str(status.get("error") or ""), MOST_SAID)
+        pid, host, age = number(status.get("pid")), status.get("host"), age_s(status)
         if is_gone(status):
             return "died", f"process {pid} is gone; resume={self.path} goes on"
         if age is not None and age > SILENT_S:
             where = "" if host in (None, platform.node()) else f" on {host}"
-            return "silent", f"process {pid}{where} told nothing for {age / 60:.0f} minutes"
+            return "silent", f"process {pid}{cut(where)} told nothing for {age / 60:.0f} minutes"
         return state, ""
 
-    def _read(self, path: Path, parse: Callable[[bytes], Any], kind: type[Kind]) -> Kind:
+    def _read(self, path: Path, read: Callable[[Path], Any], kind: type[Kind]) -> Kind:
         try:
             found = path.stat()
             stamp, known = (found.st_mtime_ns, found.st_size), self._files.get(path)
             if known is None or known[0] != stamp:
-                self._files[path] = known = (stamp, parse(path.read_bytes()))
-        except YAML_ERRORS:
+                known = self._files[path] = (stamp, _or_none(read, path))
+        except OSError:
             return kind()
         return known[1] if isinstance(known[1], kind) else kind()
+
+
+def _or_none(read: Callable[[Path], Any], path: Path) -> Any:
+    try:
+        return read(path)
+    except Unreadable:
+        return None
 
 
 def read_object(path: Path, *, strict: bool = False) -> JSON:
@@ -278,12 +309,12 @@ def read_object(path: Path, *, strict: bool = False) -> JSON:
     Raises ConfigError of the setting `run` if it is strict and the file cannot be read.
     """
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json(path)
         if not isinstance(found, dict):
-            raise ValueError("it holds no JSON object")
+            raise Unreadable("it holds no JSON object")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except Unreadable as error:
         if strict:
             raise refuse("run", f"cannot be read ({error})", given=str(path)) from error
         return {}
@@ -294,10 +325,7 @@ def number(value: Any) -> float | None:
     """A finite number as it is, None for anything else that a file may hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:  # an integer of hundreds of digits
-        return None
+    return value if abs(value) < LARGEST else None
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -305,13 +333,14 @@ def number(value: Any) -> float | None:
 
 def read_rows(path: Path | str) -> list[JSON]:
     """The rows of a metrics.jsonl; a last line that a killed run left half-written is skipped."""
-    lines = Path(path).read_bytes().split(b"\n")
+    with open_file(Path(path)) as file:
+        lines = list(iter(partial(file.readline, MOST_LINE), b""))
     rows = []
     for line_number, line in enumerate(lines, start=1):
         row = parse_row(line)
         if row is not None:
             rows.append(row)
-        elif line and line_number < len(lines):
+        elif line.strip(b"\n") and line.endswith(b"\n"):
             raise ValueError(
                 f"{path}, line {line_number}: not a row of metrics: {line[:60]!r}; "
                 "delete this line."
@@ -320,12 +349,18 @@ def read_rows(path: Path | str) -> list[JSON]:
 
 
 def parse_row(line: bytes) -> JSON | None:
-    """The row of metrics in a line; None if it is none."""
+    """The row of metrics in a line: numbers, and None; None if it is no row."""
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = parse_json(line)
+    except Unreadable:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("env_steps"), int) else None
+    if not isinstance(row, dict) or not _is_count(row.get("env_steps")):
+        return None
+    return {name: number(value) for name, value in row.items()}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 # --- processes and clocks ------------------------------------------------------------------------
@@ -334,7 +369,9 @@ def parse_row(line: bytes) -> JSON | None:
 def is_gone(status: Mapping[str, Any]) -> bool:
     """Whether the process that wrote a status.json has ended, as far as this machine can tell."""
     pid, host = status.get("pid"), status.get("host")
-    return isinstance(pid, int) and host in (None, platform.node()) and not is_alive(pid)
+    if not isinstance(pid, int) or not _is_count(pid):
+        return False
+    return host in (None, platform.node()) and not is_alive(pid)
 
 
 def is_alive(pid: int) -> bool:
@@ -346,10 +383,10 @@ def is_alive(pid: int) -> bool:
     except (OSError, OverflowError):  # another user's
         return True
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
     except (OSError, IndexError):
         return True
-    return state not in ("Z", "X")
+    return state not in (b"Z", b"X")
 
 
 def age_s(status: Mapping[str, Any]) -> float | None:

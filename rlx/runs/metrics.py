@@ -13,10 +13,10 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from rlx.machine.packages import is_installed
 from rlx.runs.boards import open_boards
 from rlx.runs.files import as_float, clean, write_whole
 from rlx.runs.folders import METRICS_FILE, parse_row
@@ -70,7 +70,7 @@ class Logging:
     console_every_s: Annotated[float, Range(ge=0)]
 
     def __post_init__(self) -> None:
-        if self.wandb is not None and find_spec("wandb") is None:
+        if self.wandb is not None and not is_installed("wandb"):
             raise ValueError(
                 f"logging.wandb={self.wandb}, but wandb is not installed; "
                 "pip install 'rlx[wandb]', or set logging.wandb=null."

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import subprocess
 from pathlib import Path
 
+from rlx.runs.files import write_json, write_whole
+
+GIT_S = 60.0  # for an answer, on a slow disk
 PACKAGES = (
     *("rlx", "jax", "jaxlib", "flax", "optax", "numpy"),
     *("envpool", "gymnasium", "ray", "hydra-core", "omegaconf"),
@@ -17,19 +19,21 @@ PACKAGES = (
 def save(folder: Path) -> None:
     """Writes env.json and, where there are uncommitted changes, git.diff.
 
-    A resumed run keeps the first ones and adds env-1.json, env-2.json, ...
+    A resumed run keeps the first ones and adds env-1.json, env-2.json, ... env.json comes last: it
+    marks the folder as used. Git, whatever it answers or lacks, never ends a run.
     """
     number = len(list(folder.glob("env*.json")))
     suffix = f"-{number}" if number else ""
+    revision = _git("rev-parse", "HEAD")
     record = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "git": _git("rev-parse", "HEAD"),
+        "git": revision.decode(errors="replace") if revision else None,
     }
-    (folder / f"env{suffix}.json").write_text(json.dumps(record, indent=2) + "\n")
-    if diff := _git("diff", "HEAD", "--", "."):
-        (folder / f"git{suffix}.diff").write_text(diff + "\n")
+    if diff := _git("diff", "--no-ext-diff", "--no-textconv", "HEAD", "--", "."):
+        write_whole(folder / f"git{suffix}.diff", diff + b"\n")
+    write_json(folder / f"env{suffix}.json", record)
 
 
 def _version(name: str) -> str | None:
@@ -39,15 +43,19 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
-    """Git's answer about the checkout that holds rlx; None where rlx is not in one."""
+def _git(*arguments: str) -> bytes | None:
+    """Git's answer, bytes of any encoding, about the checkout of rlx; None where there is none."""
     root = Path(__file__).resolve().parent.parent
     tracked = ("ls-files", "--error-unmatch", "rlx/types.py")  # not merely a venv in a checkout
     try:
         for command in (tracked, arguments):
             done = subprocess.run(
-                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
+                ["git", "-C", str(root), *command],
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                timeout=GIT_S,
+                check=True,
             )
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

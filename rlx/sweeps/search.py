@@ -18,12 +18,14 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
+from rlx.machine.packages import import_package
 from rlx.problems import show
 from rlx.runs.folders import METRICS_FILE, number, read_rows
 from rlx.sweeps.jobs import Job, say
 from rlx.sweeps.sweeping import Refused
 
 try:
+    import_package("optuna")
     import optuna
 except ImportError as error:
     raise Refused(

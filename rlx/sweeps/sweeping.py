@@ -20,9 +20,9 @@ from omegaconf import DictConfig, open_dict
 
 from rlx.config.build import check, plain
 from rlx.config.composing import quote
-from rlx.problems import ConfigError, Problem, refuse, show
+from rlx.problems import ConfigError, Problem, first_line, refuse, show
 from rlx.runs.files import LOCK_FILE, only_one
-from rlx.runs.folders import YAML_ERRORS, config_file, flat, parse_settings
+from rlx.runs.folders import config_file, flat, read_settings
 from rlx.sweeps.jobs import RUNS_FILE, Job, Outcome, Start, Watch, outcome, record, run_jobs, say
 
 # Hydra's own settings that are the sweep's and not its jobs'.
@@ -255,9 +255,9 @@ def _refuse_changes(folder: Path, cfg: DictConfig, given: Sequence[str]) -> None
     """
     path = config_file(folder)
     try:
-        saved = parse_settings(path.read_bytes())
-    except YAML_ERRORS as error:
-        says = f"{path} cannot be read ({str(error).splitlines()[0]}); restore or move that folder"
+        saved = read_settings(path)
+    except (OSError, ValueError) as error:
+        says = f"{path} cannot be read ({first_line(error)}); restore or move that folder"
         raise refuse("hydra.sweep.dir", says, given=str(folder.parent)) from error
     before, now = flat(saved), flat(plain(cfg))
     free = ("resume", *given)

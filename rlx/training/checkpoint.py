@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from rlx.problems import Problem
+from rlx.runs.folders import is_number
 from rlx.training.agreement import takes_turns
 from rlx.training.checkpoint_files import (
     DISCARDED,
@@ -157,13 +158,11 @@ class Checkpointer:
         candidates = self._candidates(which)
         for path in candidates:
             try:
-                manifest = verify(path, with_replay)
+                return read_all(path, verify(path, with_replay), like_state, with_replay)
             except Damaged as damage:
                 if path == candidates[-1]:
                     raise CheckpointError(f"{damage} No other checkpoint is left.") from damage
                 log.warning("%s Trying another checkpoint.", damage)
-                continue
-            return read_all(path, manifest, like_state, with_replay)
         raise AssertionError("unreachable: candidates are never empty")
 
     @property
@@ -187,7 +186,7 @@ class Checkpointer:
         """The folders of all checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted(p for p in self.folder.iterdir() if p.name.isdigit() and p.is_dir())
+        return sorted(p for p in self.folder.iterdir() if is_number(p.name) and p.is_dir())
 
     def best(self) -> Path | None:
         """The checkpoint with the best score; None: no checkpoint has a score."""

@@ -1,27 +1,35 @@
 """The files of one checkpoint: written and forced to the disk, checked and read.
 
-`rlx.training.checkpoint` lists them. No pickle is ever read. orbax and JAX are imported when they
-are needed, so that importing this module is cheap.
+`rlx.training.checkpoint` lists them. No pickle is ever read. The training state is the matter of
+`rlx.training.checkpoint_state`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlx import trees
+from rlx.config.documents import read_json
+from rlx.problems import first_line
 from rlx.replay.files.segments import SegmentError, check_segment
 from rlx.replay.files.snapshots import read_blocks
+from rlx.training.checkpoint_state import (
+    LEAVES,
+    CheckpointError,
+    Damaged,
+    read_object,
+    read_state,
+    write_state,
+    write_text,
+)
 from rlx.types import Blocks
 
 log = logging.getLogger(__name__)
@@ -29,18 +37,9 @@ log = logging.getLogger(__name__)
 JSON = dict[str, Any]
 DISCARDED = "discarded"
 SEGMENTS = "segments"
+SEGMENT_KEYS = {"file", "nbytes", "last_key", "ring"}
 FORMAT = 2
 MAP_BYTES = 1 << 20  # arrays from this size on are mapped, not read, when restored
-ADDED = {"gradient_steps": "updates"}  # leaves that older checkpoints lack: equal to these then
-SHOWN = 5  # differing leaves named in an error
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or restored; says which, why and what to do."""
-
-
-class Damaged(CheckpointError):
-    """The checkpoint's files are not those that were written; another one may be whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +99,10 @@ def write_all(
         (folder / "replay").mkdir()
         _check_keys(replay_state, "replay_state")
         tree = _write_arrays(folder, replay_state, "replay_state", files)
-        _write_text(folder / "replay.json", json.dumps(tree, default=_plain))
+        write_text(folder / "replay.json", json.dumps(tree, default=_plain))
     _check_keys(meta, "meta")
-    _write_text(folder / "meta.json", json.dumps(meta, default=_plain))
-    _write_state(folder, state)
+    write_text(folder / "meta.json", json.dumps(meta, default=_plain))
+    write_state(folder, state)
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
         if name not in files:
@@ -117,7 +116,7 @@ def write_all(
         "segments": [dict(segment) for segment in segments],
     }
     manifest = {"sha256": _body_sha256(body), "body": body}
-    _write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 
@@ -161,86 +160,10 @@ def _dtype_name(dtype: np.dtype[Any]) -> str | None:
     return dtype.name if dtype.kind == "V" and dtype.names is None else None
 
 
-def _write_state(folder: Path, state: Any) -> None:
-    import jax
-
-    arrays: dict[str, np.ndarray] = {}
-    leaves: dict[str, JSON] = {}
-    for path, leaf in _flatten(state)[0].items():
-        kind = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
-        leaves[path] = _describe(leaf) | {"key": kind}
-        arrays[path] = np.asarray(jax.random.key_data(leaf) if kind else leaf)
-    _write_text(folder / "leaves.json", json.dumps(leaves, indent=1))
-    # orbax refuses arrays without elements; leaves.json says all there is to know of them.
-    if some := {k: v for k, v in arrays.items() if v.size}:
-        with _orbax() as orbax:
-            orbax.save(folder / "state", some)
-
-
-@contextlib.contextmanager
-def _orbax() -> Iterator[Any]:
-    """An orbax checkpointer that waits for its files and keeps its log lines to itself."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        import orbax.checkpoint as ocp
-
-        options = _alone()
-        handler = ocp.PyTreeCheckpointHandler(
-            use_ocdbt=True, use_zarr3=True, multiprocessing_options=options
-        )
-        with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
-            yield checkpointer
-    finally:
-        logger.setLevel(level)
-
-
-def _alone() -> Any:
-    """One of several learner processes by itself; orbax would wait for the others to join in.
-
-    Only the first one can write.
-    """
-    import jax
-    from orbax.checkpoint.options import MultiprocessingOptions
-
-    own = jax.process_index()
-    return MultiprocessingOptions(
-        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
-    )
-
-
-def _flatten(state: Any) -> tuple[dict[str, Any], Callable[[list[Any]], Any]]:
-    """The leaves by path, and the function that makes the tree of new leaves."""
-    import jax
-
-    trees.register()
-    pairs, structure = jax.tree_util.tree_flatten_with_path(state)
-    leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in pairs}
-    if len(leaves) != len(pairs):
-        raise CheckpointError("two leaves of the state have one path; rename one ('/' in a name?).")
-    return leaves, functools.partial(jax.tree_util.tree_unflatten, structure)
-
-
-def _is_key(leaf: Any) -> bool:
-    import jax
-
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _describe(leaf: Any) -> JSON:
-    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise CheckpointError(f"{type(value).__name__} {value!r:.60}: no JSON value; convert it first.")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -273,18 +196,43 @@ def sync(path: Path) -> None:
 def read_manifest(folder: Path) -> JSON:
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_json(path)
         body = manifest["body"]
         whole = manifest["sha256"] == _body_sha256(body)
+        if whole and body["format"] != FORMAT:
+            says = f"{folder}: format {body['format']}, this rlx reads {FORMAT}; use the rlx it is "
+            raise CheckpointError(says + "from.")
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
-    if not whole:
+    if not whole or not _is_manifest(body):
         raise Damaged(f"{path}: missing or damaged.")
-    if body["format"] != FORMAT:
-        raise CheckpointError(
-            f"{folder}: format {body['format']}, this rlx reads {FORMAT}; use the rlx it is from."
-        )
     return body
+
+
+def _is_manifest(body: JSON) -> bool:
+    """Whether all is of the kind that is written: anybody can compute a sum."""
+    files, segments, score = (body.get(name) for name in ("files", "segments", "score"))
+    return (
+        type(body.get("env_steps")) is int
+        and (score is None or isinstance(score, float))
+        and isinstance(files, dict)
+        and isinstance(segments, list)
+        and all(isinstance(about, dict) and "bytes" in about for about in files.values())
+        and all(isinstance(about, dict) and _is_segment(about) for about in segments)
+        and {LEAVES, "meta.json"} <= files.keys()
+    )
+
+
+def _is_segment(about: JSON) -> bool:
+    """Whether it names a file of the segments' folder and says what is in it."""
+    file = about.get("file")
+    counts = [about.get(name, 0) for name in ("nbytes", "last_key", "ring")]
+    return (
+        isinstance(file, str)
+        and Path(file).name == file
+        and about.keys() <= SEGMENT_KEYS
+        and all(type(count) is int for count in counts)
+    )
 
 
 def verify(folder: Path, with_replay: bool) -> JSON:
@@ -312,12 +260,12 @@ def verify(folder: Path, with_replay: bool) -> JSON:
 
 def read_all(folder: Path, manifest: JSON, like_state: Any, with_replay: bool) -> Restored:
     replay_state = None
-    state = _read_state(folder, like_state)
+    state, meta = read_state(folder, like_state), read_object(folder / "meta.json")
     if with_replay and "replay.json" in manifest["files"]:
-        replay_state = _read_arrays(folder, json.loads((folder / "replay.json").read_bytes()))
+        replay_state = _read_arrays(folder, read_object(folder / "replay.json"), manifest["files"])
     return Restored(
         state=state,
-        meta=json.loads((folder / "meta.json").read_bytes()),
+        meta=meta,
         replay_state=replay_state,
         segments=manifest["segments"] if with_replay else [],
         path=folder,
@@ -325,77 +273,29 @@ def read_all(folder: Path, manifest: JSON, like_state: Any, with_replay: bool) -
     )
 
 
-def _read_state(folder: Path, like_state: Any) -> Any:
-    import jax
-
-    saved = json.loads((folder / "leaves.json").read_bytes())
-    expected, rebuild = _flatten(like_state)
-    same_as = {path: old for path, old in ADDED.items() if path in expected and path not in saved}
-    saved |= {path: saved[old] for path, old in same_as.items() if old in saved}
-    _compare(folder, saved, {path: _describe(leaf) for path, leaf in expected.items()})
-    there = [k for k, leaf in saved.items() if _size(leaf) and k not in same_as]
-    stored = _read_orbax(folder / "state", there)
-    stored |= {path: stored[old] for path, old in same_as.items()}
-    leaves = []
-    for path in expected:
-        about = saved[path]
-        leaf: Any = stored.get(path)
-        if leaf is None:
-            leaf = np.zeros(about["shape"], about["dtype"])
-        if about["key"]:
-            leaf = jax.random.wrap_key_data(jax.numpy.asarray(leaf), impl=about["key"])
-        leaves.append(leaf)
-    return rebuild(leaves)
-
-
-def _read_orbax(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
-    if not names:
-        return {}
-    # Read as host arrays: how many devices wrote them does not matter.
-    with _orbax() as orbax:
-        import orbax.checkpoint as ocp
-
-        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-        return orbax.restore(folder, restore_args=as_numpy)
-
-
-def _size(leaf: JSON) -> int:
-    return int(np.prod(leaf["shape"], dtype=np.int64))
-
-
-def _compare(folder: Path, saved: dict[str, JSON], expected: dict[str, JSON]) -> None:
-    """Raises where the saved leaves are not those that the run expects."""
-    differing = [
-        f"{path} is {_described(saved.get(path))}, expected {_described(expected.get(path))}"
-        for path in [*expected, *(path for path in saved if path not in expected)]
-        if _described(saved.get(path)) != _described(expected.get(path))
-    ]
-    if differing:
-        more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-        raise CheckpointError(
-            f"{folder}: its run had another network, agent or optimiser: "
-            f"{'; '.join(differing[:SHOWN])}{more}. Resume with the config saved in that run."
-        )
-
-
-def _described(leaf: JSON | None) -> str:
-    return f"{leaf['dtype']}{leaf['shape']}" if leaf else "missing"
-
-
-def _read_arrays(folder: Path, value: Any) -> Any:
+def _read_arrays(folder: Path, value: Any, files: JSON) -> Any:
     if isinstance(value, list):
-        return [_read_arrays(folder, child) for child in value]
+        return [_read_arrays(folder, child, files) for child in value]
     if not isinstance(value, dict):
         return value
     if "__array__" not in value:
-        return {key: _read_arrays(folder, child) for key, child in value.items()}
-    path = folder / value["__array__"]
+        return {key: _read_arrays(folder, child, files) for key, child in value.items()}
+    name = value["__array__"]
+    if not isinstance(name, str) or name not in files:
+        raise Damaged(f"{folder / 'replay.json'}: damaged: it names an array that is not saved.")
+    try:
+        return _read_array(folder / name, value.get("dtype"))
+    except (OSError, ValueError, TypeError, EOFError, MemoryError) as error:
+        raise Damaged(f"{folder / name}: cannot be read ({first_line(error)}).") from error
+
+
+def _read_array(path: Path, dtype: str | None) -> np.ndarray:
     # Mapped, so that restoring a replay of 28 GB does not hold it twice; mode "c": who writes
     # into the array changes his own copy, never the file.
     mapped = path.stat().st_size >= MAP_BYTES
     array = np.asarray(np.load(path, mmap_mode="c" if mapped else None, allow_pickle=False))
-    if value["dtype"]:
+    if dtype:
         import ml_dtypes  # noqa: F401  registers the names of bfloat16 and its like
 
-        array = array.view(np.dtype(value["dtype"]))
+        array = array.view(np.dtype(dtype))
     return array

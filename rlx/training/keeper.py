@@ -170,7 +170,8 @@ class Keeper:
         state: status.State = "failed"
         if isinstance(error, KeyboardInterrupt):  # a second Ctrl-C: without a checkpoint
             state, line = "interrupted", "interrupted a second time: without a checkpoint"
-        status.write_status(self._parts.output_dir, state, self._row, error=line)
+        with suppress(OSError):  # which may be what went wrong
+            status.write_status(self._parts.output_dir, state, self._row, error=line)
 
     def close(self) -> None:
         """Closes the run's files; actors are the parts' own."""

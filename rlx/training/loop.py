@@ -11,6 +11,7 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 from rlx.machine.signals import stop_on_signals
+from rlx.runs.files import full_disk_is_a_failure
 from rlx.training.keeper import Keeper, Stopped
 from rlx.training.parts import Parts
 from rlx.training.stages import Stages
@@ -18,7 +19,8 @@ from rlx.training.stages import Stages
 
 def train(parts: Parts, stop: threading.Event | None = None) -> dict[str, Any]:
     """Runs to `total_env_steps`, or until `stop` (None: a signal); returns the summary."""
-    with nullcontext(stop) if stop else stop_on_signals() as stop:
+    stopping = nullcontext(stop) if stop else stop_on_signals()
+    with full_disk_is_a_failure(parts.output_dir), stopping as stop:
         stages = Stages(parts, stop)
         keeper = Keeper(stages)
         try:

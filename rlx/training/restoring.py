@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlx.interfaces import Peers
-from rlx.problems import refuse
+from rlx.problems import first_line, refuse
+from rlx.replay.files.segments import SegmentError
 from rlx.training.checkpoint import Checkpointer
 from rlx.training.checkpoint_files import CheckpointError, Restored
 from rlx.training.learner import OpenLearner
@@ -19,16 +21,57 @@ log = logging.getLogger(__name__)
 OF_THE_RUN = ("env_steps", "frames", "updates", "wall_s", "finished", "evaluation_return")
 
 
+NUMBER = (int, float)
+OF_EVERY_RUN: Mapping[str, Any] = {  # in the meta.json of a run's checkpoint, with their types
+    **{"env_steps": int, "frames": int, "updates": int, "wall_s": NUMBER, "chain": int},
+    **{"metrics": dict, "quota": dict, "finished": bool},
+}
+
+
+def check_meta(restored: Restored) -> Restored:
+    """The same checkpoint; raises CheckpointError if it does not count what a run counts."""
+    meta, path = restored.meta, restored.path / "meta.json"
+    wrong = [name for name, kind in OF_EVERY_RUN.items() if not _is(meta.get(name), kind)]
+    if not wrong:
+        metrics, quota = meta["metrics"], meta["quota"]
+        pairs = metrics.get("window"), list(_values(metrics.get("means")))
+        are_pairs = all(isinstance(p, list) and all(map(_is_pair, p)) for p in pairs)
+        wrong += ["metrics"] if not are_pairs or not _is(metrics.get("episodes"), int) else []
+        counts = [quota.get(name) for name in ("opened_at", "trained_rows")]
+        wrong += [] if all(_is(count, int) for count in counts) else ["quota"]
+    if "evaluation_return" in meta and not _is(meta["evaluation_return"], (*NUMBER, type(None))):
+        wrong.append("evaluation_return")
+    if wrong:
+        raise CheckpointError(f"{path}: damaged: it has no {wrong[0]} of a run.")
+    return restored
+
+
+def _is(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_is(v, NUMBER) for v in value)
+
+
+def _values(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else [None]
+
+
 def restore_replay(replay: Any, resumed: Restored) -> None:
     """Gives the replay what the checkpoint has of it; raises ConfigError if it does not fit."""
     if resumed.replay_state is None:
         return
     try:
         replay.restore(resumed.replay_state, resumed.replay_blocks())
-    except ValueError as error:
-        raise refuse("resume", str(error)) from error
     except KeyError as error:
         says = f"the saved replay was of another kind (it has no {error}); choose that one"
+        raise refuse("resume", says) from error
+    except (ValueError, SegmentError) as error:
+        raise refuse("resume", str(error)) from error
+    except (TypeError, AttributeError, IndexError, OverflowError) as error:
+        says = f"{resumed.path}: its replay is damaged ({first_line(error)}); "
+        says += "checkpoint.replay=false fills it anew"
         raise refuse("resume", says) from error
 
 
@@ -50,11 +93,11 @@ def restore_learner(
     try:
         restored: Restored | None = None
         if peers.rank == 0:
-            restored = checkpoints.restore(like, with_replay=with_replay)
+            restored = check_meta(checkpoints.restore(like, with_replay=with_replay))
         chosen = peers.exchange(restored.path.name if restored else "")[0]
         if restored is None:
             path = checkpoints.folder / chosen
-            restored = checkpoints.restore(like, path, with_replay=False)
+            restored = check_meta(checkpoints.restore(like, path, with_replay=False))
             restored = _own_part(share_folder(output_dir, peers.rank), restored, with_replay)
     except CheckpointError as error:
         raise refuse("resume", str(error)) from error

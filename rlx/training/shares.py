@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlx.config.build import ROLES, Root, build, setting_hints
+from rlx.config.build import Root, build, setting_hints
 from rlx.config.hints import marker
-from rlx.config.targets import resolve
+from rlx.config.marks import marked
 from rlx.interfaces import Exploration, Peers, Served
 from rlx.problems import ConfigError, Problem, refuse
 from rlx.seeding import spawn_int
@@ -37,7 +37,7 @@ def share_of(settings: Mapping[str, Any], count: int) -> dict[str, Any]:
     divided = {"run", "actors" if whole == "instances" else "lanes"}
     if isinstance(pool, Served) and pool.is_served:
         divided.add("lanes")  # a request is of all actors
-    for setting in _marked(own, OfTheRun):
+    for setting in marked(own, OfTheRun):
         value, of = setting.node[setting.name], setting.marker
         if of.exactly:
             setting.node[setting.name] = _divided(value, setting.path, count)
@@ -45,30 +45,6 @@ def share_of(settings: Mapping[str, Any], count: int) -> dict[str, Any]:
             setting.node[setting.name] = -(-value // count)
     own["logging"]["console"] = "off"  # the watcher shows what there is to see
     return own
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Marked:
-    """A setting that is marked so: node[name], at its path in the configuration."""
-
-    node: dict[str, Any]
-    name: str
-    path: str
-    marker: Any
-
-
-def _marked(settings: Mapping[str, Any], kind: type) -> Iterator[_Marked]:
-    for group in ROLES:
-        yield from _marked_in(settings[group], group, kind)
-
-
-def _marked_in(node: dict[str, Any], path: str, kind: type) -> Iterator[_Marked]:
-    cls, _ = resolve(node["_target_"])
-    for name, hint in setting_hints(cls).items() if cls else ():
-        if (found := marker(hint, kind)) is not None:
-            yield _Marked(node=node, name=name, path=f"{path}.{name}", marker=found)
-        if isinstance(inner := node[name], dict) and "_target_" in inner:
-            yield from _marked_in(inner, f"{path}.{name}", kind)
 
 
 def _divided(value: int, path: str, count: int) -> int:
@@ -84,7 +60,7 @@ def _refuse_alone_only(settings: Mapping[str, Any], count: int) -> None:
     """Raises ConfigError for what only a run in one process can have."""
     hints = {name: hint for name, hint in setting_hints(Root).items() if name in settings}
     found = {name: settings[name] for name, hint in hints.items() if marker(hint, AloneOnly)}
-    found |= {s.path: s.node[s.name] for s in _marked(settings, AloneOnly)}
+    found |= {s.path: s.node[s.name] for s in marked(settings, AloneOnly)}
     problems = [
         Problem(path=key, says=f"needs learner.processes=1 (it is {count})")
         for key, value in found.items()

@@ -11,12 +11,14 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 import rlx
 from rlx.bench import measuring as bench_measuring
 from rlx.config import build as config
-from rlx.config.build import ROLES, plain, runtime_names, setting_hints
+from rlx.config.build import ROLES, check, plain, runtime_names, setting_hints
 from rlx.config.targets import resolve
+from rlx.problems import ConfigError
 from rlx.training.assemble import build_agent
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -128,3 +130,16 @@ def test_the_paper_agent_has_the_papers_numbers():
     params = jax.eval_shape(agent.init, jax.random.PRNGKey(0)).params
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
     assert 8.0e6 < count < 8.2e6  # 8.1 million with 18 actions
+
+
+def test_numbers_of_numpy_are_numbers():
+    cfg = rlx.compose()
+    tree = OmegaConf.to_container(cfg, resolve=True)
+    tree["seed"], tree["deterministic"] = np.int64(3), np.bool_(False)
+    tree["agent"]["optimizer"]["learning_rate"] = np.float64(0.001)
+    tree["env"]["components"] = [np.int32(0), np.int64(2)]
+    check(tree)
+    assert type(plain(tree)["agent"]["optimizer"]["learning_rate"]) is float
+    tree["seed"] = np.float64(0.5)
+    with pytest.raises(ConfigError, match=r"seed=0\.5: accepted: an int"):
+        check(tree)

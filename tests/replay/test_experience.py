@@ -149,6 +149,18 @@ def spoil(folder: Path, how: str) -> str:
         with np.load(second) as file:
             arrays = dict(file) | {"rows/reward": np.zeros((1, 2, 3))}
         np.savez(second, **arrays)
+    elif how == "empty":
+        second.write_bytes(b"")
+    elif how in COLUMNS:
+        with np.load(second) as file:
+            arrays = dict(file)
+        np.savez(second, **arrays | {how.split("=")[0]: COLUMNS[how](arrays)})
+    elif how in ("leaves", "nested"):
+        about = json.loads((folder / "dataset.json").read_text())
+        leaves = {"leaves": {"rows/valid": 3}, "nested": "["}[how]
+        text = json.dumps(about | {"leaves": leaves}).replace('"["', "[" * 50_000)
+        (folder / "dataset.json").write_text(text)
+        return "dataset.json"
     elif how == "about":
         (folder / "dataset.json").write_text("{")
         return "dataset.json"
@@ -159,7 +171,21 @@ def spoil(folder: Path, how: str) -> str:
     return second.name
 
 
-@pytest.mark.parametrize("how", ["byte", "short", "gone", "foreign", "leaf", "about", "format"])
+COLUMNS = {
+    "lane=floats": lambda a: a["lane"].astype(float),
+    "lane=high": lambda a: a["lane"] + np.int32(99),
+    "chain=short": lambda a: a["chain"][:-1],
+    "chain=negative": lambda a: a["chain"] - np.int32(9),
+    "number=text": lambda a: np.array(["x"] * len(a["number"])),
+    "weights_version=square": lambda a: np.stack([a["weights_version"]] * 2),
+    "episode/return=long": lambda a: np.zeros(len(a["episode/return"]) + 1),
+    "episode/env_steps=scalar": lambda a: np.int64(3),
+    "next/first=wide": lambda a: np.zeros((len(a["lane"]), 7), bool),
+}
+HOW = ["byte", "short", "gone", "foreign", "leaf", "about", "format", "empty", "leaves", "nested"]
+
+
+@pytest.mark.parametrize("how", [*HOW, *COLUMNS])
 def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path, monkeypatch, how):
     monkeypatch.setattr(experience, "SEGMENT_BYTES", 1000)
     record(tmp_path, [10, 20, 30])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import tracemalloc
 import zipfile
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -70,6 +73,39 @@ def test_another_format_is_refused(tmp_path):
     np.savez(path, about=np.array(json.dumps({"format": 99})))
     with pytest.raises(SegmentError, match="format 99, this rlx reads 1"):
         read_segment(path)
+
+
+def member(path: Path, name: str, data: bytes, kind: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr(name, data, kind)
+
+
+@pytest.mark.parametrize("kind", ["bomb", "claim", "header", "magic", "dtypes", "about", "pipe"])
+def test_nothing_inflates_and_no_header_is_believed(tmp_path, kind):
+    path = tmp_path / "evil.npz"
+    write_segment(path, {"x": np.zeros(1)}, {"dtypes": []} if kind == "dtypes" else {})
+    head = "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }"
+    claimed = b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head.encode()
+    if kind == "bomb":  # 256 MiB in a quarter of a MiB
+        member(path, "y.npy", bytes(1 << 28), zipfile.ZIP_DEFLATED)
+    elif kind == "claim":
+        member(path, "y.npy", claimed + bytes(8))
+    elif kind == "header":
+        member(path, "y.npy", claimed.replace(b"(1000000000000,)", b"[[[[[[[[[[[[[[[["))
+    elif kind == "magic":
+        member(path, "y.npy", b"")
+    elif kind == "about":
+        path.unlink()
+        np.savez(path, about=np.array("[" * 50_000))
+    elif kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    tracemalloc.start()
+    with pytest.raises(SegmentError, match=r"evil\.npz: ") as refused:
+        read_segment(path)
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+    assert "\n" not in str(refused.value)
 
 
 def test_a_pickle_is_never_opened(tmp_path):

@@ -312,6 +312,60 @@ def test_files_that_hold_anything_do_not_stop_the_others(copied, serve, name, co
     assert runs["finished"]["state"] in ("finished", "starting")
 
 
+BOMB = "a0: &a0 [xxxxxxxxxxxxxxxx]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (".hydra/config.yaml", "[" * 50_000),
+        (".hydra/config.yaml", "seed: " + "9" * 400),
+        (".hydra/overrides.yaml", BOMB),
+        (".hydra/overrides.yaml", "\n".join(f"- a{i}={'x' * 900}" for i in range(1000))),
+        (".hydra/hydra.yaml", BOMB),
+        ("status.json", '{"a":' * 50_000),
+        ("status.json", json.dumps({"state": "x" * 1_000_000, "error": "y" * 1_000_000})),
+        ("summary.json", '{"evaluation_return": ' + "1" * 400 + "}"),
+        ("metrics.jsonl", "[" * 50_000 + "\n"),
+        ("metrics.jsonl", "x" * 5_000_000 + "\n"),
+        ("metrics.jsonl", '{"env_steps": 1, "train/return_mean": 1e308}\n' * 200),
+        ("metrics.jsonl", '{"env_steps": ' + "1" * 400 + "}\n"),
+        ("metrics.jsonl", json.dumps({"env_steps": 1} | {f"m{i}" * 99: 1 for i in range(9999)})),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_one_hostile_file_costs_that_file(copied, serve, name, content):
+    (copied / "finished" / name).write_text(content)
+    client = serve(copied)
+    answer, data = client.ask("/api/runs")
+    assert answer.status == 200
+    assert len(data) < 1_000_000
+    assert {run["name"] for run in json.loads(data)["runs"]} >= {"failed", "finished"}
+    assert client.ask(f"/api/run?name=finished&metric={quote('train/return_mean', safe='')}")[1]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *((h, 200) for h in ("localhost", "LOCALHOST:80", "127.0.0.1:8080", "[::1]:1", "10.0.0.7")),
+        *((h, 403) for h in ("evil.example", "evil.example:8080", "localhost.evil.example", "")),
+        ("known.example:1", 200),
+    ],
+)
+def test_only_names_of_this_machine_are_answered(copied, host, status):
+    with watch.open_server(copied, "127.0.0.1", 0, ["known.example"]) as server:
+        thread = Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        for path in ("/", "/api/runs"):
+            connection = http.client.HTTPConnection(*server.server_address)
+            connection.request("GET", path, headers={"Host": host})
+            assert connection.getresponse().status == status
+            connection.close()
+        server.shutdown()
+
+
 def test_metrics_are_known_by_any_row_and_not_by_the_last_alone(copied):
     path = copied / "finished" / "metrics.jsonl"
     last = json.loads(path.read_bytes().splitlines()[-1])

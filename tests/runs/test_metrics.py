@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import timeit
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
+from rlx.machine.packages import import_package, is_installed
 from rlx.runs import files, status, times
 from rlx.runs import folders as run_folders
 from rlx.runs import metrics as m
@@ -445,8 +447,21 @@ def test_weights_and_biases_gets_the_rows_offline_and_goes_on_after_a_resume(tmp
 
 
 def test_weights_and_biases_that_is_not_installed_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr(m, "find_spec", lambda name: None)
+    monkeypatch.setattr(m, "is_installed", lambda name: False)
     with pytest.raises(
         ValueError, match=r"logging.wandb=mine, but wandb .* pip install 'rlx\[wandb"
     ):
         dataclasses.replace(SETTINGS, wandb="mine")
+
+
+@pytest.mark.parametrize("name", ["no_such_package", "a_folder", "a_package"])
+def test_a_folder_is_no_package(tmp_path, monkeypatch, name) -> None:
+    for folder in ("a_folder", "a_package"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a_package" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert is_installed(name) == (name == "a_package")
+    with (
+        nullcontext() if name == "a_package" else pytest.raises(ImportError, match="not installed")
+    ):
+        import_package(name)

@@ -15,21 +15,23 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 import rlx
 from rlx import diff
+from rlx.config.documents import parse_yaml
 from rlx.problems import ConfigError
 from rlx.results import reading as results
 from rlx.results.live import LiveRuns
 from rlx.runs.folders import (
     RunFolder,
     find,
-    load_yaml,
     next_resume,
     number,
     parse_settings,
     settings_now,
 )
+from tests.conftest import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,10 +42,10 @@ def run(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def command(name: str, *arguments: str | Path, status: int = 0) -> str:
+def command(name: str, *arguments: str | Path, status: int = 0, cwd: Path = ROOT) -> str:
     """What `python -m rlx.NAME` prints, errors included."""
     line = [sys.executable, "-m", f"rlx.{name}", *map(str, arguments)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -137,7 +139,7 @@ def test_numbers_and_interpolations_are_read_as_hydra_reads_them():
     }
     assert parse_settings(b"a: ${nope}") == {"a": "${nope}"}
     assert parse_settings(text, resolve=False)["b"] == "${c.d}"
-    assert load_yaml(b"x: 10\ny: 0.5\nz: 1e5") == {"x": 10, "y": 0.5, "z": 1e5}
+    assert parse_yaml(b"x: 10\ny: 0.5\nz: 1e5") == {"x": 10, "y": 0.5, "z": 1e5}
 
 
 # --- states --------------------------------------------------------------------------------------
@@ -234,6 +236,95 @@ def test_the_tenth_resume_is_newer_than_the_second_and_odd_names_are_none(run):
             (folder / "config.yaml").write_text(f"total_env_steps: {steps}\n")
     assert settings_now(run) == {"total_env_steps": 1010}
     assert next_resume(run).name == "resume-13"
+
+
+HOSTILE = """hydra:
+  job:
+    env_set: {PATH: BIN, RLX_WAS_HERE: "1"}
+  callbacks:
+    evil: {_target_: evil.Callback}
+  job_logging:
+    handlers: {evil: {class: evil.Handler}}
+"""
+
+
+def test_hydras_section_and_groups_in_a_runs_folder_are_never_used(run, tmp_path):
+    binaries, told = tmp_path / "bin", tmp_path / "told"
+    binaries.mkdir()
+    (binaries / "git").write_text(f"#!/bin/sh\necho $RLX_WAS_HERE > {told}\n")
+    (binaries / "git").chmod(0o755)
+    (run / "evil.py").write_text(f"open({str(told)!r}, 'w').write('imported')\n")
+    config = run / ".hydra" / "config.yaml"
+    hostile = HOSTILE.replace("BIN", f"{binaries}:{os.environ['PATH']}")
+    config.write_text("# @package _global_\n" + hostile + config.read_text())
+    for group in ("job_logging", "output", "env", "help"):
+        (run / ".hydra" / "hydra" / group).mkdir(parents=True)
+        for name in ("rlx", "default"):
+            (run / ".hydra" / "hydra" / group / f"{name}.yaml").write_text("evil: 1\n")
+    command("train", f"resume={run}", "total_env_steps=600", "evaluation.final_episodes=0")
+    command("evaluate", f"run={run}", "episodes=1")
+    assert "hydra" not in rlx.load(run).cfg
+    assert not told.exists()
+    saved = yaml.safe_load((run / ".hydra" / "resume-1" / "hydra.yaml").read_text())
+    assert "evil" not in str(saved["hydra"]["job_logging"])
+
+
+def test_groups_in_a_runs_settings_are_refused(run):
+    config = run / ".hydra" / "config.yaml"
+    config.write_text("defaults: [agent: r2d2]\n" + config.read_text())
+    (line,) = command("train", f"resume={run}", status=2).splitlines()
+    assert f"resume={config}: names groups" in line
+
+
+def test_a_module_that_only_a_run_names_is_not_imported(run, tmp_path):
+    told, config = tmp_path / "told", run / ".hydra" / "config.yaml"
+    (run / "evil_envs.py").write_text(f"open({str(told)!r}, 'w').write('imported')\n")
+    settings = yaml.safe_load(config.read_text())
+    settings["env"] = {
+        **OmegaConf.to_container(rlx.compose(["env=gymnasium"]).env),
+        "id": "evil_envs:CartPole-v1",
+    }
+    config.write_text(yaml.safe_dump(settings))
+    lines = [
+        *("evaluate", f"run={run}", "episodes=1"),
+        *("export", f"run={run}"),
+        *("train", f"resume={run}"),
+    ]
+    for name, *arguments in (lines[:3], lines[3:5], lines[5:]):
+        (line,) = command(name, *arguments, status=2, cwd=run).splitlines()
+        assert "so evil_envs is not imported" in line
+    assert not told.exists()
+    with pytest.raises(ConfigError, match=r"import it first \(Python\), write allow=evil_envs"):
+        rlx.load(run)
+    # Named by the user, the module is imported; the checkpoint is of another environment.
+    command("evaluate", f"run={run}", "episodes=1", "allow=evil_envs", status=2, cwd=run)
+    assert told.read_text() == "imported"
+    told.unlink()
+    named = "env.id=evil_envs:CartPole-v1"
+    command("train", f"resume={run}", named, status=2, cwd=run)
+    assert told.read_text() == "imported"
+
+
+def test_paths_in_settings_stay_where_the_run_was_begun(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    given = ("replay.record=rec", "replay.storage=mmap", "replay.folder=map")
+    where = ("hydra.run.dir=out", "hydra.job.chdir=true")
+    said = command("train", *SMALL, *given, *where, cwd=tmp_path)
+    assert f"replay.record is {tmp_path}/rec" in said
+    whole = {"record": f"{tmp_path}/rec", "folder": f"{tmp_path}/map"}
+    command("train", "resume=../out", "total_env_steps=900", cwd=other)
+    command("train", "resume=../out", "total_env_steps=1200", "replay.folder=here", cwd=other)
+    now = settings_now(tmp_path / "out")["replay"]
+    assert now["record"] == whole["record"]
+    assert now["folder"] == f"{other}/here"
+    for file in (tmp_path / "out" / ".hydra").rglob("resume-1/config.yaml"):
+        saved = yaml.safe_load(file.read_text())["replay"]
+        assert {name: saved[name] for name in whole} == whole
+    assert next_resume(tmp_path / "out").name == "resume-3"
+    assert sorted(path.name for path in other.iterdir()) == ["here"]
+    runs = {path.name.partition("-")[0] for path in (tmp_path / "rec").glob("*.npz")}
+    assert len(runs) == 3
 
 
 def test_only_finite_numbers_are_numbers():

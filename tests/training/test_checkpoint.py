@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import yaml
 
 from rlx.training import checkpoint as c
 from rlx.training import checkpoint_files as files
+from rlx.training import checkpoint_state as state_files
 from rlx.trees import register
 from rlx.types import TrainState
 
@@ -96,6 +98,96 @@ def test_importing_is_cheap() -> None:
 
 
 # --- exact ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["seed=[1,2]", "{a}", "a*", "what?", "two words", "back\\slash", "per%20cent", "ü\n"]
+)
+def test_any_name_of_a_folder_will_do(tmp_path: Path, name: str) -> None:
+    checkpointer = save_some(tmp_path / name / "run [1]", 5, 6)
+    restored = checkpointer.restore(train_state(), checkpointer.paths()[0])
+    assert bits(restored.state) == bits(train_state(5))
+    assert restored.replay_state == {"keys": pytest.approx(np.arange(5)), "chains": {"lane": 5}}
+
+
+def test_a_state_that_is_not_read_as_it_was_written_is_no_checkpoint(
+    tmp_path: Path, monkeypatch
+) -> None:
+    checkpointer = save_some(tmp_path, 5)
+
+    # A disk that loses what it was given: the state's files are there, and one is cut.
+    def lost(folder: Path, names: list[str]) -> Any:
+        next((folder / "state").glob("**/d/*")).write_bytes(b"")
+        return read(folder, names)
+
+    read = state_files._read_orbax
+    monkeypatch.setattr(state_files, "_read_orbax", lost)
+    with pytest.raises(c.CheckpointError, match=r"state: cannot be read \("):
+        checkpointer.save(6, state=train_state(6), meta={})
+    assert [path.name for path in checkpointer.paths()] == ["000000000005"]
+
+
+def test_an_unreadable_state_is_passed_over_and_named_where_it_is_the_last(
+    tmp_path, caplog
+) -> None:
+    checkpointer = save_some(tmp_path, 1, 2)
+    for path in checkpointer.paths()[::-1]:
+        shutil.rmtree(path / "state")  # and a manifest that says so
+        body = json.loads((path / "manifest.json").read_text())["body"]
+        kept = {k: v for k, v in body["files"].items() if not k.startswith("state/")}
+        forge(path, files=kept)
+        if path.name.endswith("2"):
+            assert checkpointer.restore(train_state()).env_steps == 1
+            assert "000000000002/state: cannot be read" in caplog.text
+    with pytest.raises(c.CheckpointError, match=r"state: cannot be read .* No other checkpoint"):
+        checkpointer.restore(train_state())
+
+
+def forge(checkpoint: Path, **changes: Any) -> None:
+    """Gives a checkpoint a manifest whose sums are right and whose content is another."""
+    path = checkpoint / "manifest.json"
+    body = json.loads(path.read_text())["body"] | changes
+    for name in body["files"] if isinstance(body["files"], dict) else ():
+        if (checkpoint / name).is_file():
+            body["files"][name] = files._fingerprint(checkpoint / name)
+    path.write_text(json.dumps({"sha256": files._body_sha256(body), "body": body}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"files": []}, {"files": {}}, {"files": {"x": 1}}, {"segments": {}}, {"segments": [1]},
+     {"segments": [{"file": "../../x", "nbytes": 1}]}, {"env_steps": "1"}, {"score": "best"}],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_of_other_kinds_is_damaged_whatever_its_sum(tmp_path, changes) -> None:
+    checkpointer = save_some(tmp_path, 1, 2)
+    forge(checkpointer.paths()[1], **changes)
+    assert checkpointer.restore(train_state()).env_steps == 1
+    checkpointer.save(3, state=train_state(), meta={}, score=1.0)
+    assert checkpointer.best().name.endswith("3")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("leaves.json", "[1]"), ("leaves.json", '{"params": 1}'), ("meta.json", "[1]"),
+     ("meta.json", "[" * 50_000), ("meta.json", '{"n": ' + "9" * 400 + "}"),
+     ("replay.json", '{"keys": {"__array__": "../../../etc/passwd", "dtype": null}}'),
+     ("replay.json", "[]"), ("replay/0000.npy", "no array"), ("replay/0000.npy", "")],
+)  # fmt: skip
+def test_files_of_a_checkpoint_that_hold_anything_are_damaged(tmp_path, name, content) -> None:
+    checkpointer = save_some(tmp_path, 1, 2)
+    path = checkpointer.paths()[1]
+    (path / name).write_text(content)
+    forge(path)
+    assert checkpointer.restore(train_state()).env_steps == 1
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"checkpoint": [1]}', '{"checkpoint": 5}', "[" * 9999,
+                                     '{"checkpoint": "../elsewhere"}'])  # fmt: skip
+def test_a_best_file_that_holds_anything_names_no_checkpoint(tmp_path, content) -> None:
+    checkpointer = save_some(tmp_path, 1, 2)
+    (tmp_path / "checkpoints" / "best.json").write_text(content)
+    assert checkpointer.restore(train_state(), "best").env_steps == 2
 
 
 @pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "raw"])
@@ -367,7 +459,7 @@ def test_a_failing_save_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(files, "_write_state", full)
+    monkeypatch.setattr(files, "write_state", full)
     with pytest.raises(OSError, match="disk full"):
         checkpointer.save(6, state=train_state(), meta={})
     assert names(tmp_path / "checkpoints") == before
@@ -496,7 +588,7 @@ def test_a_pickle_in_a_checkpoint_is_never_read(tmp_path: Path) -> None:
     body["files"]["replay/0000.npy"] = files._fingerprint(folder / "replay/0000.npy")
     forged = {"sha256": files._body_sha256(body), "body": body}
     (folder / "manifest.json").write_text(json.dumps(forged))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(c.CheckpointError, match=r"0000\.npy: cannot be read .*allow_pickle=False"):
         checkpointer.restore(train_state())
 
 

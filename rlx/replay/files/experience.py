@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import time_ns
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from rlx import trees
+from rlx.config.documents import read_json
 from rlx.replay.files.segments import SEGMENT_BYTES, SegmentError, read_segment, write_segment
 from rlx.replay.ring.block_spec import INPUTS
 from rlx.types import ArraySpec, Carry, Leaves, Rollout, Row, SequenceSpec
@@ -150,7 +152,7 @@ def read_layout(folder: Path) -> Layout:
     """The layout of a dataset; raises ValueError for a folder that is none."""
     path = folder / FILE
     try:
-        about = json.loads(path.read_bytes())
+        about = read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder}: no recorded experience: {FILE} is missing or damaged"
@@ -160,7 +162,9 @@ def read_layout(folder: Path) -> Layout:
     try:
         layout = Layout(**{field.name: about[field.name] for field in dataclasses.fields(Layout)})
         counts = layout.block_rows, layout.lanes
-        if not isinstance(layout.leaves, dict) or not all(_is_count(n) for n in counts):
+        leaves = layout.leaves
+        are_leaves = isinstance(leaves, dict) and all(map(_is_leaf, leaves.values()))
+        if not are_leaves or "rows/valid" not in leaves or not all(map(_is_count, counts)):
             raise ValueError(f"{path}: damaged: leaves, block_rows or lanes are none")
         return layout
     except KeyError as error:
@@ -169,6 +173,13 @@ def read_layout(folder: Path) -> Layout:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
+
+
+def _is_leaf(value: Any) -> bool:
+    """Whether it is [shape, dtype]."""
+    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], list):
+        return False
+    return isinstance(value[1], str) and all(type(size) is int and size >= 0 for size in value[0])
 
 
 EPISODES = ("episode/return", "episode/env_steps", "episode/lane")
@@ -197,25 +208,47 @@ def read(folder: Path) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
     layout = read_layout(folder)
     for path in files(folder):
         try:
-            arrays, about = read_segment(path)
+            arrays, about = read_segment(path, partial(_check_segment, layout))
         except SegmentError as error:
             raise ValueError(str(error)) from error
         if about.get("kind") != KIND:
             raise ValueError(f"{path}: a segment, but not of recorded experience")
-        _check_segment(path, arrays, layout)
+        _check_numbers(path, arrays, layout)
         yield path, arrays
 
 
-def _check_segment(path: Path, arrays: Mapping[str, np.ndarray], layout: Layout) -> None:
-    following = [f"next/{n.removeprefix(INPUTS)}" for n in layout.leaves if n.startswith(INPUTS)]
-    promised = (*COLUMNS, *EPISODES, *layout.leaves, *following)
-    if lacking := [name for name in promised if name not in arrays]:
-        raise ValueError(f"{path}: has no {lacking[0]}, which {FILE} promises")
-    n = len(arrays["lane"])
+def _check_segment(layout: Layout, found: Mapping[str, ArraySpec]) -> None:
+    """Raises ValueError unless a segment's arrays, none of them read yet, are as promised."""
+    blocks, episodes = (_length(found, name) for name in ("lane", "episode/lane"))
+    wanted = dict.fromkeys(("lane", "chain"), ((blocks,), "int32"))
+    wanted |= dict.fromkeys(("number", "weights_version"), ((blocks,), "int64"))
+    kinds = ("float64", "int64", "int32")
+    wanted |= {n: ((episodes,), kind) for n, kind in zip(EPISODES, kinds, strict=True)}
     for name, (shape, dtype) in layout.leaves.items():
-        leading = (n, layout.block_rows) if name.startswith("rows/") else (n,)
-        if arrays[name].shape != (*leading, *shape) or arrays[name].dtype != dtype:
-            raise ValueError(f"{path}: {name} is not {dtype}{shape} by block, as {FILE} promises")
+        rows = (layout.block_rows,) if name.startswith("rows/") else ()
+        wanted[name] = ((blocks, *rows, *shape), dtype)
+        if name.startswith(INPUTS):
+            wanted[f"next/{name.removeprefix(INPUTS)}"] = ((blocks, *shape), dtype)
+    for name, (shape, dtype) in wanted.items():
+        if name not in found:
+            raise ValueError(f"has no {name}, which {FILE} promises")
+        if (found[name].shape, found[name].dtype) != (shape, dtype):
+            has = f"{found[name].dtype}{list(found[name].shape)}"
+            raise ValueError(f"{name} is {has}, not {dtype}{list(shape)} as {FILE} promises")
+
+
+def _length(found: Mapping[str, ArraySpec], name: str) -> int:
+    return next(iter(found[name].shape), 0) if name in found else 0
+
+
+def _check_numbers(path: Path, arrays: Mapping[str, np.ndarray], layout: Layout) -> None:
+    lane = arrays["lane"]
+    if lane.size and not (0 <= lane.min() <= lane.max() < layout.lanes):
+        raise ValueError(f"{path}: damaged: a lane is none of 0 .. {layout.lanes - 1}")
+    if any(arrays[name].min(initial=0) < 0 for name in ("chain", "number")):
+        raise ValueError(f"{path}: damaged: a chain or a block has a negative number")
+    if arrays["chain"].max(initial=0) >= 1 << 30:  # chains go on rising from run to run
+        raise ValueError(f"{path}: damaged: a chain has the number {arrays['chain'].max()}")
 
 
 def rollouts(folder: Path, row_spec: Row, carry_spec: Carry) -> Iterator[Rollout]:

@@ -7,14 +7,18 @@ each with its checksum, and `about`, a JSON object as text. Written whole, then 
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rlx.config.documents import open_file, parse_json
+from rlx.problems import first_line
+from rlx.types import ArraySpec
 
 FORMAT = 1
 ABOUT = "about"
@@ -50,18 +54,54 @@ def write_segment(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[s
     return path.stat().st_size
 
 
-def read_segment(path: Path) -> tuple[dict[str, np.ndarray], JSON]:
-    """(arrays, about) of a segment; raises SegmentError for any other file."""
+def read_segment(
+    path: Path, check: Callable[[Mapping[str, ArraySpec]], None] | None = None
+) -> tuple[dict[str, np.ndarray], JSON]:
+    """(arrays, about) of a segment; raises SegmentError for any other file.
+
+    check: is told what each array is before any of them is read, and raises ValueError for what is
+    not expected. An array is never larger than its part of the file.
+    """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            about = _checked_about(path, json.loads(str(file[ABOUT])))
-            arrays = {name: file[name] for name in file.files if name != ABOUT}
+        with open_file(path) as raw, zipfile.ZipFile(raw) as file:
+            parts = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
+            about = _checked_about(path, parse_json(str(_read_part(file, parts.pop(ABOUT)))))
+            named = about["dtypes"]
+            if check is not None:
+                check({name: _spec(file, info, named.get(name)) for name, info in parts.items()})
+            arrays = {name: _read_part(file, info) for name, info in parts.items()}
+            return {name: _as_named(x, named.get(name)) for name, x in arrays.items()}, about
     except FileNotFoundError:
         raise SegmentError(f"{path}: missing.") from None
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        line = " ".join(str(error).split())[:100]
+    except SegmentError:
+        raise
+    except Exception as error:  # zipfile and NumPy raise anything at files of any kind
+        line = " ".join(str(error).split())[:160]
         raise SegmentError(f"{path}: no segment of rlx, or a damaged one ({line}).") from error
-    return {name: _as_named(x, about["dtypes"].get(name)) for name, x in arrays.items()}, about
+
+
+def _read_part(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    _header(file, info)
+    with file.open(info) as part:
+        return np.lib.format.read_array(part, allow_pickle=False)
+
+
+def _spec(file: zipfile.ZipFile, info: zipfile.ZipInfo, named: str | None) -> ArraySpec:
+    shape, dtype = _header(file, info)
+    return ArraySpec(shape=shape, dtype=named or dtype.name)
+
+
+def _header(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """(shape, dtype) of an array that lies in the file as it is; raises ValueError for another."""
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise ValueError(f"{info.filename} is compressed, which rlx never does")
+    with file.open(info) as part:
+        if np.lib.format.read_magic(part) != (1, 0):
+            raise ValueError(f"{info.filename} has a header that rlx never writes")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(part)
+        if math.prod(shape) * dtype.itemsize != info.file_size - part.tell():
+            raise ValueError(f"{info.filename} has not the bytes of {dtype}{list(shape)}")
+    return shape, dtype
 
 
 def check_segment(path: Path, nbytes: int) -> None:
@@ -74,8 +114,10 @@ def check_segment(path: Path, nbytes: int) -> None:
             damaged = file.testzip()
     except FileNotFoundError:
         raise SegmentError(f"{path}: missing.") from None
-    except (OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise SegmentError(f"{path}: damaged ({error}).") from error
+    except SegmentError:
+        raise
+    except Exception as error:  # zipfile and NumPy raise anything at files of any kind
+        raise SegmentError(f"{path}: damaged ({first_line(error)}).") from error
     if damaged is not None:
         raise SegmentError(f"{path}: damaged: {damaged} is not what was written.")
 
