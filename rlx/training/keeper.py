@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
@@ -263,9 +264,8 @@ class Keeper:
             self._owes_evaluation = True
 
     def _now(self) -> Evaluating:
-        learner, count = self._parts.learner, self._stages.count
-        meta = {"env_steps": count.env_steps, "frames": count.frames, "updates": learner.updates}
-        return Evaluating(state=learner.state(), meta=meta)
+        meta = copy.deepcopy(self._meta()) | {"finished": False}
+        return Evaluating(state=self._parts.learner.state(), meta=meta)
 
     def evaluate(self, episodes: int, purpose: Purpose) -> None:
         """Evaluates; the update in flight stays so: evaluating changes no bit of training."""

@@ -41,6 +41,8 @@ def check_meta(restored: Restored) -> Restored:
         wrong += [] if all(_is(count, int) for count in counts) else ["quota"]
     if "evaluation_return" in meta and not _is(meta["evaluation_return"], (*NUMBER, type(None))):
         wrong.append("evaluation_return")
+    if "total_env_steps" in meta and not _is(meta["total_env_steps"], int):
+        wrong.append("total_env_steps")
     if wrong:
         raise CheckpointError(f"{path}: damaged: it has no {wrong[0]} of a run.")
     return restored
