@@ -340,6 +340,17 @@ class RunContext:
     round_blocks: int | None  # a request's, of each lane (rlx.training.rounds); None: env steps
 
 
+class ActingPolicy(Protocol):
+    """An actor needs this of a policy (`rlx.acting.policy`)."""
+
+    version: int
+
+    def take(self, weights: Weights) -> None: ...
+    def start(self, inputs: NetInput, lane: np.ndarray | None, exploration: np.ndarray) -> Any: ...
+    def finish(self, started: Any) -> tuple[np.ndarray, Any]: ...
+    def carry(self, lane: np.ndarray) -> Carry: ...
+
+
 class PoolSettings(Protocol):
     """The settings of a pool (conf/acting): opens it for a run."""
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from rlx import trees
 from rlx.envs.lanes import lane_index
-from rlx.interfaces import Env, Exploration
+from rlx.interfaces import ActingPolicy, Env, Exploration
 from rlx.types import (
     ActionSpec,
     Array,
@@ -24,22 +24,10 @@ from rlx.types import (
     Row,
     SequenceSpec,
     Timestep,
-    Weights,
 )
 
 Index = slice | np.ndarray  # of lanes: a slice if it is all of them in order, else intp[n]
 Place = tuple[Any, Any]  # (lanes, row) that index [N, K, ...]; a slice where all lanes keep pace
-
-
-class ActingPolicy(Protocol):
-    """An actor needs this of a policy (`rlx.acting.policy.Policy` runs it on a device)."""
-
-    version: int
-
-    def take(self, weights: Weights) -> None: ...
-    def start(self, inputs: NetInput, lane: np.ndarray | None, exploration: np.ndarray) -> Any: ...
-    def finish(self, started: Any) -> tuple[np.ndarray, Any]: ...
-    def carry(self, lane: np.ndarray) -> Carry: ...
 
 
 @dataclass(frozen=True, kw_only=True)

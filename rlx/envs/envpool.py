@@ -29,6 +29,7 @@ import envpool
 import numpy as np
 
 from rlx.envs.actions import Actions
+from rlx.envs.envpool_options import STACKS, option_problems
 from rlx.envs.lanes import LaneTracker, OneThread, check_lane, check_lanes_and_seeds
 from rlx.envs.observations import (
     Leaf,
@@ -52,23 +53,6 @@ from rlx.types import (
     Range,
     Timestep,
 )
-
-# Names of EnvPool's own configuration that `options` may not set, and what to do instead.
-RESERVED = {
-    "num_envs": "lanes come from acting.envs_per_actor",
-    "batch_size": "set env.batch_size",
-    "num_threads": "set env.threads",
-    "seed": "set the root key seed",
-    "env_seed": "set the root key seed",
-    "max_episode_steps": "set env.max_episode_steps",
-    "stack_num": "frames are single here; set network.stack",
-    "frame_stack": "frames are single here; set network.stack",
-    "max_num_players": "environments have one player",
-    "task": "set env.id",
-    "base_path": "set the variable ENVPOOL_ASSETS_PATH",
-    "gym_reset_return_info": "it is always on",
-}
-STACKS = ("stack_num", "frame_stack")
 
 RENDER_TRIAL = """
 import sys, envpool
@@ -104,7 +88,7 @@ class EnvPool:
             defaults = _make_spec(self.id).config._asdict()
         except (ImportError, RuntimeError) as error:
             return [f"env.id={self.id!r} does not load here: {_first_line(error)}"]
-        found = _option_problems(self.id, self.options, defaults)
+        found = option_problems(self.id, self.options, defaults)
         found += _batch_problems(self.batch_size, lanes)
         if not found:
             try:
@@ -395,32 +379,6 @@ def _unknown_id(env_id: str) -> str:
         f"env.id={env_id!r} is no EnvPool environment; {nearest(env_id, envpool.list_all_envs())} "
         "(env=gymnasium for other packages)"
     )
-
-
-def _option_problems(env_id: str, options: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
-    accepted = [name for name in defaults if name not in RESERVED]
-    found = []
-    for name, value in options.items():
-        if name in STACKS and name in defaults and value == 1:
-            continue  # says what holds anyway
-        given = f"env.options.{name}={value!r}"
-        if name in RESERVED:
-            found.append(f"{given} is not set here: {RESERVED[name]}")
-        elif name not in defaults:
-            found.append(f"{given} is no option of {env_id}; {nearest(name, accepted)}")
-        elif not _fits(value, defaults[name]):
-            kind = type(defaults[name]).__name__
-            found.append(f"{given} is of type {type(value).__name__}; accepted: {kind}")
-    return found
-
-
-def _fits(value: Any, default: Any) -> bool:
-    """Whether a value is of the default's type; an int is accepted for a float."""
-    if isinstance(default, list | tuple):
-        return isinstance(value, list | tuple)
-    if isinstance(default, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is type(default)
 
 
 def _batch_problems(batch_size: int | None, lanes: int | None) -> list[str]:
