@@ -43,6 +43,20 @@ class RunFailed(RuntimeError):
     is_worth_saving = False  # whether all that was learnt is well
 
 
+class EnvironmentFailed(RunFailed):
+    """An environment that raised, or answered what it had not declared."""
+
+    is_worth_saving = True
+
+    def __init__(self, env_id: str, says: str, lane: int | None = None) -> None:
+        super().__init__(env_id, says, lane)
+        self.env_id, self.says, self.lane = env_id, says, lane
+
+    def __str__(self) -> str:
+        lane = "" if self.lane is None else f" in lane {self.lane}"
+        return f"env.id={self.env_id!r}{lane}: {self.says}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sources:
     """Tells which file, or the command line, set each key."""

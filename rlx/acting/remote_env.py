@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlx.cluster.whereabouts import Whereabouts, lower_priority, whereabouts
+from rlx.envs.finite import Cutting
 from rlx.interfaces import Env
-from rlx.types import Episode, Timestep
+from rlx.types import Cut, Episode, Timestep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Step:
 
     timestep: Timestep
     episodes: list[Episode]
+    cuts: list[Cut]
 
 
 class RemoteEnv:
@@ -63,4 +65,5 @@ class RemoteEnv:
 
     def _answer(self, timestep: Timestep) -> Step:
         assert self._env is not None
-        return Step(timestep=timestep, episodes=self._env.episodes())
+        cuts = self._env.cuts() if isinstance(self._env, Cutting) else []
+        return Step(timestep=timestep, episodes=self._env.episodes(), cuts=cuts)

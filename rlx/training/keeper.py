@@ -244,12 +244,14 @@ class Keeper:
                 episodes=episodes,
                 seed=parts.seed,
                 watch=self._leave_if_stopped,
+                cut=lambda cut: self._stages.note_cuts([cut]),
             )
         self._note(returns, weights.version)
 
     def _take_evaluations(self) -> None:
         """Notes what an evaluator beside the training has found."""
         for found in self._parts.evaluator.poll() if self._parts.evaluator else ():
+            self._stages.note_cuts(found.cuts)
             self._note(found.returns, found.weights_version)
             self._stages.metrics.record("evaluation/of_env_steps", found.env_steps)
 
@@ -282,6 +284,7 @@ class Keeper:
             **parts.replay.stats(),
             **parts.pool.stats(),
             **(parts.evaluator.stats() if parts.evaluator else {}),
+            "acting/cut_episodes": float(self._stages.cut_episodes),
             "replay/ratio": parts.quota.ratio_so_far(parts.replay.env_steps),
             "learner/gradient_steps": float(parts.learner.gradient_steps),
             **({"learner/restarts": float(parts.peers.restarts)} if parts.peers.count > 1 else {}),
