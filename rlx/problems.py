@@ -48,7 +48,14 @@ class EnvironmentFailed(RunFailed):
 
     is_worth_saving = True
 
-    def __init__(self, env_id: str, says: str, lane: int | None = None) -> None:
+    env_id: str
+    says: str
+    lane: int | None
+
+    def __init__(self, env_id: Any, says: str = "", lane: int | None = None) -> None:
+        """One that comes from gymnasium's own processes is made anew, of itself as `env_id`."""
+        if isinstance(env_id, EnvironmentFailed):
+            env_id, says, lane = env_id.env_id, env_id.says, env_id.lane
         super().__init__(env_id, says, lane)
         self.env_id, self.says, self.lane = env_id, says, lane
 
@@ -84,6 +91,15 @@ def or_exit(program: str, *also: type[Exception]) -> Iterator[None]:
         for problem in getattr(error, "problems", [error]):
             print(f"{program}: {problem}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def or_run_failed() -> Iterator[None]:
+    """Makes a RunFailed of a ValueError, whose line says all that another process is to know."""
+    try:
+        yield
+    except ValueError as error:
+        raise RunFailed(str(error)) from error
 
 
 def refuse(path: str, says: str, *, given: str = "", source: str = "") -> ConfigError:

@@ -48,7 +48,6 @@ SNAKE = EnvPool(
     scale=None,
     action_mask="action_mask",
     image="auto",
-    frames_per_env_step=None,
     max_episode_steps=None,
     batch_size=2,
     threads=1,

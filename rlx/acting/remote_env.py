@@ -15,6 +15,7 @@ import numpy as np
 from rlx.cluster.whereabouts import Whereabouts, lower_priority, whereabouts
 from rlx.envs.finite import Cutting
 from rlx.interfaces import Env
+from rlx.problems import or_run_failed
 from rlx.types import Cut, Episode, Timestep
 
 
@@ -49,7 +50,8 @@ class RemoteEnv:
             # EnvPool loads JAX where there is one, for a way of stepping that is not used here.
             sys.modules.setdefault("jax", None)  # type: ignore[arg-type]
         family = pickle.loads(self._family)
-        self._env = family.make(lanes=len(self._seeds), seeds=self._seeds)
+        with or_run_failed():
+            self._env = family.make(lanes=len(self._seeds), seeds=self._seeds)
         lower_priority()
 
     def reset(self) -> Step:

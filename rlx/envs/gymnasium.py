@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import multiprocessing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,6 +46,11 @@ from rlx.types import (
 )
 
 VECTOR = ("sync", "async")
+GUARD = (
+    "its processes import the script that was started: put the script's calls beneath "
+    "if __name__ == '__main__':"
+)
+SENT = "_sent"  # in the state of settings that came from another process
 # Keywords of `gymnasium.make` and `make_vec` that `kwargs` may not set, and what to do instead.
 RESERVED = {
     "id": "set env.id",
@@ -78,7 +85,7 @@ class Gymnasium:
 
     def problems(self, *, lanes: int | None = None) -> list[str]:
         """Says what is wrong with the settings, a line each; allocates no environment."""
-        found = _id_problems(self.id)
+        found = _id_problems(self.id, sent=vars(self).get(SENT, False))
         if self.vector not in VECTOR:
             found.append(
                 f"env.vector={self.vector!r}; accepted: sync, async (both reset by NEXT_STEP; "
@@ -90,6 +97,10 @@ class Gymnasium:
             if name in RESERVED
         ]
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings as they travel to another process, which may have registered less."""
+        return vars(self) | {SENT: True}
 
     def spec(self) -> EnvSpec:
         """Found from one throw-away lane. Raises ValueError (nearest ids) for an unknown id."""
@@ -124,8 +135,18 @@ class Gymnasium:
     def _vector(self, opened: Sequence[Callable[[], Any]]) -> Any:
         if self.vector == "sync":
             return SyncVectorEnv(opened, autoreset_mode=AutoresetMode.NEXT_STEP)
-        # A forked copy of a process with threads can hang.
-        return AsyncVectorEnv(opened, context="spawn", autoreset_mode=AutoresetMode.NEXT_STEP)
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise ValueError(f"env.vector=async: {GUARD}")
+        # What a lane raises arrives here and is told in one line; gymnasium warns of it, with the
+        # traceback, as well.
+        warnings.filterwarnings("ignore", r"(?s)\S*ERROR: (Received|Traceback|Shutting|Raising)")
+        try:  # a forked copy of a process with threads can hang
+            return AsyncVectorEnv(opened, context="spawn", autoreset_mode=AutoresetMode.NEXT_STEP)
+        except (EOFError, ConnectionError) as error:
+            says = f"a process of env.vector=async ended at its start; {GUARD}"
+            if ":" not in self.id:
+                says += f". What the script registers is not known there: {_by_module(self.id)}"
+            raise ValueError(says) from error
 
     def _select(self, sources: list[Source]) -> tuple[Leaf, ...]:
         return select(
@@ -290,8 +311,11 @@ class GymnasiumLanes:
         )
 
 
-def _id_problems(env_id: str) -> list[str]:
-    """None for a registered id, or 'module:id' after importing that module."""
+def _id_problems(env_id: str, *, sent: bool) -> list[str]:
+    """None for a registered id, or 'module:id' after importing that module.
+
+    sent: whether another process gave the id, where it was registered.
+    """
     module, _, name = env_id.rpartition(":")
     try:
         if module:
@@ -300,10 +324,19 @@ def _id_problems(env_id: str) -> list[str]:
         return [f"env.id={env_id!r}: {error}; install the package that registers {name!r}"]
     if name in gymnasium.registry:
         return []
+    if sent and not module:
+        return [
+            f"env.id={env_id!r} was registered where the run was started, not in this process of "
+            f"its actors; {_by_module(name)}"
+        ]
     return [
         f"env.id={env_id!r} is not registered with gymnasium; "
         f"{nearest(name, gymnasium.registry)} ('module:id' imports the module that registers it)"
     ]
+
+
+def _by_module(name: str) -> str:
+    return f"give env.id=module:{name}, with the module that registers it"
 
 
 def _made(make: Callable[[], Any], env_id: str) -> Any:
@@ -319,6 +352,8 @@ def _made(make: Callable[[], Any], env_id: str) -> Any:
 
 def open_lane(env_id: str, kwargs: Mapping[str, Any], lane: int, sources: Sequence[Source]) -> Any:
     """One environment of a vector, in whatever process it is."""
+    if problems := _id_problems(env_id, sent=multiprocessing.parent_process() is not None):
+        raise EnvironmentFailed(env_id, problems[0], lane)
     env = gymnasium.make(env_id, **kwargs)
     return OneLane(env, env_id=env_id, lane=lane, sources=sources)
 

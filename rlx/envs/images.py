@@ -75,7 +75,7 @@ def _range(dtype: np.dtype, low: float, high: float) -> tuple[str, float | None,
         return ("bool" if high <= 1 else "uint8"), None, ""
     own = dtype.name if dtype.itemsize <= 4 else {"f": "float32"}.get(dtype.kind, "int32")
     limits = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
-    if low <= limits.min or high >= limits.max:
+    if dtype.itemsize >= 4 and (low <= limits.min or high >= limits.max):
         return own, None, "declares no bounds: its values are not scaled"
     if low >= -1 and high <= 1:
         return own, None, ""
