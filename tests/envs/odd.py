@@ -132,3 +132,23 @@ SPACES: dict[str, Any] = {
 
 for _class in (Odd, NanUntilStepped, OldReset, Infos, Endless):
     gymnasium.register(f"rlx-odd/{_class.__name__}-v0", _class)
+
+
+class Emulated(Odd):
+    """Skips frames as ALE's environments do, which tell it so."""
+
+    def __init__(self, frameskip: Any = 4) -> None:
+        super().__init__()
+        self.ale, self._frameskip = object(), frameskip
+
+
+class Skipping(gymnasium.Wrapper):
+    """Repeats each action, as AtariPreprocessing does, which tells it so."""
+
+    def __init__(self, env: Any, frame_skip: int) -> None:
+        super().__init__(env)
+        self.frame_skip = frame_skip
+
+
+gymnasium.register("rlx-odd/Emulated-v0", Emulated)
+gymnasium.register("rlx-odd/Skipping-v0", lambda: Skipping(Emulated(frameskip=2), frame_skip=3))

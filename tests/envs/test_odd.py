@@ -388,6 +388,19 @@ def test_an_episode_without_end_is_ended_counted_and_said(caplog, monkeypatch):
     assert "evaluating, 2 of 5 episodes" in caplog.text
 
 
+def test_frames_are_an_emulators_whoever_skips_them():
+    assert odd().spec().frames_per_env_step == 1
+    assert odd("Emulated").spec().frames_per_env_step == 4
+    assert odd("Skipping").spec().frames_per_env_step == 6
+    with pytest.raises(ValueError, match=r"skips .*, by chance; set env.kwargs.frameskip to a"):
+        odd("Emulated", frameskip=(2, 5)).spec()
+    by_hand = family("tests.envs.odd:rlx-odd/Emulated-v0", frames_per_env_step=3)
+    assert by_hand.spec().frames_per_env_step == 3
+    env = odd("Emulated").make(lanes=1, seeds=[1])
+    played(env, 11)
+    assert [episode.frames for episode in env.episodes()] == [40]
+
+
 # --- settings ------------------------------------------------------------------------------------
 
 
