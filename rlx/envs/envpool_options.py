@@ -89,7 +89,7 @@ def untried(options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]
 
 
 def _out_of_range(name: str, value: Any) -> str:
-    """What is accepted, if a number (or one of a row of them) is not; '' if all are well."""
+    """Says what is accepted, if a number (or one of a row) is not; '' if all are well."""
     limits = RANGES.get(name)
     if limits is None:
         limits = next((r for end, r in ENDINGS.items() if name.endswith(end)), Range())
