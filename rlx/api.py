@@ -271,6 +271,7 @@ class Loaded:
                 lanes=lanes,
                 epsilon=settings["epsilon"] if epsilon is None else epsilon,
                 seed=seed,
+                most_env_steps=settings["max_env_steps_per_episode"],
                 recorder=recorder,
             )
         about = {"checkpoint": str(restored.path), "env_steps": restored.env_steps}

@@ -40,7 +40,7 @@ from rlx import api
 from rlx.config.build import plain
 from rlx.config.documents import read_json
 from rlx.config.options import command
-from rlx.problems import refuse
+from rlx.problems import RunFailed, refuse
 from rlx.runs.files import write_json
 from rlx.runs.folders import EVALUATION_FILE, OTHER_EVALUATIONS_FILE, newest_checkpoint
 from rlx.runs.scores import differences
@@ -71,8 +71,9 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script `rlx-evaluate`."""
     logging.basicConfig(level=logging.WARNING, format="rlx: %(message)s")
+    logging.getLogger("rlx.evaluation").setLevel(logging.INFO)  # how far it is
     jax.config.update("jax_platforms", "cpu")  # a GPU's memory is not touched
-    command("rlx", __doc__, Options, evaluate_run, argv)
+    command("rlx", __doc__, Options, evaluate_run, argv, also=(RunFailed,))
 
 
 def evaluate_run(options: Options) -> JSON:

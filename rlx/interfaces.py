@@ -205,6 +205,7 @@ class ValuesActions(Protocol):
         """(values [N, A], carry)."""
 
 
+Device = Literal["cpu", "learner"]
 InitialPriorities = Callable[[Row], np.ndarray]  # Prioritizing.initial_priorities
 
 
@@ -343,6 +344,17 @@ class RunContext:
     round_blocks: int | None  # a request's, of each lane (rlx.training.rounds); None: env steps
 
 
+class ActingPolicy(Protocol):
+    """An actor needs this of a policy (`rlx.acting.policy`)."""
+
+    version: int
+
+    def take(self, weights: Weights) -> None: ...
+    def start(self, inputs: NetInput, lane: np.ndarray | None, exploration: np.ndarray) -> Any: ...
+    def finish(self, started: Any) -> tuple[np.ndarray, Any]: ...
+    def carry(self, lane: np.ndarray) -> Carry: ...
+
+
 class PoolSettings(Protocol):
     """The settings of a pool (conf/acting): opens it for a run."""
 
@@ -403,8 +415,7 @@ class ActingPool(Protocol):
     def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
         """Rollouts that are there, or come within `timeout_s`; [] if none does.
 
-        `updates`: made by the learner so far; with `max_weight_age_updates` no request is sent
-        whose weights would be older than that.
+        `updates`: made by the learner so far, by which the age of weights is judged.
         """
 
     def publish(self, weights: Weights, env_steps: int) -> None: ...
@@ -437,6 +448,3 @@ class Evaluator(Protocol):
 
     def stats(self) -> dict[str, float]: ...
     def close(self) -> None: ...
-
-
-Device = Literal["cpu", "learner"]

@@ -47,6 +47,27 @@ class RunFailed(RuntimeError):
     is_worth_saving = False  # whether all that was learnt is well
 
 
+class EnvironmentFailed(RunFailed):
+    """An environment that raised, or answered what it had not declared."""
+
+    is_worth_saving = True
+
+    env_id: str
+    says: str
+    lane: int | None
+
+    def __init__(self, env_id: Any, says: str = "", lane: int | None = None) -> None:
+        """One that comes from gymnasium's own processes is made anew, of itself as `env_id`."""
+        if isinstance(env_id, EnvironmentFailed):
+            env_id, says, lane = env_id.env_id, env_id.says, env_id.lane
+        super().__init__(env_id, says, lane)
+        self.env_id, self.says, self.lane = env_id, says, lane
+
+    def __str__(self) -> str:
+        lane = "" if self.lane is None else f" in lane {self.lane}"
+        return f"env.id={self.env_id!r}{lane}: {self.says}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sources:
     """Tells which file, or the command line, set each key."""
@@ -93,6 +114,15 @@ def print_anything() -> None:
     """Lets a command print any name of a file: what the terminal has not got is escaped."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's or a test's may be another
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def or_run_failed() -> Iterator[None]:
+    """Makes a RunFailed of a ValueError, whose line says all that another process is to know."""
+    try:
+        yield
+    except ValueError as error:
+        raise RunFailed(str(error)) from error
 
 
 def refuse(path: str, says: str, *, given: str = "", source: str = "") -> ConfigError:

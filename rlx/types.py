@@ -12,7 +12,7 @@ JAX nor the rest of rlx: thin actors load it alone (`rlx.trees.register` makes p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 Array = Any  # numpy.ndarray or jax.Array
@@ -78,7 +78,7 @@ class IsPath:
 def record(cls: C) -> C:
     """A frozen keyword-only dataclass whose fields are arrays or trees of arrays."""
     made: Any = dataclass(frozen=True, kw_only=True, eq=False)(cls)
-    RECORDS[made] = tuple(field.name for field in fields(made))
+    RECORDS[made] = tuple(each.name for each in fields(made))
     return made
 
 
@@ -151,6 +151,14 @@ ActionSpec = DiscreteSpec | MultiDiscreteSpec | BoxSpec
 
 
 @dataclass(frozen=True, kw_only=True)
+class Categories:
+    """The values of a leaf that holds categories: element i is one of counts[i], from first[i]."""
+
+    first: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class EnvSpec:
     """An environment gives and takes these, of one lane."""
 
@@ -158,6 +166,8 @@ class EnvSpec:
     observation: Mapping[str, ArraySpec]
     action: ActionSpec
     frames_per_env_step: int
+    categories: Mapping[str, Categories] = field(default_factory=dict)  # by leaf
+    said: tuple[str, ...] = ()  # what was inferred of the environment, a line each
     # The observation leaf [A] that is not 0 where an action is allowed (the choices of a
     # multi-discrete action side by side). It stays in the rows; torsos do not read it.
     action_mask: str | None = None
@@ -239,6 +249,19 @@ class Episode:
     weights_version: int = -1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """An answer with a number that is not finite; its episode was cut before it, uncounted."""
+
+    lane: int  # the environment's own index; the actor makes it the global id
+    env_step: int  # of its episode that was answered; 0: the first observation
+    says: str  # 'the reward is nan'
+    answer: Mapping[str, Array]  # reward and observation leaves, of this lane
+
+    def __str__(self) -> str:
+        return f"lane {self.lane}, env step {self.env_step} of its episode: {self.says}"
+
+
 @record
 class NetInput:
     """All that the network reads at one env step (leading axes as the place says)."""
@@ -293,6 +316,7 @@ class Rollout:
     env_steps: int  # made since the last rollout; invalid rows are not env steps
     frames: int
     timings: Mapping[str, float]  # seconds per stage
+    cuts: tuple[Cut, ...] = ()  # answers that were not finite
 
 
 @record
@@ -334,6 +358,7 @@ class Evaluated:
     returns: tuple[float, ...]  # unclipped, one per episode
     weights_version: int  # it was played with
     env_steps: int  # of the run when those weights were taken
+    cuts: tuple[Cut, ...] = ()  # answers that were not finite; those episodes were played anew
 
 
 # --- learning ------------------------------------------------------------------------------------

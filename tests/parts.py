@@ -78,6 +78,7 @@ def network(spec: EnvSpec = VECTOR, core: str = "lstm", **changes: Any) -> Recur
         "layer_norm": False,
         "core": CORES[core],
         "stack": {"observation": 4} if image else {},
+        "discrete": "one_hot",
         "prev_action": True,
         "prev_reward": True,
         "compute_dtype": "float32",

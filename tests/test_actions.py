@@ -41,6 +41,7 @@ READING: dict[str, Any] = {
     "components": None,
     "scale": None,
     "action_mask": None,
+    "image": "auto",
 }
 
 
@@ -50,7 +51,7 @@ def pooled(env_id: str, **settings: Any) -> EnvPool:
 
 
 def registered(env_id: str, **settings: Any) -> Gymnasium:
-    own = {"max_episode_steps": 6, "vector": "sync", "kwargs": {}}
+    own = {"max_episode_steps": 6, "vector": "sync", "kwargs": {}, "frames_per_env_step": None}
     return Gymnasium(id=env_id, **READING | own | settings)
 
 

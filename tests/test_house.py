@@ -17,7 +17,9 @@ LIBRARIES = {  # what a library asks us to inherit from
     "Protocol", "NamedTuple", "nn.Module", "Head", "Core", "Torso", "Launcher", "Sweeper",
     "BaseHTTPRequestHandler", "ThreadingHTTPServer", "CompactHydraException",
 }  # fmt: skip
-ERRORS = {"Exception", "RuntimeError", "ValueError", "RunFailed", "CheckpointError"}
+ERRORS = {"Exception", "RuntimeError", "ValueError", "RunFailed", "CheckpointError"} | {
+    "FloatingPointError", "KeyboardInterrupt",
+}  # fmt: skip
 
 
 def sources() -> list[Path]:

@@ -29,6 +29,8 @@ CARTPOLE = Gymnasium(
     components=[0, 2],
     scale=[0.4, 4.8],
     action_mask=None,
+    image="auto",
+    frames_per_env_step=None,
     max_episode_steps=60,
 )
 BREAKOUT = EnvPool(
@@ -37,6 +39,7 @@ BREAKOUT = EnvPool(
     components=None,
     scale=None,
     action_mask=None,
+    image="auto",
     max_episode_steps=40,
     batch_size=None,
     threads=1,
@@ -188,6 +191,7 @@ def test_leaves_of_a_dict_are_found_by_name_and_others_left():
         components=None,
         scale=None,
         action_mask=None,
+        image="auto",
         max_episode_steps=None,
         batch_size=None,
         threads=1,

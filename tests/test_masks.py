@@ -37,6 +37,8 @@ MASKED = Gymnasium(
     components=None,
     scale=None,
     action_mask="action_mask",
+    image="auto",
+    frames_per_env_step=None,
     max_episode_steps=None,
 )
 SNAKE = EnvPool(
@@ -45,6 +47,7 @@ SNAKE = EnvPool(
     components=None,
     scale=None,
     action_mask="action_mask",
+    image="auto",
     max_episode_steps=None,
     batch_size=2,
     threads=1,

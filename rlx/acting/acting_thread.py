@@ -11,6 +11,7 @@ from time import monotonic
 
 from rlx.acting.actor import Actor, are_done
 from rlx.cluster.faults import ActingFailed
+from rlx.problems import RunFailed
 from rlx.types import Request, Rollout, Weights
 
 Arrived = queue.SimpleQueue[tuple["ActingThread", list[Rollout]]]
@@ -109,7 +110,7 @@ class ActingThread:
             self.chain = max(actor.chain for actor in actors)
             while not self._stop.is_set():
                 self._work(actors)
-        except ActingFailed as error:
+        except RunFailed as error:
             self.failed = error
         except BaseException as error:
             lines = "".join(traceback.format_exception(error))

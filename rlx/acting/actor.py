@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from rlx import trees
+from rlx.envs.finite import Cutting
 from rlx.envs.lanes import lane_index
-from rlx.interfaces import Env, Exploration
+from rlx.interfaces import ActingPolicy, Env, Exploration
+from rlx.problems import EnvironmentFailed
 from rlx.types import (
     ActionSpec,
     Array,
@@ -24,22 +26,10 @@ from rlx.types import (
     Row,
     SequenceSpec,
     Timestep,
-    Weights,
 )
 
 Index = slice | np.ndarray  # of lanes: a slice if it is all of them in order, else intp[n]
 Place = tuple[Any, Any]  # (lanes, row) that index [N, K, ...]; a slice where all lanes keep pace
-
-
-class ActingPolicy(Protocol):
-    """An actor needs this of a policy (`rlx.acting.policy.Policy` runs it on a device)."""
-
-    version: int
-
-    def take(self, weights: Weights) -> None: ...
-    def start(self, inputs: NetInput, lane: np.ndarray | None, exploration: np.ndarray) -> Any: ...
-    def finish(self, started: Any) -> tuple[np.ndarray, Any]: ...
-    def carry(self, lane: np.ndarray) -> Carry: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +85,7 @@ class Actor:
         self._request: Request | None = None
         self._begun = 0  # blocks of each lane, since the last `begin`; if it asked for blocks
         self._finished: list[tuple] = []
+        self._cuts_of = env.cuts if isinstance(env, Cutting) else list
         rows, carry = self._writer.nothing
         none, following = np.zeros(0, np.int64), trees.tree_map(lambda x: x[:, 0], rows.inputs)
         self._nothing = (rows, carry, following, self._global[:0], self._chain[:0], none, none)
@@ -132,7 +123,12 @@ class Actor:
             self._open_rows(kept, self._start(kept))
             self._policy_s += perf_counter() - asked
             return
-        timestep = self._env.recv() if self._steps else self._env.reset()
+        try:
+            timestep = self._env.recv() if self._steps else self._env.reset()
+        except EnvironmentFailed as error:
+            if error.lane is not None:
+                error.lane = int(self._global[error.lane])
+            raise
         self._steps = True
         answered = perf_counter()
         self._act(timestep)
@@ -254,6 +250,7 @@ class Actor:
             env_steps=self.env_steps,
             frames=self.env_steps * self._env.spec.frames_per_env_step,
             timings=timings,
+            cuts=tuple(replace(cut, lane=int(self._global[cut.lane])) for cut in self._cuts_of()),
         )
 
     def _stack_finished(self) -> tuple:

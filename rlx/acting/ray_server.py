@@ -11,6 +11,7 @@ import math
 import queue
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from threading import Event as Flag
 from time import monotonic
 from typing import Any
@@ -24,7 +25,7 @@ from rlx.acting.plan import Plan, carry_spec, row_spec
 from rlx.acting.policy import Policy
 from rlx.acting.remote_env import Step
 from rlx.cluster.fleet import Answered, Fleet, Lost, Ready
-from rlx.types import EnvSpec, Episode, Rollout, Timestep, Weights
+from rlx.types import Cut, EnvSpec, Episode, Rollout, Timestep, Weights
 
 POLL_S = 0.2
 
@@ -54,6 +55,7 @@ class RayLanes:
         self._waiting: list[tuple[int, Step]] = []  # answers that no `recv` has given yet
         self._given: list[tuple[int, int, int]] = []  # (actor, life, lanes) of the last `recv`
         self._episodes: list[Episode] = []
+        self._cuts: list[Cut] = []
         self.closing = Flag()
         self.lost_env_steps = 0  # sent to actors that were lost before they answered
 
@@ -101,6 +103,11 @@ class RayLanes:
         ended, self._episodes = self._episodes, []
         return ended
 
+    def cuts(self) -> list[Cut]:
+        """The episodes that were cut since the last call."""
+        cuts, self._cuts = self._cuts, []
+        return cuts
+
     def close(self) -> None:
         with suppress(Exception):  # the cluster may be gone
             self._fleet.close()
@@ -136,6 +143,8 @@ class RayLanes:
             for episode in step.episodes:
                 episode.lane += index * self._envs_per_actor
                 self._episodes.append(episode)
+            first = index * self._envs_per_actor
+            self._cuts += [replace(cut, lane=cut.lane + first) for cut in step.cuts]
         return stack([self._as_global(i, step.timestep) for i, step in given])
 
     def _as_global(self, index: int, timestep: Timestep) -> Timestep:

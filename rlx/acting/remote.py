@@ -13,6 +13,7 @@ from typing import Any
 
 from rlx.acting.wire import Answer, Compression, pack, widened
 from rlx.cluster.whereabouts import Whereabouts, lower_priority, whereabouts
+from rlx.problems import or_run_failed
 from rlx.types import Request, Weights
 
 
@@ -54,7 +55,8 @@ class RemoteActor:
         plan = pickle.loads(self._plan)
         prepare_process(cache=self._cache, on_cpu=plan.device == "cpu")
         plan.compile()
-        self._actor = plan.actor(self._index, self._chain)
+        with or_run_failed():
+            self._actor = plan.actor(self._index, self._chain)
         lower_priority()
 
     def collect(

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlx.cluster.whereabouts import Whereabouts, lower_priority, whereabouts
+from rlx.envs.finite import Cutting
 from rlx.interfaces import Env
-from rlx.types import Episode, Timestep
+from rlx.problems import or_run_failed
+from rlx.types import Cut, Episode, Timestep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,7 @@ class Step:
 
     timestep: Timestep
     episodes: list[Episode]
+    cuts: list[Cut]
 
 
 class RemoteEnv:
@@ -47,7 +50,8 @@ class RemoteEnv:
             # EnvPool loads JAX where there is one, for a way of stepping that is not used here.
             sys.modules.setdefault("jax", None)  # type: ignore[arg-type]
         family = pickle.loads(self._family)
-        self._env = family.make(lanes=len(self._seeds), seeds=self._seeds)
+        with or_run_failed():
+            self._env = family.make(lanes=len(self._seeds), seeds=self._seeds)
         lower_priority()
 
     def reset(self) -> Step:
@@ -63,4 +67,5 @@ class RemoteEnv:
 
     def _answer(self, timestep: Timestep) -> Step:
         assert self._env is not None
-        return Step(timestep=timestep, episodes=self._env.episodes())
+        cuts = self._env.cuts() if isinstance(self._env, Cutting) else []
+        return Step(timestep=timestep, episodes=self._env.episodes(), cuts=cuts)

@@ -64,6 +64,7 @@ def replace_arrays(rollout: Rollout, function: Any) -> Rollout:
         env_steps=rollout.env_steps,
         frames=rollout.frames,
         timings=rollout.timings,
+        cuts=rollout.cuts,
     )
 
 

@@ -25,7 +25,7 @@ from ray import exceptions as ray_errors
 from rlx.cluster.faults import ActingFailed, Cause, History, Restarts, same_error
 from rlx.cluster.logs import LastLines, last_lines_of
 from rlx.cluster.whereabouts import Whereabouts
-from rlx.problems import refuse
+from rlx.problems import ConfigError, RunFailed, refuse
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +221,9 @@ class Fleet:
             cause = cause_of(error)
             # Without pid and address, which differ between actors that raise the same.
             raised = repr(error.cause) if isinstance(error, ray_errors.RayTaskError) else ""
-            self._fail(slot, cause, str(error), raised)
+            own = getattr(error, "cause", None)  # what says all in a line needs no traceback
+            says = str(own if isinstance(own, RunFailed | ConfigError) else error)
+            self._fail(slot, cause, says, raised)
             return
         slot.requests.popleft()
         if slot.state == "pending":

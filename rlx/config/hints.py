@@ -115,7 +115,7 @@ def describe(hint: Any) -> str:
 def _bounds(limits: list[Range]) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     parts = [
-        f"{sign} {value:g}"
+        f"{sign} {value:,}" if isinstance(value, int) else f"{sign} {value:g}"
         for limit in limits
         for name, sign in signs.items()
         if (value := getattr(limit, name)) is not None

@@ -25,8 +25,14 @@ RENAMED: Mapping[str, Mapping[str, str]] = {  # settings, by their class's targe
 }
 ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does as it was before
     "rlx.acting.ray_pool.RayPool": {"sync": False},
-    "rlx.envs.envpool.EnvPool": {"action_mask": None},
-    "rlx.envs.gymnasium.Gymnasium": {"action_mask": None},
+    "rlx.envs.envpool.EnvPool": {"action_mask": None, "image": None},
+    "rlx.envs.gymnasium.Gymnasium": {
+        "action_mask": None,
+        "image": None,
+        "frames_per_env_step": 1,
+    },
+    "rlx.evaluation.playing.Evaluation": {"max_env_steps_per_episode": None},
+    "rlx.networks.recurrent.RecurrentNetwork": {"discrete": "number"},
 }
 
 

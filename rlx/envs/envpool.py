@@ -19,6 +19,8 @@ Not reachable through EnvPool: saving and restoring an environment's state.
 from __future__ import annotations
 
 import functools
+import json
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,52 +31,42 @@ import envpool
 import numpy as np
 
 from rlx.envs.actions import Actions
+from rlx.envs.envpool_options import STACKS, option_problems, untried
+from rlx.envs.envpool_spaces import action_spec, read_sources
+from rlx.envs.images import Image
 from rlx.envs.lanes import LaneTracker, OneThread, check_lane, check_lanes_and_seeds
 from rlx.envs.observations import (
     Leaf,
     ObservationReader,
     RawSpaces,
     Source,
-    check_mask,
-    leaf_name,
+    env_spec,
     nearest,
     raw_spaces,
     select,
 )
 from rlx.problems import Problem
 from rlx.types import (
-    ActionSpec,
-    BoxSpec,
-    DiscreteSpec,
+    Cut,
     EnvSpec,
     Episode,
-    MultiDiscreteSpec,
     Range,
     Timestep,
 )
-
-# Names of EnvPool's own configuration that `options` may not set, and what to do instead.
-RESERVED = {
-    "num_envs": "lanes come from acting.envs_per_actor",
-    "batch_size": "set env.batch_size",
-    "num_threads": "set env.threads",
-    "seed": "set the root key seed",
-    "env_seed": "set the root key seed",
-    "max_episode_steps": "set env.max_episode_steps",
-    "stack_num": "frames are single here; set network.stack",
-    "frame_stack": "frames are single here; set network.stack",
-    "max_num_players": "environments have one player",
-    "task": "set env.id",
-    "base_path": "set the variable ENVPOOL_ASSETS_PATH",
-    "gym_reset_return_info": "it is always on",
-}
-STACKS = ("stack_num", "frame_stack")
 
 RENDER_TRIAL = """
 import sys, envpool
 env = envpool.make_gymnasium(sys.argv[1], num_envs=1, render_mode="rgb_array")
 env.reset()
 env.render(env_ids=0)
+"""
+
+OPEN_TRIAL = """
+import json, sys, envpool, numpy
+env = envpool.make_gymnasium(sys.argv[1], num_envs=1, num_threads=1, **json.loads(sys.argv[2]))
+env.reset()
+for _ in range(3):
+    env.step(numpy.stack([env.action_space.sample()]))
 """
 
 
@@ -90,9 +82,10 @@ class EnvPool:
     components: list[int] | None
     scale: list[float] | None
     action_mask: str | None
-    max_episode_steps: Annotated[int, Range(ge=1)] | None
+    image: Image | None
+    max_episode_steps: Annotated[int, Range(ge=1, le=2**31 - 1)] | None
     batch_size: Annotated[int, Range(ge=1)] | None
-    threads: Annotated[int, Range(ge=0)]
+    threads: Annotated[int, Range(ge=0, le=1024)]
     options: dict[str, Any]
     needs_jax: ClassVar[bool] = False
 
@@ -104,13 +97,17 @@ class EnvPool:
             defaults = _make_spec(self.id).config._asdict()
         except (ImportError, RuntimeError) as error:
             return [f"env.id={self.id!r} does not load here: {_first_line(error)}"]
-        found = _option_problems(self.id, self.options, defaults)
+        found = option_problems(self.id, self.options, defaults)
         found += _batch_problems(self.batch_size, lanes)
         if not found:
             try:
                 self.spec()
             except ValueError as error:
                 found.append(_first_line(error))
+        if not found and untried(self.options, defaults):
+            own = self._env_options(self._raw_spec().config._asdict())
+            if reason := _failure(OPEN_TRIAL, self.id, json.dumps(own)):
+                found.append(f"env.options={self.options}: {self.id!r} cannot be opened ({reason})")
         return found
 
     @staticmethod
@@ -126,19 +123,13 @@ class EnvPool:
         """Describes one lane; raises ValueError, with the nearest ids, for an unknown id."""
         raw = self._raw_spec()
         config = raw.config._asdict()
-        leaves = self._select(_sources(raw))
-        spec = EnvSpec(
-            id=self.id,
-            observation={leaf.source.name: leaf.spec for leaf in leaves},
-            action=_action_spec(self.id, raw),
-            frames_per_env_step=config["frame_skip"] if _is_atari(config) else 1,
-            action_mask=self.action_mask,
-        )
-        return check_mask(spec)
+        leaves = self._select(read_sources(raw))
+        frames = config["frame_skip"] if _is_atari(config) else 1
+        return env_spec(self.id, leaves, action_spec(self.id, raw), frames, self.action_mask)
 
     def raw_spaces(self) -> RawSpaces:
         """The raw spaces of one environment, without our adapter; frames are single there, too."""
-        sources = _sources(self._raw_spec())
+        sources = read_sources(self._raw_spec())
         return raw_spaces(sources, self._select(sources), 0)
 
     def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> EnvPoolLanes:
@@ -148,14 +139,14 @@ class EnvPool:
         """
         if problems := self.problems(lanes=lanes):
             raise ValueError("; ".join(problems))
-        if render and (reason := _cannot_render(self.id)):
+        if render and (reason := _failure(RENDER_TRIAL, self.id)):
             raise ValueError(
                 f"env.id={self.id!r} cannot be rendered here ({reason}); turn video off"
             )
         return EnvPoolLanes(
             pool=self.open(lanes=lanes, seeds=seeds, render=render),
             spec=self.spec(),
-            reader=ObservationReader(self._select(_sources(self._raw_spec()))),
+            reader=ObservationReader(self._select(read_sources(self._raw_spec()))),
             render=render,
         )
 
@@ -178,6 +169,7 @@ class EnvPool:
             components=self.components,
             scale=self.scale,
             action_mask=self.action_mask,
+            image=self.image,
         )
 
     def _raw_spec(self) -> Any:
@@ -185,6 +177,8 @@ class EnvPool:
         if self.id not in envpool.list_all_envs():
             raise ValueError(_unknown_id(self.id))
         defaults = _make_spec(self.id).config._asdict()
+        if problems := option_problems(self.id, self.options, defaults):
+            raise ValueError("; ".join(problems))
         return _make_spec(self.id, **self._env_options(defaults))
 
     def _env_options(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -226,6 +220,8 @@ class EnvPoolLanes:
         self._one_thread = OneThread("one EnvPool environment")
         self._started = False
         self._atari = _is_atari(config)
+        self._reward = "info:reward" if self._atari else "reward"  # the raw one
+        self._in_batches = batch_size < self.lanes
         self._lives = np.zeros(self.lanes, np.int32) if config.get("episodic_life") else None
 
     def reset(self) -> Timestep:
@@ -266,6 +262,14 @@ class EnvPoolLanes:
         """The whole games that ended since the last call."""
         return self._tracker.episodes()
 
+    def cuts(self) -> list[Cut]:
+        """The episodes that were cut since the last call."""
+        return self._tracker.cuts()
+
+    def end(self, lane: np.ndarray) -> None:
+        """Ends the episodes of lanes i32[n] that wait: their next answer is `first`."""
+        self._tracker.end(lane)
+
     def render(self, lane: int) -> np.ndarray:
         """uint8[H, W, 3]: a picture of this lane, at the emulator's own size and in its colours."""
         if not self._render:
@@ -284,16 +288,15 @@ class EnvPoolLanes:
             self._tracker.restart()
 
     def _receive(self) -> Timestep:
-        raw = dict(zip(self._answer_names, self._pool._recv(), strict=True))
-        lane, reward, truncated = raw["info:env_id"], raw["reward"], raw["trunc"]
+        raw, observation = self._finite_answer()
+        lane, reward, truncated = raw["info:env_id"], raw[self._reward], raw["trunc"]
         terminated = raw["done"] & ~truncated
         ended = None
         if self._atari:
-            reward = raw["info:reward"]
             terminated, truncated, ended = self._atari_ends(terminated, truncated, raw)
         done = terminated | truncated
         return Timestep(
-            observation=self._read(raw),
+            observation=observation,
             reward=reward,
             terminated=terminated,
             truncated=truncated,
@@ -302,6 +305,34 @@ class EnvPoolLanes:
             ),
             lane=lane,
         )
+
+    def _finite_answer(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """EnvPool's answer, and the observation in it; lanes that are not finite begin anew."""
+        raw = self._answer()
+        while True:
+            lane, observation = raw["info:env_id"], self._read(raw)
+            anew = self._tracker.begin_anew(lane, observation, raw[self._reward])
+            if anew is None:
+                return raw, observation
+            raw = self._begun_anew(raw, anew)
+
+    def _begun_anew(self, raw: dict[str, np.ndarray], bad: np.ndarray) -> dict[str, np.ndarray]:
+        """The answer with the first observations of lanes `bad` bool[n], which are reset."""
+        self._pool._reset(raw["info:env_id"][bad])
+        if self._in_batches:  # they answer among the next ones
+            kept = {name: values[~bad] for name, values in raw.items()}
+            return self._answer() if bad.all() else kept
+        again = self._answer()
+        order = np.argsort(again["info:env_id"])  # of the lanes that were reset
+        places = np.flatnonzero(bad)[np.argsort(raw["info:env_id"][bad])]
+        joined = {name: values.copy() for name, values in raw.items()}
+        for name, values in again.items():
+            if len(values) == len(order):
+                joined[name][places] = values[order]
+        return joined
+
+    def _answer(self) -> dict[str, np.ndarray]:
+        return dict(zip(self._answer_names, self._pool._recv(), strict=True))
 
     def _atari_ends(
         self, terminated: np.ndarray, truncated: np.ndarray, raw: dict[str, np.ndarray]
@@ -335,58 +366,6 @@ def _is_atari(config: dict[str, Any]) -> bool:
     return "repeat_action_probability" in config
 
 
-def _sources(raw: Any) -> list[Source]:
-    """The arrays of an observation; a single array has no name, whatever EnvPool calls it."""
-    specs = {k: v for k, v in raw.state_array_spec.items() if k.split(":")[0] == "obs"}
-    found = []
-    for key, spec in specs.items():
-        keys = key.replace(":", ".").split(".")[1:]
-        found.append(
-            Source(
-                name=leaf_name(() if len(specs) == 1 else keys),
-                path=(key,),
-                # A leading -1 counts players, of which there is one: EnvPool drops that axis.
-                shape=tuple(int(size) for size in spec.shape if size != -1),
-                dtype=np.dtype(spec.dtype).name,
-            )
-        )
-    return found
-
-
-def _action_spec(env_id: str, raw: Any) -> ActionSpec:
-    actions = {k: v for k, v in raw.action_array_spec.items() if not k.endswith("env_id")}
-    if raw.config.max_num_players > 1 or len(actions) != 1:
-        raise ValueError(
-            f"env.id={env_id!r} has {raw.config.max_num_players} players and the actions "
-            f"{sorted(actions)}; accepted: one player, one action"
-        )
-    (spec,) = actions.values()
-    shape = tuple(int(size) for size in spec.shape if size != -1)
-    dtype = np.dtype(spec.dtype)
-    if dtype.kind == "f":
-        return _box_spec(spec, shape, dtype)
-    first, last = np.broadcast_to(spec.minimum, shape), np.broadcast_to(spec.maximum, shape)
-    if dtype.kind != "i" or len(shape) > 1 or first.any():
-        raise ValueError(
-            f"env.id={env_id!r} takes {dtype.name}{list(shape)} actions from {spec.minimum}; "
-            "accepted: discrete ones from 0, one or a row of them, and boxes of floats"
-        )
-    counts = (last.astype(int) + 1).tolist()
-    return MultiDiscreteSpec(counts=tuple(counts)) if shape else DiscreteSpec(n=counts)
-
-
-def _box_spec(spec: Any, shape: tuple[int, ...], dtype: np.dtype) -> BoxSpec:
-    # Bounds that nobody gave are the dtype's: its smallest positive (!) and largest number.
-    limits = np.finfo(dtype)
-    low = np.where(np.equal(spec.minimum, limits.tiny), -np.inf, spec.minimum)
-    high = np.where(np.equal(spec.maximum, limits.max), np.inf, spec.maximum)
-    return BoxSpec(
-        shape=shape,
-        low=tuple(np.broadcast_to(low, shape).ravel().tolist()),
-        high=tuple(np.broadcast_to(high, shape).ravel().tolist()),
-    )
-
-
 # --- checks --------------------------------------------------------------------------------------
 
 
@@ -395,32 +374,6 @@ def _unknown_id(env_id: str) -> str:
         f"env.id={env_id!r} is no EnvPool environment; {nearest(env_id, envpool.list_all_envs())} "
         "(env=gymnasium for other packages)"
     )
-
-
-def _option_problems(env_id: str, options: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
-    accepted = [name for name in defaults if name not in RESERVED]
-    found = []
-    for name, value in options.items():
-        if name in STACKS and name in defaults and value == 1:
-            continue  # says what holds anyway
-        given = f"env.options.{name}={value!r}"
-        if name in RESERVED:
-            found.append(f"{given} is not set here: {RESERVED[name]}")
-        elif name not in defaults:
-            found.append(f"{given} is no option of {env_id}; {nearest(name, accepted)}")
-        elif not _fits(value, defaults[name]):
-            kind = type(defaults[name]).__name__
-            found.append(f"{given} is of type {type(value).__name__}; accepted: {kind}")
-    return found
-
-
-def _fits(value: Any, default: Any) -> bool:
-    """Whether a value is of the default's type; an int is accepted for a float."""
-    if isinstance(default, list | tuple):
-        return isinstance(value, list | tuple)
-    if isinstance(default, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is type(default)
 
 
 def _batch_problems(batch_size: int | None, lanes: int | None) -> list[str]:
@@ -435,16 +388,16 @@ def _first_line(error: Exception) -> str:
 
 
 @functools.cache
-def _cannot_render(env_id: str) -> str | None:
-    """Says why this id renders no pictures here, or None; a child tries, as it may abort."""
-    trial = subprocess.run(
-        [sys.executable, "-c", RENDER_TRIAL, env_id],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def _failure(program: str, *arguments: str) -> str | None:
+    """Says why a trial fails here, or None; a child tries, as compiled code may abort."""
+    command = [sys.executable, "-c", program, *arguments]
+    try:
+        trial = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return "the trial did not end within 120 s"
     if trial.returncode == 0:
         return None
+    if trial.returncode < 0:
+        return f"it ends its process by {signal.Signals(-trial.returncode).name}"
     lines = (trial.stdout + trial.stderr).strip().splitlines()
     return lines[-1][:200] if lines else f"the trial ended with status {trial.returncode}"

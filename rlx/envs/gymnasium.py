@@ -9,40 +9,49 @@ mode is theirs to choose, and SAME_STEP would hide the last observation.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+import multiprocessing
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from rlx.envs.actions import Actions, Start
+from rlx.envs.actions import Actions
+from rlx.envs.gymnasium_spaces import action_spec, read_sources
+from rlx.envs.images import Image
 from rlx.envs.lanes import LaneTracker, OneThread, check_lane, check_lanes_and_seeds
 from rlx.envs.observations import (
     Leaf,
     ObservationReader,
     RawSpaces,
     Source,
-    check_mask,
-    leaf_name,
+    env_spec,
     nearest,
     raw_spaces,
     select,
 )
+from rlx.envs.one_lane import OneLane
+from rlx.problems import EnvironmentFailed
 from rlx.types import (
-    ActionSpec,
-    BoxSpec,
-    DiscreteSpec,
+    Cut,
     EnvSpec,
     Episode,
-    MultiDiscreteSpec,
     NamesModule,
     Range,
     Timestep,
 )
 
 VECTOR = ("sync", "async")
+GUARD = (
+    "its processes import the script that was started: put the script's calls beneath "
+    "if __name__ == '__main__':"
+)
+SENT = "_sent"  # in the state of settings that came from another process
 # Keywords of `gymnasium.make` and `make_vec` that `kwargs` may not set, and what to do instead.
 RESERVED = {
     "id": "set env.id",
@@ -71,11 +80,13 @@ class Gymnasium:
     components: list[int] | None
     scale: list[float] | None
     action_mask: str | None
-    max_episode_steps: Annotated[int, Range(ge=1)] | None
+    image: Image | None
+    frames_per_env_step: Annotated[int, Range(ge=1)] | None
+    max_episode_steps: Annotated[int, Range(ge=1, le=2**31 - 1)] | None
 
     def problems(self, *, lanes: int | None = None) -> list[str]:
         """Says what is wrong with the settings, a line each; allocates no environment."""
-        found = _id_problems(self.id)
+        found = _id_problems(self.id, sent=vars(self).get(SENT, False))
         if self.vector not in VECTOR:
             found.append(
                 f"env.vector={self.vector!r}; accepted: sync, async (both reset by NEXT_STEP; "
@@ -88,38 +99,55 @@ class Gymnasium:
         ]
         return found
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings as they travel to another process, which may have registered less."""
+        return vars(self) | {SENT: True}
+
     def spec(self) -> EnvSpec:
         """Found from one throw-away lane. Raises ValueError (nearest ids) for an unknown id."""
         return self._describe()[0]
 
     def raw_spaces(self) -> RawSpaces:
         """The raw spaces of one environment, without our adapter."""
-        return self._describe()[2]
+        return self._describe()[1]
 
     def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> GymnasiumLanes:
         """`lanes` copies, seeded one by one (int32 each); `render` allows `render(lane)`."""
         checked = check_lanes_and_seeds(lanes, seeds)
-        spec, reader, own = self._describe()
-        kwargs: dict[str, Any] = {"autoreset_mode": AutoresetMode.NEXT_STEP}
-        if self.vector == "async":
-            kwargs["context"] = "spawn"  # a forked copy of a process with threads can hang
-        vector = gymnasium.make_vec(
-            self.id,
-            num_envs=lanes,
-            vectorization_mode=self.vector,
-            vector_kwargs=kwargs,
-            **self._make_kwargs(render),
-        )
+        spec, own = self._describe()
+        sources = tuple(leaf.source for leaf in own.leaves)
+        opened = [
+            partial(open_lane, self.id, self._make_kwargs(render), lane, sources)
+            for lane in range(lanes)
+        ]
+        vector = _made(lambda: self._vector(opened), self.id)
+        named = [replace(x, source=replace(x.source, path=(x.source.name,))) for x in own.leaves]
         return GymnasiumLanes(
             vector=vector,
             spec=spec,
-            reader=reader,
+            reader=ObservationReader(named),
             seeds=checked,
             actions=Actions(
                 spec.action, start=own.action_start, dtype=vector.single_action_space.dtype
             ),
             render=render,
         )
+
+    def _vector(self, opened: Sequence[Callable[[], Any]]) -> Any:
+        if self.vector == "sync":
+            return SyncVectorEnv(opened, autoreset_mode=AutoresetMode.NEXT_STEP)
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise ValueError(f"env.vector=async: {GUARD}")
+        # What a lane raises arrives here and is told in one line; gymnasium warns of it, with the
+        # traceback, as well.
+        warnings.filterwarnings("ignore", r"(?s)\S*ERROR: (Received|Traceback|Shutting|Raising)")
+        try:  # a forked copy of a process with threads can hang
+            return AsyncVectorEnv(opened, context="spawn", autoreset_mode=AutoresetMode.NEXT_STEP)
+        except (EOFError, ConnectionError) as error:
+            says = f"a process of env.vector=async ended at its start; {GUARD}"
+            if ":" not in self.id:
+                says += f". What the script registers is not known there: {_by_module(self.id)}"
+            raise ValueError(says) from error
 
     def _select(self, sources: list[Source]) -> tuple[Leaf, ...]:
         return select(
@@ -128,6 +156,7 @@ class Gymnasium:
             components=self.components,
             scale=self.scale,
             action_mask=self.action_mask,
+            image=self.image,
         )
 
     def _make_kwargs(self, render: bool) -> dict[str, Any]:
@@ -138,26 +167,20 @@ class Gymnasium:
             kwargs["render_mode"] = "rgb_array"
         return kwargs | {"disable_env_checker": True}
 
-    def _describe(self) -> tuple[EnvSpec, ObservationReader, RawSpaces]:
-        """The spec, the reader of observations and what the environment itself gives and takes."""
+    def _describe(self) -> tuple[EnvSpec, RawSpaces]:
+        """The spec, and what the environment itself gives and takes."""
         if problems := self.problems():
             raise ValueError("; ".join(problems))
         env = _made(lambda: gymnasium.make(self.id, **self._make_kwargs(render=False)), self.id)
         try:
-            action, start = _action_spec(self.id, env.action_space)
-            sources = _sources(self.id, env.observation_space)
+            action, start = action_spec(self.id, env.action_space)
+            sources = read_sources(env.observation_space)
             leaves = self._select(sources)
+            frames = self.frames_per_env_step or _frames_per_env_step(self.id, env)
         finally:
             env.close()
-        observation = {leaf.source.name: leaf.spec for leaf in leaves}
-        spec = EnvSpec(
-            id=self.id,
-            observation=observation,
-            action=action,
-            frames_per_env_step=1,
-            action_mask=self.action_mask,
-        )
-        return check_mask(spec), ObservationReader(leaves), raw_spaces(sources, leaves, start)
+        spec = env_spec(self.id, leaves, action, frames, self.action_mask)
+        return spec, raw_spaces(sources, leaves, start)
 
 
 class GymnasiumLanes:
@@ -179,6 +202,7 @@ class GymnasiumLanes:
         self.spec = spec
         self.lanes: int = vector.num_envs
         self._vector = vector
+        self._all = np.arange(self.lanes, dtype=np.int32)
         self._read = reader
         self._seeds: list[int] | None = seeds
         self._actions = actions
@@ -197,7 +221,7 @@ class GymnasiumLanes:
             raw, _ = self._vector.reset(seed=self._seeds)
             self._seeds = None  # a second reset goes on with other episodes, as EnvPool's does
             no = np.zeros(self.lanes, bool)
-            return self._answer(raw, np.zeros(self.lanes), no, no.copy(), self._all_lanes())
+            return self._answer(raw, np.zeros(self.lanes), no, no.copy(), self._all)
 
     def step(self, action: np.ndarray, lane: np.ndarray) -> Timestep:
         """Acts in all lanes. action [N, *] as the spec says; lane: i32[N], each lane once."""
@@ -222,6 +246,21 @@ class GymnasiumLanes:
             raw, reward, terminated, truncated, _ = self._vector.step(ordered)
             return self._answer(raw, reward, terminated, truncated, lane)
 
+    def _observed(self, raw: Any) -> dict[str, np.ndarray]:
+        try:
+            with np.errstate(over="ignore"):  # an infinity is found by what follows
+                return self._read(raw)
+        except ValueError as error:
+            raise EnvironmentFailed(self.spec.id, str(error)) from error
+
+    def cuts(self) -> list[Cut]:
+        """The episodes that were cut since the last call."""
+        return self._tracker.cuts()
+
+    def end(self, lane: np.ndarray) -> None:
+        """Ends the episodes of lanes i32[n] that wait: their next answer is `first`."""
+        self._tracker.end(lane)
+
     def episodes(self) -> list[Episode]:
         """The episodes that ended since the last call."""
         return self._tracker.episodes()
@@ -243,9 +282,6 @@ class GymnasiumLanes:
         """Ends the environments and, with `vector=async`, their processes."""
         self._vector.close()
 
-    def _all_lanes(self) -> np.ndarray:
-        return np.arange(self.lanes, dtype=np.int32)
-
     def _answer(
         self,
         raw: Any,
@@ -256,8 +292,13 @@ class GymnasiumLanes:
     ) -> Timestep:
         """The answer of arrays [N, *], brought from the order of the lanes into that of `lane`."""
         self._pictures = None
-        observation = self._read(raw)
-        if not np.array_equal(lane, self._all_lanes()):
+        observation = self._observed(raw)
+        while (anew := self._tracker.begin_anew(self._all, observation, reward)) is not None:
+            raw, _ = self._vector.reset(options={"reset_mask": anew})
+            observation = self._observed(raw)
+            reward = np.where(anew, 0.0, reward)
+            terminated, truncated = terminated & ~anew, truncated & ~anew
+        if not np.array_equal(lane, self._all):
             observation = {name: array[lane] for name, array in observation.items()}
             reward, terminated, truncated = reward[lane], terminated[lane], truncated[lane]
         reward, done = reward.astype(np.float32), terminated | truncated
@@ -271,8 +312,11 @@ class GymnasiumLanes:
         )
 
 
-def _id_problems(env_id: str) -> list[str]:
-    """None for a registered id, or 'module:id' after importing that module."""
+def _id_problems(env_id: str, *, sent: bool) -> list[str]:
+    """None for a registered id, or 'module:id' after importing that module.
+
+    sent: whether another process gave the id, where it was registered.
+    """
     module, _, name = env_id.rpartition(":")
     try:
         if module:
@@ -281,46 +325,55 @@ def _id_problems(env_id: str) -> list[str]:
         return [f"env.id={env_id!r}: {error}; install the package that registers {name!r}"]
     if name in gymnasium.registry:
         return []
+    if sent and not module:
+        return [
+            f"env.id={env_id!r} was registered where the run was started, not in this process of "
+            f"its actors; {_by_module(name)}"
+        ]
     return [
         f"env.id={env_id!r} is not registered with gymnasium; "
         f"{nearest(name, gymnasium.registry)} ('module:id' imports the module that registers it)"
     ]
 
 
+def _by_module(name: str) -> str:
+    return f"give env.id=module:{name}, with the module that registers it"
+
+
 def _made(make: Callable[[], Any], env_id: str) -> Any:
     """Calls `make`; raises one line that names the id if something (a package) is missing."""
     try:
         return make()
-    except Exception as error:  # it is anybody's code
+    except EnvironmentFailed:
+        raise
+    except (Exception, SystemExit) as error:  # it is anybody's code
         line = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"env.id={env_id!r} does not work here: {line}") from error
 
 
-def _sources(env_id: str, space: Any, path: tuple[str, ...] = ()) -> list[Source]:
-    """The arrays of an observation space; nested dicts are flattened."""
-    if isinstance(space, gymnasium.spaces.Dict):
-        return [s for key, part in space.items() for s in _sources(env_id, part, (*path, str(key)))]
-    if space.shape is None or space.dtype is None or space.dtype.kind not in "biuf":
-        raise ValueError(f"env.id={env_id!r} observes {space}; accepted: (dicts of) numeric arrays")
-    shape, dtype = tuple(space.shape), space.dtype.name
-    return [Source(name=leaf_name(path), path=path, shape=shape, dtype=dtype)]
+def open_lane(env_id: str, kwargs: Mapping[str, Any], lane: int, sources: Sequence[Source]) -> Any:
+    """One environment of a vector, in whatever process it is."""
+    if problems := _id_problems(env_id, sent=multiprocessing.parent_process() is not None):
+        raise EnvironmentFailed(env_id, problems[0], lane)
+    env = gymnasium.make(env_id, **kwargs)
+    return OneLane(env, env_id=env_id, lane=lane, sources=sources)
 
 
-def _action_spec(env_id: str, space: Any) -> tuple[ActionSpec, Start]:
-    """The action's spec and the number of the first action."""
-    spaces = gymnasium.spaces
-    if isinstance(space, spaces.Discrete):
-        return DiscreteSpec(n=int(space.n)), int(space.start)
-    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
-        counts = MultiDiscreteSpec(counts=tuple(space.nvec.tolist()))
-        return counts, tuple(space.start.tolist())
-    if isinstance(space, spaces.MultiBinary) and len(space.shape) == 1:
-        return MultiDiscreteSpec(counts=(2,) * space.shape[0]), 0
-    if isinstance(space, spaces.Box) and space.dtype.kind == "f":
-        low, high = space.low.ravel().tolist(), space.high.ravel().tolist()
-        return BoxSpec(shape=tuple(space.shape), low=tuple(low), high=tuple(high)), 0
-    found = " ".join(str(space).split())  # arrays print over several lines
-    raise ValueError(
-        f"env.id={env_id!r} takes {found}; accepted: Discrete, MultiDiscrete and MultiBinary of "
-        "one axis, and Box of floats"
-    )
+def _frames_per_env_step(env_id: str, env: Any) -> int:
+    """The emulator's frames of an env step: 1 of an environment without an emulator.
+
+    ALE skips frames, and wrappers (AtariPreprocessing, MaxAndSkipObservation) skip its steps.
+    """
+    if not hasattr(env.unwrapped, "ale"):
+        return 1
+    skips, layer = [getattr(env.unwrapped, "_frameskip", 1)], env
+    while isinstance(layer, gymnasium.Wrapper):
+        own = vars(layer)
+        skips += [own[name] for name in ("frame_skip", "_skip") if name in own]
+        layer = layer.env
+    if not all(isinstance(skip, int) for skip in skips):
+        raise ValueError(
+            f"env.id={env_id!r} skips {skips} frames, by chance; set env.kwargs.frameskip to a "
+            "number, or env.frames_per_env_step to what is to be counted"
+        )
+    return math.prod(skips)

@@ -6,13 +6,16 @@ Letters as in `rlx.types`: N lanes, n <= N lanes in one answer, `*` the shape of
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from rlx.envs.actions import Actions, describe
-from rlx.types import EnvSpec, Episode
+from rlx.envs.finite import TRIES, cut, make_finite, not_finite
+from rlx.problems import EnvironmentFailed
+from rlx.types import Cut, EnvSpec, Episode
 
 
 def lane_index(lane: np.ndarray, every: np.ndarray) -> slice | np.ndarray:
@@ -36,8 +39,16 @@ class EpisodeCounter:
 
     def restart(self) -> None:
         """Forgets the unfinished episodes of all lanes."""
-        self._return[:] = 0
-        self._env_steps[:] = 0
+        self.forget(slice(None))
+
+    def forget(self, lane: slice | np.ndarray) -> None:
+        """Forgets the unfinished episodes of these lanes."""
+        self._return[lane] = 0
+        self._env_steps[lane] = 0
+
+    def env_steps(self, lane: int) -> int:
+        """The env steps of the lane's unfinished episode."""
+        return int(self._env_steps[lane])
 
     def add(
         self,
@@ -55,8 +66,12 @@ class EpisodeCounter:
         self._return[index] += reward
         self._env_steps[index] += ~first
         if ended.any():
-            for i in lane[ended].tolist():
-                self._end(i)
+            self.end(lane[ended])
+
+    def end(self, lane: np.ndarray) -> None:
+        """Counts the episodes of these lanes as ended."""
+        for i in lane.tolist():
+            self._end(i)
 
     def _end(self, lane: int) -> None:
         env_steps = int(self._env_steps[lane])
@@ -98,6 +113,11 @@ class LaneTracker:
         self._done = np.ones(lanes, bool)  # so that the very first answers are `first`
         self._counter = EpisodeCounter(lanes=lanes, frames_per_env_step=spec.frames_per_env_step)
         self._uncounted: dict[str, Any] | None = None  # of the last answer, for the counter
+        self._cuts: list[Cut] = []
+        self._ending: set[int] = set()  # lanes whose next answer is to be `first`
+        self._later: set[int] = set()  # the same, from the answer after this one on
+        self._in_a_row: Counter[int] = Counter()  # first observations that were not finite
+        self._env_id = spec.id
 
     @property
     def in_flight(self) -> int:
@@ -170,6 +190,9 @@ class LaneTracker:
         self._waiting[index] = True
         self._n_waiting += len(lane)
         self._answered, self._index_answered = lane, index
+        if self._later:
+            self._ending |= self._later
+            self._later.clear()
         self.count()
         self._uncounted = {
             "index": index,
@@ -179,6 +202,54 @@ class LaneTracker:
             "ended": ended,
         }
         return first
+
+    def begin_anew(
+        self, lane: np.ndarray, observation: dict[str, np.ndarray], reward: np.ndarray
+    ) -> np.ndarray | None:
+        """bool[n]: the lanes i32[n] of an answer that are to be reset, and answer `first` then.
+
+        They are those that `end` named, and those whose answer is not finite, which is noted as a
+        cut. None: there are none, and the answer is good. Where a first observation is not finite
+        its wrong numbers become 0, and the lane begins once more with its next answer.
+        """
+        bad = not_finite(observation, reward)
+        if bad is None and not self._ending:
+            self._in_a_row.clear()
+            return None
+        self.count()
+        bad = np.zeros(len(lane), bool) if bad is None else bad
+        for at in np.flatnonzero(bad).tolist():
+            own = int(lane[at])
+            env_step = 0 if self._done[own] else self._counter.env_steps(own) + 1
+            self._cuts.append(cut(own, env_step, observation, reward, at))
+        again = bad & self._done[lane]
+        if again.any():
+            self._begin_once_more(lane[again])
+            make_finite(observation, again)
+        ending = np.isin(lane, list(self._ending))
+        anew: np.ndarray = (ending | bad) & ~again
+        self._ending.difference_update(lane[ending].tolist())
+        self._done[lane[anew]] = True
+        self._counter.forget(lane[anew])
+        return anew if anew.any() else None
+
+    def _begin_once_more(self, lane: np.ndarray) -> None:
+        self._in_a_row.update(lane.tolist())
+        if max(self._in_a_row.values()) > TRIES:
+            says = f"its first observations were not finite {TRIES} times in a row"
+            raise EnvironmentFailed(self._env_id, says, int(lane[0]))
+        self._later.update(lane.tolist())
+
+    def end(self, lane: np.ndarray) -> None:
+        """Ends the episodes of lanes i32[n] that wait: they count as they are."""
+        self.count()
+        self._counter.end(lane)
+        self._ending.update(lane.tolist())
+
+    def cuts(self) -> list[Cut]:
+        """The episodes that were cut since the last call."""
+        cuts, self._cuts = self._cuts, []
+        return cuts
 
     def count(self) -> None:
         """Counts the last answer's episodes once; call it while the lanes are busy."""

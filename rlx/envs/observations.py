@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from rlx.envs.actions import Start
+from rlx.envs.images import Image, Picture, picture
 from rlx.interfaces import Outward
-from rlx.types import Array, ArraySpec, BoxSpec, DiscreteSpec, EnvSpec
+from rlx.problems import show
+from rlx.types import ActionSpec, Array, ArraySpec, BoxSpec, Categories, DiscreteSpec, EnvSpec
 
-# float64 and int64 leaves become 32-bit: the replay and JAX's default hold no more, and doubling
-# every stored observation for digits that the network never sees would be waste.
-NARROWED = {"float64": "float32", "int64": "int32"}
+# 64-bit leaves become 32-bit: the replay and JAX's default hold no more, and doubling every stored
+# observation for digits that the network never sees would be waste. Integers have to fit.
+NARROWED = {"float64": "float32", "int64": "int32", "uint64": "uint32"}
 
 
 def leaf_name(keys: Sequence[str]) -> str:
@@ -37,9 +40,13 @@ class Source:
     """One array of an environment's observation, as the environment gives it."""
 
     name: str
-    path: tuple[str, ...]  # keys from the root of the raw answer; () when that is the array itself
+    path: tuple[Any, ...]  # keys from the root of the raw answer; () when that is the array itself
     shape: tuple[int, ...]
     dtype: str
+    low: float = -np.inf  # the least value that it declares
+    high: float = np.inf
+    categories: Categories | None = None
+    unreadable: str = ""  # what it is instead of numbers; refused only if it is selected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +56,73 @@ class Leaf:
     source: Source
     components: tuple[int, ...] | None
     scale: tuple[float, ...] | None
+    picture: Picture | None = None
 
-    @property
+    @cached_property
     def spec(self) -> ArraySpec:
         """The spec of one lane's leaf."""
+        if self.picture is not None:
+            return ArraySpec(shape=self.picture.shape, dtype=self.picture.dtype)
         shape = self.source.shape if self.components is None else (len(self.components),)
-        return ArraySpec(shape=shape, dtype=NARROWED.get(self.source.dtype, self.source.dtype))
+        return ArraySpec(shape=shape, dtype=_carried(self.source))
+
+    @cached_property
+    def limits(self) -> tuple[int, int] | None:
+        """The least and the largest integer that it can carry; None: whatever comes fits."""
+        source, carried = self.source, np.dtype(self.spec.dtype)
+        if np.dtype(source.dtype).kind not in "iu" or carried.kind == "f":
+            return None
+        found = (0, 1) if carried.kind == "b" else (np.iinfo(carried).min, np.iinfo(carried).max)
+        own = np.iinfo(source.dtype)
+        return None if found[0] <= own.min and own.max <= found[1] else found
+
+    @cached_property
+    def categories(self) -> Categories | None:
+        """The categories of the components that are read."""
+        found = self.source.categories
+        if found is None or self.components is None:
+            return found
+        first = tuple(found.first[c] for c in self.components)
+        return Categories(first=first, counts=tuple(found.counts[c] for c in self.components))
 
     def read(self, array: Array) -> Array:
         """The leaf's values from its source's array [n, *], of NumPy or JAX."""
+        if self.picture is not None:
+            return self.picture.read(array)
         if self.components is not None:
             array = array.take(np.asarray(self.components), axis=1)
         array = array.astype(self.spec.dtype)
         return array if self.scale is None else array * np.asarray(self.scale, np.float32)[None]
+
+    def check(self, array: np.ndarray) -> None:
+        """Raises ValueError for integers [n, *] that the leaf cannot carry."""
+        if self.limits is None or not array.size:
+            return
+        low, high = self.limits
+        if array.min() < low or array.max() > high:
+            raise ValueError(
+                f"the observation {self.source.name!r} has {array.min()} .. {array.max()}; "
+                f"rlx carries it as {self.spec.dtype}, {low} .. {high}"
+            )
+
+
+def _carried(source: Source) -> str:
+    """The dtype of at most 32 bits; raises ValueError for declared integers that do not fit."""
+    dtype = np.dtype(source.dtype)
+    if dtype.kind == "f" and dtype.itemsize > 4:
+        return "float32"
+    if source.dtype not in NARROWED:
+        return source.dtype
+    own = np.iinfo(dtype)  # where nothing is declared the values themselves are looked at
+    low = 0 if source.low <= own.min else source.low
+    high = 0 if source.high >= own.max else source.high
+    for carried in ("int32", "uint32"):
+        if np.iinfo(carried).min <= low and high <= np.iinfo(carried).max:
+            return carried
+    raise ValueError(
+        f"env.observe reads {source.name!r}, which declares {source.dtype} from {source.low} to "
+        f"{source.high}; rlx carries 32 bits: leave it out, or wrap the environment to scale it"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +161,7 @@ def select(
     components: Sequence[int] | None,
     scale: Sequence[float] | None,
     action_mask: str | None,
+    image: Image | None,
 ) -> tuple[Leaf, ...]:
     """The leaves that these settings ask for, sorted by name.
 
@@ -109,16 +171,84 @@ def select(
     if action_mask is not None:
         _check_name("action_mask", action_mask, by_name)
     names = _observed(by_name, observe, action_mask)
+    _check_readable(sources, {*names, action_mask}, observe)
     if components is not None:
         _check_components([by_name[name] for name in names], components)
     columns = None if components is None else tuple(components)
     factors = None if scale is None else tuple(scale)
-    leaves = [Leaf(source=by_name[n], components=columns, scale=factors) for n in names]
+    leaves = [_leaf(by_name[name], columns, factors, image) for name in names]
     if factors is not None:
         _check_scale(leaves, factors)
     if action_mask is not None:
         leaves.append(Leaf(source=by_name[action_mask], components=None, scale=None))
     return tuple(sorted(leaves, key=lambda leaf: leaf.source.name))
+
+
+def _leaf(
+    source: Source,
+    components: tuple[int, ...] | None,
+    scale: tuple[float, ...] | None,
+    image: Image | None,
+) -> Leaf:
+    found = None
+    if image is not None and len(source.shape) == 3:
+        found = picture(source.name, source.shape, source.dtype, source.low, source.high, image)
+    return Leaf(source=source, components=components, scale=scale, picture=found)
+
+
+def env_spec(
+    env_id: str,
+    leaves: Sequence[Leaf],
+    action: ActionSpec,
+    frames_per_env_step: int,
+    action_mask: str | None,
+) -> EnvSpec:
+    """The spec of an environment whose observation has these leaves."""
+    categories = {
+        leaf.source.name: leaf.categories
+        for leaf in leaves
+        if leaf.categories is not None and leaf.source.name != action_mask
+    }
+    spec = EnvSpec(
+        id=env_id,
+        observation={leaf.source.name: leaf.spec for leaf in leaves},
+        action=action,
+        frames_per_env_step=frames_per_env_step,
+        action_mask=action_mask,
+        categories=categories,
+        said=tuple(_said(leaves, categories)),
+    )
+    return check_mask(spec)
+
+
+def _said(leaves: Sequence[Leaf], categories: Mapping[str, Categories]) -> Iterator[str]:
+    """Says what a person should know of how the leaves are read, a line each."""
+    for leaf in leaves:
+        if leaf.picture is not None and leaf.picture.said:
+            yield leaf.picture.said
+    for name, found in categories.items():
+        choices = " x ".join(map(str, found.counts[:4])) + (" x ..." if found.counts[4:] else "")
+        yield f"{name!r} is a choice of {choices}; network.discrete says how it is read"
+
+
+def _check_readable(
+    sources: Sequence[Source], selected: Collection[str | None], observe: str | Sequence[str] | None
+) -> None:
+    """Raises ValueError for selected leaves that share a name, are no numbers, or are empty."""
+    names = [source.name for source in sources]
+    good = sorted({s.name for s in sources if not s.unreadable and 0 not in s.shape})
+    for source in sources:
+        given = f"env.observe={show(observe)} reads {source.name!r}, which"
+        if source.name not in selected:
+            continue
+        if names.count(source.name) > 1:
+            raise ValueError(f"{given} is there twice, by keys that read alike; rename one of them")
+        instead = f"; set env.observe to some of: {', '.join(good) or '(none is left)'}"
+        if source.unreadable:
+            accepted = f"accepted: (dicts of) numeric arrays{instead}"
+            raise ValueError(f"{given} is {source.unreadable}; {accepted}")
+        if 0 in source.shape:
+            raise ValueError(f"{given} has no elements {list(source.shape)}{instead}")
 
 
 def _observed(
@@ -200,18 +330,27 @@ class ObservationReader:
                 leaf.source.path,
                 None if leaf.components is None else np.asarray(leaf.components),
                 None if leaf.scale is None else np.asarray(leaf.scale, np.float32),
-                NARROWED.get(leaf.source.dtype),
+                None if leaf.spec.dtype == leaf.source.dtype else leaf.spec.dtype,
+                leaf,
             )
             for leaf in leaves
         ]
 
     def __call__(self, raw: Any) -> dict[str, np.ndarray]:
-        """Returns {leaf: dtype[n, *]}; unchanged leaves are views, so treat all as read-only."""
+        """Returns {leaf: dtype[n, *]}; unchanged leaves are views, so treat all as read-only.
+
+        Raises ValueError for integers that do not fit.
+        """
         read = {}
-        for name, path, components, scale, dtype in self._parts:
+        for name, path, components, scale, dtype, leaf in self._parts:
             array = raw
             for key in path:
                 array = array[key]
+            if leaf.limits is not None:
+                leaf.check(array)
+            if leaf.picture is not None:
+                read[name] = np.ascontiguousarray(leaf.picture.read(array))
+                continue
             if components is not None:
                 array = array.take(components, axis=1)
             if dtype is not None:

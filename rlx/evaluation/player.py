@@ -99,7 +99,10 @@ def read_observation(raw_spaces: RawSpaces, given: Any) -> tuple[dict[str, np.nd
                 f"observation{_at(raw_spaces, name)} is {describe(array)}; {_accepted(leaf)}"
             )
         lanes.add(len(array) if array.ndim > fits else None)
+        leaf.check(array)
         array = array.astype(leaf.spec.dtype, copy=False)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"observation{_at(raw_spaces, name)} has numbers that are not finite")
         arrays[name] = array if array.ndim > fits else array[None]
     if len(lanes) > 1:
         described = ", ".join(f"{name} {describe(np.asarray(flat[name]))}" for name in arrays)

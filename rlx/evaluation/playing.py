@@ -7,21 +7,27 @@ too much. They are played on the CPU, beside whatever trains on the GPUs.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from rlx.acting.actor import InputTracker
 from rlx.acting.policy import Policy
+from rlx.envs.finite import TRIES, Ending
 from rlx.evaluation.video import GridRecorder, VideoRecorder, not_recorded, with_values
 from rlx.interfaces import Agent, Asynchronous, Env, EnvFamily
+from rlx.problems import EnvironmentFailed
 from rlx.seeding import spawn_int
 from rlx.statistics import summarize
-from rlx.types import Episode, Range, Timestep, Weights
+from rlx.types import Cut, Episode, Range, Timestep, Weights
 
 JSON = dict[str, Any]
+
+log = logging.getLogger(__name__)
 
 # Each purpose has starts and random actions of its own: a checkpoint that was chosen by some
 # episodes is not judged by the same ones. Branches of the seed, see `rlx.seeding`.
@@ -31,6 +37,8 @@ BRANCHES: dict[Purpose, tuple[str, ...]] = {
     "final": ("evaluation", "final"),  # the one after training
     "test": ("evaluation",),  # of a saved run
 }
+
+TELL_S = 10.0  # between two lines that say how many episodes have ended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +50,7 @@ class Evaluation:
     final_episodes: Annotated[int, Range(ge=0)]
     epsilon: Annotated[float, Range(ge=0, le=1)]
     envs: Annotated[int, Range(ge=1)]
+    max_env_steps_per_episode: Annotated[int, Range(ge=1)] | None
     where: Literal["inline", "actor"]  # actor: in a Ray actor, beside the training
 
     def returns(
@@ -54,6 +63,7 @@ class Evaluation:
         seed: int,
         purpose: Purpose,
         watch: Watch | None = None,
+        cut: OnCut | None = None,
     ) -> list[float]:
         """The unclipped returns of `episodes` episodes."""
         finished = run_episodes(
@@ -65,7 +75,9 @@ class Evaluation:
             epsilon=self.epsilon,
             seed=seed,
             purpose=purpose,
+            most_env_steps=self.max_env_steps_per_episode,
             watch=watch,
+            cut=cut,
         )
         return [episode.return_ for episode in finished]
 
@@ -83,14 +95,18 @@ def run_episodes(
     epsilon: float,
     seed: int,
     purpose: Purpose,
+    most_env_steps: int | None = None,
     watch: Watch | None = None,
     acted: Acted | None = None,
+    cut: OnCut | None = None,
     render: bool = False,
 ) -> list[Episode]:
     """The `episodes` episodes that started first, in the order in which they started.
 
     `watch` sees the environment, its answer and who started what, after every step; `acted` then
-    sees the actions [n, *] chosen for that answer and the agent's record of them.
+    sees the actions [n, *] chosen for that answer and the agent's record of them. An episode ends
+    after `most_env_steps`. One that is cut, as an answer was not finite, is told to `cut` and
+    played anew from another start.
     """
     branch = BRANCHES[purpose]
     seeds = [spawn_int(seed, *branch, lane) for lane in range(lanes)]
@@ -98,6 +114,7 @@ def run_episodes(
     policy = Policy(agent=agent, lanes=lanes, seed=seed, path=(*branch, "policy"), device="cpu")
     policy.take(weights)
     tracker, starts = InputTracker(lanes, env.spec.action), Starts(lanes, episodes)
+    limits = _Limits(env, most_env_steps, cut or _tell)
     exploration = np.full(lanes, epsilon, np.float32)
     try:
         timestep = env.reset()
@@ -105,15 +122,18 @@ def run_episodes(
             if watch is not None:
                 watch(env, timestep, starts)
             if starts.complete:
-                return starts.finished()
+                return limits.told(starts.finished())
             index = tracker.index(timestep.lane)
             subset = None if isinstance(index, slice) else timestep.lane
-            action, acting = policy.act(tracker.inputs(timestep, index), subset, exploration[index])
+            inputs = tracker.inputs(timestep, index)
+            action, acting = policy.act(inputs, subset, exploration[index])
             tracker.acted(index, action)
             if acted is not None:
                 acted(action, acting)
+            limits.end_long_episodes(timestep, inputs.time)
             timestep = env.step(action, timestep.lane)
             starts.ended(env.episodes())
+            limits.tell(starts)
     finally:
         env.close()
 
@@ -133,7 +153,54 @@ def _open(family: EnvFamily, seeds: list[int], render: bool) -> Env:
 
 
 Watch = Callable[[Env, Timestep, "Starts"], None]
+OnCut = Callable[[Cut], None]
 Acted = Callable[[np.ndarray, Any], None]
+
+
+def _tell(cut: Cut) -> None:
+    log.warning("an episode was cut and is played anew: %s", cut)
+
+
+class _Limits:
+    """Watches over episodes that have no end, or none that counts, and says how far it is."""
+
+    def __init__(self, env: Env, most_env_steps: int | None, cut: OnCut) -> None:
+        self._env = env if isinstance(env, Ending) else None
+        self._most, self._on_cut, self._cuts = most_env_steps, cut, 0
+        self._told_s = monotonic()
+
+    def end_long_episodes(self, timestep: Timestep, time: np.ndarray) -> None:
+        """Ends the episodes that have made the most env steps; time: i32[n], of this answer."""
+        if self._env is None or self._most is None or time.max() < self._most:
+            return
+        over = (time >= self._most) & ~(timestep.terminated | timestep.truncated)
+        if over.any():
+            self._env.end(timestep.lane[over])
+
+    def tell(self, starts: Starts) -> None:
+        """Tells of episodes that were cut and, a few times a minute, of those that have ended."""
+        if self._env is not None:
+            self._note_cuts(self._env, starts)
+        if monotonic() - self._told_s > TELL_S:
+            self._told_s = monotonic()
+            log.info("evaluating, %d of %d episodes", starts.count, starts.wanted)
+
+    def _note_cuts(self, env: Ending, starts: Starts) -> None:
+        for each in env.cuts():
+            self._cuts += 1
+            self._on_cut(each)
+            if self._cuts > max(starts.wanted, TRIES):
+                says = f"{self._cuts} episodes of an evaluation were cut: {each.says}"
+                raise EnvironmentFailed(env.spec.id, says, each.lane)
+
+    def told(self, episodes: list[Episode]) -> list[Episode]:
+        """The episodes, after a word about those that were ended."""
+        long = sum(self._most is not None and e.env_steps >= self._most for e in episodes)
+        if long:
+            says = "%d of %d episodes were ended after %d env steps and count with their return "
+            says += "until then (evaluation.max_env_steps_per_episode)"
+            log.warning(says, long, len(episodes), self._most)
+        return episodes
 
 
 class Starts:
@@ -141,17 +208,22 @@ class Starts:
 
     def __init__(self, lanes: int, episodes: int) -> None:
         self.number = np.arange(lanes)  # of the episode each lane is in
-        self._wanted, self._next = episodes, lanes
+        self.wanted, self._next = episodes, lanes
         self._ended: dict[int, Episode] = {}
 
     @property
     def complete(self) -> bool:
-        return len(self._ended) == self._wanted
+        return self.count == self.wanted
+
+    @property
+    def count(self) -> int:
+        """The number of wanted episodes that have ended."""
+        return len(self._ended)
 
     def ended(self, episodes: list[Episode]) -> None:
         for episode in episodes:
             number = int(self.number[episode.lane])
-            if number < self._wanted:
+            if number < self.wanted:
                 self._ended[number] = episode
             self.number[episode.lane] = self._next
             self._next += 1
@@ -169,6 +241,7 @@ def evaluate(
     lanes: int,
     epsilon: float,
     seed: int,
+    most_env_steps: int | None = None,
     recorder: VideoRecorder | GridRecorder | None = None,
 ) -> JSON:
     """Plays episodes; returns their statistics, returns and settings, ready for JSON."""
@@ -182,6 +255,7 @@ def evaluate(
         epsilon=epsilon,
         seed=seed,
         purpose="test",
+        most_env_steps=most_env_steps,
         watch=recorder,
         acted=recorder.acted if isinstance(recorder, GridRecorder) else None,
         render=recorder is not None,
@@ -193,6 +267,7 @@ def evaluate(
         "epsilon": epsilon,
         "envs": lanes,
         **summarize(returns, seed=seed),
+        "max_env_steps_per_episode": most_env_steps,
         "length_mean": sum(episode.env_steps for episode in finished) / len(finished),
         "returns": returns,
     }

@@ -23,7 +23,7 @@ from rlx.cluster.whereabouts import (
 )
 from rlx.evaluation.playing import Evaluation
 from rlx.interfaces import Agent, EnvFamily
-from rlx.types import Evaluated, Weights
+from rlx.types import Cut, Evaluated, Weights
 
 POLL_EVERY_S = 0.2
 STORE_BYTES = 256 * 1024**2
@@ -52,6 +52,7 @@ class RemoteEvaluator:
 
     def evaluate(self, weights: Weights, env_steps: int) -> Evaluated:
         """Evaluates these weights as the training process would."""
+        cuts: list[Cut] = []
         returns = self._evaluation.returns(
             agent=self._agent,
             weights=weights,
@@ -59,9 +60,13 @@ class RemoteEvaluator:
             episodes=self._evaluation.episodes,
             seed=self._seed,
             purpose="selection",
+            cut=cuts.append,
         )
         return Evaluated(
-            returns=tuple(returns), weights_version=weights.version, env_steps=env_steps
+            returns=tuple(returns),
+            weights_version=weights.version,
+            env_steps=env_steps,
+            cuts=tuple(cuts),
         )
 
 

@@ -15,6 +15,10 @@ log = logging.getLogger(__name__)
 TOGETHER_S = 5.0  # SIGTERMs that come within it are one
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal of somebody who wants this process to end at once."""
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
     """An event that Ctrl-C and SIGTERM set; a second one interrupts at once.
@@ -34,7 +38,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
             log.warning("%s: stopping with a checkpoint", signal.Signals(number).name)
             stop.set()
         elif not again:
-            raise KeyboardInterrupt
+            raise Interrupted
 
     with _handled(handle, signal.SIGINT, signal.SIGTERM):
         yield stop
@@ -47,7 +51,7 @@ def sigterm_interrupts() -> Iterator[None]:
 
     def handle(number: int, frame: Any) -> None:
         if not is_again(number):
-            raise KeyboardInterrupt
+            raise Interrupted
 
     with _handled(handle, signal.SIGTERM):
         yield

@@ -1,4 +1,4 @@
-"""Actions as networks read them."""
+"""Actions, and other choices, as networks read them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from rlx.types import ActionSpec, Array, BoxSpec, MultiDiscreteSpec
+from rlx.types import ActionSpec, Array, BoxSpec, Categories, MultiDiscreteSpec
 
 
 def encode_action(action: Array, spec: ActionSpec, dtype: Any) -> Array:
@@ -23,6 +23,13 @@ def encode_action(action: Array, spec: ActionSpec, dtype: Any) -> Array:
         parts = [nn.one_hot(action[..., i], n, dtype=dtype) for i, n in enumerate(spec.counts)]
         return jnp.concatenate(parts, axis=-1)
     return nn.one_hot(action, spec.n, dtype=dtype)
+
+
+def encode_categories(leaf: Array, categories: Categories, dtype: Any) -> Array:
+    """A leaf [n, *] of numbers of categories as [n, size]: one-hots side by side."""
+    numbers = leaf.reshape(leaf.shape[0], len(categories.counts))
+    numbers = numbers - np.asarray(categories.first, numbers.dtype)[None]
+    return encode_action(numbers, MultiDiscreteSpec(counts=categories.counts), dtype)
 
 
 def encode_previous(action: Array, first: Array, spec: ActionSpec, dtype: Any) -> Array:

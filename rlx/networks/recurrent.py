@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlx.networks.actions import encode_previous
+from rlx.networks.actions import encode_categories, encode_previous
 from rlx.networks.cores import Core, initial_frames, stack_frames
 from rlx.networks.heads import Head
 from rlx.networks.torsos import Torso
@@ -49,7 +49,7 @@ def _features(net: RecurrentNetwork, inputs: NetInput, core: Any) -> tuple[Array
     dtype = jnp.dtype(net.compute_dtype)
     time, batch = inputs.first.shape
     flat = {
-        name: leaf.reshape(time * batch, *leaf.shape[2:])
+        name: _leaf(net, name, leaf.reshape(time * batch, *leaf.shape[2:]), dtype)
         for name, leaf in inputs.observation.items()
         if name != net.spec.action_mask  # agents read it, not torsos
     }
@@ -68,6 +68,14 @@ def _features(net: RecurrentNetwork, inputs: NetInput, core: Any) -> tuple[Array
     return net.core.copy(name="core")(x, inputs.first, core, dtype)
 
 
+def _leaf(net: RecurrentNetwork, name: str, leaf: Array, dtype: Any) -> Array:
+    """A leaf [n, *] as the torso sees it."""
+    categories = net.spec.categories.get(name)
+    if categories is None or net.discrete == "number":
+        return leaf
+    return encode_categories(leaf, categories, dtype)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RecurrentNetwork:
     """Features over time; an interfaces.Network. Time-major: inputs [T, B, ...].
@@ -81,6 +89,7 @@ class RecurrentNetwork:
     layer_norm: bool  # after the torso
     core: Core
     stack: dict[str, Annotated[int, Range(ge=1)]]  # leaf -> frames the torso sees at once
+    discrete: Literal["one_hot", "number"]  # leaves that are choices, as the torso sees them
     prev_action: bool  # encoded (rlx.networks.actions), into the core (R2D2, section 2.3)
     prev_reward: bool  # after the agent's transform, into the core
     compute_dtype: Literal["float32", "bfloat16"]  # state, parameters and outputs stay float32

@@ -52,21 +52,25 @@ class MLP(Torso, kw_only=True):
 
 
 class OneHotMLP(Torso, kw_only=True):
-    """Reads grids of small integers, such as MiniGrid's object, colour and state [7, 7, 3]."""
+    """Reads grids of small integers, such as MiniGrid's object, colour and state [3, 7, 7].
 
-    categories: tuple[Annotated[int, Range(ge=1)], ...]  # values of each element of the last axis
+    Its channels are the first axis or, as runs of earlier rlx had them, the last one.
+    """
+
+    categories: tuple[Annotated[int, Range(ge=1)], ...]  # values of each channel
     layers: tuple[Annotated[int, Range(ge=1)], ...]
 
     @nn.compact
     def __call__(self, observation: Mapping[str, Array], dtype: Any) -> Array:
         image, others = split_images(observation)
-        if image.shape[-1] != len(self.categories):
+        axis = 1 if image.shape[1] == len(self.categories) else image.ndim - 1
+        if image.shape[axis] != len(self.categories) or image.dtype.kind not in "biu":
             raise ValueError(
-                f"network.torso.categories names {len(self.categories)} elements of the last "
-                f"axis, the observation has shape {image.shape[1:]}."
+                f"network.torso.categories names {len(self.categories)} channels of integers, the "
+                f"observation is {image.dtype}{list(image.shape[1:])}."
             )
         parts = [
-            nn.one_hot(image[..., i], n, dtype=dtype).reshape(image.shape[0], -1)
+            nn.one_hot(image.take(i, axis=axis), n, dtype=dtype).reshape(image.shape[0], -1)
             for i, n in enumerate(self.categories)
         ]
         x = jnp.concatenate([*parts, *([flat_leaves(others, dtype)] if others else [])], axis=-1)

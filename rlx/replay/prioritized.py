@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, final
 import numpy as np
 
 from rlx.interfaces import InitialPriorities, ReplayContext, Ring
+from rlx.problems import RunFailed
 from rlx.replay.agreement import ring_clashes
 from rlx.replay.held import Begin, HeldRing, Keeping
 from rlx.replay.ring.ring import Draw
@@ -275,6 +276,10 @@ class Prioritized:
         self._held.close()
 
 
+class NotFinite(RunFailed, FloatingPointError):
+    """Priorities that are NaN or infinite."""
+
+
 def check_priorities(keys: np.ndarray, priorities: np.ndarray) -> None:
     """Raises where they are not f32[B, T], >= 0, or finite (FloatingPointError with the keys)."""
     priorities = np.asarray(priorities)
@@ -285,7 +290,7 @@ def check_priorities(keys: np.ndarray, priorities: np.ndarray) -> None:
         )
     bad = ~np.isfinite(priorities).all(axis=1)
     if bad.any():
-        raise FloatingPointError(
+        raise NotFinite(
             f"Priorities of the sequences with keys {np.asarray(keys)[bad].tolist()} are not "
             f"finite; look at the learner's loss and the rewards."
         )

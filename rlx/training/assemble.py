@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -37,6 +38,7 @@ from rlx.interfaces import (
     ReplayContext,
     RunContext,
 )
+from rlx.machine.memory import available_bytes
 from rlx.problems import refuse
 from rlx.replay.held import Keeping
 from rlx.replay.process.client import ReplayProcess
@@ -47,7 +49,7 @@ from rlx.training.quota import Quota
 from rlx.training.restoring import Restored, check_total, restore_learner, restore_replay
 from rlx.training.rounds import blocks_of_a_round
 from rlx.training.shares import share_checkpoint, share_exploration, share_folder, share_seed
-from rlx.types import Rollout
+from rlx.types import DiscreteSpec, EnvSpec, Rollout
 
 T = TypeVar("T")
 
@@ -217,11 +219,30 @@ def _build_evaluator(
 
 
 def _check_network(agent: Agent) -> None:
-    """Traces the network, which reads shapes that its constructor does not."""
+    """Traces the network, which reads shapes that its constructor does not, and weighs it."""
+    for line in agent.spec.said:
+        log.info("%s", line)
     try:
-        jax.eval_shape(lambda: agent.init(jax.random.PRNGKey(0)))
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+        state = jax.eval_shape(lambda: agent.init(jax.random.PRNGKey(0)))
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise refuse("network", str(error).splitlines()[0]) from error
+    params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or available_bytes()
+    if needed > limit:
+        raise refuse(
+            "network",
+            f"its {params:,} parameters, with targets and optimiser, need {needed / 1e9:,.1f} GB, "
+            f"{limit / 1e9:,.1f} GB are there; choose a smaller network, or an environment with "
+            f"fewer choices and smaller observations (the action is {_sizes(agent.spec)})",
+        )
+
+
+def _sizes(spec: EnvSpec) -> str:
+    action = spec.action
+    if isinstance(action, DiscreteSpec):
+        return f"one of {action.n:,}"
+    return f"{action.array.dtype}{list(action.array.shape)}"
 
 
 def replay_context(

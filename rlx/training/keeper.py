@@ -280,6 +280,7 @@ class Keeper:
                 seed=parts.seed,
                 purpose=purpose,
                 watch=self._leave_if_stopped,
+                cut=lambda cut: self._stages.note_cuts([cut]),
             )
         self._note(returns, now)
 
@@ -288,6 +289,7 @@ class Keeper:
         for found in self._parts.evaluator.poll() if self._parts.evaluator else ():
             if self._evaluating is None or self._evaluating.updates != found.weights_version:
                 continue  # of an evaluator that was lost meanwhile
+            self._stages.note_cuts(found.cuts)
             self._note(found.returns, self._evaluating)
             self._stages.metrics.record("evaluation/of_env_steps", found.env_steps)
 
@@ -323,6 +325,7 @@ class Keeper:
             **parts.replay.stats(),
             **parts.pool.stats(),
             **(parts.evaluator.stats() if parts.evaluator else {}),
+            "acting/cut_episodes": float(self._stages.cut_episodes),
             "replay/ratio": parts.quota.ratio_so_far(parts.replay.env_steps),
             "learner/gradient_steps": float(parts.learner.gradient_steps),
             **({"learner/restarts": float(parts.peers.restarts)} if parts.peers.count > 1 else {}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
@@ -18,7 +18,7 @@ from rlx.training import nonfinite
 from rlx.training.checkpoint_files import Restored
 from rlx.training.learner import Published
 from rlx.training.parts import Counters, InFlight, Parts
-from rlx.types import Episode, News, Rollout, Sample
+from rlx.types import Cut, Episode, News, Rollout, Sample
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class Stages:
         self._prioritized = _prioritized(parts.replay)
         self._acting_version = 0
         self._settles_early = not parts.takes_turns
+        self.cut_episodes = 0  # by answers that were not finite
         if parts.resumed:
             self._resume(parts.resumed)
 
@@ -112,6 +113,8 @@ class Stages:
                 self._made.env_steps += rollout.env_steps
                 self._made.frames += rollout.frames
                 self._ended.extend(rollout.episodes)
+                with self.left_to_the_end():
+                    self.note_cuts(rollout.cuts)
 
     def agree(self, *, is_writing: bool = False) -> None:
         """Counts what was made by all learner processes, which do everything at the same count.
@@ -178,6 +181,16 @@ class Stages:
         self.metrics.record("weights/age_updates", learner.updates - self._acting_version)
 
     # --- details ---------------------------------------------------------------------------------
+
+    def note_cuts(self, cuts: Iterable[Cut]) -> None:
+        """Keeps answers that were not finite; raises NonFiniteAnswer unless those are left out."""
+        for cut in cuts:
+            self.cut_episodes += 1
+            path = nonfinite.keep_answer(self.parts.output_dir, cut)
+            if self.parts.learner.on_nonfinite == "stop":
+                raise nonfinite.NonFiniteAnswer(self.parts.agent.spec.id, cut, path)
+            if path is not None:
+                log.warning("an episode was cut: %s; see %s", cut, path)
 
     def settle(self) -> None:
         """Ends the update in flight: its priorities reach the replay, its weights the actors."""

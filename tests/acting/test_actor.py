@@ -37,6 +37,8 @@ def ends(**kwargs: Any) -> Gymnasium:
         components=None,
         scale=None,
         action_mask=None,
+        image="auto",
+        frames_per_env_step=None,
         max_episode_steps=None,
     )
 

@@ -40,6 +40,7 @@ def family(**changes: Any) -> EnvPool:
         "components": None,
         "scale": None,
         "action_mask": None,
+        "image": "auto",
         "max_episode_steps": None,
         "batch_size": None,
         "threads": 1,

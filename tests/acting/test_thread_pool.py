@@ -162,7 +162,8 @@ def test_a_long_request_is_no_hang_and_ends_when_the_pool_does(pool):
 def test_other_environments_than_envpools_act_in_threads_too(pool):
     envs: Any = Gymnasium(
         id="CartPole-v1", vector="sync", max_episode_steps=None, kwargs={},
-        observe=None, components=None, scale=None, action_mask=None,
+        observe=None, components=None, scale=None, action_mask=None, image="auto",
+        frames_per_env_step=None,
     )  # fmt: skip
     actors = pool(envs)
     actors.publish(weights_of(make_agent(envs)), 0)

@@ -18,6 +18,7 @@ SETTINGS = {
     "components": None,
     "scale": None,
     "action_mask": None,
+    "image": "auto",
     "max_episode_steps": None,
     "batch_size": None,
     "threads": 2,
@@ -502,13 +503,13 @@ def test_an_id_without_pictures_says_so():
 @pytest.mark.parametrize(
     ("env_id", "observe", "leaves"),
     [
-        ("MiniGrid-MemoryS7-v0", "image", {"image": ((7, 7, 3), "uint8")}),
+        ("MiniGrid-MemoryS7-v0", "image", {"image": ((3, 7, 7), "uint8")}),
         (
             "MiniGrid-MemoryS7-v0",
             None,
             {
                 "direction": ((), "int32"),
-                "image": ((7, 7, 3), "uint8"),
+                "image": ((3, 7, 7), "uint8"),
                 "mission": ((96,), "uint8"),
             },
         ),

@@ -39,6 +39,7 @@ CARTPOLE = EnvPool(
     components=None,
     scale=None,
     action_mask=None,
+    image="auto",
     max_episode_steps=None,
     batch_size=None,
     threads=1,

@@ -694,7 +694,7 @@ def test_a_td_error_that_is_not_finite_stops_the_run_and_names_the_keys(monkeypa
         run(tmp_path)
     status = read(tmp_path, "status.json")
     assert status["state"] == "failed"
-    assert status["error"].startswith("FloatingPointError: Priorities of the sequences with keys [")
+    assert status["error"].startswith("NotFinite: Priorities of the sequences with keys [")
 
 
 # --- devices, threads, leftovers -----------------------------------------------------------------
