@@ -1,6 +1,8 @@
 # make train   sets up .venv once and runs the default run (see conf/config.yaml)
 # make test    sets up .venv once, then lint, format, types, tests and notebooks (small)
 # make notebooks  sets up .venv once and executes every notebook at its full size, some minutes each
+# make mutants  plants the bugs of tests/mutants.yaml one by one: a test must find each, 25 minutes;
+#               make mutants ARGS=stack  only those with this in their names
 # make setup   only the set-up;  make clean   removes .venv and caches, never outputs
 
 ARGS ?=
@@ -13,7 +15,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13)
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: train test notebooks setup clean
+.PHONY: train test notebooks mutants setup clean
 .DELETE_ON_ERROR:
 
 train: $(STAMP)
@@ -27,6 +29,9 @@ test: $(STAMP)
 
 notebooks: $(STAMP)
 	$(BIN)/python -m pytest -v --nbmake --nbmake-timeout=1200 notebooks
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 setup: $(STAMP)
 

@@ -8,7 +8,9 @@ if it hangs, or if its text does not occur exactly once (any more): each of thes
 
 from __future__ import annotations
 
+import compileall
 import os
+import py_compile
 import queue
 import shutil
 import subprocess
@@ -85,6 +87,9 @@ def copy(folder: Path) -> Path:
             shutil.copytree(ROOT / name, folder / name, ignore=left_out)
         else:
             shutil.copy(ROOT / name, folder / name)
+    # By their contents: two bugs of one file may share a second and a size.
+    by_hash = py_compile.PycInvalidationMode.CHECKED_HASH
+    compileall.compile_dir(folder / "rlx", quiet=1, invalidation_mode=by_hash)
     return folder
 
 
@@ -141,8 +146,7 @@ def run_tests(
 ) -> subprocess.CompletedProcess[str] | None:
     """Runs tests in a copy; None if they did not end in time."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options]
-    # Without .pyc files, which are known by a second: two bugs of one file may share it.
-    environment = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(place)}
     try:
         return subprocess.run(
             [*command, *tests],

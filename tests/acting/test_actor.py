@@ -230,12 +230,12 @@ def test_padding_changes_no_action_and_no_carry(n):
 # --- lanes that begin anew -----------------------------------------------------------------------
 
 
-def test_a_writer_that_is_restarted_drops_the_open_block_of_that_lane_only():
+@pytest.mark.parametrize("open_row", [True, False])
+def test_a_writer_that_is_restarted_drops_the_open_block_of_that_lane_only(open_row):
     writer = BlockWriter(lanes=3, block_rows=2, row=stream_spec(), carry=carry_spec())
     inputs, every = fill(stream_spec().inputs, (3,)), slice(None)
-    zero, yes = np.zeros(3, np.float32), np.ones(3, bool)
 
-    def one_row(time: int) -> np.ndarray:
+    def begin(time: int) -> None:
         starts = writer.next_starts(every)
         if len(starts):
             carry = fill(carry_spec(), (len(starts),))
@@ -244,13 +244,25 @@ def test_a_writer_that_is_restarted_drops_the_open_block_of_that_lane_only():
         at = writer.open(every, dataclasses.replace(inputs, time=np.full(3, time, np.int32)))
         acting = fill(stream_spec().acting, (3,))
         writer.decide(at, np.zeros(3, np.int32), acting)
-        return writer.close(every, zero, zero + 1, yes)
+
+    def close(index: Any) -> np.ndarray:
+        zero = np.zeros(3, np.float32)[index]
+        return writer.close(index, zero, zero + 1, zero == 0)
+
+    def one_row(time: int) -> np.ndarray:
+        begin(time)
+        return close(every)
 
     assert not len(one_row(0))
     assert one_row(1).tolist() == [0, 1, 2]
     assert writer.take(np.arange(3))[2].tolist() == [0, 0, 0]
-    one_row(2)
-    writer.restart(np.array([1]))  # with one row in its block
+    begin(2)
+    if open_row:
+        writer.restart(np.array([1]))  # its answer does not come
+        assert not len(close(np.array([0, 2])))
+    else:
+        assert not len(close(every))
+        writer.restart(np.array([1]))  # with one row in its block
     assert one_row(3).tolist() == [0, 2]
     rows, _, number, version = writer.take(np.array([0, 2]))
     assert (number.tolist(), version.tolist()) == ([1, 1], [2, 2])
@@ -278,6 +290,14 @@ def test_an_actor_s_restarted_lane_begins_a_new_chain():
     assert after.number[own].tolist() == list(range(own.sum()))
     others = after.number[after.lane == 0].tolist()
     assert others[0] == before.number[before.lane == 0].max() + 1
+    episode, time = np.moveaxis(after.rows.inputs.observation["observation"], -1, 0)
+    goes_on = (np.diff(time) == 1) & (np.diff(episode) == 0)
+    assert (goes_on | ((time[:, 1:] == 0) & (np.diff(episode) == 1))).all()  # no row of before
+    for lane in range(3):  # lane 1 ends its blocks at other times than the others
+        (mine,) = np.nonzero(after.lane == lane)
+        following = trees.tree_map(lambda x, m=mine: x[m[:-1]], after.next)
+        first = trees.tree_map(lambda x, m=mine: x[m[1:], 0], after.rows.inputs)
+        trees.tree_map(np.testing.assert_array_equal, following, first)
     actor.close()
 
 

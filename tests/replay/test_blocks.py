@@ -308,6 +308,25 @@ def test_what_is_drawn_again_comes_from_its_own_part_of_the_total(storing, monke
     assert (drawn.rows.inputs.time[:, 0] == 2 * drawn.keys).all()
 
 
+def test_the_least_probability_is_of_all_draws_of_a_batch(monkeypatch):
+    """What was chosen before the total shrank was chosen with a smaller chance."""
+    ring = make_ring(12, 2)
+    blocks = [(0, 0, n) for n in range(18)]
+    ring.add(rollout(blocks, ring.spec.sequence), lambda keys: np.where(keys < 10, 100.0, 1.0))
+    copy_out, left = ring.reader._copy_out, [1]
+
+    def copy_then_overwrite(*args):
+        found = copy_out(*args)
+        if left.pop() if left else 0:  # all with a leaf of 100
+            ring.add(rollout([(0, 0, n) for n in range(18, 22)], ring.spec.sequence), ones)
+        return found
+
+    monkeypatch.setattr(ring.reader, "_copy_out", copy_then_overwrite)
+    drawn = ring.draw(Draw(batch_size=16, find_least=True), np.random.default_rng(0))
+    assert ring.reader.redraws > 0
+    assert drawn.least_scaled_probability == pytest.approx(10 / (4 * 100 + 6))
+
+
 def test_a_block_being_written_is_seen_as_changed(monkeypatch):
     ring = make_ring(12, 2)
     ring.add(rollout([(0, 0, n) for n in range(12)], ring.spec.sequence), ones)

@@ -129,7 +129,8 @@ def test_initial_priority_max_is_the_largest_so_far():
     replay = make(initial_priority="max", initial_priorities=None)
     add(replay, 0, 6)
     assert replay._ring.leaves(np.arange(2)) == pytest.approx([1.001**0.9] * 2)
-    replay.update_priorities(np.array([0, 1]), np.array([[5.0], [0.5]], np.float32))
+    replay.update_priorities(np.array([0]), np.array([[5.0]], np.float32))
+    replay.update_priorities(np.array([1]), np.array([[0.5]], np.float32))
     add(replay, 6, 7)
     assert replay._ring.leaves(np.arange(3)) == pytest.approx(leaves_by_hand([[5], [0.5], [5]]))
 
