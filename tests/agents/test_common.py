@@ -153,7 +153,7 @@ def test_drift_counts_only_first_rows_that_are_valid():
     rows = common.time_major(parts.batch(parts.agent(), 3).rows)
     valid = rows.valid.at[0].set(jnp.asarray([True, False, False]))
     rows = dataclasses.replace(rows, valid=valid)
-    taken = jnp.asarray(rows.acting.q) + 2.0
+    taken = jnp.asarray(rows.acting.q) + jnp.asarray([2.0, 30.0, 400.0])[None]
     metrics = q_learning.value_metrics(taken, jnp.zeros_like(taken), rows)
     assert metrics["learner/td_mean"] == 0
     np.testing.assert_allclose(metrics["learner/q_drift"], 2.0, rtol=1e-5)

@@ -478,6 +478,14 @@ def test_a_full_ring_has_as_many_sequences_as_its_budget_says():
                 assert ring.startable >= ring.budget.sequences
 
 
+def test_lanes_that_run_evenly_have_just_as_many_sequences_as_their_budget_says():
+    ring = make_ring(39, 3)  # 13 blocks of each lane, 3 of a sequence
+    for number in range(20):
+        blocks = [(lane, 0, number) for lane in range(3)]
+        ring.add(rollout(blocks, ring.spec.sequence), ones)
+    assert ring.startable == ring.budget.sequences == 3 * 11
+
+
 def test_stride_must_be_whole_blocks():
     sequence = replace(sequence_spec(), stride=3)
     with pytest.raises(
