@@ -2,6 +2,8 @@
 # make test    sets up .venv once, then lint, format, types, tests and notebooks (small)
 # make notebooks  sets up .venv once and executes every notebook at its full size, some minutes each
 # make fuzz    broken command lines and spoilt run folders by the thousand, some twenty minutes (ARGS="seed=1")
+# make mutants  plants the bugs of tests/mutants.yaml one by one: a test must find each, 25 minutes;
+#               make mutants ARGS=stack  only those with this in their names
 # make setup   only the set-up;  make clean   removes .venv and caches, never outputs
 
 ARGS ?=
@@ -14,7 +16,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13)
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: train test notebooks fuzz setup clean
+.PHONY: train test notebooks fuzz mutants setup clean
 .DELETE_ON_ERROR:
 
 train: $(STAMP)
@@ -31,6 +33,9 @@ notebooks: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python tests/fuzz.py $(ARGS)
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 setup: $(STAMP)
 

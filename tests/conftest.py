@@ -9,7 +9,9 @@ from pathlib import Path
 
 # What one test has compiled no other one, nor a run that a test starts, compiles again. The workers
 # of pytest-xdist have the folder from the process that starts them.
-os.environ["RLX_COMPILED"] = os.environ.get("RLX_COMPILED") or tempfile.mkdtemp(prefix="rlx-")
+if not os.environ.get("RLX_COMPILED"):
+    os.environ["RLX_COMPILED"] = tempfile.mkdtemp(prefix="rlx-")
+    atexit.register(shutil.rmtree, os.environ["RLX_COMPILED"], ignore_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["RLX_COMPILED"]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -21,8 +23,6 @@ import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun with `&`: Ctrl-C is tested, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    atexit.register(shutil.rmtree, os.environ["RLX_COMPILED"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -13,7 +13,7 @@ import pytest
 
 from rlx import trees
 from rlx.acting.actor import Actor, BlockWriter
-from rlx.acting.exploration import Constant
+from rlx.acting.exploration import Constant, Ladder, Linear
 from rlx.acting.local_pool import LocalPool
 from rlx.acting.plan import make_plan, row_spec
 from rlx.acting.policy import Policy
@@ -126,6 +126,43 @@ def test_lanes_have_seeds_of_their_own_however_many_actors_there_are():
     assert len(set(every)) == len(every)
 
 
+def test_an_actor_explores_as_its_lanes_of_the_run_do_by_then():
+    family, ladder = (
+        ends(),
+        Ladder(base=0.4, exponent=3.0, minimum=0.0, final_scale=0.5, decay_env_steps=1000),
+    )
+    agent = make_agent(family)
+    plan = make_plan(
+        context(family, agent, exploration=ladder), instances=2, envs_per_actor=3, device="cpu"
+    )
+    actor: Actor = plan.actor(1, 0)
+    amounts = ladder.amount(np.arange(6), 6, 500)
+    request = Request(weights=weights_of(agent), env_steps=500, want_env_steps=60, want_blocks=None)
+    rollout = actor.collect(request)
+    assert set(rollout.lane.tolist()) == {3, 4, 5} == {e.lane for e in rollout.episodes}
+    for episode in rollout.episodes:
+        assert episode.epsilon == pytest.approx(amounts[episode.lane])
+    actor.close()
+
+
+def test_a_local_pool_tells_its_actors_how_far_the_run_is():
+    """Until the learner has begun there are no new weights, and schedules go on."""
+    family, line = ends(), Linear(start=1.0, final=0.0, decay_env_steps=200)
+    agent = make_agent(family)
+    settings = LocalPool(instances=2, envs_per_actor=3, env_steps_per_request=30, device="cpu")
+    pool = settings.open(context(family, agent, exploration=line, env_steps=20))
+    pool.publish(weights_of(agent), 20)
+    env_steps, seen = 20, []
+    for turn in range(5):
+        (rollout,) = pool.collect(60.0, 0)
+        assert set(rollout.lane.tolist()) == ({0, 1, 2} if turn % 2 == 0 else {3, 4, 5})
+        seen = [episode.epsilon for episode in rollout.episodes]
+        np.testing.assert_allclose(seen, 1 - env_steps / 200, rtol=1e-6)
+        env_steps += rollout.env_steps
+    assert seen
+    pool.close(10.0)
+
+
 # --- the policy ----------------------------------------------------------------------------------
 
 
@@ -135,22 +172,38 @@ def make_policy(agent: Any, lanes: int, pad: bool = False) -> Policy:
     return policy
 
 
-def test_the_same_inputs_are_acted_on_anew_each_time():
+@pytest.mark.parametrize("lane", [None, np.arange(2000, dtype=np.int32)], ids=["all", "some"])
+def test_the_same_inputs_are_acted_on_anew_each_time(lane):
     agent = make_agent(ends(), core="none")
     policy = make_policy(agent, 2000)
     inputs = parts.inputs(agent.spec, 1, 1, rng=np.random.default_rng(0))
     inputs = trees.tree_map(lambda x: np.repeat(x[0], 2000, axis=0), inputs)
     half = np.full(2000, 0.5, np.float32)
-    actions = np.stack([policy.act(inputs, None, half)[0] for _ in range(4)])
-    greedy, _ = policy.act(inputs, None, np.zeros(2000, np.float32))
+    actions = np.stack([policy.act(inputs, lane, half)[0] for _ in range(4)])
+    greedy, _ = policy.act(inputs, lane, np.zeros(2000, np.float32))
     assert len(set(greedy.tolist())) == 1
     share = (actions != greedy).mean(axis=1)
     np.testing.assert_allclose(share, 0.25, atol=0.05)  # half are random, of two actions
     for a, b in itertools.pairwise(actions):
         apart = (a != b).mean()
         assert 0.3 < apart < 0.45  # 2 * 1/4 * 3/4 = 0.375; 0 with a key that stands still
-    all_random = policy.act(inputs, None, np.ones(2000, np.float32))[0]
+    all_random = policy.act(inputs, lane, np.ones(2000, np.float32))[0]
     np.testing.assert_allclose(all_random.mean(), 0.5, atol=0.06)
+
+
+def test_actors_and_their_lives_draw_random_actions_of_their_own():
+    family = ends()
+    agent = make_agent(family)
+    plan = make_plan(context(family, agent), instances=2, envs_per_actor=60, device="cpu")
+    inputs = parts.inputs(agent.spec, 60, rng=np.random.default_rng(0))
+
+    def drawn(index: int, chain: int) -> bytes:
+        policy = plan.policy(index, chain)
+        policy.take(weights_of(agent))
+        return policy.act(inputs, None, np.ones(60, np.float32))[0].tobytes()
+
+    assert drawn(1, 2) == drawn(1, 2)
+    assert len({drawn(index, chain) for index in range(2) for chain in range(2)}) == 4
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 6])
@@ -179,12 +232,12 @@ def test_padding_changes_no_action_and_no_carry(n):
 # --- lanes that begin anew -----------------------------------------------------------------------
 
 
-def test_a_writer_that_is_restarted_drops_the_open_block_of_that_lane_only():
+@pytest.mark.parametrize("open_row", [True, False])
+def test_a_writer_that_is_restarted_drops_the_open_block_of_that_lane_only(open_row):
     writer = BlockWriter(lanes=3, block_rows=2, row=stream_spec(), carry=carry_spec())
     inputs, every = fill(stream_spec().inputs, (3,)), slice(None)
-    zero, yes = np.zeros(3, np.float32), np.ones(3, bool)
 
-    def one_row(time: int) -> np.ndarray:
+    def begin(time: int) -> None:
         starts = writer.next_starts(every)
         if len(starts):
             carry = fill(carry_spec(), (len(starts),))
@@ -193,13 +246,25 @@ def test_a_writer_that_is_restarted_drops_the_open_block_of_that_lane_only():
         at = writer.open(every, dataclasses.replace(inputs, time=np.full(3, time, np.int32)))
         acting = fill(stream_spec().acting, (3,))
         writer.decide(at, np.zeros(3, np.int32), acting)
-        return writer.close(every, zero, zero + 1, yes)
+
+    def close(index: Any) -> np.ndarray:
+        zero = np.zeros(3, np.float32)[index]
+        return writer.close(index, zero, zero + 1, zero == 0)
+
+    def one_row(time: int) -> np.ndarray:
+        begin(time)
+        return close(every)
 
     assert not len(one_row(0))
     assert one_row(1).tolist() == [0, 1, 2]
     assert writer.take(np.arange(3))[2].tolist() == [0, 0, 0]
-    one_row(2)
-    writer.restart(np.array([1]))  # with one row in its block
+    begin(2)
+    if open_row:
+        writer.restart(np.array([1]))  # its answer does not come
+        assert not len(close(np.array([0, 2])))
+    else:
+        assert not len(close(every))
+        writer.restart(np.array([1]))  # with one row in its block
     assert one_row(3).tolist() == [0, 2]
     rows, _, number, version = writer.take(np.array([0, 2]))
     assert (number.tolist(), version.tolist()) == ([1, 1], [2, 2])
@@ -227,6 +292,33 @@ def test_an_actor_s_restarted_lane_begins_a_new_chain():
     assert after.number[own].tolist() == list(range(own.sum()))
     others = after.number[after.lane == 0].tolist()
     assert others[0] == before.number[before.lane == 0].max() + 1
+    episode, time = np.moveaxis(after.rows.inputs.observation["observation"], -1, 0)
+    goes_on = (np.diff(time) == 1) & (np.diff(episode) == 0)
+    assert (goes_on | ((time[:, 1:] == 0) & (np.diff(episode) == 1))).all()  # no row of before
+    for lane in range(3):  # lane 1 ends its blocks at other times than the others
+        (mine,) = np.nonzero(after.lane == lane)
+        following = trees.tree_map(lambda x, m=mine: x[m[:-1]], after.next)
+        first = trees.tree_map(lambda x, m=mine: x[m[1:], 0], after.rows.inputs)
+        trees.tree_map(np.testing.assert_array_equal, following, first)
+    actor.close()
+
+
+def test_blocks_after_dropped_ones_are_of_a_new_chain():
+    family = ends()
+    agent = make_agent(family, block_rows=4)
+    plan = make_plan(context(family, agent), instances=1, envs_per_actor=3, device="cpu")
+    actor: Actor = plan.actor(0, 0)
+    request = Request(weights=weights_of(agent), env_steps=0, want_env_steps=40, want_blocks=None)
+    before = actor.collect(request)
+    actor.new_chains()
+    after = actor.collect(dataclasses.replace(request, weights=None))
+    assert (set(before.chain.tolist()), set(after.chain.tolist())) == ({0}, {1})
+    assert actor.chain == 1
+    for lane in range(3):
+        numbers = after.number[after.lane == lane].tolist()
+        assert numbers == list(range(len(numbers)))
+    first = after.rows.inputs.time[after.number == 0, 0]
+    assert (first > 0).any()  # the episodes go on
     actor.close()
 
 

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 
 from rlx.acting.exploration import Constant, Ladder, Linear
+from rlx.config.build import build
 
 LANES = np.arange(8)
+CONF = Path(__file__).parents[2] / "conf/exploration"
+# Of each YAML: what is set otherwise, and the amounts of lanes 0 and 7 of 8 at TIMES.
+TIMES = (0, 500, 1000, 5000)
+ENDS_AT_1000 = {"decay_env_steps": 1000}
+SCHEDULES = {
+    "constant": ({}, [(0.1, 0.1)] * 4),
+    "greedy": ({}, [(0, 0)] * 4),
+    "ladder": (
+        ENDS_AT_1000 | {"final_scale": 0.5},
+        [(0.4, 0.0256), (0.3, 0.0192), (0.2, 0.0128), (0.2, 0.0128)],
+    ),
+    "linear": (ENDS_AT_1000, [(1, 1), (0.525, 0.525), (0.05, 0.05), (0.05, 0.05)]),
+    "sample": ({}, [(1, 1)] * 4),
+}
 
 
 def ladder(**changes):
@@ -19,6 +37,14 @@ def ladder(**changes):
         "decay_env_steps": None,
     }
     return Ladder(**settings | changes)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_every_schedule_is_known_at_its_start_in_between_at_its_end_and_after_it(name):
+    changes, expected = SCHEDULES[name]
+    schedule = build(yaml.safe_load((CONF / f"{name}.yaml").read_text()) | changes, "exploration")
+    found = [schedule.amount(LANES, 8, env_steps)[[0, 7]] for env_steps in TIMES]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_the_ladder_is_the_papers():

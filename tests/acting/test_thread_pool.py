@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from rlx.acting.acting_thread import Orders
 from rlx.acting.thread_pool import OpenThreadPool, ThreadPool
 from rlx.cluster.faults import ActingFailed
 from rlx.envs.gymnasium import Gymnasium
 from rlx.problems import ConfigError
-from rlx.types import Rollout
+from rlx.types import Rollout, Weights
 from tests.acting.faulty_envs import FaultyFamily
 from tests.acting.test_keystone import (
     CARTPOLE,
@@ -100,6 +101,23 @@ def test_threads_wait_for_the_loop(pool):
     waiting = actors.collect(0.0, 0)
     assert len(waiting) == 2 * 2 * 2  # threads, requests, groups of lanes
     assert actors.burst_env_steps == 2 * 2 * 40
+
+
+def test_orders_are_the_newest_weights_and_the_progress_of_the_run():
+    orders, weights = Orders(100), Weights(version=3, params={})
+    orders.note(env_steps=50, updates=3)
+    orders.publish(weights, 120)  # as of before the last rollouts were counted
+    assert orders.read() == (weights, 150, 3)
+    orders.publish(weights, 200)
+    orders.note(env_steps=5)
+    assert orders.read() == (weights, 205, 3)
+
+
+def test_threads_act_with_weights_of_the_oldest_age_and_with_none_older(pool):
+    actors = pool(max_weight_age_updates=5, instances=1)
+    actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)  # of version 0
+    wait_for(lambda: actors.collect(0.1, 5), "rollouts of weights that are 5 updates old")
+    wait_for(lambda: not actors.collect(1.0, 6), "the end of acting with older ones", 10.0)
 
 
 def test_in_real_time_what_finds_no_room_is_dropped_and_counted_and_nothing_is_spliced(pool):

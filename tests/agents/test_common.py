@@ -153,7 +153,16 @@ def test_drift_counts_only_first_rows_that_are_valid():
     rows = common.time_major(parts.batch(parts.agent(), 3).rows)
     valid = rows.valid.at[0].set(jnp.asarray([True, False, False]))
     rows = dataclasses.replace(rows, valid=valid)
-    taken = jnp.asarray(rows.acting.q) + 2.0
+    taken = jnp.asarray(rows.acting.q) + jnp.asarray([2.0, 30.0, 400.0])[None]
     metrics = q_learning.value_metrics(taken, jnp.zeros_like(taken), rows)
     assert metrics["learner/td_mean"] == 0
     np.testing.assert_allclose(metrics["learner/q_drift"], 2.0, rtol=1e-5)
+
+
+def test_means_of_an_update_are_of_its_valid_rows():
+    rows = common.time_major(parts.batch(parts.agent(), 2).rows)
+    rows = dataclasses.replace(rows, valid=jnp.asarray([[True, True], [True, False]]))
+    q, td = jnp.asarray([[1.0, 2.0], [6.0, 500.0]]), jnp.asarray([[-2.0, 3.0], [4.0, -700.0]])
+    metrics = q_learning.value_metrics(q, td, rows)
+    np.testing.assert_allclose(metrics["learner/q_mean"], 3.0)
+    np.testing.assert_allclose(metrics["learner/td_mean"], 3.0)

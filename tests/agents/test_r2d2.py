@@ -204,10 +204,11 @@ def test_no_gradient_crosses_the_burn_in():
 def test_target_is_copied_every_period_and_not_between():
     agent = parts.agent(target_period_updates=3)
     batch, state = parts.batch(agent, 4), started(agent)
+    state = dataclasses.replace(state, updates=state.updates + 1)  # one was left out before
     update, old = jax.jit(agent.update), state.target_params
     for count in range(1, 7):
         state, _ = update(state, batch)
-        assert int(state.updates) == count
+        assert int(state.updates) == count + 1
         expected = state.params if count % 3 == 0 else old
         jax.tree.map(np.testing.assert_array_equal, state.target_params, expected)
         old = state.target_params
@@ -234,6 +235,23 @@ def test_zero_state_ablation_forgets_the_stored_state():
     assert not np.allclose(output.priorities, stored.priorities, atol=1e-3)
 
 
+@pytest.mark.parametrize("core", ["lstm", "none"])
+def test_the_zero_state_ablation_leaves_the_carried_frames(core):
+    net = parts.network(parts.IMAGE, core)
+    batch = parts.batch(parts.agent(net), 4)
+    nothing = net.initial_carry(4)
+
+    def unrolled(batch, *, stored_state):
+        inputs, state = common.stacked_inputs(net, batch, reward="raw", stored_state=stored_state)
+        return np.asarray(inputs.observation["observation"]), state
+
+    frames, state = unrolled(batch, stored_state=False)
+    assert jax.tree.all(jax.tree.map(np.array_equal, state, nothing.core))
+    np.testing.assert_array_equal(frames, unrolled(batch, stored_state=True)[0])
+    forgotten = dataclasses.replace(batch, carry=nothing)
+    assert (frames != unrolled(forgotten, stored_state=True)[0]).any()
+
+
 def test_reward_transform_reaches_targets_and_inputs_alike():
     clipped, raw = parts.agent(reward="clip"), parts.agent()
     state, batch = started(raw), parts.batch(raw, 4)
@@ -252,6 +270,29 @@ def test_reward_transform_reaches_targets_and_inputs_alike():
     _, got = jax.jit(clipped.update)(state, dataclasses.replace(batch, rows=big))
     _, expected = jax.jit(raw.update)(state, dataclasses.replace(batch, rows=by_hand, next=clip))
     np.testing.assert_allclose(got.priorities, expected.priorities, atol=1e-6)
+
+
+def test_acting_reads_the_previous_reward_as_learning_does():
+    clipped, raw = parts.agent(reward="clip"), parts.agent()
+    params, carry = started(raw).params, raw.initial_carry(6)
+    rng = np.random.default_rng(0)
+    inputs = trees.tree_map(lambda x: x[0], parts.inputs(raw.spec, 1, 6, rng=rng))
+    big = dataclasses.replace(inputs, prev_reward=inputs.prev_reward * 100)
+    small = dataclasses.replace(inputs, prev_reward=np.clip(big.prev_reward, -1, 1))
+    given, by_hand = (np.asarray(clipped.values(params, x, carry)[0]) for x in (big, small))
+    np.testing.assert_array_equal(given, by_hand)
+    assert not np.allclose(given, raw.values(params, big, carry)[0], atol=1e-3)
+
+
+def test_losses_are_added_over_time_if_it_is_asked_for():
+    net, short = parts.network(core="none"), {"burn_in": 0, "unroll": 3, "n_step": 1}
+    mean, added = parts.agent(net, **short), parts.agent(net, **short, loss_over_time="sum")
+    state, batch = started(mean), parts.batch(mean, 4)
+    rows = dataclasses.replace(batch.rows, valid=np.ones_like(batch.rows.valid))
+    batch = dataclasses.replace(batch, rows=rows)
+    outputs = [jax.jit(agent.update)(state, batch)[1] for agent in (mean, added)]
+    one, other = (output.metrics["learner/loss"] for output in outputs)
+    np.testing.assert_allclose(other, mean.unroll * one, rtol=1e-5)
 
 
 def test_act_is_greedy_at_epsilon_0_random_at_1_and_keeps_its_q():

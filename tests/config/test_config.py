@@ -21,7 +21,9 @@ import rlx
 from rlx import api
 from rlx.config import build as config
 from rlx.config import composing, moved, paths, targets
+from rlx.config.hints import matches
 from rlx.problems import ConfigError, Problem
+from rlx.types import Range
 from tests import standins
 
 HERE = Path(__file__).parents[1]
@@ -164,6 +166,18 @@ def test_a_group_cannot_be_null():
 @pytest.mark.parametrize("override", REFUSED)
 def test_one_bad_override_gives_one_exact_line(override):
     assert lines(override) == [REFUSED[override]]
+
+
+def test_a_limit_counts_where_it_says_so():
+    for limit, fits, does_not in (
+        (Range(ge=1), (1, 2), (0,)),
+        (Range(gt=1), (2,), (0, 1)),
+        (Range(le=1), (0, 1), (2,)),
+        (Range(lt=1), (0,), (1, 2)),
+        (Range(ge=0, lt=1), (0,), (-1, 1)),
+    ):
+        assert all(matches(value, int, [limit]) for value in fits), limit
+        assert not any(matches(value, int, [limit]) for value in does_not), limit
 
 
 @pytest.mark.parametrize("text", ["seed=[1", "seed", "a b=3"])

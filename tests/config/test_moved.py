@@ -68,6 +68,8 @@ def test_todays_settings_stay_as_they_are():
         "tags": ["a", {"b": None}],
         "agent": {"head": {"_target_": "rlx.networks.heads.Plain", "hidden": None}},
         "network": {"stack": {"observation": 4}},
+        # Of settings that an earlier rlx did not have, and not as it did then.
+        "acting": {"_target_": "rlx.acting.ray_pool.RayPool", "sync": True},
     }
     assert moved.renewed(settings) == settings
     assert moved.renewed(moved.renewed(settings)) == settings

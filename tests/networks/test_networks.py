@@ -10,7 +10,7 @@ import pytest
 from rlx import trees
 from rlx.networks import cores
 from rlx.networks.cores import stack_frames
-from rlx.networks.heads import Head, Plain
+from rlx.networks.heads import Dueling, Head, Plain
 from rlx.networks.torsos import MLP, ImpalaResNet, NatureCNN, OneHotMLP
 from rlx.types import ArraySpec, DiscreteSpec, EnvSpec, NetInput
 from tests import parts
@@ -111,6 +111,63 @@ def test_no_previous_action_is_all_zeros():
     params["core"]["input"]["kernel"] = kernel
     np.testing.assert_array_equal(q(-1), without)
     assert np.abs(q(0) - without).max() > 1e-4
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def lstm_by_hand(x, kernel, carry):
+    """The gates are in the order input, forget, cell, output; the forget bias is 1."""
+    c, h, seen = carry["c"], carry["h"], []
+    for gates in x:
+        i, f, g, o = np.split(gates + h @ kernel, 4, axis=-1)
+        c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        seen.append(h)
+    return np.stack(seen)
+
+
+def gru_by_hand(x, kernel, carry):
+    """The gates are in the order reset, update, new; the reset comes after the product."""
+    h, seen = carry["h"], []
+    for gates in x:
+        (r, z, n), (r_h, z_h, n_h) = (np.split(part, 3, axis=-1) for part in (gates, h @ kernel))
+        z = sigmoid(z + z_h)
+        h = (1 - z) * np.tanh(n + sigmoid(r + r_h) * n_h) + z * h
+        seen.append(h)
+    return np.stack(seen)
+
+
+@pytest.mark.parametrize(
+    ("core", "by_hand"),
+    [(cores.LSTM(units=5), lstm_by_hand), (cores.GRU(units=5), gru_by_hand)],
+    ids=["lstm", "gru"],
+)
+def test_cores_are_those_of_the_books(core, by_hand):
+    rng = np.random.default_rng(0)
+    x, first = rng.normal(size=(4, 2, 3)).astype(np.float32), np.zeros((4, 2), bool)
+    carry = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), core.initial_carry(2))
+    variables = core.init(jax.random.PRNGKey(0), x, first, carry, jnp.float32)
+    found, _ = core.apply(variables, x, first, carry, jnp.float32)
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
+    gates = x @ params["input"]["kernel"] + params["input"]["bias"]
+    np.testing.assert_allclose(found, by_hand(gates, params["recurrent"], carry), atol=1e-5)
+
+
+def test_a_dueling_head_is_its_value_and_advantages_around_0():
+    head, action = Dueling(hidden=8), DiscreteSpec(n=4)
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    params = head.init(jax.random.PRNGKey(0), x, action, jnp.float32)["params"]
+
+    def stream(name):
+        hidden = np.maximum(0, x @ params[f"{name}_hidden"]["kernel"])  # biases begin as zeros
+        return np.asarray(hidden @ params[name]["kernel"])
+
+    q = np.asarray(head.apply({"params": params}, x, action, jnp.float32))
+    advantage = stream("advantage")
+    centred = advantage - advantage.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(q, stream("value") + centred, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["prev_action", "prev_reward"])

@@ -289,6 +289,44 @@ def test_a_sequence_overwritten_while_it_is_copied_is_drawn_again(storing, monke
     assert (drawn.weights_version == 10 * drawn.keys).all()
 
 
+def test_what_is_drawn_again_comes_from_its_own_part_of_the_total(storing, monkeypatch):
+    """Ten equal leaves in ten parts: each position has one sequence, known beforehand."""
+    ring = make_ring(12, 2, storing=storing)
+    ring.add(rollout([(0, 0, n) for n in range(18)], ring.spec.sequence), ones)
+    copy_out, left = ring.reader._copy_out, [1]
+
+    def copy_then_overwrite(*args):
+        found = copy_out(*args)
+        if left.pop() if left else 0:  # in the middle of the batch: the blocks 6 to 9
+            ring.add(rollout([(0, 0, n) for n in range(18, 22)], ring.spec.sequence), ones)
+        return found
+
+    monkeypatch.setattr(ring.reader, "_copy_out", copy_then_overwrite)
+    drawn = ring.draw(Draw(batch_size=10, stratified=True), np.random.default_rng(0))
+    assert ring.reader.redraws == 4
+    assert drawn.keys.tolist() == [12, 13, 14, 15, 16, 17, 18, 19, 10, 11]
+    assert (drawn.rows.inputs.time[:, 0] == 2 * drawn.keys).all()
+
+
+def test_the_least_probability_is_of_all_draws_of_a_batch(monkeypatch):
+    """What was chosen before the total shrank was chosen with a smaller chance."""
+    ring = make_ring(12, 2)
+    blocks = [(0, 0, n) for n in range(18)]
+    ring.add(rollout(blocks, ring.spec.sequence), lambda keys: np.where(keys < 10, 100.0, 1.0))
+    copy_out, left = ring.reader._copy_out, [1]
+
+    def copy_then_overwrite(*args):
+        found = copy_out(*args)
+        if left.pop() if left else 0:  # all with a leaf of 100
+            ring.add(rollout([(0, 0, n) for n in range(18, 22)], ring.spec.sequence), ones)
+        return found
+
+    monkeypatch.setattr(ring.reader, "_copy_out", copy_then_overwrite)
+    drawn = ring.draw(Draw(batch_size=16, find_least=True), np.random.default_rng(0))
+    assert ring.reader.redraws > 0
+    assert drawn.least_scaled_probability == pytest.approx(10 / (4 * 100 + 6))
+
+
 def test_a_block_being_written_is_seen_as_changed(monkeypatch):
     ring = make_ring(12, 2)
     ring.add(rollout([(0, 0, n) for n in range(12)], ring.spec.sequence), ones)
@@ -438,6 +476,14 @@ def test_a_full_ring_has_as_many_sequences_as_its_budget_says():
             ring.add(rollout([(lane, 0, number) for lane in range(3)], sequence), ones)
             if number >= 14:
                 assert ring.startable >= ring.budget.sequences
+
+
+def test_lanes_that_run_evenly_have_just_as_many_sequences_as_their_budget_says():
+    ring = make_ring(39, 3)  # 13 blocks of each lane, 3 of a sequence
+    for number in range(20):
+        blocks = [(lane, 0, number) for lane in range(3)]
+        ring.add(rollout(blocks, ring.spec.sequence), ones)
+    assert ring.startable == ring.budget.sequences == 3 * 11
 
 
 def test_stride_must_be_whole_blocks():

@@ -129,7 +129,8 @@ def test_initial_priority_max_is_the_largest_so_far():
     replay = make(initial_priority="max", initial_priorities=None)
     add(replay, 0, 6)
     assert replay._ring.leaves(np.arange(2)) == pytest.approx([1.001**0.9] * 2)
-    replay.update_priorities(np.array([0, 1]), np.array([[5.0], [0.5]], np.float32))
+    replay.update_priorities(np.array([0]), np.array([[5.0]], np.float32))
+    replay.update_priorities(np.array([1]), np.array([[0.5]], np.float32))
     add(replay, 6, 7)
     assert replay._ring.leaves(np.arange(3)) == pytest.approx(leaves_by_hand([[5], [0.5], [5]]))
 
@@ -296,6 +297,17 @@ def test_the_importance_exponent_goes_to_its_final_value_by_env_steps():
         make(importance_exponent_final=1.0)
 
 
+def test_annealing_goes_on_from_the_env_steps_before_this_replay():
+    annealed = {"importance_exponent_final": 1.0, "anneal_env_steps": 100}
+    replay = make(**annealed, env_steps=50)  # of a run that was resumed without its replay
+    assert replay.importance_exponent == pytest.approx(0.8)
+    add(replay, 0, 10)  # 20 rows
+    assert replay.importance_exponent == pytest.approx(0.88)
+    other = make(**annealed)
+    other.restore(replay.state(), all_blocks(replay))
+    assert other.importance_exponent == pytest.approx(0.88)
+
+
 def test_importance_is_at_most_1_and_largest_for_the_rarest():
     importance = importance_of(np.array([2.0, 0.5, 1.0]), 0.6, 0.5)
     assert importance == pytest.approx([0.25**0.6, 1.0, 0.5**0.6])
@@ -313,6 +325,16 @@ def test_a_sample_is_what_its_keys_say():
     assert (sample.batch.rows.action == (sample.keys % 2)[:, None]).all()
     assert (sample.batch.carry.core[0][:, 0] == first).all()
     assert (sample.weights_version == 10 * (sample.keys // 2)).all()
+
+
+def test_a_sample_stays_as_it_is_while_the_next_two_are_taken():
+    replay, kept = make(), []
+    add(replay, 0, 60)
+    for _ in range(20):
+        sample = replay.sample(8)
+        kept = [*kept[-2:], (sample, sample.batch.rows.inputs.time.copy())]
+        for old, its_time in kept:
+            assert np.array_equal(old.batch.rows.inputs.time, its_time)
 
 
 # --- settings and saving -------------------------------------------------------------------------

@@ -84,6 +84,15 @@ def test_loading_gives_the_same_bits_as_the_history(size, seed):
         assert (level == other_level).all()
 
 
+@pytest.mark.parametrize("size", [1, 33, 1025])
+def test_a_shorter_state_leaves_zeros_behind_it(size):
+    tree, fewer = SumTree(size), size // 3
+    tree.set(np.arange(size), 3.0)
+    tree.load(np.ones(fewer))
+    assert tree.values.tolist() == [1.0] * fewer + [0.0] * (size - fewer)
+    assert (tree.total, tree.check_valid()) == (fewer, (True, ""))
+
+
 def test_check_valid_sees_a_wrong_parent():
     tree = SumTree(100)
     tree.set(np.arange(100), 1.0)

@@ -207,6 +207,14 @@ def test_atari_runs_stand_beside_published_scores(games):
     assert report_runs(games, []).with_name("curves_frames.png").exists()
 
 
+def test_random_play_is_0_and_the_human_1():
+    for name in ("Pong", "Breakout"):
+        known = atari.scores()[name]
+        between = (known["random"] + 3 * known["human"]) / 4
+        scores = np.array([known["random"], known["human"], between])
+        np.testing.assert_allclose(atari.human_normalized(name, scores), [0.0, 1.0, 0.75])
+
+
 def test_the_published_scores_are_whole():
     known = atari.scores()
     assert len(known) == 57

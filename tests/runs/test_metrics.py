@@ -101,7 +101,9 @@ def test_means_are_over_the_interval_and_episodes_over_the_window(tmp_path: Path
         metrics.record("learner/loss", 7.0)
         first = metrics.row(1, 4, 0, 1.0)
         metrics.episodes([episode(3.0, 6), episode(7.0, 8)])
-        second = metrics.row(2, 8, 0, 2.0)
+        second = metrics.row(2, 8, 3, 1.25)
+    rates = ("acting/env_steps_per_s", "learner/updates_per_s")
+    assert [[row[name] for name in rates] for row in (first, second)] == [[1.0, 0.0], [4.0, 12.0]]
     assert (first["train/return_mean"], first["learner/loss"]) == (1.5, 7.0)
     assert (second["train/return_mean"], second["train/length_mean"]) == (4.0, 6.0)
     assert (second["train/episodes"], second["learner/loss"]) == (4, None)

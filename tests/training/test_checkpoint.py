@@ -22,11 +22,22 @@ import optax
 import pytest
 import yaml
 
+from rlx.replay.files.snapshots import Snapshots
+from rlx.replay.uniform import Uniform
 from rlx.training import checkpoint as c
 from rlx.training import checkpoint_files as files
 from rlx.training import checkpoint_state as state_files
 from rlx.trees import register
 from rlx.types import TrainState
+from tests.replay.replay_streams import (
+    IN_MEMORY,
+    all_blocks,
+    carry_spec,
+    making,
+    rollout,
+    row_spec,
+    sequence_spec,
+)
 
 SETTINGS = c.Checkpoint(every_env_steps=1, keep=2, replay=True, exact=False)
 WARNINGS = "rlx.training.checkpoint"
@@ -355,6 +366,45 @@ def test_a_run_that_went_back_sets_its_other_history_aside(tmp_path: Path) -> No
     aside = tmp_path / "checkpoints/discarded"
     assert names(aside) == ["000000000200", "000000000300"]
     assert checkpointer.restore(train_state(), aside / "000000000300").meta == {"n": 300}
+
+
+def test_what_was_set_aside_keeps_its_replay_while_the_other_history_goes_on(tmp_path) -> None:
+    """A snapshot is written, as the run writes it, with each checkpoint; the ring holds 40."""
+    sequence = sequence_spec(block_rows=2, length=5)
+    settings: dict[str, Any] = {"capacity": 80, "ratio": None, "min_sequences": 1, "lanes": 2}
+    specs = {"sequence": sequence, "row_spec": row_spec(), "carry_spec": carry_spec()}
+
+    def replay() -> Uniform:
+        return making(Uniform, seed=0, **settings, **specs, **IN_MEMORY)
+
+    def go_on(run: c.Checkpointer, snapshots: Snapshots, mine: Uniform, to: int) -> None:
+        blocks = [(k % 2, 0, k // 2) for k in range(mine.rings[0].next_key, to)]
+        mine.add(rollout(blocks, sequence))
+        segments, state = snapshots.complete(mine), mine.state()
+        run.save(to, state=train_state(), meta={}, replay_state=state, segments=segments)
+        snapshots.forget(run.segments_kept())
+
+    run, mine = c.Checkpointer(tmp_path, SETTINGS), replay()
+    snapshots = Snapshots(run.segments_folder)
+    for to in (10, 20, 50):
+        go_on(run, snapshots, mine, to)
+    expected = mine.state()
+    back, other = run.restore(train_state(), run.paths()[0]), replay()
+    other.restore(back.replay_state, back.replay_blocks())
+    run, snapshots = (
+        c.Checkpointer(tmp_path, SETTINGS),
+        Snapshots(run.segments_folder, back.segments),
+    )
+    for to in (30, 90, 150, 200):  # all that it began with is overwritten, and forgotten
+        go_on(run, snapshots, other, to)
+    aside = run.restore(train_state(), run.folder / "discarded/000000000050")
+    again = replay()
+    again.restore(aside.replay_state, aside.replay_blocks())
+    assert again.rings[0].check_valid() == (True, "")
+    for name, value in expected.items():
+        assert np.array_equal(value, again.state()[name]), name
+    for blocks, its in zip(*(all_blocks(x)[0] for x in (mine, again)), strict=True):
+        assert all(np.array_equal(leaf, its.leaves[path]) for path, leaf in blocks.leaves.items())
 
 
 def test_saving_the_same_env_step_again_replaces_it(tmp_path: Path) -> None:
