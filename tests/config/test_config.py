@@ -269,9 +269,10 @@ def test_settings_of_an_earlier_rlx_name_todays_classes(old, new):
     assert targets.full_name(targets.resolve(new)[0]) == new
     saved = {"a": {"_target_": old, "rate": 1}, "b": [{"_target_": old}], "c": 3, "d": None}
     before = copy.deepcopy(saved)
+    added = moved.ADDED.get(new, {})
     assert moved.renewed(saved) == {
-        "a": {"_target_": new, "rate": 1},
-        "b": [{"_target_": new}],
+        "a": {"_target_": new, "rate": 1, **added},
+        "b": [{"_target_": new, **added}],
         "c": 3,
         "d": None,
     }

@@ -381,6 +381,7 @@ def test_an_episode_without_end_is_ended_counted_and_said(caplog, monkeypatch):
             lanes=2,
             epsilon=0.0,
             seed=0,
+            purpose="test",
             most_env_steps=13,
         )
     assert [(episode.env_steps, episode.return_) for episode in found] == [(13, 13.0)] * 5
