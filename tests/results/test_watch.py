@@ -475,7 +475,7 @@ def test_it_says_its_url_refuses_a_taken_port_and_ends_with_ctrl_c(ended):
     ("argument", "says"),
     [
         ("runs=/no/such", "runs=/no/such: no such folder"),
-        ("port=99999", "port=99999: accepted: an int >= 0 and <= 65535"),
+        ("port=99999", "port=99999: accepted: an int >= 0 and <= 65,535"),
         ("port=x", "port=x: accepted: an int >= 0"),
         ("prot=1", "prot=1: no such option; did you mean port?"),
         ("host=no.such.invalid", "host=no.such.invalid: no such host"),

@@ -83,7 +83,7 @@ def test_what_a_resume_changed_stays_changed_for_every_reader(run):
     loaded = rlx.load(run)
     assert loaded.cfg.env.max_episode_steps == 7
     assert loaded.family.max_episode_steps == 7
-    command("evaluate", f"run={run}", "episodes=3")
+    command("evaluate", f"run={run}", f"episodes={now['evaluation']['final_episodes'] or 20}")
     assert max(RunFolder(run).evaluations[-1]["returns"]) <= 7  # CartPole pays 1 per env step
     command("export", f"run={run}")
     (found,) = results.read(run)

@@ -174,7 +174,8 @@ def test_a_manifest_of_other_kinds_is_damaged_whatever_its_sum(tmp_path, changes
     checkpointer = save_some(tmp_path, 1, 2)
     forge(checkpointer.paths()[1], **changes)
     assert checkpointer.restore(train_state()).env_steps == 1
-    checkpointer.save(3, state=train_state(), meta={}, score=1.0)
+    checkpointer.save(3, state=train_state(), meta={})
+    checkpointer.keep_best(train_state(), {"env_steps": 3}, 1.0)
     assert checkpointer.best().name.endswith("3")
 
 

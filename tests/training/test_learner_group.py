@@ -275,9 +275,9 @@ def test_a_stop_told_to_one_ends_both_at_the_same_count(tmp_path):
 def test_a_run_left_in_its_last_evaluation_resumes(tmp_path, monkeypatch):
     evaluate, told = Keeper.evaluate, []
 
-    def leave(keeper: Keeper, episodes: int) -> None:
+    def leave(keeper: Keeper, *given: Any) -> None:
         told[0].set()
-        evaluate(keeper, episodes)
+        evaluate(keeper, *given)
 
     def touch(rank: int, made: Parts, stops: list[threading.Event]) -> None:
         told[:] = stops
