@@ -28,13 +28,17 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 # With Ray, or with bars on speed: one after the other, in one of pytest-xdist's workers.
-IN_TURN = {"acting", "test_bench", "test_learner_group", "test_ray_run", "04_scale_out"}
+IN_TURN = {
+    *("test_ray_pool", "test_ray_token", "test_rounds", "test_ray_run", "test_learner_group"),
+    *("test_bench", "04_scale_out"),
+}
 GROUP = "in turn"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if {item.path.stem, item.path.parent.name} & IN_TURN:
+        if item.path.stem in IN_TURN:
             item.add_marker(pytest.mark.xdist_group(GROUP))
 
 
