@@ -125,7 +125,7 @@ class Network(Protocol):
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether the network remembers more than its stack of frames."""
+        """Says whether the network remembers more than its stack of frames."""
 
     def init(self, key: Array, heads: Mapping[str, Head], **further: tuple[Array, ...]) -> Params:
         """The parameters of body and heads; further: what a head reads beside the features."""
@@ -157,11 +157,11 @@ class Agent(Protocol):
     def sequence(self) -> SequenceSpec: ...
     @property
     def on_policy(self) -> bool:
-        """Whether it learns only from rows that its newest weights made, and once from each."""
+        """Says whether it learns only from rows of its newest weights, and once from each."""
 
     @property
     def samples(self) -> bool:
-        """Whether it draws actions from a distribution of its own; else only epsilon makes them."""
+        """Says whether it draws actions from a distribution of its own; else only epsilon does."""
 
     @property
     def acting_spec(self) -> Any:
@@ -254,7 +254,7 @@ class Replay(Protocol):
 
     @property
     def has_enough(self) -> bool:
-        """Whether acting should wait for the learner, whatever the ratio."""
+        """Says whether acting should wait for the learner, whatever the ratio."""
 
     @property
     def rows(self) -> int:
@@ -316,7 +316,7 @@ class PrioritizedReplay(Protocol):
 
     @property
     def needs_priorities(self) -> bool:
-        """Whether drawing depends on priorities; if not, updates need not give any."""
+        """Says whether drawing depends on priorities; if not, updates need not give any."""
 
     def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         """New priorities f32[B, T] of the rows (-1 = not valid) of sequences with keys i64[B]."""

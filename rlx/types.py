@@ -213,7 +213,7 @@ class SequenceSpec:
 
     @property
     def ends_with_a_block(self) -> bool:
-        """Whether sequences may end with a block's last row, and need the input after it."""
+        """Says whether sequences may end with a block's last row, and need the input after it."""
         return any((row + self.length) % self.block_rows == 0 for row in self.start_rows)
 
 

@@ -62,7 +62,7 @@ class PageServer(ThreadingHTTPServer):
         return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
     def is_named(self, host: str | None) -> bool:
-        """Whether a request's Host is an address, or a name of this machine.
+        """Says whether a request's Host is an address, or a name of this machine.
 
         A page of elsewhere may let its own name lead here, and would read the answers: by a name
         only those are answered that this machine is known by.

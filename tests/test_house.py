@@ -108,6 +108,7 @@ def test_the_design_lists_the_files_that_a_transition_crosses(followed):
 MID_CLAUSE = {
     "What", "Where", "How", "When", "Which", "Why", "Of", "Those", "That", "And", "Or", "But",
     "For", "With", "As", "To", "If", "In", "By", "Else", "Then", "Whose", "From", "Once", "While",
+    "Whether",
 }  # fmt: skip
 
 

@@ -149,12 +149,12 @@ class ActingThread:
             actor.new_chains()
 
     def _goes_on(self) -> bool:
-        """Whether to make the next step; it is called before each step of the environments."""
+        """Says whether to make the next step; it is called before each step of the environments."""
         self.busy_since_s = monotonic()
         return not self._stop.is_set()
 
     def _is_used(self, weights: Weights, actors: Sequence[Actor]) -> bool:
-        """Whether a round was made with these weights: the next round needs newer ones."""
+        """Says whether a round was made with these weights: the next round needs newer ones."""
         if self._want_blocks is None:
             return False
         return all(actor.weights_version == weights.version for actor in actors)

@@ -112,7 +112,7 @@ class Actor:
 
     @property
     def rests(self) -> bool:
-        """Whether the actor has made all blocks that the request asks for."""
+        """Says whether the actor has made all blocks that the request asks for."""
         return self._resting is not None and self._begun > 0
 
     def advance(self) -> None:
@@ -184,7 +184,7 @@ class Actor:
         self._open_rows(answered, started)
 
     def _is_last(self, answered: _Answered) -> bool:
-        """Whether this answer ends the last block that was asked for."""
+        """Says whether this answer ends the last block that was asked for."""
         assert self._request is not None
         return bool(len(answered.starts)) and self._begun == self._request.want_blocks
 

@@ -96,7 +96,7 @@ class RayPool:
 
     @property
     def is_served(self) -> bool:
-        """Whether one policy acts for all actors."""
+        """Says whether one policy acts for all actors."""
         return self.inference == "server"
 
     @property

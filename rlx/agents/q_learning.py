@@ -69,7 +69,7 @@ class ValueAgent(Protocol):
 
     @property
     def stored_state(self) -> bool:
-        """Whether sequences start from the stored recurrent state, else from zeros."""
+        """Says whether sequences start from the stored recurrent state, else from zeros."""
 
     def values(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
         """The values to act by, f32[N, A]; `values` of this module, or the agent's own."""

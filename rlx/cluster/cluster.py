@@ -75,7 +75,7 @@ class Cluster:
 
 
 def is_own(address: str | None) -> bool:
-    """Whether a connection with this address would start a cluster of this machine."""
+    """Says whether a connection with this address would start a cluster of this machine."""
     return address is None and not ray.is_initialized()
 
 

@@ -94,7 +94,7 @@ def _what_to_do() -> str:
 
 
 def _lets_in(address: str, mode: str, setting: str, given: str) -> bool:
-    """Whether the cluster lets in a process of that mode.
+    """Says whether the cluster lets in a process of that mode.
 
     Raises ConfigError if nothing answers as a cluster: Ray itself would ask for minutes.
     """

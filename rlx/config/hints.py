@@ -48,7 +48,7 @@ def is_class(hint: Any) -> bool:
 
 
 def matches(value: Any, kind: Any, limits: list[Range]) -> bool:
-    """Whether a scalar is of this type and within the limits; an int is a float, a bool no int.
+    """Says whether a scalar is of this type and in its limits; an int is a float, a bool no int.
 
     Neither NaN nor infinity is a setting.
     """

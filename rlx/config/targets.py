@@ -45,7 +45,7 @@ def _prefixes() -> tuple[str, ...]:
 
 
 def may_import(module: str) -> bool:
-    """Whether a module is imported though only a run's own settings name it."""
+    """Says whether a module is imported though only a run's own settings name it."""
     return module in sys.modules or f"{module}.".startswith(_prefixes())
 
 

@@ -75,7 +75,7 @@ def option_problems(env_id: str, options: dict[str, Any], defaults: dict[str, An
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Whether a value is of the default's type; an int is accepted for a float."""
+    """Says whether a value is of the default's type; an int is accepted for a float."""
     if isinstance(default, list | tuple):
         return isinstance(value, list | tuple)
     if isinstance(default, float):

@@ -174,7 +174,7 @@ class LaneTracker:
         self._n_waiting -= n
 
     def is_waiting(self, lane: int) -> bool:
-        """Whether this lane has answered and waits for an action."""
+        """Says whether this lane has answered and waits for an action."""
         return bool(self._waiting[lane])
 
     def answered(

@@ -179,7 +179,7 @@ def _hint(name: str, error: BaseException) -> str:
 
 
 def _is_from_outside(error: BaseException) -> bool:
-    """Whether it is a person's Ctrl-C and no exception of the environment's own code."""
+    """Says whether it is a person's Ctrl-C and no exception of the environment's own code."""
     if not isinstance(error, KeyboardInterrupt):
         return isinstance(error, EnvironmentFailed)
     if threading.current_thread() is not threading.main_thread():

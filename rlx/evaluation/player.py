@@ -281,7 +281,7 @@ def _act_and_split(
 
 
 def _is_number(value: Any, kinds: str) -> bool:
-    """Whether the value is one number of these NumPy kinds."""
+    """Says whether the value is one number of these NumPy kinds."""
     return np.ndim(value) == 0 and np.asarray(value).dtype.kind in kinds
 
 

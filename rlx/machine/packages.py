@@ -8,7 +8,7 @@ from types import ModuleType
 
 
 def is_installed(name: str) -> bool:
-    """Whether there is code to import under this top-level name."""
+    """Says whether there is code to import under this top-level name."""
     spec = find_spec(name)
     return spec is not None and spec.origin is not None
 

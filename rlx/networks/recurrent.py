@@ -111,7 +111,7 @@ class RecurrentNetwork:
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether the network remembers more than its stack of frames."""
+        """Says whether the network remembers more than its stack of frames."""
         return bool(jax.tree.leaves(jax.eval_shape(lambda: self.core.initial_carry(1))))
 
     def init(self, key: Array, heads: Mapping[str, Head], **further: tuple[Array, ...]) -> Params:

@@ -127,7 +127,7 @@ class Dataset:
 
     @property
     def needs_priorities(self) -> bool:
-        """Whether drawing depends on priorities."""
+        """Says whether drawing depends on priorities."""
         return self._all.needs_priorities
 
     def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:

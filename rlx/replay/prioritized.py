@@ -149,7 +149,7 @@ class Prioritized:
 
     @property
     def needs_priorities(self) -> bool:
-        """Whether drawing depends on priorities."""
+        """Says whether drawing depends on priorities."""
         return self._priorities.priority_exponent > 0
 
     def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:

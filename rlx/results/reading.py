@@ -136,7 +136,7 @@ def value_of(run: Run, name: str) -> Any:
 
 
 def _follows(found: Sequence[Run], name: str, groups: Sequence[str]) -> bool:
-    """Whether the chosen groups determine a setting's value."""
+    """Says whether the chosen groups determine a setting's value."""
     values: dict[tuple[Any, ...], set[Any]] = {}
     for run in found:
         chosen = tuple(run.choices.get(group) for group in groups)

@@ -65,7 +65,7 @@ class Study:
 
     @property
     def is_atari(self) -> bool:
-        """Whether scores can be normalised by those of the human tester."""
+        """Says whether scores can be normalised by those of the human tester."""
         return all(atari.game(task) for task in self.tasks)
 
     @cached_property

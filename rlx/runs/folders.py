@@ -99,12 +99,12 @@ def find_run(path: Path | str, key: str = "resume") -> Path:
 
 
 def is_used(folder: Path) -> bool:
-    """Whether a run has begun in that folder."""
+    """Says whether a run has begun in that folder."""
     return os.path.exists(folder / ENV_FILE)  # whatever the name: Path's own raises at a long one
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run's folder has any checkpoint."""
+    """Says whether a run's folder has any checkpoint."""
     return newest_checkpoint(folder) is not None
 
 
@@ -367,7 +367,7 @@ def _is_count(value: Any) -> bool:
 
 
 def is_gone(status: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote a status.json has ended, as far as this machine can tell."""
+    """Says whether the process that wrote a status.json has ended, as far as one can tell here."""
     pid, host = status.get("pid"), status.get("host")
     if not isinstance(pid, int) or not _is_count(pid):
         return False
@@ -375,7 +375,7 @@ def is_gone(status: Mapping[str, Any]) -> bool:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this number runs here, and does more than wait for its end."""
+    """Says whether a process of this number runs here, and does more than wait for its end."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -78,7 +78,7 @@ class Logging:
 
 
 def is_wall_clock(name: str) -> bool:
-    """Whether a metric comes from a clock, so that a repeated run differs in it."""
+    """Says whether a metric comes from a clock, so that a repeated run differs in it."""
     return name.startswith(WALL_CLOCK_PREFIXES) or name.endswith(WALL_CLOCK_SUFFIXES)
 
 

@@ -42,7 +42,7 @@ class Progress:
 
     @property
     def is_due(self) -> bool:
-        """Whether `update` would show a row now."""
+        """Says whether `update` would show a row now."""
         if self.mode == "off" or self._shown_at is None:
             return self.mode != "off"
         every_s = REDRAW_S if self.mode == "rich" else self._every_s

@@ -58,7 +58,7 @@ class Outcome:
 
     @property
     def succeeded(self) -> bool:
-        """Whether the job finished or was pruned; an interrupted run did not succeed."""
+        """Says whether the job finished or was pruned; an interrupted run did not succeed."""
         return self.state in ("finished", "pruned")
 
 

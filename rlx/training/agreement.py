@@ -26,6 +26,6 @@ def check_agreement(settings: Mapping[str, Any]) -> None:
 
 
 def takes_turns(settings: Mapping[str, Any]) -> bool:
-    """Whether acting takes turns with learning, in this process."""
+    """Says whether acting takes turns with learning, in this process."""
     cls, _ = resolve(settings["acting"]["_target_"])
     return isinstance(cls, TakesTurns) and cls.takes_turns

@@ -210,7 +210,7 @@ def read_manifest(folder: Path) -> JSON:
 
 
 def _is_manifest(body: JSON) -> bool:
-    """Whether all is of the kind that is written: anybody can compute a sum."""
+    """Says whether all is of the kind that is written: anybody can compute a sum."""
     files, segments, score = (body.get(name) for name in ("files", "segments", "score"))
     return (
         type(body.get("env_steps")) is int
@@ -224,7 +224,7 @@ def _is_manifest(body: JSON) -> bool:
 
 
 def _is_segment(about: JSON) -> bool:
-    """Whether it names a file of the segments' folder and says what is in it."""
+    """Says whether it names a file of the segments' folder and says what is in it."""
     file = about.get("file")
     counts = [about.get(name, 0) for name in ("nbytes", "last_key", "ring")]
     return (

@@ -60,7 +60,7 @@ class Keeper:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a snapshot of the replay is being written beside the training."""
+        """Says whether a snapshot of the replay is being written beside the training."""
         return self._snapshots.is_writing
 
     # --- while it runs ---------------------------------------------------------------------------
@@ -97,7 +97,7 @@ class Keeper:
             self._progress.update(self._live())
 
     def _is_due(self, every: int | None) -> bool:
-        """Whether a multiple of so many env steps was passed since `keep`; never if None."""
+        """Says whether a multiple of so many env steps was passed since `keep`; never if None."""
         now = self._stages.count.env_steps
         return every is not None and self._heard_env_steps // every != now // every
 

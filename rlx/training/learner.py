@@ -154,7 +154,7 @@ class OpenLearner:
 
     @property
     def is_busy(self) -> bool:
-        """Whether the last update has not ended yet."""
+        """Says whether the last update has not ended yet."""
         return self._newest is not None and not self._newest.is_ready()
 
     def priorities(self, output: UpdateOutput) -> np.ndarray | None:
@@ -166,11 +166,11 @@ class OpenLearner:
         return priorities.reshape(-1, priorities.shape[-1])
 
     def has_ended(self, output: UpdateOutput) -> bool:
-        """Whether an update has ended; it never waits."""
+        """Says whether an update has ended; it never waits."""
         return bool(output.metrics[FINITE].is_ready())
 
     def is_finite(self, output: UpdateOutput) -> bool:
-        """Whether an update had finite losses and gradients; waits for it.
+        """Says whether an update had finite losses and gradients; waits for it.
 
         An update without them changed nothing but the count of updates.
         """

@@ -60,13 +60,13 @@ class Quota:
             self._opened_at = env_steps
 
     def may_learn(self, env_steps: int, startable: int) -> bool:
-        """Whether one more update is allowed."""
+        """Says whether one more update is allowed."""
         if not self.is_open or startable < self._min_sequences:
             return False
         return self._ratio is None or self._rows_per_update <= self._owed_rows(env_steps)
 
     def may_act(self, env_steps: int, startable: int) -> bool:
-        """Whether more env steps may be asked for."""
+        """Says whether more env steps may be asked for."""
         if not self.is_open or startable < self._min_sequences or self._ratio is None:
             return True
         slack = self._rows_per_update + self._ratio * self._burst_env_steps

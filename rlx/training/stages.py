@@ -65,7 +65,7 @@ class Stages:
             self._resume(parts.resumed)
 
     def finished(self) -> bool:
-        """Whether the run is at its end, by what all learner processes know alike.
+        """Says whether the run is at its end, by what all learner processes know alike.
 
         An on-policy agent first learns from the round that has begun.
         """
@@ -83,7 +83,7 @@ class Stages:
         )
 
     def stopped(self) -> bool:
-        """Whether any process was asked to stop; several learn of it when they agree."""
+        """Says whether any process was asked to stop; several learn of it when they agree."""
         alone = self.parts.peers.count == 1
         return self.stop.is_set() if alone else any(news.stop for news in self.news)
 

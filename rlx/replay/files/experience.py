@@ -176,7 +176,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_leaf(value: Any) -> bool:
-    """Whether it is [shape, dtype]."""
+    """Says whether it is [shape, dtype]."""
     if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], list):
         return False
     return isinstance(value[1], str) and all(type(size) is int and size >= 0 for size in value[0])

@@ -116,7 +116,7 @@ class BlockSpec:
 
     @property
     def starts_inside(self) -> bool:
-        """Whether sequences start at other rows of a block than its first, too."""
+        """Says whether sequences start at other rows of a block than its first, too."""
         return len(self.sequence.start_rows) > 1
 
     def buffers(self, batch_size: int) -> Batch:
@@ -198,7 +198,7 @@ class BlockSpec:
 
 
 def is_scalar(path: str) -> bool:
-    """Whether a leaf is of rows, and no observation."""
+    """Says whether a leaf is of rows, and no observation."""
     return path.startswith(ROWS) and not path.startswith(OBSERVATION)
 
 

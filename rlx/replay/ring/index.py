@@ -314,7 +314,7 @@ class BlockIndex:
         self.startable = int((self.tree.values > 0).sum())
 
     def check_valid(self) -> tuple[bool, str]:
-        """Whether tables, links, tree and counters agree (slow: for tests)."""
+        """Says whether tables, links, tree and counters agree (slow: for tests)."""
         valid, reason = self.tree.check_valid()
         if not valid:
             return False, reason

@@ -136,7 +136,7 @@ class BlockRing:
 
     @property
     def copies_into_buffers(self) -> bool:
-        """Whether `draw` fills buffers; else it answers arrays of its own."""
+        """Says whether `draw` fills buffers; else it answers arrays of its own."""
         return self.storage.in_place
 
     @property
@@ -328,7 +328,7 @@ class BlockRing:
         saving.check_found(found, self.index.live)
 
     def check_valid(self) -> tuple[bool, str]:
-        """Whether tables, links, tree and counters agree (slow: for tests)."""
+        """Says whether tables, links, tree and counters agree (slow: for tests)."""
         with self._writing, self._lock:
             return self.index.check_valid()
 

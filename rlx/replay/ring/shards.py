@@ -81,7 +81,7 @@ class ShardedRing:
 
     @property
     def copies_into_buffers(self) -> bool:
-        """Whether `draw` fills buffers; else it answers arrays of its own."""
+        """Says whether `draw` fills buffers; else it answers arrays of its own."""
         return self.rings[0].copies_into_buffers
 
     @property

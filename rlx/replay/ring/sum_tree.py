@@ -85,7 +85,7 @@ class SumTree:
         return nodes
 
     def check_valid(self) -> tuple[bool, str]:
-        """Whether every parent is exactly the sum of its children and the padding is 0."""
+        """Says whether every parent is exactly the sum of its children and the padding is 0."""
         if not (np.isfinite(self._flat[0]).all() and (self._flat[0] >= 0).all()):
             return False, "a value is negative or not finite"
         if self._flat[0][self.size :].any():
