@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-if any(word.startswith("rlx.") for word in sys.orig_argv[1:4]):  # python -m rlx.train
-    from rlx.problems import interrupts_in_a_line
+# A command: python -m rlx.train, or .venv/bin/rlx-train
+if any(os.path.basename(word).startswith(("rlx.", "rlx-")) for word in sys.orig_argv[1:4]):
+    from rlx.machine.signals import interrupts_in_a_line
 
     interrupts_in_a_line()
 

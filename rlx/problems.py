@@ -97,19 +97,6 @@ def or_exit(program: str, *also: type[Exception]) -> Iterator[None]:
         sys.exit(2)
 
 
-def interrupts_in_a_line() -> None:
-    """Makes Ctrl-C a line wherever it comes, as in the seconds in which libraries are imported."""
-    told = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if issubclass(kind, KeyboardInterrupt):
-            print("rlx: interrupted", file=sys.stderr)
-        else:
-            told(kind, error, trace)
-
-    sys.excepthook = hook
-
-
 def print_anything() -> None:
     """Lets a command print any name of a file: what the terminal has not got is escaped."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's or a test's may be another

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -199,13 +198,35 @@ def test_ctrl_c_while_libraries_are_imported_is_a_line(tmp_path):
         line = [sys.executable, "-m", "rlx.train"]
         process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         time.sleep(wait_s)
-        for _ in range(30):  # a library that is being imported may swallow one
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                errors = process.communicate(timeout=5)[1]
-                break
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=120)[1]
         assert "Traceback" not in errors or "site" in errors  # before rlx is there at all
         assert process.returncode != 0
+
+
+IN_THE_COLLECTOR = """
+import gc, os, signal, sys
+
+def callback(phase, info):
+    if {module!r} in sys.modules and not callback.done:
+        callback.done = True
+        os.kill(os.getpid(), signal.SIGINT)
+
+callback.done = False
+gc.callbacks.append(callback)
+"""
+
+
+@pytest.mark.parametrize("module", ["rlx.config", "jax", "envpool", "rlx.training.learner"])
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(tmp_path, module):
+    (tmp_path / "sitecustomize.py").write_text(IN_THE_COLLECTOR.format(module=module))
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    line = [sys.executable, "-m", "rlx.train", "total_env_steps=256", "hydra.run.dir=out"]
+    done = subprocess.run(
+        line, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.stderr.endswith("rlx: interrupted\n")
+    assert done.returncode != 0
 
 
 def test_in_a_sweep_one_bad_job_lets_the_others_run(conf):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +14,35 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+AGAIN_S = 0.1  # after which an interrupt that was lost is raised again
 TOGETHER_S = 5.0  # SIGTERMs that come within it are one
 
 
 class Interrupted(KeyboardInterrupt):
     """A signal of somebody who wants this process to end at once."""
+
+
+def interrupts_in_a_line() -> None:
+    """Makes Ctrl-C a line wherever it comes, as in the seconds in which libraries are imported.
+
+    Python ignores what is raised in a finalizer or in a callback of its garbage collector. JAX has
+    such a callback, so an interrupt that comes in one is raised again after it.
+    """
+    told, ignored = sys.excepthook, sys.unraisablehook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("rlx: interrupted", file=sys.stderr)
+        else:
+            told(kind, error, trace)
+
+    def again(lost: sys.UnraisableHookArgs) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            threading.Timer(AGAIN_S, _thread.interrupt_main).start()
+        else:
+            ignored(lost)
+
+    sys.excepthook, sys.unraisablehook = hook, again
 
 
 @contextmanager
