@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import _thread
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
+from types import FrameType
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -25,8 +27,9 @@ class Interrupted(KeyboardInterrupt):
 def interrupts_in_a_line() -> None:
     """Makes Ctrl-C a line wherever it comes, as in the seconds in which libraries are imported.
 
-    Python ignores what is raised in a finalizer or in a callback of its garbage collector. JAX has
-    such a callback, so an interrupt that comes in one is raised again after it.
+    Compiled libraries may crash if an exception comes while they are imported, so there the process
+    ends at once. Python ignores what is raised in a finalizer or in a callback of its garbage
+    collector. JAX has such a callback, so an interrupt that comes in one is raised again after it.
     """
     told, ignored = sys.excepthook, sys.unraisablehook
 
@@ -42,7 +45,24 @@ def interrupts_in_a_line() -> None:
         else:
             ignored(lost)
 
+    def handle(number: int, frame: FrameType | None) -> None:
+        if _imports(frame):
+            os.write(sys.stderr.fileno(), b"rlx: interrupted\n")
+            os._exit(128 + number)
+        raise Interrupted
+
     sys.excepthook, sys.unraisablehook = hook, again
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
+        signal.signal(signal.SIGINT, handle)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Says whether an import is going on in this frame, or in one that called it."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager
