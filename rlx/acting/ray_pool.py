@@ -284,5 +284,5 @@ def row_bytes(agent: Agent) -> int:
 
 def cache_folder() -> Path:
     """Names the folder in which a machine's actors keep compiled policies, from run to run."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "rlx" / "xla"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.utils import get_default_system_temp_dir
 from ray._private.services import canonicalize_bootstrap_address
 
 from rlx.cluster import token as ray_token
@@ -48,7 +49,7 @@ class Cluster:
         self._tokens = ray_token.remember()
         if self.started_by_us:
             try:
-                _start(store_bytes) if address is None else _join(address, setting)
+                _start(store_bytes, setting) if address is None else _join(address, setting)
             except BaseException:
                 ray_token.put_back(self._tokens)
                 raise
@@ -89,9 +90,10 @@ def _quiet() -> dict[str, Any]:
     return {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
 
 
-def _start(store_bytes: int) -> None:
+def _start(store_bytes: int, setting: str) -> None:
     ray_token.for_own_cluster()
     with (
+        _one_refusal(setting),
         _sigterm_not_inherited(),
         _workers_not_nice(),
         warnings.catch_warnings(),
@@ -104,6 +106,27 @@ def _start(store_bytes: int) -> None:
             object_store_memory=max(LEAST_STORE_BYTES, store_bytes),
             **_quiet(),
         )
+
+
+@contextmanager
+def _one_refusal(setting: str) -> Iterator[None]:
+    """Refuses in one line what Ray says in a hundred where it cannot start."""
+    try:
+        yield
+    except Exception as error:  # of whatever kind: files, sockets, processes
+        ray.shutdown()
+        raise _not_started(setting, error) from error
+
+
+def _not_started(setting: str, error: Exception) -> ConfigError:
+    folder = get_default_system_temp_dir()
+    if "AF_UNIX" in str(error):
+        says = f"Ray's sockets beneath {folder} would have names of more than 107 bytes; set "
+        says += "RAY_TMPDIR to a folder with a short name"
+        return refuse(setting, says, given="null")
+    says = f"Ray cannot start here: {_one_line(error)}. It needs room in /dev/shm, and a folder "
+    says += f"that can be written, which is {folder} now; RAY_TMPDIR sets another"
+    return refuse(setting, says, given="null")
 
 
 @contextmanager
@@ -184,4 +207,4 @@ def _refused(address: str, setting: str, error: Exception) -> ConfigError:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:300].rstrip(".")

@@ -135,7 +135,7 @@ def _source() -> str | None:
 
 
 def _default_path() -> Path:
-    return Path.home() / ".ray" / "auth_token"
+    return Path(os.path.expanduser("~/.ray/auth_token"))  # there may be no home
 
 
 def _has_text(path: Path) -> bool:

@@ -7,7 +7,6 @@ names the function and the lane.
 
 from __future__ import annotations
 
-import signal
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 
 from rlx.envs.actions import describe
 from rlx.envs.observations import Source
-from rlx.machine.signals import Interrupted
+from rlx.machine import signals
 from rlx.problems import EnvironmentFailed
 
 STEP = "(observation, reward, terminated, truncated, info)"
@@ -184,5 +183,4 @@ def _is_from_outside(error: BaseException) -> bool:
         return isinstance(error, EnvironmentFailed)
     if threading.current_thread() is not threading.main_thread():
         return False
-    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    return default or isinstance(error, Interrupted)
+    return signals.raises() or isinstance(error, signals.Interrupted)

@@ -45,15 +45,21 @@ def interrupts_in_a_line() -> None:
         else:
             ignored(lost)
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if _imports(frame):
-            os.write(sys.stderr.fileno(), b"rlx: interrupted\n")
-            os._exit(128 + number)
-        raise Interrupted
-
     sys.excepthook, sys.unraisablehook = hook, again
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
-        signal.signal(signal.SIGINT, handle)
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def raises() -> bool:
+    """Says whether Ctrl-C raises KeyboardInterrupt now, and is not handled in another way."""
+    return signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if _imports(frame):
+        os.write(sys.stderr.fileno(), b"rlx: interrupted\n")
+        os._exit(128 + number)
+    raise KeyboardInterrupt
 
 
 def _imports(frame: FrameType | None) -> bool:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from rlx.problems import RunFailed, refuse
 
 LOCK_FILE = ".lock"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+LEAST_BYTES = 1 << 20  # with less a place counts as full
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -65,8 +67,24 @@ def full_disk_is_a_failure(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        says = f"{folder} cannot be written ({error.strerror}); make room there"
+        full = str(folder) if error.filename else _full_ones(folder)
+        says = f"{full} cannot be written ({error.strerror}); make room there"
         raise RunFailed(says) from error
+
+
+def _full_ones(folder: Path) -> str:
+    """Names those of the places where a run writes that have no room: its folder, if none is full.
+
+    An error of a lock between processes, which takes room in /dev/shm, names no file.
+    """
+    places = (folder, Path("/dev/shm"), Path(tempfile.gettempdir()))
+    full = [str(place) for place in places if place.is_dir() and _free_bytes(place) < LEAST_BYTES]
+    return " and ".join(full) or str(folder)
+
+
+def _free_bytes(folder: Path) -> int:
+    about = os.statvfs(folder)
+    return about.f_bavail * about.f_frsize
 
 
 @contextmanager

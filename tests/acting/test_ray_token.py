@@ -135,6 +135,26 @@ def test_what_listens_and_is_no_cluster_is_refused(monkeypatch):
             Cluster(address=address, store_bytes=0)
 
 
+@pytest.mark.parametrize(
+    ("folder", "says"),
+    [
+        ("x" * 90, "would have names of more than 107 bytes; set RAY_TMPDIR to a folder with a"),
+        ("a file", "Ray cannot start here: "),
+    ],
+)
+def test_where_an_own_cluster_cannot_start_a_line_says_what_to_set(home, tmp_path, folder, says):
+    (tmp_path / "a file").touch()
+    told = driver("own", environment(home, TMPDIR=str(tmp_path / folder)))
+    assert "acting.address=null: " in told
+    assert says in told
+    assert "RAY_TMPDIR" in told
+
+
+def test_an_own_cluster_needs_no_home(home):
+    settings = environment(home) | {"HOME": "/proc/nothing"}
+    assert driver("own", settings) == WORKS.format([])
+
+
 REFUSALS = [
     ({"RAY_AUTH_TOKEN": OTHER}, "refused the token from RAY_AUTH_TOKEN; set RAY_AUTH_TOKEN, or"),
     ({}, "asks for a token, and there is none here; set RAY_AUTH_TOKEN, or write "),

@@ -85,3 +85,20 @@ def test_files_that_may_not_grow_are_a_line(tmp_path):
         told(done)[0]
         == f"rlx: {tmp_path / 'run'} cannot be written (File too large); make room there"
     )
+
+
+def test_a_full_shared_memory_is_named(tmp_path):
+    """Locks between processes take room there, and their error names no file."""
+    full = "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 8k /dev/zero > /dev/shm/x; "
+    own = (*SMALL, "logging.tensorboard=true", f"hydra.run.dir={tmp_path / 'run'}")
+    line = [sys.executable, "-m", "rlx.train", *own]
+    within = ["unshare", "--mount", "bash", "-c"]
+    if subprocess.run([*within, "mount -t tmpfs tmpfs /dev/shm"], capture_output=True).returncode:
+        pytest.skip("only root may mount")
+    done = subprocess.run(
+        [*within, full + 'exec "$@"', "bash", *line], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert told(done) == [
+        "rlx: /dev/shm cannot be written (No space left on device); make room there"
+    ]
