@@ -83,6 +83,7 @@ def followed() -> str:
     return done.stdout
 
 
+@pytest.mark.xdist_group("transition")  # one process follows it for both
 def test_one_transition_crosses_few_files(followed):
     counted = re.match(r"(\d+) files, (\d+) lines of functions entered:", followed)
     assert counted, followed[:200]
@@ -96,6 +97,7 @@ def test_one_transition_crosses_few_files(followed):
         assert file in dict(listed), "the script lost the transition"
 
 
+@pytest.mark.xdist_group("transition")  # one process follows it for both
 def test_the_design_lists_the_files_that_a_transition_crosses(followed):
     page = (ROOT / "docs" / "design.md").read_text()
     between = page.partition("<!-- transition: begin -->")[2].partition("<!-- transition: end")[0]

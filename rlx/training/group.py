@@ -17,7 +17,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -111,13 +111,11 @@ def run_group(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) ->
     _check_devices(settings["learner"]["platform"], group)
     console = Console(settings, output_dir, count)
     cluster = _join_cluster(group, settings["acting"], output_dir)
-    try:
+    with _failure_in_status(output_dir), closing(cluster):  # its processes write the status, too
         _check_room(settings, group, cluster)
-        with stop_on_signals() as stop, _failure_in_status(output_dir):
+        with stop_on_signals() as stop:
             group_of = partial(Life, output_dir, group, count, cluster.check)
             return _live(group_of, own, output_dir, group, stop, console, resume=resume)
-    finally:
-        cluster.close()
 
 
 def _live(

@@ -1,8 +1,8 @@
 """Starts at any row, and the input after a sequence, against a plain list of all rows ever made.
 
-Each lane's history is made row by row, with episodes of any length; its blocks carry what
-`stack_frames` has after the rows before them. What the ring gives must be the history's rows, and
-the frames that `stack_frames` makes of the whole history.
+Each lane's history is made row by row, with episodes of any length; its blocks carry the frames
+that are stacked before them. What the ring gives must be the history's rows, and `stack_frames`
+must make the history's stacks of it.
 """
 
 from __future__ import annotations
@@ -63,22 +63,16 @@ class Chain:
         self.rows.reward[:] = chain
         self.rows.valid[:] = True
         self.rows.acting.q_max[:] = rng.random(rows)
-        self.frames = np.asarray(self._frames())
+        self.stacks, self.frames = self._stacked()
 
-    def _frames(self) -> np.ndarray:
-        """[rows, S-1, *]: carried before each row."""
-        frames = self.rows.inputs.observation["image"][:, None]
-        carried, found = np.zeros((1, DEPTH - 1, *SHAPE), np.uint8), []
-        for t in range(len(frames)):
-            found.append(np.asarray(carried)[0])
-            _, carried = stack_frames(frames[t : t + 1], self.first[t : t + 1, None], carried)
-        return np.stack(found)
-
-    def stacks(self) -> np.ndarray:
-        """[rows, S * C, H, W] of the whole history at once."""
-        none = np.zeros((1, DEPTH - 1, *SHAPE), np.uint8)
-        frames = self.rows.inputs.observation["image"][:, None]
-        return np.asarray(stack_frames(frames, self.first[:, None], none)[0])[:, 0]
+    def _stacked(self) -> tuple[np.ndarray, np.ndarray]:
+        """([rows, S * C, H, W]: each row's stack, [rows, S-1, *]: the frames carried before it)."""
+        stack, stacks, carried = [np.zeros(SHAPE, np.uint8)] * DEPTH, [], []
+        for frame, first in zip(self.rows.inputs.observation["image"], self.first, strict=True):
+            carried.append(np.stack(stack[1:]))
+            stack = [frame] * DEPTH if first else [*stack[1:], frame]
+            stacks.append(np.concatenate(stack))
+        return np.stack(stacks), np.stack(carried)
 
     def block(self, number: int, k: int) -> Rollout:
         begin = number * k
@@ -139,7 +133,7 @@ def assert_is_history(drawn: Drawn, expected: dict[int, tuple], sequence: Sequen
 def assert_is_sequence(drawn: Drawn, b: int, chain: Chain, rows: slice) -> None:
     assert same(at(drawn.rows, b), at(chain.rows, rows))
     assert same(at(drawn.next, b), at(chain.rows.inputs, rows.stop))
-    stacks = chain.stacks()[rows.start : rows.stop + 1]
+    stacks = chain.stacks[rows.start : rows.stop + 1]
     assert stacks_of(drawn, b).tolist() == stacks.tolist()
 
 

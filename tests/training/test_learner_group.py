@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import psutil
 import pytest
 
 import rlx
@@ -36,7 +37,7 @@ from rlx.types import Batch
 from tests import parts
 from tests.acting.test_ray_pool import wait_for
 from tests.training.test_learner import UPDATES, learner
-from tests.training.test_ray_run import command, nothing_is_left_running
+from tests.training.test_ray_run import command, names_of, nothing_is_left_running
 from tests.training.test_run import TINY
 
 __all__ = ["nothing_is_left_running"]  # a fixture of every test here, too
@@ -394,6 +395,26 @@ def test_a_process_that_hangs_costs_no_more(tmp_path):
     console = lose_one(tmp_path, signal.SIGSTOP, *given)
     assert "no sign of learner processes 1 for 20 s" in console
     check_finished(tmp_path, restarts=1)
+
+
+@pytest.mark.slow  # half a minute; tests/training/test_ray_run.py has it of one learner process
+def test_a_group_names_what_ended_its_cluster(tmp_path):
+    """Its processes are told to stop, and do not say afterwards that somebody interrupted it."""
+    given = command(tmp_path, *GROUP, "total_env_steps=1_000_000")
+    running = subprocess.Popen(given, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: newest(tmp_path) > 0, "a checkpoint", 120)
+        children = psutil.Process(running.pid).children(recursive=True)
+        next(p for p in children if "gcs_server" in names_of(p)).kill()
+        said = running.communicate(timeout=300)[1]
+    finally:
+        running.kill()
+    assert running.returncode == 1
+    lines = [line for line in said.splitlines() if line.startswith("rlx: ")]
+    assert "GCS server at " in lines[0]
+    assert lines[1:] == [f"rlx: resume={tmp_path} goes on from the last checkpoint"]
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], "GCS server at " in status["error"]) == ("failed", True)
 
 
 @pytest.mark.slow  # a minute
