@@ -7,8 +7,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-# A command: python -m rlx.train, or .venv/bin/rlx-train
-if any(os.path.basename(word).startswith(("rlx.", "rlx-")) for word in sys.orig_argv[1:4]):
+_program = os.path.basename(sys.argv[0]) if sys.argv else ""
+_is_module = _program == "-m" and any(word.startswith("rlx.") for word in sys.orig_argv[1:4])
+if _is_module or (_program.startswith("rlx-") and not _program.endswith(".py")):  # rlx-train
     from rlx.machine.signals import interrupts_in_a_line
 
     interrupts_in_a_line()
