@@ -67,7 +67,8 @@ def full_disk_is_a_failure(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        full = str(folder) if error.filename else _full_ones(folder)
+        is_known = error.filename or error.errno != errno.ENOSPC
+        full = str(folder) if is_known else _full_ones(folder)
         says = f"{full} cannot be written ({error.strerror}); make room there"
         raise RunFailed(says) from error
 
