@@ -404,7 +404,7 @@ def test_two_jobs_of_a_multirun_each_have_their_cluster(tmp_path):
     ],
 )
 def test_a_run_names_what_ended_its_cluster(tmp_path, victim, named):
-    """Ray itself ends a process whose raylet is gone, in many cases before it can save."""
+    """Ray itself ends a process whose raylet ends with an agent, before it can save."""
     often = ("checkpoint.every_env_steps=500", "total_env_steps=1_000_000")
     running = subprocess.Popen(command(tmp_path, *RAY, *often), stderr=subprocess.PIPE, text=True)
     try:
