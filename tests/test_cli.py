@@ -229,6 +229,16 @@ def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(tmp_path, mod
     assert done.returncode != 0
 
 
+@pytest.mark.parametrize(
+    ("name", "is_ours"), [("rlx-train", True), ("rlx-mine.py", False), ("mine.py", False)]
+)
+def test_only_rlxs_own_commands_change_how_ctrl_c_is_told(tmp_path, name, is_ours):
+    (tmp_path / name).write_text("import sys, rlx\nprint(sys.excepthook is not sys.__excepthook__)")
+    line = [sys.executable, str(tmp_path / name), "rlx-a", "rlx.b"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{is_ours}\n"
+
+
 def test_in_a_sweep_one_bad_job_lets_the_others_run(conf):
     done = command(conf, "-m", "seed=1,-1,13,2")
     assert seeds(conf.parent / "multirun") == [1, 2]
