@@ -349,7 +349,7 @@ def test_no_more_is_under_way_than_was_allowed(pool):
 def test_a_killed_actor_is_replaced_and_the_others_go_on(pool, inference):
     actors = pool(instances=3, inference=inference)
     actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
-    rollouts = collect(actors, 200)
+    rollouts = collect(actors, 200, lanes=3 * LANES)  # whoever is killed has given blocks before
     wait_for(lambda: actors.stats()["acting/actors_ready"] == 3, "all three actors", 60)
     victim = actor_processes()[0]
     victim.send_signal(signal.SIGKILL)
