@@ -290,6 +290,25 @@ class QActing:
 
 
 @record
+class SoftActing:
+    """A Munchausen agent keeps this from acting time."""
+
+    q: Array  # f32: Q of the action taken
+    q_max: Array  # f32: what the state is worth by the policy
+    bonus: Array  # f32: what the action adds to its reward
+
+
+@record
+class AtomsActing:
+    """An agent with categorical distributions keeps this from acting time."""
+
+    q: Array  # f32: the mean of the action taken
+    log_taken: Array  # f32[K]: its atoms' log-probabilities
+    worth: Array  # f32[K]: the probabilities of the state's own atoms
+    bonus: Array  # f32: what the action adds to its reward (Munchausen)
+
+
+@record
 class Row:
     """One stored env step of one lane."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from rlx.types import (
 )
 
 Metrics = dict[str, Array]
+Reward = Literal["raw", "clip", "tanh"]  # what becomes of rewards, and of previous ones alike
 
 # --- actions -------------------------------------------------------------------------------------
 
@@ -75,8 +76,9 @@ def epsilon_greedy(key: Array, q: Array, epsilon: Array, mask: Array | None = No
 
 
 def take_action(values: Array, action: Array) -> Array:
-    """The values [..., A] at action [...], as [...]."""
-    return jnp.take_along_axis(values, action[..., None], axis=-1)[..., 0]
+    """The values [..., A] at action [...], as [...]; of values [..., A, K] they are [..., K]."""
+    index = action.reshape(*action.shape, *[1] * (values.ndim - action.ndim))
+    return jnp.take_along_axis(values, index, axis=action.ndim).squeeze(action.ndim)
 
 
 def explore(key: Array, mode: Array, sample: Array, exploration: Array) -> Array:

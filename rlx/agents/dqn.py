@@ -18,9 +18,10 @@ import optax
 
 from rlx import trees
 from rlx.agents import common, q_learning
+from rlx.agents.munchausen import Munchausen
 from rlx.agents.optimizers import Adam
 from rlx.interfaces import Network
-from rlx.networks.heads import Head
+from rlx.networks.heads import ActionHead
 from rlx.types import Array, EnvSpec, Params, Range, Runtime, SequenceSpec
 
 trees.register()
@@ -37,23 +38,29 @@ class DQN:
     block_rows: Annotated[int, Range(ge=1)]
     discount: Annotated[float, Range(ge=0, le=1)]
     double_q: bool
-    reward: Literal["raw", "clip", "tanh"]  # applied to reward and previous reward alike
+    reward: common.Reward
     error: Literal["huber", "squared"]  # huber: linear beyond 1
-    target_period_updates: Annotated[int, Range(ge=1)]
-    head: Head
+    munchausen: Munchausen | None
+    target_period_updates: Annotated[int, Range(ge=1)] | None  # or a rate
+    target_rate: Annotated[float, Range(gt=0, le=1)] | None
+    head: ActionHead
     optimizer: Adam
     network: Runtime[Network]
     spec: Runtime[EnvSpec]
 
     on_policy = False
-    samples = False
     stored_state = True
     rescale_epsilon = None
-    acting_spec = q_learning.Q_ACTING
+    samples = property(q_learning.is_noisy)
+    acting_spec = property(q_learning.acting_spec)
 
     init = q_learning.init
     initial_carry = q_learning.initial_carry
     acting_params = q_learning.acting_params
+    heads = q_learning.heads
+    outputs = q_learning.outputs
+    expected = q_learning.expected
+    remember = q_learning.remember
     values = q_learning.values
     act = q_learning.act
     initial_priorities = q_learning.initial_priorities
@@ -62,6 +69,7 @@ class DQN:
     def __post_init__(self) -> None:
         common.require_discrete("dqn", self.spec)
         common.require_starts(self.sequence, self.network)
+        q_learning.require_whole(self)
 
     @property
     def sequence(self) -> SequenceSpec:
@@ -71,9 +79,7 @@ class DQN:
         self, params: Params, features: Array, replayed: q_learning.Replayed
     ) -> q_learning.Loss:
         """Importance-weighted error: mean over a sequence's valid rows, mean over the batch."""
-        td, q, trained = q_learning.td_errors(
-            self, params, features, replayed, double_q=self.double_q
-        )
+        td, q, trained = q_learning.td_errors(self, params, features, replayed)
         per_row = optax.huber_loss(td) if self.error == "huber" else 0.5 * jnp.square(td)
         losses = q_learning.per_sequence(per_row, trained.valid, "mean")
         priorities = q_learning.row_priorities(td, trained.valid)

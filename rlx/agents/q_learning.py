@@ -1,11 +1,13 @@
 """Agents with action values share these functions: acting, targets, errors, updates.
 
 Those whose first argument is `agent` do as methods, too: an agent with the settings of
-`ValueAgent` writes `act = q_learning.act` in its body, and what is its own is its `loss`.
+`ValueAgent` writes `act = q_learning.act` in its body. What may be its own: the `outputs` of its
+heads, their `expected` values, what it keeps from acting time (`remember`), and its `loss`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlx import ops
+from rlx import ops, trees
 from rlx.agents import common
+from rlx.agents.munchausen import Munchausen
 from rlx.agents.optimizers import Adam
+from rlx.agents.quantiles import quantile_loss
 from rlx.interfaces import Network
 from rlx.types import (
     Array,
@@ -28,13 +32,14 @@ from rlx.types import (
     QActing,
     Row,
     SequenceSpec,
+    SoftActing,
     TrainState,
     UpdateOutput,
 )
 
-Q_ACTING = QActing(
-    q=ArraySpec(shape=(), dtype="float32"), q_max=ArraySpec(shape=(), dtype="float32")
-)
+SCALAR = ArraySpec(shape=(), dtype="float32")
+Q_ACTING = QActing(q=SCALAR, q_max=SCALAR)
+SOFT_ACTING = SoftActing(q=SCALAR, q_max=SCALAR, bonus=SCALAR)
 HEAD = "head"  # the name of an agent's only head among the parameters
 
 
@@ -71,14 +76,44 @@ class ValueAgent(Protocol):
     def stored_state(self) -> bool:
         """Says whether sequences start from the stored recurrent state, else from zeros."""
 
-    def values(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
-        """The values to act by, f32[N, A]; `values` of this module, or the agent's own."""
-
     @property
-    def target_period_updates(self) -> int: ...
+    def double_q(self) -> bool: ...
+    @property
+    def munchausen(self) -> Munchausen | None: ...
+    @property
+    def target_period_updates(self) -> int | None: ...
+    @property
+    def target_rate(self) -> float | None: ...
+    @property
+    def samples(self) -> bool: ...
+
+    def heads(self) -> Mapping[str, Any]:
+        """The heads by their names among the parameters."""
+
+    def outputs(
+        self, params: Params, features: Array, key: Array | None = None, noise: Array | None = None
+    ) -> Array:
+        """What the heads say of features [..., F]: f32[..., A], or f32[..., A, K].
+
+        key: of fractions that are drawn; None: they are fixed ones. noise: key of noisy layers;
+        None: it is off.
+        """
+
+    def expected(self, outputs: Array) -> Array:
+        """The values to act by, f32[..., A]."""
+
+    def remember(self, outputs: Array, action: Array, mask: Array | None) -> Any:
+        """The record of acting time, of outputs [N, ...] and action i32[N]."""
 
     def loss(self, params: Params, features: Array, replayed: Replayed) -> Loss:
         """Returns (loss, (row priorities f32[B, T] or None, metrics)) of features [T + n, B, F]."""
+
+
+class QuantileAgent(ValueAgent, Protocol):
+    """Values that are means of quantiles."""
+
+    @property
+    def kappa(self) -> float: ...
 
 
 Loss = tuple[Array, tuple[Array | None, common.Metrics]]
@@ -91,6 +126,7 @@ class Replayed:
     rows: Row  # [T + n - 1 or more, B], inputs included
     mask: Array | None  # bool[T + n, B, A]: allowed actions; None: all
     importance: Array  # f32[B]
+    key: Array  # of what is drawn in this update
     target_params: Params
     target_features: Array  # f32[T + n, B, F]
 
@@ -122,26 +158,87 @@ def acting_params(agent: Any, state: TrainState) -> Params:
     return state.params
 
 
-def init(agent: ValueAgent, key: Array) -> TrainState:
-    """Fresh parameters of a network with one head, and their copy as target; `key` is consumed."""
+def require_whole(agent: ValueAgent) -> None:
+    """Raises ValueError where settings of the agent exclude each other."""
+    if (agent.target_period_updates is None) is (agent.target_rate is None):
+        given = f"agent.target_period_updates={agent.target_period_updates}"
+        raise ValueError(
+            f"{given} and agent.target_rate={agent.target_rate}: give one of them (copies of the "
+            "parameters, or steps towards them), and null for the other."
+        )
+    if agent.munchausen is None:
+        return
+    if agent.double_q:
+        raise ValueError(
+            "agent.munchausen has a policy of the target network, so nothing is chosen by the "
+            "online one; set agent.double_q=false."
+        )
+    if agent.rescale_epsilon is not None:
+        raise ValueError(
+            "agent.munchausen adds logarithms of probabilities to rewards, which are not rescaled; "
+            "set agent.rescale_epsilon=null."
+        )
+
+
+def init(agent: ValueAgent, key: Array, **further: tuple[Array, ...]) -> TrainState:
+    """Fresh parameters of body and heads, and their copy as target; `key` is consumed.
+
+    further: by the head's name, examples [1, 1, ...] of what it reads beside the features.
+    """
     init_key, state_key = jax.random.split(key)
-    params = agent.network.init(init_key, {HEAD: agent.head})
+    params = agent.network.init(init_key, agent.heads(), **further)
     return common.new_state(params, agent.optimizer.build(), state_key, target_params=params)
 
 
-def q_values(agent: ValueAgent, params: Params, features: Array) -> Array:
-    """Maps features [..., F] to the Q of every action, f32[..., A]."""
-    q: Array = agent.network.read(params, HEAD, agent.head, features)
-    return q
+def heads(agent: Any) -> dict[str, Any]:
+    """The agent's only head."""
+    return {HEAD: agent.head}
+
+
+def outputs(
+    agent: ValueAgent,
+    params: Params,
+    features: Array,
+    key: Array | None = None,
+    noise: Array | None = None,
+) -> Array:
+    """What the head says of features [..., F]; `ValueAgent.outputs` of agents with one head."""
+    del key
+    found: Array = agent.network.read(params, HEAD, agent.heads()[HEAD], features, noise)
+    return found
+
+
+def expected(agent: Any, outputs: Array) -> Array:
+    """The Q of every action, which are the head's outputs."""
+    del agent
+    return outputs
+
+
+def mean(agent: Any, outputs: Array) -> Array:
+    """The Q of every action, f32[..., A], from samples or quantiles of it f32[..., A, K]."""
+    del agent
+    return outputs.mean(axis=-1)
 
 
 def values(
     agent: ValueAgent, params: Params, inputs: NetInput, carry: Carry
 ) -> tuple[Array, Carry]:
     """Maps inputs [N, ...] to (Q of every action f32[N, A], carry)."""
+    features, carry = _acting_features(agent, params, inputs, carry)
+    return agent.expected(agent.outputs(params, features)), carry
+
+
+def _acting_features(
+    agent: ValueAgent, params: Params, inputs: NetInput, carry: Carry
+) -> tuple[Array, Carry]:
     inputs = common.transform_inputs(common.add_time(inputs), agent.reward)
     features, carry = agent.network.apply(params, inputs, carry)
-    return q_values(agent, params, features)[0], carry
+    return features[0], carry
+
+
+def is_noisy(agent: Any) -> bool:
+    """Says whether the agent samples: by noisy layers, instead of by epsilon."""
+    return agent.head.noise is not None
 
 
 def act(
@@ -151,16 +248,43 @@ def act(
     carry: Carry,
     key: Array,
     exploration: Array,
-) -> tuple[Array, QActing, Carry]:
-    """Maps inputs [N, ...], epsilon f32[N] to (action i32[N], its Q and the largest Q, carry).
+) -> tuple[Array, Any, Carry]:
+    """Maps inputs [N, ...] to (action i32[N], the agent's record of it, carry).
 
-    `key` is consumed.
+    exploration: epsilon f32[N]; with noisy layers the share of actions that are chosen with noise,
+    which each lane draws anew. `key` is consumed.
     """
-    q, carry = agent.values(params, inputs, carry)
-    mask = common.allowed(inputs, agent.spec)
-    action = common.epsilon_greedy(key, q, exploration, mask)
-    acting = QActing(q=common.take_action(q, action), q_max=common.masked(q, mask).max(axis=-1))
-    return action, acting, carry
+    features, carry = _acting_features(agent, params, inputs, carry)
+    draws, noise = jax.random.split(jax.random.fold_in(key, 1))
+    outputs = agent.outputs(params, features, draws)
+    q, mask = agent.expected(outputs), common.allowed(inputs, agent.spec)
+    if agent.samples:
+        noisy = agent.expected(
+            jax.vmap(lambda x, key: agent.outputs(params, x, draws, key))(
+                features, jax.random.split(noise, len(features))
+            )
+        )
+        best, sample = (jnp.argmax(common.masked(x, mask), axis=-1) for x in (q, noisy))
+        action = common.explore(key, best, sample, exploration).astype(jnp.int32)
+    else:
+        action = common.epsilon_greedy(key, q, exploration, mask)
+    return action, agent.remember(outputs, action, mask), carry
+
+
+def remember(agent: ValueAgent, outputs: Array, action: Array, mask: Array | None) -> Any:
+    """The Q of the action and the largest Q; with Munchausen the soft value, and the bonus."""
+    q = agent.expected(outputs)
+    taken = common.take_action(q, action)
+    if agent.munchausen is None:
+        return QActing(q=taken, q_max=common.masked(q, mask).max(axis=-1))
+    pi, scaled = agent.munchausen.policy(q, mask)
+    bonus = agent.munchausen.bonus(scaled, action)
+    return SoftActing(q=taken, q_max=(pi * (q - scaled)).sum(axis=-1), bonus=bonus)
+
+
+def acting_spec(agent: Any) -> QActing | SoftActing:
+    """The spec of what `remember` gives."""
+    return Q_ACTING if agent.munchausen is None else SOFT_ACTING
 
 
 def initial_priorities(agent: ValueAgent, rows: Row) -> np.ndarray:
@@ -186,10 +310,14 @@ def update(
         agent.network, batch, reward=agent.reward, stored_state=agent.stored_state
     )
     target_features, _ = agent.network.unroll(state.target_params, inputs, core)
+    key, next_key = jax.random.split(state.key)
+    if axis_name is not None:  # each device draws for its own share
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
     replayed = Replayed(
         rows=common.window(common.time_major(batch.rows), agent.burn_in, None),
         mask=common.allowed(common.window(inputs, agent.burn_in, None), agent.spec),
         importance=batch.importance,
+        key=key,
         target_params=state.target_params,
         target_features=target_features[agent.burn_in :],
     )
@@ -199,25 +327,84 @@ def update(
         return agent.loss(params, features, replayed)
 
     state, output = common.gradient_step(loss, agent.optimizer.build(), state, axis_name)
-    target = common.periodic_target(
-        state.params, state.target_params, state.gradient_steps, agent.target_period_updates
-    )
-    return replace(state, target_params=target), output
+    return replace(state, target_params=new_target(agent, state), key=next_key), output
+
+
+def new_target(agent: ValueAgent, state: TrainState) -> Params:
+    """The target parameters after a gradient step: a copy every so often, or a step towards it."""
+    if agent.target_period_updates is not None:
+        return common.periodic_target(
+            state.params, state.target_params, state.gradient_steps, agent.target_period_updates
+        )
+    assert agent.target_rate is not None
+    return common.soft_target(state.params, state.target_params, agent.target_rate)
 
 
 def td_errors(
-    agent: ValueAgent, params: Params, features: Array, replayed: Replayed, *, double_q: bool
+    agent: ValueAgent, params: Params, features: Array, replayed: Replayed
 ) -> tuple[Array, Array, Row]:
-    """Returns (TD errors f32[T, B], Q of the taken actions [T, B], trained rows) of one head."""
-    q = q_values(agent, params, features)
-    target_q = q_values(agent, replayed.target_params, replayed.target_features)
-    best = jnp.argmax(common.masked(q if double_q else target_q, replayed.mask), axis=-1)
-    target = value_targets(
-        replayed.rows, common.take_action(target_q, best), **target_settings(agent)
+    """Returns (TD errors f32[T, B], Q of the taken actions [T, B], trained rows)."""
+    online, target = jax.random.split(replayed.key)
+    q = agent.expected(agent.outputs(params, features, noise=online))
+    target_q = agent.expected(
+        agent.outputs(replayed.target_params, replayed.target_features, noise=target)
     )
+    return errors(agent, q, target_q, replayed)
+
+
+def errors(
+    agent: ValueAgent, q: Array, target_q: Array, replayed: Replayed
+) -> tuple[Array, Array, Row]:
+    """`td_errors` of q and target_q f32[T + n, B, A]."""
+    value, bonus = bootstrap(agent, target_q, q, target_q, replayed)
+    target = value_targets(replayed.rows, value, bonus=bonus, **target_settings(agent))
     trained = common.window(replayed.rows, 0, agent.unroll)
     taken = common.take_action(q[: agent.unroll], trained.action)
     return jax.lax.stop_gradient(target) - taken, taken, trained
+
+
+def bootstrap(
+    agent: ValueAgent, outputs: Array, q: Array, target_q: Array, replayed: Replayed
+) -> tuple[Array, Array | None]:
+    """(what a state is worth, what its action adds to the reward f32[T + n - 1, B] or None).
+
+    outputs: of the target network, f32[T + n, B, A] or [T + n, B, A, K]; the worth is [T + n, B] or
+    [T + n, B, K]: the outputs of the best action, by q (double) or target_q [T + n, B, A]; with
+    Munchausen their mean over the policy.
+    """
+    if agent.munchausen is None:
+        best = jnp.argmax(common.masked(q if agent.double_q else target_q, replayed.mask), axis=-1)
+        return common.take_action(outputs, best), None
+    pi, scaled = agent.munchausen.policy(target_q, replayed.mask)
+    rows = len(replayed.rows.action)
+    bonus = agent.munchausen.bonus(scaled[:rows], replayed.rows.action)
+    if outputs.ndim > pi.ndim:
+        pi, scaled = pi[..., None], scaled[..., None]
+    return (pi * (outputs - scaled)).sum(axis=q.ndim - 1), bonus
+
+
+def quantile_regression(
+    agent: QuantileAgent,
+    taken: Array,
+    fractions: Array,
+    target_outputs: Array,
+    q: Array,
+    target_q: Array,
+    replayed: Replayed,
+) -> Loss:
+    """The loss of the taken actions' quantiles f32[T, B, N], at fractions [N] or [T, B, N].
+
+    target_outputs: f32[T + n, B, A, M] of the target network. q, target_q: f32[T + n, B, A], the
+    means by which actions are chosen, and of which the priorities are the errors.
+    """
+    td, taken_q, trained = errors(agent, q, target_q, replayed)
+    worth, bonus = bootstrap(agent, target_outputs, q, target_q, replayed)
+    target = spread_targets(replayed.rows, worth, bonus, **target_settings(agent))
+    losses = quantile_loss(taken, fractions, jax.lax.stop_gradient(target), agent.kappa)
+    losses = per_sequence(losses, trained.valid, "mean")
+    priorities = row_priorities(td, trained.valid)
+    metrics = value_metrics(taken_q, td, trained)
+    return jnp.mean(replayed.importance * losses), (priorities, metrics)
 
 
 # --- targets and errors of action values ---------------------------------------------------------
@@ -231,15 +418,18 @@ def value_targets(
     gamma: float,
     reward: str,
     rescale_epsilon: float | None,
+    bonus: Array | None = None,
     xp: Any = jnp,
 ) -> Array:
     """h(n-step return of h^-1(value)): scalars of rows [T + n - 1, ...], value [T + n, ...].
 
-    rescale_epsilon: of h (`ops.rescale`); None: h is the identity. Returns [T, ...].
+    rescale_epsilon: of h (`ops.rescale`); None: h is the identity. bonus: [T + n - 1, ...], added
+    to the rewards. Returns [T, ...].
     """
     raw = value if rescale_epsilon is None else ops.unrescale(value, rescale_epsilon, xp)
+    rewards = ops.transform_reward(rows.reward, reward, xp)
     target = ops.n_step_return(
-        ops.transform_reward(rows.reward, reward, xp),
+        rewards if bonus is None else rewards[: len(bonus)] + bonus,
         rows.discount,
         rows.valid,
         raw,
@@ -248,6 +438,18 @@ def value_targets(
         xp=xp,
     )
     return target if rescale_epsilon is None else ops.rescale(target, rescale_epsilon, xp)
+
+
+def spread_targets(rows: Row, value: Array, bonus: Array | None, **targets: Any) -> Array:
+    """`value_targets` of each of K numbers: value [T + n, B, K] gives [T, B, K]."""
+    bonus = None if bonus is None else bonus[..., None]
+    return value_targets(widened(rows), value, bonus=bonus, **targets)
+
+
+def widened(rows: Row) -> Row:
+    """Rows whose rewards, discounts and flags are [..., 1], beside values [..., K]."""
+    wide = {name: getattr(rows, name)[..., None] for name in ("reward", "discount", "valid")}
+    return replace(rows, **wide)
 
 
 def acting_priorities(rows: Row, burn_in: int, unroll: int, **targets: Any) -> np.ndarray:
@@ -261,14 +463,15 @@ def acting_priorities(rows: Row, burn_in: int, unroll: int, **targets: Any) -> n
     so its value is the bootstrap of the last trained row, until that row is trained on. All other
     rows, and all rows of other sequences, are exact.
     """
-    rows = _numpy_time_major(rows, burn_in)
-    target = value_targets(rows, rows.acting.q_max, **targets, xp=np)
+    rows = numpy_time_major(rows, burn_in)
+    bonus = rows.acting.bonus if isinstance(rows.acting, SoftActing) else None
+    target = value_targets(rows, rows.acting.q_max, bonus=bonus, **targets, xp=np)
     valid = rows.valid[:unroll]
     td = np.abs(target - rows.acting.q[:unroll])
     return np.where(valid, td, -1).astype(np.float32).T
 
 
-def _numpy_time_major(rows: Row, burn_in: int) -> Row:
+def numpy_time_major(rows: Row, burn_in: int) -> Row:
     """The scalars after the burn-in, time-major [L - burn_in, M]; inputs are dropped."""
 
     def turned(x: Array) -> np.ndarray:
@@ -279,7 +482,7 @@ def _numpy_time_major(rows: Row, burn_in: int) -> Row:
         reward=turned(rows.reward),
         discount=turned(rows.discount),
         valid=turned(rows.valid),
-        acting=QActing(q=turned(rows.acting.q), q_max=turned(rows.acting.q_max)),
+        acting=trees.tree_map(turned, rows.acting),
     )
 
 

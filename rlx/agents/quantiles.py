@@ -1,0 +1,27 @@
+"""Quantile regression: the loss of agents that learn quantiles of the return."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from rlx.types import Array
+
+
+def midpoints(count: int) -> Array:
+    """The fractions of `count` quantiles, f32[K]: the middles of equal parts of 0 .. 1."""
+    return (jnp.arange(count, dtype=jnp.float32) + 0.5) / count
+
+
+def quantile_loss(taken: Array, fractions: Array, target: Array, kappa: float) -> Array:
+    """The quantile Huber loss [...] of quantiles f32[..., N] and targets f32[..., M].
+
+    Of u = target_j - taken_i it is |tau_i - 1{u < 0}| L_kappa(u) / kappa, summed over i and
+    averaged over j (Dabney et al. 2018a, equation 10). fractions: tau, [..., N] or [N].
+    kappa: where the loss becomes linear; 0: |tau - 1{u < 0}| |u|, without a quadratic part.
+    """
+    error = target[..., None, :] - taken[..., :, None]  # [..., N, M]
+    size = jnp.abs(error)
+    if kappa:
+        size = jnp.where(size <= kappa, 0.5 * error**2 / kappa, size - 0.5 * kappa)
+    weight = jnp.abs(fractions[..., :, None] - (error < 0))
+    return (weight * size).mean(axis=-1).sum(axis=-1)
