@@ -87,7 +87,7 @@ def network(spec: EnvSpec = VECTOR, core: str = "lstm", **changes: Any) -> Recur
     return RecurrentNetwork(**settings | changes)
 
 
-HEAD = Dueling(hidden=8)
+HEAD = Dueling(hidden=8, noise=None)
 
 
 def init(net: RecurrentNetwork, key: Any, head: Head = HEAD) -> Any:
@@ -133,7 +133,9 @@ def agent(net: RecurrentNetwork | None = None, **changes: Any) -> R2D2:
         "reward": "raw",
         "stored_state": True,
         "loss_over_time": "mean",
+        "munchausen": None,
         "target_period_updates": 10,
+        "target_rate": None,
         "head": HEAD,
         "optimizer": adam(),
         "network": net,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx import ops, trees
-from rlx.agents import common, q_learning
+from rlx.agents import common, q_learning, targets
 from rlx.agents.munchausen import Munchausen
 from rlx.agents.optimizers import Adam
 from rlx.interfaces import Network
@@ -107,7 +107,7 @@ class C51:
 
     def expected(self, outputs: Array) -> Array:
         """The means f32[..., A] of logits f32[..., A, K]."""
-        return (jax.nn.softmax(outputs) * self.support).sum(axis=-1)
+        return jax.nn.softmax(outputs) @ self.support
 
     def remember(self, outputs: Array, action: Array, mask: Array | None) -> AtomsActing:
         """What the first priority needs: the action's distribution, and the state's."""
@@ -135,16 +135,18 @@ class C51:
             best = jnp.argmax(common.masked(q, mask), axis=-1)
             return common.take_action(probability, best), jnp.zeros_like(q)
         pi, scaled = self.munchausen.policy(target_q, mask)
-        moved = project(self.support - scaled[..., None], probability, self.support, jnp)
+        moved = project(
+            beside(self.support, probability) - scaled[..., None], probability, self.support, jnp
+        )
         return (pi[..., None] * moved).sum(axis=-2), scaled
 
     def initial_priorities(self, rows: Row) -> np.ndarray:
         """f32[M, T] from the distributions of acting time of rows [M, L] (observation {}).
 
         The last row's distribution stands for the one after it, as in
-        `q_learning.acting_priorities`.
+        `targets.acting_priorities`.
         """
-        rows = q_learning.numpy_time_major(rows, self.burn_in)
+        rows = targets.numpy_time_major(rows, self.burn_in)
         worth = np.asarray(rows.acting.worth)
         target = self._target(rows, worth, self._bonus(rows.acting.bonus), np)
         crossed = -(target * rows.acting.log_taken[: self.unroll]).sum(axis=-1)
@@ -156,8 +158,8 @@ class C51:
     def _target(self, rows: Row, worth: Array, bonus: Array | None, xp: Any) -> Array:
         """f32[T, B, K]: states' distributions [T + n, B, K], n steps earlier, on the atoms."""
         settings = q_learning.target_settings(self) | {"xp": xp}
-        positions = xp.broadcast_to(xp.asarray(self.support), worth.shape)
-        moved = q_learning.spread_targets(rows, positions, bonus, **settings)
+        positions = xp.broadcast_to(beside(self.support, worth), worth.shape)
+        moved = targets.spread_targets(rows, positions, bonus, **settings)
         still = xp.zeros_like(rows.reward)[..., None]
         reached = ops.n_step_return(  # the distribution of the state that the sum ends in
             still, still + 1, rows.valid[..., None], worth, n=self.n_step, gamma=1.0, xp=xp
@@ -181,11 +183,16 @@ class C51:
         trained = common.window(rows, 0, self.unroll)
         log = jax.nn.log_softmax(common.take_action(found[: self.unroll], trained.action))
         crossed = -(aim * log).sum(axis=-1)
-        losses = q_learning.per_sequence(crossed, trained.valid, "mean")
+        losses = targets.per_sequence(crossed, trained.valid, "mean")
         td, taken, _ = q_learning.errors(self, q, target_q, replayed)
-        metrics = q_learning.value_metrics(taken, td, trained)
-        priorities = q_learning.row_priorities(crossed, trained.valid)
+        metrics = targets.value_metrics(taken, td, trained)
+        priorities = targets.row_priorities(crossed, trained.valid)
         return jnp.mean(replayed.importance * losses), (priorities, metrics)
+
+
+def beside(support: np.ndarray, like: Array) -> np.ndarray:
+    """The atoms [K] with as many axes as `like` [..., K]."""
+    return support.reshape(*[1] * (like.ndim - 1), -1)
 
 
 def project(positions: Array, probability: Array, support: Array, xp: Any) -> Array:
@@ -196,5 +203,7 @@ def project(positions: Array, probability: Array, support: Array, xp: Any) -> Ar
     """
     last, step = len(support) - 1, support[1] - support[0]
     place = xp.clip((positions - support[0]) / step, 0, last)
-    near = xp.clip(1 - xp.abs(place[..., None, :] - xp.arange(len(support))[:, None]), 0, 1)
+    place = place[..., None, :]
+    atoms = np.arange(len(support), dtype=np.float32).reshape(*[1] * (place.ndim - 2), -1, 1)
+    near = xp.clip(1 - xp.abs(place - atoms), 0, 1)
     return (near * probability[..., None, :]).sum(axis=-1)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from rlx import trees
-from rlx.agents import common, q_learning
+from rlx.agents import common, q_learning, targets
 from rlx.agents.munchausen import Munchausen
 from rlx.agents.optimizers import Adam
 from rlx.interfaces import Network
@@ -81,7 +81,7 @@ class DQN:
         """Importance-weighted error: mean over a sequence's valid rows, mean over the batch."""
         td, q, trained = q_learning.td_errors(self, params, features, replayed)
         per_row = optax.huber_loss(td) if self.error == "huber" else 0.5 * jnp.square(td)
-        losses = q_learning.per_sequence(per_row, trained.valid, "mean")
-        priorities = q_learning.row_priorities(td, trained.valid)
-        metrics = q_learning.value_metrics(q, td, trained)
+        losses = targets.per_sequence(per_row, trained.valid, "mean")
+        priorities = targets.row_priorities(td, trained.valid)
+        metrics = targets.value_metrics(q, td, trained)
         return jnp.mean(replayed.importance * losses), (priorities, metrics)

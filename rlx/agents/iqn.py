@@ -12,7 +12,7 @@ A row's priority is the absolute error of the means, as it can be known at actin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,15 @@ class Risk:
         if self.level >= 0:
             return fractions**exponent
         return 1 - (1 - fractions) ** exponent
+
+
+class Draws(NamedTuple):
+    """What an update draws, of the online network and of the target network."""
+
+    fractions: Array  # f32[T, B, N]
+    target_fractions: Array  # f32[T + n, B, N']
+    choice: tuple[Array, Array]  # keys of the fractions that actions are chosen by
+    noise: tuple[Array, Array]  # keys of noisy layers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,14 +146,24 @@ class IQN:
         self, params: Params, features: Array, replayed: q_learning.Replayed
     ) -> q_learning.Loss:
         """Importance-weighted: mean over a sequence's valid rows, mean over the batch."""
-        drawn = jax.random.split(replayed.key, 6)
+        draws = self.draws(replayed.key, features.shape[:-1])
+        noise, other_noise = draws.noise
+        q = self.expected(self.outputs(params, features, draws.choice[0], noise))
         other, other_features = replayed.target_params, replayed.target_features
-        q = self.expected(self.outputs(params, features, drawn[0], drawn[1]))
-        target_q = self.expected(self.outputs(other, other_features, drawn[2], drawn[3]))
-        shape = features.shape[:-1]
-        fractions = jax.random.uniform(drawn[4], (self.unroll, *shape[1:], self.fractions))
-        further = jax.random.uniform(drawn[5], (*shape, self.target_fractions))
-        found = self.quantiles(params, features[: self.unroll], fractions, drawn[1])
+        target_q = self.expected(self.outputs(other, other_features, draws.choice[1], other_noise))
+        found = self.quantiles(params, features[: self.unroll], draws.fractions, noise)
         taken = common.take_action(found, replayed.rows.action[: self.unroll])
-        target = self.quantiles(other, other_features, further, drawn[3])
-        return q_learning.quantile_regression(self, taken, fractions, target, q, target_q, replayed)
+        target = self.quantiles(other, other_features, draws.target_fractions, other_noise)
+        return q_learning.quantile_regression(
+            self, taken, draws.fractions, target, q, target_q, replayed
+        )
+
+    def draws(self, key: Array, shape: tuple[int, ...]) -> Draws:
+        """What an update draws for features [T + n, B, F] of this leading shape."""
+        keys = jax.random.split(key, 6)
+        return Draws(
+            fractions=jax.random.uniform(keys[0], (self.unroll, *shape[1:], self.fractions)),
+            target_fractions=jax.random.uniform(keys[1], (*shape, self.target_fractions)),
+            choice=(keys[2], keys[3]),
+            noise=(keys[4], keys[5]),
+        )

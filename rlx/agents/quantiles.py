@@ -23,5 +23,6 @@ def quantile_loss(taken: Array, fractions: Array, target: Array, kappa: float) -
     size = jnp.abs(error)
     if kappa:
         size = jnp.where(size <= kappa, 0.5 * error**2 / kappa, size - 0.5 * kappa)
+    fractions = fractions.reshape(*[1] * (taken.ndim - fractions.ndim), *fractions.shape)
     weight = jnp.abs(fractions[..., :, None] - (error < 0))
     return (weight * size).mean(axis=-1).sum(axis=-1)

@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 
 from rlx import trees
-from rlx.agents import common, q_learning
+from rlx.agents import common, q_learning, targets
 from rlx.agents.munchausen import Munchausen
 from rlx.agents.optimizers import Adam
 from rlx.interfaces import Network
@@ -83,7 +83,7 @@ class R2D2:
     ) -> q_learning.Loss:
         """Importance-weighted 0.5 d^2: mean over a sequence's valid rows, mean over the batch."""
         td, q, trained = q_learning.td_errors(self, params, features, replayed)
-        losses = q_learning.per_sequence(0.5 * jnp.square(td), trained.valid, self.loss_over_time)
-        priorities = q_learning.row_priorities(td, trained.valid)
-        metrics = q_learning.value_metrics(q, td, trained)
+        losses = targets.per_sequence(0.5 * jnp.square(td), trained.valid, self.loss_over_time)
+        priorities = targets.row_priorities(td, trained.valid)
+        metrics = targets.value_metrics(q, td, trained)
         return jnp.mean(replayed.importance * losses), (priorities, metrics)

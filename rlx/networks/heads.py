@@ -92,7 +92,7 @@ class Fractions(Head, kw_only=True):
     @nn.compact
     def __call__(self, x: Array, action: Any, dtype: Any, fractions: Array) -> Array:
         i = jnp.arange(1, self.cosines + 1, dtype=jnp.float32)
-        waves = jnp.cos(jnp.pi * i * fractions[..., None]).astype(dtype)
+        waves = jnp.cos(jnp.multiply.outer(fractions, jnp.pi * i)).astype(dtype)
         embedded = nn.relu(nn.Dense(x.shape[-1], dtype=dtype, name="embedding")(waves))
         return x[..., None, :].astype(dtype) * embedded
 
@@ -115,16 +115,16 @@ class NoisyDense(nn.Module, kw_only=True):
         spread = {
             n: self.param(f"{n}_deviation", constant, s, jnp.float32) for n, s in shapes.items()
         }
-        x = x.astype(self.dtype)
-        y = x @ mean["kernel"].astype(self.dtype) + mean["bias"].astype(self.dtype)
-        if key is None:
-            return y
-        first, last = (
-            _squeezed(jax.random.normal(k, (n,))).astype(self.dtype)
-            for k, n in zip(jax.random.split(key), (inputs, self.units), strict=True)
-        )
-        noisy = (x * first) @ spread["kernel"].astype(self.dtype) * last
-        return y + noisy + spread["bias"].astype(self.dtype) * last
+        kernel, bias = mean["kernel"], mean["bias"]
+        if key is not None:
+            first, last = (
+                _squeezed(jax.random.normal(k, (n,)))
+                for k, n in zip(jax.random.split(key), (inputs, self.units), strict=True)
+            )
+            kernel = kernel + spread["kernel"] * jnp.outer(first, last)
+            bias = bias + spread["bias"] * last
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        return y + bias.astype(self.dtype).reshape(*[1] * (x.ndim - 1), -1)
 
 
 def _uniform(bound: float) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlx.agents import common, q_learning
+from rlx.agents import common, targets
 from rlx.types import ArraySpec
 from tests import parts
 
@@ -137,16 +137,16 @@ def test_a_state_without_targets_or_statistics_has_none():
 def test_losses_of_a_sequence_are_of_its_valid_rows():
     losses = jnp.asarray([[1.0, 2.0], [3.0, 100.0], [5.0, 100.0]])  # [T, B]
     valid = jnp.asarray([[True, True], [True, False], [True, False]])
-    np.testing.assert_allclose(q_learning.per_sequence(losses, valid, "mean"), [3.0, 2.0])
-    np.testing.assert_allclose(q_learning.per_sequence(losses, valid, "sum"), [9.0, 2.0])
+    np.testing.assert_allclose(targets.per_sequence(losses, valid, "mean"), [3.0, 2.0])
+    np.testing.assert_allclose(targets.per_sequence(losses, valid, "sum"), [9.0, 2.0])
     nothing = jnp.zeros((3, 2), bool)
-    np.testing.assert_array_equal(q_learning.per_sequence(losses, nothing, "mean"), [0.0, 0.0])
+    np.testing.assert_array_equal(targets.per_sequence(losses, nothing, "mean"), [0.0, 0.0])
 
 
 def test_row_priorities_are_absolute_and_minus_one_where_not_valid():
     td = jnp.asarray([[-2.0, 1.0], [0.5, 7.0]])
     valid = jnp.asarray([[True, True], [True, False]])
-    np.testing.assert_array_equal(q_learning.row_priorities(td, valid), [[2.0, 0.5], [1.0, -1.0]])
+    np.testing.assert_array_equal(targets.row_priorities(td, valid), [[2.0, 0.5], [1.0, -1.0]])
 
 
 def test_drift_counts_only_first_rows_that_are_valid():
@@ -154,7 +154,7 @@ def test_drift_counts_only_first_rows_that_are_valid():
     valid = rows.valid.at[0].set(jnp.asarray([True, False, False]))
     rows = dataclasses.replace(rows, valid=valid)
     taken = jnp.asarray(rows.acting.q) + jnp.asarray([2.0, 30.0, 400.0])[None]
-    metrics = q_learning.value_metrics(taken, jnp.zeros_like(taken), rows)
+    metrics = targets.value_metrics(taken, jnp.zeros_like(taken), rows)
     assert metrics["learner/td_mean"] == 0
     np.testing.assert_allclose(metrics["learner/q_drift"], 2.0, rtol=1e-5)
 
@@ -163,6 +163,6 @@ def test_means_of_an_update_are_of_its_valid_rows():
     rows = common.time_major(parts.batch(parts.agent(), 2).rows)
     rows = dataclasses.replace(rows, valid=jnp.asarray([[True, True], [True, False]]))
     q, td = jnp.asarray([[1.0, 2.0], [6.0, 500.0]]), jnp.asarray([[-2.0, 3.0], [4.0, -700.0]])
-    metrics = q_learning.value_metrics(q, td, rows)
+    metrics = targets.value_metrics(q, td, rows)
     np.testing.assert_allclose(metrics["learner/q_mean"], 3.0)
     np.testing.assert_allclose(metrics["learner/td_mean"], 3.0)

@@ -31,7 +31,9 @@ def dqn(net=None, **changes) -> DQN:
         "double_q": True,
         "reward": "raw",
         "error": "huber",
+        "munchausen": None,
         "target_period_updates": 10,
+        "target_rate": None,
         "head": parts.HEAD,
         "optimizer": parts.adam(),
         "network": net,
@@ -143,21 +145,20 @@ def test_it_has_memory_by_the_network_alone():
 
 
 def test_it_acts_by_values_of_its_own(monkeypatch):
-    """An agent whose values have another form writes `values`, and `act` goes by them."""
+    """An agent whose values have another form writes `expected`, and `act` goes by them."""
 
-    def contrary(agent: DQN, params, inputs, carry):
-        found, carry = q_learning.values(agent, params, inputs, carry)
-        return -found, carry
+    def contrary(agent: DQN, outputs):
+        return -outputs
 
     agent = dqn(parts.network(MASKED))
     batch, state = masked_batch(agent, 32), started(agent)
     inputs = trees.tree_map(lambda x: x[:, 0], batch.rows.inputs)
     greedy, key = np.zeros(32, np.float32), jax.random.PRNGKey(0)
     usual, acting, _ = agent.act(state.params, inputs, batch.carry, key, greedy)
-    monkeypatch.setattr(DQN, "values", contrary)
+    monkeypatch.setattr(DQN, "expected", contrary)
     action, own, _ = agent.act(state.params, inputs, batch.carry, key, greedy)
     assert (np.asarray(action) != np.asarray(usual)).any()
-    value, _ = q_learning.values(agent, state.params, inputs, batch.carry)
+    value = -np.asarray(q_learning.values(agent, state.params, inputs, batch.carry)[0])
     allowed = np.asarray(common.allowed(inputs, agent.spec))
     np.testing.assert_array_equal(action, np.where(allowed, -value, -np.inf).argmax(-1))
     np.testing.assert_allclose(own.q, -np.take_along_axis(value, action[:, None], 1)[:, 0])

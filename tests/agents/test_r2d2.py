@@ -183,6 +183,7 @@ def test_no_gradient_crosses_the_burn_in():
             rows=common.window(rows, agent.burn_in, None),
             mask=None,
             importance=batch.importance,
+            key=state.key,
             target_params=state.target_params,
             target_features=target_features[agent.burn_in :],
         )

@@ -1,0 +1,508 @@
+"""C51, QR-DQN, IQN and DQN with every option, against their equations in float64, in loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rlx import trees
+from rlx.agents import common
+from rlx.agents.c51 import C51, project
+from rlx.agents.dqn import DQN
+from rlx.agents.iqn import IQN, Risk
+from rlx.agents.munchausen import Munchausen
+from rlx.agents.qr_dqn import QRDQN
+from rlx.agents.quantiles import midpoints, quantile_loss
+from rlx.networks.heads import Dueling, NoisyDense, Plain
+from rlx.types import Batch, TrainState
+from tests import parts
+
+SOFT = Munchausen(scale=0.9, temperature=0.3, lowest=-0.5)
+OWN: dict[type, dict[str, Any]] = {
+    DQN: {"error": "huber"},
+    C51: {"atoms": 7, "lowest": -2.0, "highest": 3.0, "stored_state": True},
+    QRDQN: {"quantiles": 5, "kappa": 1.0, "rescale_epsilon": None, "stored_state": True},
+    IQN: {
+        "fractions": 3,
+        "target_fractions": 5,
+        "acting_fractions": 4,
+        "cosines": 6,
+        "risk": None,
+        "kappa": 1.0,
+        "rescale_epsilon": None,
+        "stored_state": True,
+    },
+}
+
+
+def made(cls: type, net=None, **changes) -> Any:
+    net = net or parts.network()
+    settings = {
+        "burn_in": 4,
+        "unroll": 6,
+        "n_step": 3,
+        "stride": None,
+        "block_rows": 4 if net.is_recurrent else 1,
+        "discount": 0.97,
+        "double_q": True,
+        "reward": "raw",
+        "munchausen": None,
+        "target_period_updates": 10,
+        "target_rate": None,
+        "head": parts.HEAD,
+        "optimizer": parts.adam(),
+        "network": net,
+        "spec": net.spec,
+    }
+    return cls(**settings | OWN[cls] | changes)
+
+
+def started(agent: Any) -> TrainState:
+    """A state whose target network is another one."""
+    state, other = (jax.jit(agent.init)(jax.random.PRNGKey(seed)) for seed in (0, 1))
+    return dataclasses.replace(state, target_params=other.params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What both networks say of the rows after the burn-in, f64, and the rows, [B, ...]."""
+
+    online: np.ndarray  # of the taken actions' loss: [B, T + n, A, ...]
+    target: np.ndarray
+    q: np.ndarray  # [B, T + n, A]: by which actions are chosen
+    target_q: np.ndarray
+    fractions: np.ndarray | None  # [B, T, N]
+    mask: np.ndarray  # bool[B, T + n, A]
+    rows: Any
+
+
+def seen(agent: Any, state: TrainState, batch: Batch) -> Seen:
+    inputs = common.transform_inputs(common.batch_inputs(batch), agent.reward)
+    both = [
+        agent.network.apply(params, inputs, batch.carry)[0][agent.burn_in :]
+        for params in (state.params, state.target_params)
+    ]
+    key = jax.random.split(state.key)[0]
+    fractions = None
+    if isinstance(agent, IQN):
+        draws = agent.draws(key, both[0].shape[:-1])
+        fractions = draws.fractions
+        choosing = [
+            agent.outputs(params, features, key)
+            for params, features, key in zip(
+                (state.params, state.target_params), both, draws.choice, strict=True
+            )
+        ]
+        padded = np.concatenate([fractions, np.full_like(fractions[: agent.n_step], 0.5)])
+        outputs = [
+            agent.quantiles(state.params, both[0], padded, None),
+            agent.quantiles(state.target_params, both[1], draws.target_fractions, None),
+        ]
+    else:
+        outputs = choosing = [
+            agent.outputs(params, features)
+            for params, features in zip((state.params, state.target_params), both, strict=True)
+        ]
+    allowed = common.allowed(common.window(inputs, agent.burn_in, None), agent.spec)
+    shape = both[0].shape[:-1]
+    mask = np.ones((*shape, agent.spec.action.n), bool) if allowed is None else allowed
+
+    def turned(x: Any, dtype: Any = np.float64) -> np.ndarray:
+        return np.swapaxes(np.asarray(x, dtype), 0, 1)
+
+    return Seen(
+        online=turned(outputs[0]),
+        target=turned(outputs[1]),
+        q=turned(means(agent, choosing[0])),
+        target_q=turned(means(agent, choosing[1])),
+        fractions=None if fractions is None else turned(fractions),
+        mask=turned(mask, bool),
+        rows=trees.tree_map(lambda x: np.asarray(x)[:, agent.burn_in :], batch.rows),
+    )
+
+
+def means(agent: Any, outputs: Any) -> np.ndarray:
+    outputs = np.asarray(outputs, np.float64)
+    if isinstance(agent, DQN):
+        return outputs
+    if isinstance(agent, C51):
+        return (softmax(outputs) * np.linspace(agent.lowest, agent.highest, agent.atoms)).sum(-1)
+    return outputs.mean(-1)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def policy(agent: Any, q: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(pi, tau ln pi) [A]."""
+    tau, pi, log = agent.munchausen.temperature, np.zeros(len(q)), np.zeros(len(q))
+    total = sum(math.exp((q[a] - q[mask].max()) / tau) for a in range(len(q)) if mask[a])
+    for a in range(len(q)):
+        if mask[a]:
+            log[a] = (q[a] - q[mask].max()) - tau * math.log(total)
+            pi[a] = math.exp(log[a] / tau)
+    return pi, log
+
+
+def summed(agent: Any, it: Seen, b: int, start: int) -> tuple[float, float, int]:
+    """(rewards until the end of the sum, the factor of what follows, the row that it ends in)."""
+    total, factor, t = 0.0, 1.0, start
+    while t < start + agent.n_step and it.rows.valid[b, t]:
+        reward = float(it.rows.reward[b, t])
+        reward = min(1, max(-1, reward)) if agent.reward == "clip" else reward
+        if agent.munchausen is not None:
+            _, log = policy(agent, it.target_q[b, t], it.mask[b, t])
+            bonus = min(0.0, max(agent.munchausen.lowest, log[it.rows.action[b, t]]))
+            reward += agent.munchausen.scale * bonus
+        total += factor * reward
+        factor *= agent.discount * float(it.rows.discount[b, t])
+        t += 1
+    return total, factor, t
+
+
+def h(x: float, epsilon: float) -> float:
+    return math.copysign(math.sqrt(abs(x) + 1) - 1, x) + epsilon * x
+
+
+def inverse(y: float, epsilon: float) -> float:
+    low, high = -1e3, 1e3
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if h(middle, epsilon) < y else (low, middle)
+    return (low + high) / 2
+
+
+def moved(agent: Any, total: float, factor: float, value: float) -> float:
+    epsilon = agent.rescale_epsilon
+    if epsilon is None:
+        return total + factor * value
+    return h(total + factor * inverse(value, epsilon), epsilon)
+
+
+def best(agent: Any, it: Seen, b: int, t: int) -> int:
+    q = (it.q if agent.double_q else it.target_q)[b, t]
+    return int(np.argmax(np.where(it.mask[b, t], q, -np.inf)))
+
+
+def worth(agent: Any, it: Seen, b: int, t: int) -> np.ndarray:
+    """What the state is worth: a number, quantiles, or probabilities of atoms."""
+    target = softmax(it.target[b, t]) if isinstance(agent, C51) else it.target[b, t]
+    if agent.munchausen is None:
+        return target[best(agent, it, b, t)]
+    pi, log = policy(agent, it.target_q[b, t], it.mask[b, t])
+    if isinstance(agent, C51):
+        support = np.linspace(agent.lowest, agent.highest, agent.atoms)
+        return sum(pi[a] * onto_atoms(agent, support - log[a], target[a]) for a in range(len(pi)))
+    return sum(pi[a] * (target[a] - log[a]) for a in range(len(pi)))
+
+
+def onto_atoms(agent: C51, positions: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """Algorithm 1 of Bellemare et al., with all mass kept where a position is an atom."""
+    step = (agent.highest - agent.lowest) / (agent.atoms - 1)
+    found = np.zeros(agent.atoms)
+    for position, p in zip(positions, probability, strict=True):
+        place = (min(max(position, agent.lowest), agent.highest) - agent.lowest) / step
+        place = round(place, 9)
+        lower, upper = math.floor(place), math.ceil(place)
+        if lower == upper:
+            found[lower] += p
+        else:
+            found[lower] += p * (upper - place)
+            found[upper] += p * (place - lower)
+    return found
+
+
+def row_loss(agent: Any, it: Seen, b: int, i: int) -> tuple[float, float]:
+    """(loss, priority) of a valid row."""
+    total, factor, t = summed(agent, it, b, i)
+    action, value = it.rows.action[b, i], worth(agent, it, b, t)
+    if isinstance(agent, DQN):
+        td = moved(agent, total, factor, float(value)) - it.online[b, i, action]
+        return (td**2 / 2 if abs(td) < 1 else abs(td) - 0.5), abs(td)
+    if isinstance(agent, C51):
+        support = np.linspace(agent.lowest, agent.highest, agent.atoms)
+        target = onto_atoms(agent, total + factor * support, value)
+        crossed = -float((target * np.log(softmax(it.online[b, i, action]))).sum())
+        return crossed, crossed
+    fractions = it.fractions[b, i] if isinstance(agent, IQN) else None
+    if fractions is None:
+        fractions = [(k + 0.5) / agent.quantiles for k in range(agent.quantiles)]
+    loss = 0.0
+    for tau, own in zip(fractions, it.online[b, i, action], strict=True):
+        for other in value:
+            u = moved(agent, total, factor, float(other)) - own
+            kappa = agent.kappa
+            size = abs(u)
+            if kappa:
+                size = u * u / 2 / kappa if abs(u) <= kappa else abs(u) - kappa / 2
+            loss += abs(tau - (u < 0)) * size / len(value)
+    mean_worth = mean_of_worth(agent, it, b, t)
+    return loss, abs(moved(agent, total, factor, mean_worth) - it.q[b, i, action])
+
+
+def mean_of_worth(agent: Any, it: Seen, b: int, t: int) -> float:
+    if agent.munchausen is None:
+        return float(it.target_q[b, t, best(agent, it, b, t)])
+    pi, log = policy(agent, it.target_q[b, t], it.mask[b, t])
+    return float((pi * (it.target_q[b, t] - log)).sum())
+
+
+CASES = [
+    *((cls, "lstm", {}) for cls in OWN),
+    *((cls, "none", {"double_q": False, "reward": "clip", "n_step": 1}) for cls in OWN),
+    *((cls, "lstm", {"munchausen": SOFT, "double_q": False}) for cls in OWN),
+    *((cls, "none", {"munchausen": SOFT, "double_q": False, "burn_in": 0}) for cls in OWN),
+    *((cls, "lstm", {"rescale_epsilon": 1e-3}) for cls in (QRDQN, IQN)),
+    *((cls, "lstm", {"kappa": 0.0}) for cls in (QRDQN, IQN)),
+    *((cls, "none", {"kappa": 0.3}) for cls in (QRDQN, IQN)),
+    (IQN, "lstm", {"risk": Risk(measure="cvar", level=0.3)}),
+    (QRDQN, "lstm", {"head": Plain(hidden=None, noise=None)}),
+]
+
+
+@pytest.mark.parametrize("spec", [parts.VECTOR, parts.MASKED], ids=["free", "masked"])
+@pytest.mark.parametrize(("cls", "core", "changes"), CASES)
+def test_loss_and_priorities_equal_the_float64_oracle(spec, cls, core, changes):
+    agent = made(cls, parts.network(spec, core), **changes)
+    batch, state = parts.batch(agent, 8), started(agent)
+    _, output = jax.jit(agent.update)(state, batch)
+    it = seen(agent, state, batch)
+    losses, priorities = np.zeros((2, 8, agent.unroll))
+    for b, i in itertools.product(range(8), range(agent.unroll)):
+        priorities[b, i] = -1
+        if it.rows.valid[b, i]:
+            losses[b, i], priorities[b, i] = row_loss(agent, it, b, i)
+    valid = it.rows.valid[:, : agent.unroll]
+    assert 0.5 < valid.mean() < 1
+    assert (it.rows.discount[it.rows.valid] == 0).any()
+    np.testing.assert_allclose(output.priorities, priorities, atol=3e-5)
+    mean = losses.sum(axis=1) / np.maximum(1, valid.sum(axis=1))
+    np.testing.assert_allclose(
+        output.metrics["learner/loss"], (batch.importance * mean).mean(), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"munchausen": SOFT, "double_q": False}])
+@pytest.mark.parametrize("cls", [DQN, C51, QRDQN])
+def test_first_priorities_equal_the_learners_when_all_networks_are_one(cls, changes):
+    agent = made(cls, parts.network(parts.MASKED), **changes)
+    batch, state = parts.batch(agent, 16), jax.jit(agent.init)(jax.random.PRNGKey(0))
+    inputs = common.batch_inputs(batch)
+    features, _ = agent.network.apply(state.params, inputs, batch.carry)
+    outputs, mask = agent.outputs(state.params, features), common.allowed(inputs, agent.spec)
+    action = np.concatenate([batch.rows.action, batch.rows.action[:, -1:]], axis=1).T
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (outputs, action, mask)]
+    kept = trees.tree_map(
+        lambda x: np.swapaxes(np.asarray(x).reshape(*action.shape, *x.shape[1:]), 0, 1),
+        agent.remember(*flat),
+    )
+    rows = dataclasses.replace(batch.rows, acting=trees.tree_map(lambda x: x[:, :-1], kept))
+    _, output = jax.jit(agent.update)(state, dataclasses.replace(batch, rows=rows))
+    longer = trees.tree_map(lambda x: np.concatenate([x, x[:, -1:]], axis=1), batch.rows)
+    first = agent.initial_priorities(dataclasses.replace(longer, acting=kept))
+    assert (first == -1).any()
+    np.testing.assert_allclose(first, output.priorities, atol=3e-5)
+
+
+# --- the traps -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, 1.0, -10.0, 10.0])
+def test_projection_keeps_all_mass(shift):
+    """Also where a moved atom falls on the grid, or beyond its ends."""
+    support = np.linspace(-2, 3, 11, dtype=np.float32)
+    probability = np.random.default_rng(0).dirichlet(np.ones(11), 4).astype(np.float32)
+    found = project(support + np.float32(shift), probability, support, np)
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
+    if shift == 0:
+        np.testing.assert_allclose(found, probability, atol=1e-6)
+    if abs(shift) == 10:
+        np.testing.assert_allclose(found[:, 0 if shift < 0 else -1], 1, atol=1e-6)
+
+
+def test_projection_equals_rlaxs():
+    rlax = pytest.importorskip("rlax")
+    rng = np.random.default_rng(1)
+    support = np.linspace(-2, 3, 11, dtype=np.float32)
+    positions = (3 * rng.normal(size=(32, 11))).astype(np.float32)
+    probability = rng.dirichlet(np.ones(11), 32).astype(np.float32)
+    known = jax.vmap(lambda z, p: rlax.categorical_l2_project(z, p, support))(
+        np.sort(positions), probability
+    )
+    np.testing.assert_allclose(
+        project(np.sort(positions), probability, support, np), known, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kappa", [0.5, 1.0])
+def test_quantile_loss_equals_rlaxs(kappa):
+    """rlax does not divide by kappa."""
+    rlax = pytest.importorskip("rlax")
+    rng = np.random.default_rng(2)
+    taken, target = (rng.normal(size=(32, n)).astype(np.float32) for n in (5, 7))
+    tau = rng.uniform(size=(32, 5)).astype(np.float32)
+    known = jax.vmap(lambda x, tau, y: rlax.quantile_regression_loss(x, tau, y, kappa))(
+        taken, tau, target
+    )
+    np.testing.assert_allclose(
+        quantile_loss(taken, tau, target, kappa), np.asarray(known) / kappa, rtol=1e-5
+    )
+
+
+def test_quantile_regression_finds_the_quantiles_of_a_known_distribution():
+    """Of returns that are uniform in 0 .. 1, at the fractions themselves, in their order."""
+    samples = np.random.default_rng(3).uniform(size=(400, 64)).astype(np.float32)
+    fractions, found = midpoints(9), np.zeros(9, np.float32)
+    step = jax.jit(jax.grad(lambda x, y: quantile_loss(x, fractions, y, 0.0)))
+    for i in range(2000):
+        found = found - 0.5 / (1 + i / 50) * step(found, samples[i % 400])
+    np.testing.assert_allclose(found, fractions, atol=0.02)
+    assert (np.diff(found) > 0).all()
+
+
+def test_a_batch_in_two_halves_has_the_mean_loss_of_the_whole():
+    agent = made(QRDQN)
+    batch, state = parts.batch(agent, 8), started(agent)
+    half = [trees.tree_map(lambda x, s=s: x[s], batch) for s in (slice(4), slice(4, None))]
+    losses = [jax.jit(agent.update)(state, b)[1].metrics["learner/loss"] for b in (batch, *half)]
+    np.testing.assert_allclose(losses[0], np.mean(losses[1:]), rtol=1e-5)
+
+
+def test_munchausens_bonus_is_clipped_to_the_lowest_and_0():
+    soft = Munchausen(scale=0.9, temperature=0.03, lowest=-1.0)
+    pi, scaled = soft.policy(np.float32([[0.0, 5.0]]), None)
+    np.testing.assert_allclose(pi, [[0, 1]], atol=1e-6)
+    np.testing.assert_allclose(scaled, [[-5, 0]], atol=1e-6)  # of Q / tau, not of Q
+    assert soft.bonus(scaled, np.array([0]))[0] == np.float32(-0.9)
+    assert soft.bonus(np.float32([[0.5, 0.0]]), np.array([0]))[0] == 0
+
+
+@pytest.mark.parametrize("measure", ["cvar", "power"])
+def test_risk_changes_what_is_chosen_and_nothing_else(measure):
+    levels = {"cvar": [1.0, 0.25], "power": [0.0, -2.0, 2.0]}[measure]
+    tau = np.linspace(0, 1, 11, dtype=np.float32)
+    bent = [Risk(measure=measure, level=x).distorted(tau) for x in levels]
+    np.testing.assert_allclose(bent[0], tau, atol=1e-6)
+    assert (np.asarray(bent[1])[1:-1] < tau[1:-1]).all()  # averse to risk
+    if measure == "power":
+        assert (np.asarray(bent[2])[1:-1] > tau[1:-1]).all()
+        np.testing.assert_allclose(np.asarray(bent[2]), tau ** (1 / 3), rtol=1e-5)
+    with pytest.raises(ValueError, match="the share of the worst returns"):
+        Risk(measure="cvar", level=0.0)
+
+
+# --- noisy layers --------------------------------------------------------------------------------
+
+NOISY = Dueling(hidden=8, noise=0.5)
+
+
+def test_a_noisy_layer_equals_its_equation():
+    layer, rng = NoisyDense(units=3, noise=0.5, dtype=np.float32), np.random.default_rng(0)
+    x, key = rng.normal(size=(4, 5)).astype(np.float32), jax.random.PRNGKey(7)
+    params = layer.init(jax.random.PRNGKey(0), x)
+    p = {name: np.asarray(v, np.float64) for name, v in params["params"].items()}
+    bound = 5**-0.5
+    assert (np.abs(p["kernel"]) <= bound).all()
+    np.testing.assert_allclose(p["kernel_deviation"], 0.5 * bound, rtol=1e-6)
+    np.testing.assert_allclose(p["bias_deviation"], 0.5 * bound, rtol=1e-6)
+    first, last = jax.random.split(key)
+    noise = [np.asarray(jax.random.normal(k, (n,)), float) for k, n in ((first, 5), (last, 3))]
+    first, last = (np.sign(e) * np.sqrt(np.abs(e)) for e in noise)
+    kernel = p["kernel"] + p["kernel_deviation"] * np.outer(first, last)
+    bias = p["bias"] + p["bias_deviation"] * last
+    np.testing.assert_allclose(layer.apply(params, x, key), x @ kernel + bias, rtol=1e-5)
+    np.testing.assert_allclose(layer.apply(params, x), x @ p["kernel"] + p["bias"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", list(OWN))
+def test_noise_is_drawn_for_each_update_and_each_lane_and_is_off_in_evaluation(cls):
+    agent = made(cls, parts.network(core="none"), head=NOISY, burn_in=0)
+    assert agent.samples
+    batch, state = parts.batch(agent, 64), started(agent)
+    update = jax.jit(agent.update)
+    after, output = update(state, batch)
+    again = update(dataclasses.replace(state, key=after.key), batch)[1]
+    assert output.metrics["learner/loss"] != again.metrics["learner/loss"]
+    assert not np.array_equal(state.key, after.key)
+    inputs = trees.tree_map(lambda x: np.repeat(x[:1, 0], 64, axis=0), batch.rows.inputs)
+    carry = agent.initial_carry(64)
+
+    def actions(seed: int, amount: float) -> np.ndarray:
+        exploration = np.full(64, amount, np.float32)
+        key = jax.random.PRNGKey(seed)
+        return np.asarray(agent.act(state.params, inputs, carry, key, exploration)[0])
+
+    assert len(set(actions(0, 1.0).tolist())) > 1
+    assert not np.array_equal(actions(0, 1.0), actions(1, 1.0))
+    if cls is not IQN:  # which draws its fractions
+        q, _ = agent.values(state.params, inputs, carry)
+        np.testing.assert_array_equal(actions(0, 0.0), np.asarray(q).argmax(-1))
+
+
+def test_the_target_network_has_noise_of_its_own():
+    agent = made(DQN, head=NOISY)
+    batch, state = parts.batch(agent, 8), jax.jit(agent.init)(jax.random.PRNGKey(0))
+    gamma_one = dataclasses.replace(agent, discount=0.0)  # only the online network is left
+    _, both = jax.jit(agent.update)(state, batch)
+    _, online = jax.jit(gamma_one.update)(state, batch)
+    assert both.metrics["learner/td_mean"] != online.metrics["learner/td_mean"]
+    features = np.ones((1, 1, 8), np.float32)
+    found = [
+        agent.outputs(state.params, features, noise=key)
+        for key in jax.random.split(jax.random.PRNGKey(1))
+    ]
+    assert not np.allclose(*found)
+
+
+# --- targets -------------------------------------------------------------------------------------
+
+
+def test_a_soft_target_moves_with_each_update_and_nothing_is_copied():
+    agent = made(DQN, target_period_updates=None, target_rate=0.25)
+    batch, state = parts.batch(agent, 8), started(agent)
+    after, _ = jax.jit(agent.update)(state, batch)
+    expected = trees.tree_map(
+        lambda new, old: old + 0.25 * (new - old), after.params, state.target_params
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        after.target_params,
+        expected,
+    )
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "says"),
+    [
+        (DQN, {"target_rate": 0.1}, "give one of them"),
+        (DQN, {"target_period_updates": None}, "give one of them"),
+        (IQN, {"munchausen": SOFT}, "agent.double_q=false"),
+        (QRDQN, {"munchausen": SOFT, "double_q": False, "rescale_epsilon": 1e-3}, "not rescaled"),
+        (C51, {"lowest": 3.0}, "must be below agent.highest"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(cls, changes, says):
+    with pytest.raises(ValueError, match=says):
+        made(cls, **changes)
+
+
+@pytest.mark.parametrize("cls", list(OWN))
+def test_acting_and_unrolling_agree(cls):
+    """A row at a time, the carry kept, gives what the unroll of the learner gives."""
+    agent = made(cls, parts.network(parts.MASKED))
+    batch, state = parts.batch(agent, 4), started(agent)
+    inputs, carry = common.batch_inputs(batch), batch.carry
+    features, _ = agent.network.apply(state.params, inputs, batch.carry)
+    whole = agent.expected(agent.outputs(state.params, features))
+    for t in range(3):
+        row = trees.tree_map(lambda x, t=t: x[t], inputs)
+        q, carry = agent.values(state.params, row, carry)
+        np.testing.assert_allclose(q, whole[t], atol=1e-5)
