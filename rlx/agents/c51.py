@@ -110,7 +110,7 @@ class C51:
         return jax.nn.softmax(outputs) @ self.support
 
     def remember(self, outputs: Array, action: Array, mask: Array | None) -> AtomsActing:
-        """What the first priority needs: the action's distribution, and the state's."""
+        """Keeps what the first priority needs: the distributions of action and state."""
         q = self.expected(outputs)
         worth, scaled = self._worth(jax.nn.softmax(outputs), q, q, mask)
         bonus = None

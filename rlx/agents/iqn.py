@@ -56,7 +56,7 @@ class Risk:
 
 
 class Draws(NamedTuple):
-    """What an update draws, of the online network and of the target network."""
+    """Holds what an update draws, for the online network and the target network."""
 
     fractions: Array  # f32[T, B, N]
     target_fractions: Array  # f32[T + n, B, N']
@@ -159,7 +159,7 @@ class IQN:
         )
 
     def draws(self, key: Array, shape: tuple[int, ...]) -> Draws:
-        """What an update draws for features [T + n, B, F] of this leading shape."""
+        """Draws what an update needs for features [T + n, B, F] of this leading shape."""
         keys = jax.random.split(key, 6)
         return Draws(
             fractions=jax.random.uniform(keys[0], (self.unroll, *shape[1:], self.fractions)),

@@ -92,7 +92,7 @@ class ValueAgent(Protocol):
     def outputs(
         self, params: Params, features: Array, key: Array | None = None, noise: Array | None = None
     ) -> Array:
-        """What the heads say of features [..., F]: f32[..., A], or f32[..., A, K].
+        """Gives what the heads say of features [..., F]: f32[..., A], or f32[..., A, K].
 
         key: of fractions that are drawn; None: they are fixed ones. noise: key of noisy layers;
         None: it is off.
@@ -201,7 +201,7 @@ def outputs(
     key: Array | None = None,
     noise: Array | None = None,
 ) -> Array:
-    """What the head says of features [..., F]; `ValueAgent.outputs` of agents with one head."""
+    """Gives what the head says of features [..., F]; `ValueAgent.outputs` of agents with one head."""
     del key
     found: Array = agent.network.read(params, HEAD, agent.heads()[HEAD], features, noise)
     return found

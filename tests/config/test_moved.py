@@ -48,7 +48,7 @@ def test_a_networks_head_became_the_agents():
     before = copy.deepcopy(saved)
     assert moved.renewed(saved) == {
         "network": {"stack": {}},
-        "agent": {"unroll": 3, "head": head},
+        "agent": {"unroll": 3, "head": {**head, "noise": None}},
     }
     assert saved == before
 
@@ -66,7 +66,7 @@ def test_todays_settings_stay_as_they_are():
     settings = {
         "seed": 1,
         "tags": ["a", {"b": None}],
-        "agent": {"head": {"_target_": "rlx.networks.heads.Plain", "hidden": None}},
+        "agent": {"head": {"_target_": "rlx.networks.heads.Plain", "hidden": None, "noise": None}},
         "network": {"stack": {"observation": 4}},
         # Of settings that an earlier rlx did not have, and not as it did then.
         "acting": {"_target_": "rlx.acting.ray_pool.RayPool", "sync": True},
