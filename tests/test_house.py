@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = {  # what a library asks us to inherit from
-    "Protocol", "NamedTuple", "nn.Module", "Head", "ActionHead", "Core", "Torso", "Launcher", "Sweeper",
+    "Protocol", "NamedTuple", "nn.Module", "Head", "ActionHead", "Core", "Torso",
+    "Launcher", "Sweeper",
     "BaseHTTPRequestHandler", "ThreadingHTTPServer", "CompactHydraException",
 }  # fmt: skip
 ERRORS = {"Exception", "RuntimeError", "ValueError", "RunFailed", "CheckpointError"} | {

@@ -118,7 +118,7 @@ class IQN:
         return {q_learning.HEAD: self.head, FRACTIONS: Fractions(cosines=self.cosines)}
 
     def init(self, key: Array) -> TrainState:
-        """As `q_learning.init`: the head of fractions reads some, too."""
+        """Gives `q_learning.init` examples of fractions, which their head reads."""
         return q_learning.init(self, key, **{FRACTIONS: (jnp.zeros((1, 1, 1)),)})
 
     def outputs(

@@ -201,7 +201,7 @@ def outputs(
     key: Array | None = None,
     noise: Array | None = None,
 ) -> Array:
-    """Gives what the head says of features [..., F]; `ValueAgent.outputs` of agents with one head."""
+    """Gives what the only head says of features [..., F] (`ValueAgent.outputs`)."""
     del key
     found: Array = agent.network.read(params, HEAD, agent.heads()[HEAD], features, noise)
     return found
