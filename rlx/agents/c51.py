@@ -7,13 +7,13 @@ and discount and projected onto the atoms; the loss is the cross-entropy, and so
 
 DEPARTS: with Munchausen a state's distribution is the mixture over the policy, projected onto the
 atoms before it is moved: its mean is exact, its variance grows by less than an atom's distance.
-Values are not rescaled: the atoms are returns.
+With value rescaling the atoms are rescaled returns.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +54,13 @@ class C51:
     block_rows: Annotated[int, Range(ge=1)]
     discount: Annotated[float, Range(ge=0, le=1)]
     double_q: bool
+    rescale_epsilon: Annotated[float, Range(ge=0)] | None  # None: values are not rescaled
     reward: common.Reward
     stored_state: bool  # False: sequences start from a zero recurrent state
+    loss_over_time: Literal["mean", "sum"]
     munchausen: Munchausen | None
-    target_period_updates: Annotated[int, Range(ge=1)] | None  # or a rate
+    target_period_updates: Annotated[int, Range(ge=1)] | None  # one of these three
+    target_period_env_steps: Annotated[int, Range(ge=1)] | None
     target_rate: Annotated[float, Range(gt=0, le=1)] | None
     head: ActionHead
     optimizer: Adam
@@ -65,7 +68,6 @@ class C51:
     spec: Runtime[EnvSpec]
 
     on_policy = False
-    rescale_epsilon = None
     samples = property(q_learning.is_noisy)
 
     init = q_learning.init
@@ -169,7 +171,7 @@ class C51:
     def loss(
         self, params: Params, features: Array, replayed: q_learning.Replayed
     ) -> q_learning.Loss:
-        """Importance-weighted: mean over a sequence's valid rows, mean over the batch."""
+        """Importance-weighted: mean or sum of a sequence's valid rows, mean over the batch."""
         online, target = jax.random.split(replayed.key)
         found = self.outputs(params, features, noise=online)  # [T + n, B, A, K]
         other = self.outputs(replayed.target_params, replayed.target_features, noise=target)
@@ -183,7 +185,7 @@ class C51:
         trained = common.window(rows, 0, self.unroll)
         log = jax.nn.log_softmax(common.take_action(found[: self.unroll], trained.action))
         crossed = -(aim * log).sum(axis=-1)
-        losses = targets.per_sequence(crossed, trained.valid, "mean")
+        losses = targets.per_sequence(crossed, trained.valid, self.loss_over_time)
         td, taken, _ = q_learning.errors(self, q, target_q, replayed)
         metrics = targets.value_metrics(taken, td, trained)
         priorities = targets.row_priorities(crossed, trained.valid)

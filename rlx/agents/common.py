@@ -226,9 +226,8 @@ def gradient_step(
     return state, UpdateOutput(priorities=priorities, metrics=metrics)
 
 
-def periodic_target(params: Params, target: Params, updates: Array, period: int) -> Params:
-    """A copy of `params` every `period` updates, else `target`."""
-    due = updates % period == 0
+def hard_target(params: Params, target: Params, due: Array) -> Params:
+    """A copy of `params` where it is due, else `target`."""
     return jax.tree.map(lambda new, old: jnp.where(due, new, old), params, target)
 
 

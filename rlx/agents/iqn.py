@@ -73,7 +73,7 @@ class IQN:
     acting_fractions: Annotated[int, Range(ge=1)]  # K, to choose an action
     cosines: Annotated[int, Range(ge=1)]  # of a fraction
     risk: Risk | None  # None: actions are chosen by the mean
-    kappa: Annotated[float, Range(ge=0)]  # where the loss becomes linear; 0: everywhere
+    kappa: Annotated[float, Range(ge=0)] | None  # where the loss becomes linear; None: nowhere
     burn_in: Annotated[int, Range(ge=0)]  # rows unrolled without gradient
     unroll: Annotated[int, Range(ge=1)]  # trained rows T
     n_step: Annotated[int, Range(ge=1)]
@@ -84,8 +84,10 @@ class IQN:
     rescale_epsilon: Annotated[float, Range(ge=0)] | None  # None: values are not rescaled
     reward: common.Reward
     stored_state: bool  # False: sequences start from a zero recurrent state
+    loss_over_time: Literal["mean", "sum"]
     munchausen: Munchausen | None
-    target_period_updates: Annotated[int, Range(ge=1)] | None  # or a rate
+    target_period_updates: Annotated[int, Range(ge=1)] | None  # one of these three
+    target_period_env_steps: Annotated[int, Range(ge=1)] | None
     target_rate: Annotated[float, Range(gt=0, le=1)] | None
     head: ActionHead
     optimizer: Adam
@@ -145,7 +147,7 @@ class IQN:
     def loss(
         self, params: Params, features: Array, replayed: q_learning.Replayed
     ) -> q_learning.Loss:
-        """Importance-weighted: mean over a sequence's valid rows, mean over the batch."""
+        """Importance-weighted: mean or sum of a sequence's valid rows, mean over the batch."""
         draws = self.draws(replayed.key, features.shape[:-1])
         noise, other_noise = draws.noise
         q = self.expected(self.outputs(params, features, draws.choice[0], noise))

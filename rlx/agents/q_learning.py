@@ -14,12 +14,14 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from rlx.agents import common, targets
 from rlx.agents.munchausen import Munchausen
 from rlx.agents.optimizers import Adam
 from rlx.agents.quantiles import quantile_loss
 from rlx.interfaces import Network
+from rlx.problems import show
 from rlx.types import (
     Array,
     ArraySpec,
@@ -39,6 +41,7 @@ from rlx.types import (
 SCALAR = ArraySpec(shape=(), dtype="float32")
 Q_ACTING = QActing(q=SCALAR, q_max=SCALAR)
 SOFT_ACTING = SoftActing(q=SCALAR, q_max=SCALAR, bonus=SCALAR)
+COPIES = "target_periods"  # in the statistics: periods of env steps that ended before the last copy
 HEAD = "head"  # the name of an agent's only head among the parameters
 
 
@@ -82,7 +85,11 @@ class ValueAgent(Protocol):
     @property
     def target_period_updates(self) -> int | None: ...
     @property
+    def target_period_env_steps(self) -> int | None: ...
+    @property
     def target_rate(self) -> float | None: ...
+    @property
+    def loss_over_time(self) -> str: ...
     @property
     def samples(self) -> bool: ...
 
@@ -112,7 +119,14 @@ class QuantileAgent(ValueAgent, Protocol):
     """Values that are means of quantiles."""
 
     @property
-    def kappa(self) -> float: ...
+    def kappa(self) -> float | None: ...
+
+
+class ErrorAgent(ValueAgent, Protocol):
+    """Values that are single numbers."""
+
+    @property
+    def error(self) -> str: ...
 
 
 Loss = tuple[Array, tuple[Array | None, common.Metrics]]
@@ -159,11 +173,13 @@ def acting_params(agent: Any, state: TrainState) -> Params:
 
 def require_whole(agent: ValueAgent) -> None:
     """Raises ValueError where settings of the agent exclude each other."""
-    if (agent.target_period_updates is None) is (agent.target_rate is None):
-        given = f"agent.target_period_updates={agent.target_period_updates}"
+    names = ("target_period_updates", "target_period_env_steps", "target_rate")
+    given = {name: getattr(agent, name) for name in names}
+    if sum(value is not None for value in given.values()) != 1:
+        shown = ", ".join(f"agent.{name}={show(value)}" for name, value in given.items())
         raise ValueError(
-            f"{given} and agent.target_rate={agent.target_rate}: give one of them (copies of the "
-            "parameters, or steps towards them), and null for the other."
+            f"{shown}: give one of them (copies of the parameters after so many updates or env "
+            "steps, or a step towards them with each update), and null for the others."
         )
     if agent.munchausen is None:
         return
@@ -186,7 +202,10 @@ def init(agent: ValueAgent, key: Array, **further: tuple[Array, ...]) -> TrainSt
     """
     init_key, state_key = jax.random.split(key)
     params = agent.network.init(init_key, agent.heads(), **further)
-    return common.new_state(params, agent.optimizer.build(), state_key, target_params=params)
+    counted = {} if agent.target_period_env_steps is None else {COPIES: jnp.zeros((), jnp.uint32)}
+    return common.new_state(
+        params, agent.optimizer.build(), state_key, target_params=params, statistics=counted
+    )
 
 
 def heads(agent: Any) -> dict[str, Any]:
@@ -326,17 +345,45 @@ def update(
         return agent.loss(params, features, replayed)
 
     state, output = common.gradient_step(loss, agent.optimizer.build(), state, axis_name)
-    return replace(state, target_params=new_target(agent, state), key=next_key), output
+    return replace(followed(agent, state, batch, axis_name), key=next_key), output
 
 
-def new_target(agent: ValueAgent, state: TrainState) -> Params:
-    """The target parameters after a gradient step: a copy every so often, or a step towards it."""
+def followed(
+    agent: ValueAgent, state: TrainState, batch: Batch, axis_name: str | None
+) -> TrainState:
+    """The state with the target parameters after a gradient step.
+
+    They are a copy every so often, or a step towards the parameters. Raises ValueError if env steps
+    are to be counted and the batch does not say how many there were.
+    """
+    params, target = state.params, state.target_params
+    if agent.target_rate is not None:
+        return replace(state, target_params=common.soft_target(params, target, agent.target_rate))
     if agent.target_period_updates is not None:
-        return common.periodic_target(
-            state.params, state.target_params, state.gradient_steps, agent.target_period_updates
-        )
-    assert agent.target_rate is not None
-    return common.soft_target(state.params, state.target_params, agent.target_rate)
+        due = state.gradient_steps % agent.target_period_updates == 0
+        return replace(state, target_params=common.hard_target(params, target, due))
+    if batch.env_steps is None:
+        raise ValueError("agent.target_period_env_steps needs a batch with env_steps")
+    made = batch.env_steps.max()
+    if axis_name is not None:
+        made = jax.lax.pmax(made, axis_name)
+    assert agent.target_period_env_steps is not None
+    periods = made // jnp.uint32(agent.target_period_env_steps)
+    target = common.hard_target(params, target, periods > state.statistics[COPIES])
+    return replace(state, target_params=target, statistics={COPIES: periods})
+
+
+def td_loss(agent: ErrorAgent, params: Params, features: Array, replayed: Replayed) -> Loss:
+    """Importance-weighted 0.5 d^2 of TD errors d, or |d| - 0.5 beyond 1 (Huber).
+
+    It is a mean or a sum over a sequence's valid rows, and a mean over the batch.
+    """
+    td, q, trained = td_errors(agent, params, features, replayed)
+    per_row = 0.5 * jnp.square(td) if agent.error == "squared" else optax.huber_loss(td)
+    losses = targets.per_sequence(per_row, trained.valid, agent.loss_over_time)
+    priorities = targets.row_priorities(td, trained.valid)
+    metrics = targets.value_metrics(q, td, trained)
+    return jnp.mean(replayed.importance * losses), (priorities, metrics)
 
 
 def td_errors(
@@ -400,7 +447,7 @@ def quantile_regression(
     worth, bonus = bootstrap(agent, target_outputs, q, target_q, replayed)
     target = targets.spread_targets(replayed.rows, worth, bonus, **target_settings(agent))
     losses = quantile_loss(taken, fractions, jax.lax.stop_gradient(target), agent.kappa)
-    losses = targets.per_sequence(losses, trained.valid, "mean")
+    losses = targets.per_sequence(losses, trained.valid, agent.loss_over_time)
     priorities = targets.row_priorities(td, trained.valid)
     metrics = targets.value_metrics(taken_q, td, trained)
     return jnp.mean(replayed.importance * losses), (priorities, metrics)

@@ -10,7 +10,7 @@ A row's priority is the absolute error of the means, as it can be known at actin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 
@@ -31,7 +31,7 @@ class QRDQN:
     """The algorithm as settings and pure functions; an interfaces.Agent with priorities."""
 
     quantiles: Annotated[int, Range(ge=1)]  # K of each action
-    kappa: Annotated[float, Range(ge=0)]  # where the loss becomes linear; 0: everywhere
+    kappa: Annotated[float, Range(ge=0)] | None  # where the loss becomes linear; None: nowhere
     burn_in: Annotated[int, Range(ge=0)]  # rows unrolled without gradient
     unroll: Annotated[int, Range(ge=1)]  # trained rows T
     n_step: Annotated[int, Range(ge=1)]
@@ -42,8 +42,10 @@ class QRDQN:
     rescale_epsilon: Annotated[float, Range(ge=0)] | None  # None: values are not rescaled
     reward: common.Reward
     stored_state: bool  # False: sequences start from a zero recurrent state
+    loss_over_time: Literal["mean", "sum"]
     munchausen: Munchausen | None
-    target_period_updates: Annotated[int, Range(ge=1)] | None  # or a rate
+    target_period_updates: Annotated[int, Range(ge=1)] | None  # one of these three
+    target_period_env_steps: Annotated[int, Range(ge=1)] | None
     target_rate: Annotated[float, Range(gt=0, le=1)] | None
     head: ActionHead
     optimizer: Adam
@@ -80,7 +82,7 @@ class QRDQN:
     def loss(
         self, params: Params, features: Array, replayed: q_learning.Replayed
     ) -> q_learning.Loss:
-        """Importance-weighted: mean over a sequence's valid rows, mean over the batch."""
+        """Importance-weighted: mean or sum of a sequence's valid rows, mean over the batch."""
         online, target = jax.random.split(replayed.key)
         found = self.outputs(params, features, noise=online)  # [T + n, B, A, K]
         other = self.outputs(replayed.target_params, replayed.target_features, noise=target)

@@ -17,15 +17,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import jax.numpy as jnp
 
 from rlx import trees
-from rlx.agents import common, q_learning, targets
+from rlx.agents import common, q_learning
 from rlx.agents.munchausen import Munchausen
 from rlx.agents.optimizers import Adam
 from rlx.interfaces import Network
 from rlx.networks.heads import ActionHead
-from rlx.types import Array, EnvSpec, Params, Range, Runtime, SequenceSpec
+from rlx.types import EnvSpec, Range, Runtime, SequenceSpec
 
 trees.register()
 
@@ -44,9 +43,11 @@ class R2D2:
     rescale_epsilon: Annotated[float, Range(ge=0)] | None  # None: values are not rescaled
     reward: common.Reward
     stored_state: bool  # False: sequences start from a zero recurrent state (an ablation)
+    error: Literal["huber", "squared"]  # huber: linear beyond 1
     loss_over_time: Literal["mean", "sum"]
     munchausen: Munchausen | None
-    target_period_updates: Annotated[int, Range(ge=1)] | None  # or a rate
+    target_period_updates: Annotated[int, Range(ge=1)] | None  # one of these three
+    target_period_env_steps: Annotated[int, Range(ge=1)] | None
     target_rate: Annotated[float, Range(gt=0, le=1)] | None
     head: ActionHead
     optimizer: Adam
@@ -67,6 +68,7 @@ class R2D2:
     values = q_learning.values
     act = q_learning.act
     initial_priorities = q_learning.initial_priorities
+    loss = q_learning.td_loss
     update = q_learning.update
 
     def __post_init__(self) -> None:
@@ -77,13 +79,3 @@ class R2D2:
     @property
     def sequence(self) -> SequenceSpec:
         return q_learning.sequence_of(self)
-
-    def loss(
-        self, params: Params, features: Array, replayed: q_learning.Replayed
-    ) -> q_learning.Loss:
-        """Importance-weighted 0.5 d^2: mean over a sequence's valid rows, mean over the batch."""
-        td, q, trained = q_learning.td_errors(self, params, features, replayed)
-        losses = targets.per_sequence(0.5 * jnp.square(td), trained.valid, self.loss_over_time)
-        priorities = targets.row_priorities(td, trained.valid)
-        metrics = targets.value_metrics(q, td, trained)
-        return jnp.mean(replayed.importance * losses), (priorities, metrics)

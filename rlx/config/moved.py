@@ -25,8 +25,20 @@ RENAMED: Mapping[str, Mapping[str, str]] = {  # settings, by their class's targe
 }
 ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does as it was before
     "rlx.acting.ray_pool.RayPool": {"sync": False},
-    "rlx.agents.dqn.DQN": {"munchausen": None, "target_rate": None},
-    "rlx.agents.r2d2.R2D2": {"munchausen": None, "target_rate": None},
+    "rlx.agents.dqn.DQN": {
+        "loss_over_time": "mean",
+        "munchausen": None,
+        "rescale_epsilon": None,
+        "stored_state": True,
+        "target_period_env_steps": None,
+        "target_rate": None,
+    },
+    "rlx.agents.r2d2.R2D2": {
+        "error": "squared",
+        "munchausen": None,
+        "target_period_env_steps": None,
+        "target_rate": None,
+    },
     "rlx.networks.heads.Dueling": {"noise": None},
     "rlx.networks.heads.Plain": {"noise": None},
     "rlx.envs.envpool.EnvPool": {"action_mask": None, "image": None},

@@ -6,9 +6,12 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any
+
+import numpy as np
 
 from rlx.interfaces import Agent, PrioritizedReplay, Replay
 from rlx.problems import RunFailed
@@ -155,7 +158,8 @@ class Stages:
         with self.times.measure("sample"):
             sample = replay.sample(learner.batch_size)
         with self.times.measure("learner_put"):
-            batch = learner.put(sample.batch)
+            made = np.full(learner.batch_size, self.count.env_steps, np.uint32)
+            batch = learner.put(replace(sample.batch, env_steps=made))
         self.metrics.record("learner/device_busy", float(learner.is_busy))
         with self.times.measure("learner_update"):
             output = learner.update(batch, self._largest_importance(sample))

@@ -89,12 +89,10 @@ def test_a_soft_target_goes_its_rate_of_the_way():
     np.testing.assert_array_equal(common.soft_target(params, target, 1.0)["a"], params["a"])
 
 
-def test_a_periodic_target_is_a_copy_at_its_time_and_stays_else():
+def test_a_hard_target_is_a_copy_where_it_is_due_and_stays_else():
     params, target = {"a": jnp.ones(3)}, {"a": jnp.zeros(3)}
-    seen = [
-        float(common.periodic_target(params, target, jnp.asarray(n), 4)["a"][0]) for n in range(9)
-    ]
-    assert seen == [1, 0, 0, 0, 1, 0, 0, 0, 1]
+    seen = [common.hard_target(params, target, jnp.asarray(due))["a"][0] for due in (True, False)]
+    assert seen == [1, 0]
 
 
 def quadratic(params):

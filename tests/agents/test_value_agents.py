@@ -26,8 +26,8 @@ from tests import parts
 SOFT = Munchausen(scale=0.9, temperature=0.3, lowest=-0.5)
 OWN: dict[type, dict[str, Any]] = {
     DQN: {"error": "huber"},
-    C51: {"atoms": 7, "lowest": -2.0, "highest": 3.0, "stored_state": True},
-    QRDQN: {"quantiles": 5, "kappa": 1.0, "rescale_epsilon": None, "stored_state": True},
+    C51: {"atoms": 7, "lowest": -2.0, "highest": 3.0},
+    QRDQN: {"quantiles": 5, "kappa": 1.0},
     IQN: {
         "fractions": 3,
         "target_fractions": 5,
@@ -35,8 +35,6 @@ OWN: dict[type, dict[str, Any]] = {
         "cosines": 6,
         "risk": None,
         "kappa": 1.0,
-        "rescale_epsilon": None,
-        "stored_state": True,
     },
 }
 
@@ -51,9 +49,13 @@ def made(cls: type, net=None, **changes) -> Any:
         "block_rows": 4 if net.is_recurrent else 1,
         "discount": 0.97,
         "double_q": True,
+        "rescale_epsilon": None,
         "reward": "raw",
+        "stored_state": True,
+        "loss_over_time": "mean",
         "munchausen": None,
         "target_period_updates": 10,
+        "target_period_env_steps": None,
         "target_rate": None,
         "head": parts.HEAD,
         "optimizer": parts.adam(),
@@ -226,10 +228,12 @@ def row_loss(agent: Any, it: Seen, b: int, i: int) -> tuple[float, float]:
     action, value = it.rows.action[b, i], worth(agent, it, b, t)
     if isinstance(agent, DQN):
         td = moved(agent, total, factor, float(value)) - it.online[b, i, action]
-        return (td**2 / 2 if abs(td) < 1 else abs(td) - 0.5), abs(td)
+        linear = agent.error == "huber" and abs(td) > 1
+        return (abs(td) - 0.5 if linear else td**2 / 2), abs(td)
     if isinstance(agent, C51):
         support = np.linspace(agent.lowest, agent.highest, agent.atoms)
-        target = onto_atoms(agent, total + factor * support, value)
+        positions = [moved(agent, total, factor, float(atom)) for atom in support]
+        target = onto_atoms(agent, np.asarray(positions), value)
         crossed = -float((target * np.log(softmax(it.online[b, i, action]))).sum())
         return crossed, crossed
     fractions = it.fractions[b, i] if isinstance(agent, IQN) else None
@@ -240,7 +244,7 @@ def row_loss(agent: Any, it: Seen, b: int, i: int) -> tuple[float, float]:
         for other in value:
             u = moved(agent, total, factor, float(other)) - own
             kappa = agent.kappa
-            size = abs(u)
+            size = abs(u) if kappa is not None else u * u / 2
             if kappa:
                 size = u * u / 2 / kappa if abs(u) <= kappa else abs(u) - kappa / 2
             loss += abs(tau - (u < 0)) * size / len(value)
@@ -260,8 +264,11 @@ CASES = [
     *((cls, "none", {"double_q": False, "reward": "clip", "n_step": 1}) for cls in OWN),
     *((cls, "lstm", {"munchausen": SOFT, "double_q": False}) for cls in OWN),
     *((cls, "none", {"munchausen": SOFT, "double_q": False, "burn_in": 0}) for cls in OWN),
-    *((cls, "lstm", {"rescale_epsilon": 1e-3}) for cls in (QRDQN, IQN)),
+    *((cls, "lstm", {"rescale_epsilon": 1e-3}) for cls in OWN),
+    *((cls, "lstm", {"loss_over_time": "sum"}) for cls in OWN),
+    (DQN, "none", {"error": "squared", "rescale_epsilon": 1e-2}),
     *((cls, "lstm", {"kappa": 0.0}) for cls in (QRDQN, IQN)),
+    *((cls, "lstm", {"kappa": None}) for cls in (QRDQN, IQN)),
     *((cls, "none", {"kappa": 0.3}) for cls in (QRDQN, IQN)),
     (IQN, "lstm", {"risk": Risk(measure="cvar", level=0.3)}),
     (QRDQN, "lstm", {"head": Plain(hidden=None, noise=None)}),
@@ -284,9 +291,11 @@ def test_loss_and_priorities_equal_the_float64_oracle(spec, cls, core, changes):
     assert 0.5 < valid.mean() < 1
     assert (it.rows.discount[it.rows.valid] == 0).any()
     np.testing.assert_allclose(output.priorities, priorities, atol=3e-5)
-    mean = losses.sum(axis=1) / np.maximum(1, valid.sum(axis=1))
+    found = losses.sum(axis=1)
+    if agent.loss_over_time == "mean":
+        found /= np.maximum(1, valid.sum(axis=1))
     np.testing.assert_allclose(
-        output.metrics["learner/loss"], (batch.importance * mean).mean(), rtol=1e-4
+        output.metrics["learner/loss"], (batch.importance * found).mean(), rtol=1e-4
     )
 
 
@@ -479,11 +488,33 @@ def test_a_soft_target_moves_with_each_update_and_nothing_is_copied():
     )
 
 
+def test_a_target_by_env_steps_is_copied_once_for_each_period_that_ended():
+    agent = made(DQN, target_period_updates=None, target_period_env_steps=100)
+    batch, state = parts.batch(agent, 8), started(agent)
+    update, copied = jax.jit(agent.update), []
+    for env_steps in (64, 99, 100, 150, 199, 320, 330, 399, 400):  # 320: two periods at once
+        counted = dataclasses.replace(batch, env_steps=np.full(8, env_steps, np.uint32))
+        after, _ = update(state, counted)
+        same = [
+            np.array_equal(a, b)
+            for a, b in zip(
+                jax.tree.leaves(after.target_params), jax.tree.leaves(after.params), strict=True
+            )
+        ]
+        assert len(set(same)) == 1
+        copied.append(same[0])
+        state = after
+    assert copied == [False, False, True, False, False, True, False, False, True]
+    with pytest.raises(ValueError, match="a batch with env_steps"):
+        agent.update(state, batch)
+
+
 @pytest.mark.parametrize(
     ("cls", "changes", "says"),
     [
         (DQN, {"target_rate": 0.1}, "give one of them"),
         (DQN, {"target_period_updates": None}, "give one of them"),
+        (IQN, {"target_period_env_steps": 9}, "give one of them"),
         (IQN, {"munchausen": SOFT}, "agent.double_q=false"),
         (QRDQN, {"munchausen": SOFT, "double_q": False, "rescale_epsilon": 1e-3}, "not rescaled"),
         (C51, {"lowest": 3.0}, "must be below agent.highest"),

@@ -156,7 +156,7 @@ def test_cores_are_those_of_the_books(core, by_hand):
 
 
 def test_a_dueling_head_is_its_value_and_advantages_around_0():
-    head, action = Dueling(hidden=8), DiscreteSpec(n=4)
+    head, action = Dueling(hidden=8, noise=None), DiscreteSpec(n=4)
     x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     params = head.init(jax.random.PRNGKey(0), x, action, jnp.float32)["params"]
 
@@ -281,7 +281,7 @@ class Further(Head, kw_only=True):
 @pytest.mark.parametrize("core", ["lstm", "none"])
 def test_heads_read_further_inputs_and_several_share_a_body(core):
     net, rng = parts.network(core=core), np.random.default_rng(0)
-    heads = {"plain": Plain(hidden=None), "quantiles": Further()}
+    heads = {"plain": Plain(hidden=None, noise=None), "quantiles": Further()}
     example = (jnp.zeros((1, 1, 3)), jnp.zeros((1, 1, 2)), jax.random.PRNGKey(0))
     params = net.init(jax.random.PRNGKey(0), heads, quantiles=example)
     assert {"torso", "core", "plain", "quantiles"} <= params.keys()
@@ -303,7 +303,7 @@ def test_heads_read_further_inputs_and_several_share_a_body(core):
 
 def test_two_whole_networks_have_parameters_of_their_own():
     actor, critic = parts.network(core="none"), parts.network(core="lstm")
-    head = {"head": Plain(hidden=None)}
+    head = {"head": Plain(hidden=None, noise=None)}
     first, second = (
         net.init(key, head)
         for net, key in zip((actor, critic), jax.random.split(jax.random.PRNGKey(0)), strict=True)
