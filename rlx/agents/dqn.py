@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-
 from rlx import trees
 from rlx.agents import common, q_learning
 from rlx.agents.munchausen import Munchausen

@@ -1,8 +1,8 @@
 """R2D2: recurrent replay distributed DQN (Kapturowski et al., ICLR 2019).
 
 Ingredients: stored recurrent state and burn-in (section 3); double Q-learning with n-step targets,
-value rescaling and a target network (2.3); dueling LSTM fed with the previous action and reward
-(2.3); sequence priorities eta max + (1 - eta) mean of absolute n-step TD errors (2.3), here kept by
+value rescaling and a target network (2.3); a dueling LSTM (2.3) that is fed with the previous
+action and reward (appendix); sequence priorities eta max + (1 - eta) mean of absolute n-step TD errors (2.3), here kept by
 the replay; a ladder of fixed epsilons (Ape-X), here in `rlx.acting.exploration`.
 
 DEPARTS: a sequence may run over an episode's end (the paper's never do): the carry is reset inside
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
-
 
 from rlx import trees
 from rlx.agents import common, q_learning

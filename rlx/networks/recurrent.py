@@ -90,7 +90,7 @@ class RecurrentNetwork:
     core: Core
     stack: dict[str, Annotated[int, Range(ge=1)]]  # leaf -> frames the torso sees at once
     discrete: Literal["one_hot", "number"]  # leaves that are choices, as the torso sees them
-    prev_action: bool  # encoded (rlx.networks.actions), into the core (R2D2, section 2.3)
+    prev_action: bool  # encoded (rlx.networks.actions), into the core (R2D2, appendix)
     prev_reward: bool  # after the agent's transform, into the core
     compute_dtype: Literal["float32", "bfloat16"]  # state, parameters and outputs stay float32
     spec: Runtime[EnvSpec]

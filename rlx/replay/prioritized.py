@@ -4,6 +4,11 @@ From the paper: priority eta * max + (1 - eta) * mean of the absolute n-step TD 
 (section 2.3); drawing in proportion to priority^0.9, importance exponent 0.6 (appendix); first
 priorities from acting-time Q-values, the online network as its own target (as in Ape-X).
 The importance is divided by its maximum, over the whole batch or over the whole replay.
+
+DEPARTS: `priority_epsilon` is added to each priority, so that sequences without an error stay
+drawable and importance is bounded; the paper has none (Schaul et al. 2016 do the same).
+DEPARTS: draws are stratified, one from each equal part of the total: the same chances with less
+variance (Schaul et al. 2016); the paper does not say how it draws.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ class Priorities:
     priority_exponent: Annotated[float, Range(ge=0)]
     priority_eta: Annotated[float, Range(ge=0, le=1)]
     priority_epsilon: Annotated[float, Range(gt=0)]
-    initial_priority: Literal["acting", "max"]
+    initial_priority: Literal["acting", "max", "one"]
 
     def leaves(self, priority: np.ndarray) -> np.ndarray:
         """f64[B] of the priorities f64[B]: what each sequence is drawn in proportion to."""
@@ -48,7 +53,7 @@ class Priorities:
             raise ValueError(
                 "this agent has no initial_priorities (interfaces.Prioritizing), which "
                 "replay.initial_priority=acting draws by; choose replay=uniform or replay=online, "
-                "or set replay.initial_priority=max if its updates give priorities."
+                "or set replay.initial_priority to max or one if its updates give priorities."
             )
 
 
@@ -210,6 +215,8 @@ class Prioritized:
         self._restore_counts(state)
 
     def _first_leaves(self, keys: np.ndarray) -> np.ndarray:
+        if self._priorities.initial_priority == "one":
+            return self._priorities.leaves(np.ones(len(keys)))
         largest = self._priorities.initial_priority == "max"
         if largest or self._initial_priorities is None:
             return self._priorities.leaves(np.full(len(keys), self._largest_priority))
