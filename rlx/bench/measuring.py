@@ -179,7 +179,7 @@ def make_agent(setup: Setup, **changes: Any) -> Agent:
 
 
 def zero_batch(agent: Agent, size: int) -> Batch:
-    """A batch of valid rows of zeros, as the replay would give it."""
+    """A batch of valid rows of zeros, as the loop would give it."""
     length = agent.sequence.length
     rows: Row = trees.tree_map(
         lambda spec: np.zeros((size, length, *spec.shape), spec.dtype),
@@ -192,6 +192,7 @@ def zero_batch(agent: Agent, size: int) -> Batch:
         next=trees.tree_map(lambda leaf: leaf[:, 0].copy(), rows.inputs),
         carry=agent.initial_carry(size),
         importance=np.ones(size, np.float32),
+        env_steps=np.zeros(size, np.uint32),
     )
 
 

@@ -135,6 +135,14 @@ def test_initial_priority_max_is_the_largest_so_far():
     assert replay._ring.leaves(np.arange(3)) == pytest.approx(leaves_by_hand([[5], [0.5], [5]]))
 
 
+def test_initial_priority_one_is_1_whatever_came_before():
+    replay = make(initial_priority="one")
+    add(replay, 0, 6)
+    replay.update_priorities(np.array([0]), np.array([[5.0]], np.float32))
+    add(replay, 6, 7)
+    assert replay._ring.leaves(np.arange(3)) == pytest.approx(leaves_by_hand([[5], [1], [1]]))
+
+
 def test_errors_that_are_not_finite_name_their_keys():
     replay = make()
     add(replay, 0, 10)
