@@ -81,6 +81,7 @@ def assemble(
     groups = ("evaluation", "checkpoint", "logging")
     evaluation, checkpoint, logging_ = (build(settings[group], group) for group in groups)
     acting: PoolSettings = build(settings["acting"], "acting")
+    exploration = build(settings["exploration"], "exploration", seed=settings["seed"])
     check_agreement(settings)
     family, agent = build_agent(settings)
     _check_network(agent)
@@ -92,7 +93,7 @@ def assemble(
     context = RunContext(
         family=family,
         agent=agent,
-        exploration=share_exploration(build(settings["exploration"], "exploration"), peers),
+        exploration=share_exploration(exploration, peers),
         seed=share_seed(settings["seed"], peers),
         output_dir=output_dir if peers.count == 1 else None,
         chain=resumed.meta["chain"] + 1 if resumed else 0,

@@ -18,7 +18,7 @@ import numpy as np
 from rlx.config.build import Root, build, setting_hints
 from rlx.config.hints import marker
 from rlx.config.marks import marked
-from rlx.interfaces import Exploration, Peers, Served
+from rlx.interfaces import Exploration, Peers, PerEpisode, Served
 from rlx.problems import ConfigError, Problem, refuse
 from rlx.seeding import spawn_int
 from rlx.training.checkpoint import Checkpoint
@@ -96,17 +96,28 @@ def share_exploration(exploration: Exploration, peers: Peers) -> Exploration:
     """Lane l of process r explores as lane l * count + r of all."""
     if peers.count == 1:
         return exploration
-    return _Every(exploration=exploration, rank=peers.rank, count=peers.count)
+    every = _EveryPerEpisode if isinstance(exploration, PerEpisode) else _Every
+    return every(exploration=exploration, rank=peers.rank, count=peers.count)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Every:
     """An interfaces.Exploration of every count-th lane."""
 
-    exploration: Exploration
+    exploration: Any
     rank: int
     count: int
 
     def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
         all_lanes = lanes * self.count
         return self.exploration.amount(lane * self.count + self.rank, all_lanes, env_steps)
+
+
+class _EveryPerEpisode(_Every):
+    """An interfaces.PerEpisode of every count-th lane."""
+
+    def episode_amount(
+        self, lane: np.ndarray, lanes: int, env_steps: int, chain: np.ndarray, episode: np.ndarray
+    ) -> np.ndarray:
+        number, all_lanes = lane * self.count + self.rank, lanes * self.count
+        return self.exploration.episode_amount(number, all_lanes, env_steps, chain, episode)
