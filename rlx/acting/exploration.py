@@ -64,7 +64,7 @@ class DecayingLadder:
         _refuse_rise("start_base", self.start_base, "final_base", self.final_base)
 
     def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
-        progress = min(1.0, env_steps / self.decay_env_steps)
+        progress = _progress(env_steps, self.decay_env_steps)
         base = self.start_base + (self.final_base - self.start_base) * progress
         ladder = base ** (1 + self.exponent * lane / max(1, lanes - 1))
         return np.maximum(self.minimum, ladder).astype(np.float32)
@@ -89,7 +89,7 @@ class Linear:
     decay_env_steps: Annotated[int, Range(ge=1)]
 
     def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
-        progress = min(1.0, env_steps / self.decay_env_steps)
+        progress = _progress(env_steps, self.decay_env_steps)
         value = self.start + (self.final - self.start) * progress
         return np.full(lane.shape, value, np.float32)
 
@@ -110,7 +110,7 @@ class Exponential:
         _refuse_rise("start", self.start, "final", self.final)
 
     def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
-        progress = min(1.0, env_steps / self.decay_env_steps)
+        progress = _progress(env_steps, self.decay_env_steps)
         value = self.start * (self.final / self.start) ** progress
         return np.full(lane.shape, value, np.float32)
 
@@ -121,7 +121,7 @@ class Mixed:
 
     `finals` are drawn with `weights`, which need not sum to 1; the fall is linear over the first
     `decay_env_steps`. A lane's draw depends on the run's seed and its global number.
-    Source: Mnih et al. 2016 (A3C), section 8 of the supplement.
+    Source: Mnih et al. 2016 (A3C), the experimental setup in the supplement.
     """
 
     start: Amount
@@ -143,7 +143,7 @@ class Mixed:
         _refuse_rise("start", self.start, "finals", max(self.finals))
 
     def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
-        progress = min(1.0, env_steps / self.decay_env_steps)
+        progress = _progress(env_steps, self.decay_env_steps)
         value = self.start + (self._finals(lane) - self.start) * progress
         return value.astype(np.float32)
 
@@ -183,6 +183,11 @@ class Redrawn:
         place = np.floor(uniforms(self.seed, "exploration", lane, chain, episode) * self.count)
         ratio = self.lowest / self.highest
         return (self.highest * ratio ** (place / max(1, self.count - 1))).astype(np.float32)
+
+
+def _progress(env_steps: int, decay_env_steps: int) -> float:
+    """The part of a decay that is over, 0 .. 1."""
+    return min(1.0, env_steps / decay_env_steps)
 
 
 def _refuse_rise(first: str, highest: float, last: str, lowest: float) -> None:
