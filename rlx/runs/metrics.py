@@ -177,7 +177,7 @@ class Metrics:
         """
         return {
             "episodes": self._episodes,
-            "window": [list(episode) for episode in self._window],
+            "window": [[v for v in episode if v is not None] for episode in self._window],
             "means": {name: mean.state() for name, mean in self._means.items()},
         }
 
