@@ -141,11 +141,11 @@ class Actor:
 
     def restart(self, lane: np.ndarray) -> None:
         """Begins new chains for lanes (intp[n]) that lost their environments."""
+        self._complete_episodes()  # of the old chains
         self._chain[lane] += 1
         self._writer.restart(lane)
         self._amounts.restart(lane)
-        self._started[lane] = False
-        self._all_started = False
+        self._started[lane] = self._all_started = False
 
     def new_chains(self) -> None:
         """Begins new chains after blocks were dropped; the episodes go on."""
