@@ -175,6 +175,27 @@ def test_an_actor_draws_where_an_episode_begins_and_acts_by_it(monkeypatch):
     actor.close()
 
 
+def test_what_a_lost_lane_has_ended_is_of_its_old_chain():
+    """An actor in a server is lost between an episode's last answer and the next first one."""
+    family = ends()
+    agent = make_agent(family)
+    plan = make_plan(
+        context(family, agent, exploration=DRAWN), instances=1, envs_per_actor=3, device="cpu"
+    )
+    actor: Actor = plan.actor(0, 0)
+    weights = weights_of(agent)
+    actor.begin(Request(weights=weights, env_steps=0, want_env_steps=9**9, want_blocks=None))
+    while not actor._env._tracker._counter._ended:
+        actor.advance()
+        actor._env._tracker.count()
+    lanes = [ended.lane for ended in actor._env._tracker._counter._ended]
+    actor.restart(np.array(lanes))
+    episodes = actor.end().episodes
+    assert {episode.chain for episode in episodes} == {0}
+    assert_drawn(episodes)
+    actor.close()
+
+
 def test_a_local_pool_tells_its_actors_how_far_the_run_is():
     """Until the learner has begun there are no new weights, and schedules go on."""
     family, line = ends(), Linear(start=1.0, final=0.0, decay_env_steps=200)
