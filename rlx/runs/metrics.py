@@ -228,7 +228,7 @@ class Metrics:
 
 
 class _Ended(NamedTuple):
-    """What counts of a finished episode."""
+    """Keeps what is told of a finished episode."""
 
     return_: float
     env_steps: int
