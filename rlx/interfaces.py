@@ -249,21 +249,15 @@ class Replay(Protocol):
     min_env_steps: int  # as many env steps before learning begins
 
     @property
-    def startable(self) -> int:
-        """The number of sequences that can be sampled now."""
-
+    def startable(self) -> int: ...  # sequences that can be sampled now
     @property
     def has_enough(self) -> bool:
         """Says whether acting should wait for the learner, whatever the ratio."""
 
     @property
-    def rows(self) -> int:
-        """The number of rows stored now."""
-
+    def rows(self) -> int: ...  # stored now
     @property
-    def env_steps(self) -> int:
-        """The number of valid rows ever added."""
-
+    def env_steps(self) -> int: ...  # valid rows ever added
     @property
     def nbytes(self) -> int: ...
 
@@ -330,6 +324,16 @@ class Exploration(Protocol):
         """
 
 
+@runtime_checkable
+class PerEpisode(Protocol):
+    """An exploration whose amount for a lane changes where an episode begins, and only there."""
+
+    def episode_amount(
+        self, lane: np.ndarray, lanes: int, env_steps: int, chain: np.ndarray, episode: np.ndarray
+    ) -> np.ndarray:
+        """The amount f32[n] as `amount` has it, of episode number i64[n] in chain i32[n]."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
     """A run gives this record to the pool that it opens."""
@@ -359,17 +363,11 @@ class PoolSettings(Protocol):
     """The settings of a pool (conf/acting): opens it for a run."""
 
     @property
-    def instances(self) -> int:
-        """Actors."""
-
+    def instances(self) -> int: ...  # actors
     @property
-    def envs_per_actor(self) -> int:
-        """Lanes of each actor."""
-
+    def envs_per_actor(self) -> int: ...  # lanes of each actor
     @property
-    def env_steps_per_request(self) -> int:
-        """Env steps over all lanes that answer a request."""
-
+    def env_steps_per_request(self) -> int: ...  # over all lanes that answer a request
     def open(self, context: RunContext) -> ActingPool:
         """Raises ConfigError or ValueError for what cannot work."""
 

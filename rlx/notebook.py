@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlx.runs.folders import METRICS_FILE, read_rows
+from rlx.runs.metrics import rungs_in
 from rlx.runs.times import bottleneck
 
 CURVES = {
@@ -61,7 +62,10 @@ def png(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     returns, rates = figure.subplots(1, 2)
-    for name, (label, colour) in CURVES.items():
+    curves = dict(CURVES)
+    if len(rungs := rungs_in(name for row in rows for name in row)) > 1:
+        curves[rungs[0]] = (f"training, {rungs[0].rpartition('/')[2]}", "#66ccee")
+    for name, (label, colour) in curves.items():
         points = [(row["env_steps"], row[name]) for row in rows if row.get(name) is not None]
         if points:
             mark = "o" if name.startswith("evaluation") else ""

@@ -12,6 +12,9 @@ import jupytext
 import pytest
 from jupyter_client.manager import start_new_kernel
 
+from rlx.notebook import png
+from rlx.runs.metrics import RUNGS
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SCRIPTS = sorted(NOTEBOOKS.glob("*.py"))
 PATIENCE_S = 120
@@ -32,6 +35,15 @@ def test_the_two_halves_of_a_notebook_agree_and_nothing_of_a_machine_is_kept(scr
         if cell["cell_type"] == "code":
             assert (cell["outputs"], cell["execution_count"]) == ([], None)
     assert set(notebook["metadata"]) == {"jupytext", "kernelspec"}
+
+
+def test_the_live_figure_has_the_greediest_returns_where_lanes_explore_differently():
+    first, *_, last = RUNGS
+    alike = [{"env_steps": n, "train/return_mean": n, last: n} for n in (1, 2)]
+    assert png(alike) == png([{name: row[name] for name in list(row)[:2]} for row in alike])
+    differ = [row | {first: 3.0} for row in alike]
+    assert png(differ) != png(alike)
+    assert png([row | {last: 7.0} for row in differ]) == png(differ)
 
 
 RUN = """

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlx import trees
+from rlx.acting.exploration import Amounts
 from rlx.envs.finite import Cutting
 from rlx.envs.lanes import lane_index
 from rlx.interfaces import ActingPolicy, Env, Exploration
@@ -66,10 +67,10 @@ class Actor:
         total_lanes: int,
         chain: int,
     ) -> None:
-        self._env, self._policy, self._exploration = env, policy, exploration
-        self._total_lanes = total_lanes
+        self._env, self._policy = env, policy
         self._chain = np.full(env.lanes, chain, np.int32)
         self._global = np.arange(first_lane, first_lane + env.lanes, dtype=np.int32)
+        self._amounts = Amounts(exploration, self._global, total_lanes)
         self._tracker = InputTracker(env.lanes, env.spec.action)
         self._writer = BlockWriter(
             lanes=env.lanes,
@@ -77,14 +78,13 @@ class Actor:
             row=row_spec,
             carry=carry_spec,
         )
-        self._started = np.zeros(env.lanes, bool)
-        self._all_started = False
-        self._exploring = np.zeros(env.lanes, np.float32)
+        self._started, self._all_started = np.zeros(env.lanes, bool), False
         self._steps = False  # the lanes are stepping
         self._resting: _Answered | None = None  # between two requests that ask for blocks
         self._request: Request | None = None
         self._begun = 0  # blocks of each lane, since the last `begin`; if it asked for blocks
         self._finished: list[tuple] = []
+        self._ended: list[Episode] = []  # and completed
         self._cuts_of = env.cuts if isinstance(env, Cutting) else list
         rows, carry = self._writer.nothing
         none, following = np.zeros(0, np.int64), trees.tree_map(lambda x: x[:, 0], rows.inputs)
@@ -104,9 +104,7 @@ class Actor:
         self._began = perf_counter()
         if request.weights is not None:
             self._policy.take(request.weights)
-        self._exploring = self._exploration.amount(
-            self._global, self._total_lanes, request.env_steps
-        )
+        self._amounts.begin(request.env_steps)
         self._request, self._begun = request, 0
         self.env_steps, self._env_s, self._policy_s = 0, 0.0, 0.0
 
@@ -143,10 +141,11 @@ class Actor:
 
     def restart(self, lane: np.ndarray) -> None:
         """Begins new chains for lanes (intp[n]) that lost their environments."""
+        self._complete_episodes()  # of the old chains
         self._chain[lane] += 1
         self._writer.restart(lane)
-        self._started[lane] = False
-        self._all_started = False
+        self._amounts.restart(lane)
+        self._started[lane] = self._all_started = False
 
     def new_chains(self) -> None:
         """Begins new chains after blocks were dropped; the episodes go on."""
@@ -171,6 +170,9 @@ class Actor:
 
         The host writes rows while the device and then the environments are busy.
         """
+        if self._amounts.by_episode and timestep.first.any():
+            self._complete_episodes()  # those that ended had the amounts of now
+            self._amounts.begin_episodes(timestep.lane[timestep.first], self._chain)
         index = self._tracker.index(timestep.lane)
         inputs = self._tracker.inputs(timestep, index)
         starts = self._writer.next_starts(index)
@@ -193,7 +195,7 @@ class Actor:
         starts, index = answered.starts, answered.index
         carry = self._policy.carry(starts) if len(starts) else None
         lane = None if isinstance(index, slice) else answered.lane
-        return self._policy.start(answered.inputs, lane, self._exploring[index]), carry
+        return self._policy.start(answered.inputs, lane, self._amounts.now[index]), carry
 
     def _open_rows(self, answered: _Answered, begun: tuple[Any, Carry | None]) -> None:
         (started, carry), writer = begun, self._writer
@@ -237,7 +239,8 @@ class Actor:
 
     def _rollout(self, timings: dict[str, float]) -> Rollout:
         rows, carry, following, lane, chain, number, version = self._stack_finished()
-        self._finished = []
+        self._complete_episodes()
+        episodes, self._finished, self._ended = tuple(self._ended), [], []
         return Rollout(
             rows=rows,
             carry=carry,
@@ -246,7 +249,7 @@ class Actor:
             chain=chain,
             number=number,
             weights_version=version,
-            episodes=tuple(self._complete(episode) for episode in self._env.episodes()),
+            episodes=episodes,
             env_steps=self.env_steps,
             frames=self.env_steps * self._env.spec.frames_per_env_step,
             timings=timings,
@@ -263,12 +266,13 @@ class Actor:
             for column in zip(*self._finished, strict=True)
         )
 
-    def _complete(self, episode: Episode) -> Episode:
-        episode.epsilon = float(self._exploring[episode.lane])
-        episode.chain = int(self._chain[episode.lane])
-        episode.lane = int(self._global[episode.lane])
-        episode.weights_version = self._policy.version
-        return episode
+    def _complete_episodes(self) -> None:
+        for episode in self._env.episodes():
+            episode.epsilon = float(self._amounts.now[episode.lane])
+            episode.chain = int(self._chain[episode.lane])
+            episode.lane = int(self._global[episode.lane])
+            episode.weights_version = self._policy.version
+            self._ended.append(episode)
 
 
 def are_done(actors: Sequence[Actor], request: Request) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 
 from rlx.results.reading import Run, need
 from rlx.results.study import CURVES, Curve, Study, curve, plural, profiles, task_of
+from rlx.runs.metrics import rungs_in
 from rlx.runs.times import STAGES
 from rlx.statistics import Estimate
 
@@ -60,6 +61,7 @@ def draw(given: Study, folder: Path) -> list[Picture]:
     makers: dict[str, Callable[[Study], tuple[Any, str, str] | None]] = {
         "curves_env_steps": lambda study: learning(study, "env_steps"),
         "curves_frames": lambda study: learning(study, "frames"),
+        "rungs": rungs,
         "profile": profile,
         "improvement": better,
         "throughput": throughput,
@@ -162,6 +164,24 @@ def learning(given: Study, x: str) -> tuple[Any, str, str] | None:
         f"of {len(given.runs)} have values. Dashed: not all runs of the group have a value there."
     )
     return figure, f"Learning curves over {UNITS[x]}", caption
+
+
+def rungs(given: Study) -> tuple[Any, str, str] | None:
+    """Training returns by epsilon, a panel for each rung, where lanes explored differently."""
+    names = rungs_in(name for run in given.runs for row in run.rows for name in row)
+    if len(names) < 2 or len(given.tasks) > 1:
+        return None
+    figure, axes = _panels(len(names))
+    drawn = 0
+    for ax, name in zip(axes, names, strict=True):
+        drawn = max(drawn, _group_lines(ax, given, None, name, "env_steps"))
+        ax.set(title=name.rpartition("/")[2], xlabel=UNITS["env_steps"], ylabel=TITLES[CURVES[1]])
+    _legend(figure, axes)
+    caption = (
+        f"Interquartile mean and 95 % band over {plural(drawn)} of {len(given.runs)} at most; "
+        "episodes by the epsilon of their lane when they ended. The first panel explores least."
+    )
+    return figure, "Training returns by epsilon", caption
 
 
 def _group_lines(ax: Any, given: Study, task: str | None, metric: str, x: str) -> int:

@@ -28,7 +28,7 @@ HEADINGS: Mapping[str, str] = {
 }
 # which figures stand with which table
 FIGURES: Mapping[str, tuple[str, ...]] = {
-    "scores": ("curves_env_steps", "curves_frames", "profile"),
+    "scores": ("curves_env_steps", "curves_frames", "rungs", "profile"),
     "improvement": ("improvement",),
     "speed": ("throughput", "stages"),
 }

@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
 
 from rlx.machine.packages import is_installed
 from rlx.runs.boards import open_boards
@@ -47,6 +50,16 @@ NAMES: Mapping[str, str] = {
     "replay/ratio": "rows trained / env steps added since the account was opened",
     "replay/age_updates": "updates between a sampled sequence's weights and the learner's",
     "weights/age_updates": "updates between the acting weights and the learner's",
+}
+
+# The window's episodes again, by how much their lane explored when they ended (Episode.epsilon):
+# a mean over a ladder tells little of any rung. A row has the rungs that have episodes.
+RUNG_EDGES = (0.01, 0.05, 0.2)  # a rung begins with its lower edge; 1 is in the last one
+RUNGS: Mapping[str, str] = {
+    "train/return_mean/epsilon_0-0.01": "train/return_mean of the episodes with epsilon < 0.01",
+    "train/return_mean/epsilon_0.01-0.05": "the same with 0.01 <= epsilon < 0.05",
+    "train/return_mean/epsilon_0.05-0.2": "the same with 0.05 <= epsilon < 0.2",
+    "train/return_mean/epsilon_0.2-1": "the same with 0.2 <= epsilon <= 1",
 }
 
 # The only names whose values differ between two runs of one seed: they come from a clock.
@@ -106,7 +119,7 @@ class Metrics:
         self.last_row: JSON | None = kept[-1] if kept else None
         self._file = (folder / METRICS_FILE).open("ab", buffering=0)  # one row is one write
         self._means: dict[str, _Mean] = {}
-        self._window: deque[tuple[float, int]] = deque(maxlen=settings.window_episodes)
+        self._window: deque[_Ended] = deque(maxlen=settings.window_episodes)
         self._episodes = (self.last_row or {}).get("train/episodes") or 0
         self._boards = open_boards(
             folder,
@@ -118,7 +131,8 @@ class Metrics:
     def episodes(self, episodes: Iterable[Episode]) -> None:
         """Takes finished episodes, in the order in which they ended."""
         for episode in episodes:
-            self._window.append((float(episode.return_), int(episode.env_steps)))
+            env_steps, epsilon = int(episode.env_steps), float(episode.epsilon)
+            self._window.append(_Ended(float(episode.return_), env_steps, epsilon))
             self._episodes += 1
 
     def record(self, name: str, value: Any) -> None:
@@ -163,7 +177,7 @@ class Metrics:
         """
         return {
             "episodes": self._episodes,
-            "window": [list(episode) for episode in self._window],
+            "window": [[v for v in episode if v is not None] for episode in self._window],
             "means": {name: mean.state() for name, mean in self._means.items()},
         }
 
@@ -171,7 +185,7 @@ class Metrics:
         """Continues from `state()`, so that the next row is the one of an unstopped run."""
         self._episodes = state["episodes"]
         self._window.clear()
-        self._window.extend((return_, env_steps) for return_, env_steps in state["window"])
+        self._window.extend(_Ended(*episode) for episode in state["window"])
         self._means = {name: _Mean(*mean) for name, mean in state["means"].items()}
 
     def close(self) -> None:
@@ -187,11 +201,15 @@ class Metrics:
         self.close()
 
     def _train(self) -> JSON:
-        returns, lengths = zip(*self._window, strict=True) if self._window else ((), ())
+        rungs: dict[str, list[float]] = {}
+        for ended in self._window:
+            if ended.epsilon is not None:
+                rungs.setdefault(rung_of(ended.epsilon), []).append(ended.return_)
         return {
-            "train/return_mean": _mean(returns),
-            "train/length_mean": _mean(lengths),
+            "train/return_mean": _mean(ended.return_ for ended in self._window),
+            "train/length_mean": _mean(ended.env_steps for ended in self._window),
             "train/episodes": self._episodes,
+            **{name: _mean(returns) for name, returns in rungs.items()},
         }
 
     def _rates(self, counts: JSON) -> JSON:
@@ -207,6 +225,26 @@ class Metrics:
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         for board in self._boards:
             board.add(row)
+
+
+class _Ended(NamedTuple):
+    """Keeps what is told of a finished episode."""
+
+    return_: float
+    env_steps: int
+    epsilon: float | None = None  # None: an earlier rlx saved it
+
+
+def rung_of(epsilon: float) -> str:
+    """The name in RUNGS of an amount; amounts are float32, and so an edge counts as one."""
+    at = bisect_right([float(np.float32(edge)) for edge in RUNG_EDGES], epsilon)
+    return list(RUNGS)[at]
+
+
+def rungs_in(names: Iterable[str]) -> list[str]:
+    """The RUNGS that are among these names, the greediest first."""
+    given = set(names)
+    return [name for name in RUNGS if name in given]
 
 
 class _Mean:

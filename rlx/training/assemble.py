@@ -81,18 +81,18 @@ def assemble(
     groups = ("evaluation", "checkpoint", "logging")
     evaluation, checkpoint, logging_ = (build(settings[group], group) for group in groups)
     acting: PoolSettings = build(settings["acting"], "acting")
+    exploration = build(settings["exploration"], "exploration", seed=settings["seed"])
     check_agreement(settings)
     family, agent = build_agent(settings)
     _check_network(agent)
     blocks = blocks_of_a_round(settings, agent)
-    opening: Learner = build(settings["learner"], "learner")
-    learner = _opened("learner", opening.open, agent, settings["seed"])
+    learner = _open_learner(settings, agent)
     resumed = restore_learner(output_dir, learner, peers, checkpoint.replay) if resume else None
     check_total(settings["total_env_steps"], resumed)
     context = RunContext(
         family=family,
         agent=agent,
-        exploration=share_exploration(build(settings["exploration"], "exploration"), peers),
+        exploration=share_exploration(exploration, peers),
         seed=share_seed(settings["seed"], peers),
         output_dir=output_dir if peers.count == 1 else None,
         chain=resumed.meta["chain"] + 1 if resumed else 0,
@@ -137,6 +137,11 @@ def _opened(group: str, open_: Callable[..., T], *given: Any) -> T:
         return open_(*given)
     except ValueError as error:
         raise refuse(group, str(error)) from error
+
+
+def _open_learner(settings: Mapping[str, Any], agent: Agent) -> OpenLearner:
+    opening: Learner = build(settings["learner"], "learner")
+    return _opened("learner", opening.open, agent, settings["seed"])
 
 
 def _open_replay(

@@ -34,9 +34,10 @@ def check_meta(restored: Restored) -> Restored:
     wrong = [name for name, kind in OF_EVERY_RUN.items() if not _is(meta.get(name), kind)]
     if not wrong:
         metrics, quota = meta["metrics"], meta["quota"]
-        pairs = metrics.get("window"), list(_values(metrics.get("means")))
-        are_pairs = all(isinstance(p, list) and all(map(_is_pair, p)) for p in pairs)
-        wrong += ["metrics"] if not are_pairs or not _is(metrics.get("episodes"), int) else []
+        window, means = metrics.get("window"), _values(metrics.get("means"))
+        are_whole = isinstance(window, list) and all(_are_numbers(e, (2, 3)) for e in window)
+        are_whole = are_whole and all(_are_numbers(mean, (2,)) for mean in means)
+        wrong += ["metrics"] if not are_whole or not _is(metrics.get("episodes"), int) else []
         counts = [quota.get(name) for name in ("opened_at", "trained_rows")]
         wrong += [] if all(_is(count, int) for count in counts) else ["quota"]
     if "evaluation_return" in meta and not _is(meta["evaluation_return"], (*NUMBER, type(None))):
@@ -52,8 +53,8 @@ def _is(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(_is(v, NUMBER) for v in value)
+def _are_numbers(value: Any, count: tuple[int, ...]) -> bool:
+    return isinstance(value, list) and len(value) in count and all(_is(v, NUMBER) for v in value)
 
 
 def _values(value: Any) -> Iterable[Any]:

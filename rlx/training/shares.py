@@ -18,7 +18,7 @@ import numpy as np
 from rlx.config.build import Root, build, setting_hints
 from rlx.config.hints import marker
 from rlx.config.marks import marked
-from rlx.interfaces import Exploration, Peers, Served
+from rlx.interfaces import Exploration, Peers, PerEpisode, Served
 from rlx.problems import ConfigError, Problem, refuse
 from rlx.seeding import spawn_int
 from rlx.training.checkpoint import Checkpoint
@@ -96,7 +96,10 @@ def share_exploration(exploration: Exploration, peers: Peers) -> Exploration:
     """Lane l of process r explores as lane l * count + r of all."""
     if peers.count == 1:
         return exploration
-    return _Every(exploration=exploration, rank=peers.rank, count=peers.count)
+    every = _Every(exploration=exploration, rank=peers.rank, count=peers.count)
+    if isinstance(exploration, PerEpisode):
+        return _EveryPerEpisode(every=every, exploration=exploration)
+    return every
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,5 +111,25 @@ class _Every:
     count: int
 
     def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
-        all_lanes = lanes * self.count
-        return self.exploration.amount(lane * self.count + self.rank, all_lanes, env_steps)
+        return self.exploration.amount(self.number(lane), lanes * self.count, env_steps)
+
+    def number(self, lane: np.ndarray) -> np.ndarray:
+        """The numbers of lanes among those of all processes."""
+        return lane * self.count + self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EveryPerEpisode:
+    """An interfaces.PerEpisode of every count-th lane."""
+
+    every: _Every
+    exploration: PerEpisode
+
+    def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
+        return self.every.amount(lane, lanes, env_steps)
+
+    def episode_amount(
+        self, lane: np.ndarray, lanes: int, env_steps: int, chain: np.ndarray, episode: np.ndarray
+    ) -> np.ndarray:
+        number, all_lanes = self.every.number(lane), lanes * self.every.count
+        return self.exploration.episode_amount(number, all_lanes, env_steps, chain, episode)

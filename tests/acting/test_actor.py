@@ -21,6 +21,7 @@ from rlx.envs.gymnasium import Gymnasium
 from rlx.envs.lanes import EpisodeCounter
 from rlx.types import Request, Row, Weights
 from tests import parts
+from tests.acting.drawing import DRAWN, assert_drawn, drawn
 from tests.acting.test_keystone import context
 from tests.replay.replay_streams import carry_spec, fill
 from tests.replay.replay_streams import row_spec as stream_spec
@@ -142,6 +143,56 @@ def test_an_actor_explores_as_its_lanes_of_the_run_do_by_then():
     assert set(rollout.lane.tolist()) == {3, 4, 5} == {e.lane for e in rollout.episodes}
     for episode in rollout.episodes:
         assert episode.epsilon == pytest.approx(amounts[episode.lane])
+    actor.close()
+
+
+def test_an_actor_draws_where_an_episode_begins_and_acts_by_it(monkeypatch):
+    """Many episodes end within a request, and some go on from one to the next."""
+    family = ends()
+    agent = make_agent(family)
+    plan = make_plan(
+        context(family, agent, exploration=DRAWN), instances=2, envs_per_actor=3, device="cpu"
+    )
+    actor: Actor = plan.actor(1, 2)
+    told, start = [], actor._policy.start
+
+    def spy(inputs: Any, lane: Any, exploration: np.ndarray) -> Any:
+        told.append((np.array(inputs.first), np.array(exploration)))
+        return start(inputs, lane, exploration)
+
+    monkeypatch.setattr(actor._policy, "start", spy)
+    episodes: list[Any] = []
+    for turn in range(4):
+        weights = weights_of(agent) if turn == 0 else None
+        request = Request(weights=weights, env_steps=0, want_env_steps=50, want_blocks=None)
+        episodes += actor.collect(request).episodes
+    assert {episode.chain for episode in episodes} == {2}
+    assert assert_drawn(episodes) > 4
+    number = np.full(3, -1)
+    for first, exploration in told:
+        number += first
+        assert exploration.tolist() == [drawn(3 + i, 2, number[i]) for i in range(3)]
+    actor.close()
+
+
+def test_what_a_lost_lane_has_ended_is_of_its_old_chain():
+    """An actor in a server is lost between an episode's last answer and the next first one."""
+    family = ends()
+    agent = make_agent(family)
+    plan = make_plan(
+        context(family, agent, exploration=DRAWN), instances=1, envs_per_actor=3, device="cpu"
+    )
+    actor: Actor = plan.actor(0, 0)
+    weights = weights_of(agent)
+    actor.begin(Request(weights=weights, env_steps=0, want_env_steps=9**9, want_blocks=None))
+    while not actor._env._tracker._counter._ended:
+        actor.advance()
+        actor._env._tracker.count()
+    lanes = [ended.lane for ended in actor._env._tracker._counter._ended]
+    actor.restart(np.array(lanes))
+    episodes = actor.end().episodes
+    assert {episode.chain for episode in episodes} == {0}
+    assert_drawn(episodes)
     actor.close()
 
 

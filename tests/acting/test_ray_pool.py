@@ -31,6 +31,7 @@ from rlx.cluster.logs import last_lines_of
 from rlx.cluster.whereabouts import whereabouts
 from rlx.problems import ConfigError
 from rlx.types import Rollout, Weights
+from tests.acting.drawing import DRAWN, assert_drawn
 from tests.acting.faulty_envs import FaultyFamily
 from tests.acting.test_keystone import (
     CARTPOLE,
@@ -340,6 +341,20 @@ def test_no_more_is_under_way_than_was_allowed(pool):
     assert actors.burst_env_steps == 2 * 2 * (LANES * 10 + LANES - 1)
     tight = pool(max_in_flight_bytes=1)  # less than one rollout: one at a time
     assert tight.burst_env_steps == LANES * 10 + LANES - 1
+
+
+@pytest.mark.parametrize("inference", ["actor", "server"])
+def test_lanes_draw_the_same_on_ray_and_a_replacement_as_its_chain(pool, inference):
+    """What they draw depends on the seed, the lane, the chain and the episode's number alone."""
+    actors = pool(inference=inference, exploration=DRAWN)
+    actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
+    rollouts = collect(actors, 600, lanes=2 * LANES)
+    actor_processes()[0].send_signal(signal.SIGKILL)
+    chains = {0}
+    while chains != {0, 1}:
+        rollouts += collect(actors, 100)
+        chains = {e.chain for rollout in rollouts for e in rollout.episodes}
+    assert_drawn(episode for rollout in rollouts for episode in rollout.episodes)
 
 
 # --- faults --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from rlx.cluster.faults import ActingFailed
 from rlx.envs.gymnasium import Gymnasium
 from rlx.problems import ConfigError
 from rlx.types import Rollout, Weights
+from tests.acting.drawing import DRAWN, assert_drawn
 from tests.acting.faulty_envs import FaultyFamily
 from tests.acting.test_keystone import (
     CARTPOLE,
@@ -71,6 +72,15 @@ def collect(pool: OpenThreadPool, env_steps: int, lanes: int = 1) -> list[Rollou
         assert time.monotonic() < end
         rollouts += pool.collect(0.5, 0)
     return rollouts
+
+
+@pytest.mark.parametrize("environment", [CARTPOLE, CARTPOLE | {"batch_size": 1}])
+def test_lanes_draw_in_threads_what_they_draw_elsewhere(pool, environment):
+    envs = family(**environment)
+    actors = pool(envs, instances=1, envs_per_actor=6, exploration=DRAWN)
+    actors.publish(weights_of(make_agent(envs)), 0)
+    rollouts = collect(actors, 600, lanes=6)
+    assert assert_drawn(e for rollout in rollouts for e in rollout.episodes) > 1
 
 
 @pytest.mark.parametrize(

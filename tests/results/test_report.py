@@ -76,7 +76,7 @@ def test_final_scores_are_of_finished_runs_by_group(sweep, reported):
 def test_the_page_needs_nothing_beside_it(reported):
     text = (reported[1] / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', text)
-    assert len(sources) == 5  # curves, profile, improvement, throughput, stages
+    assert len(sources) == 6  # curves, rungs, profile, improvement, throughput, stages
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.findall(r"https?://|<script|@import|url\(", text)
     assert 'name="viewport"' in text
@@ -85,7 +85,7 @@ def test_the_page_needs_nothing_beside_it(reported):
 def test_each_table_and_figure_says_how_many_runs_are_in_it(reported):
     text = (reported[1] / "report.html").read_text()
     told = re.findall(r"<h[12]>[^<]*</h[12]><p>(.*?)</p>|<figcaption>(.*?)</figcaption>", text)
-    assert len(told) == 6 + 5
+    assert len(told) == 6 + 6
     for parts in told:
         assert re.search(r"\d runs? of 4|\b4 runs", "".join(parts)), parts
 
@@ -99,7 +99,7 @@ def test_the_rather_better_group_stands_first(reported):
 
 def test_figures_are_files_and_frames_are_drawn_only_where_they_differ(reported):
     names = sorted(path.stem for path in reported[1].glob("*.png"))
-    assert names == ["curves_env_steps", "improvement", "profile", "stages", "throughput"]
+    assert names == ["curves_env_steps", "improvement", "profile", "rungs", "stages", "throughput"]
     for path in reported[1].glob("*.png"):
         with Image.open(path) as image:
             assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 20, f"{path} is empty"

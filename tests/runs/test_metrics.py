@@ -109,6 +109,58 @@ def test_means_are_over_the_interval_and_episodes_over_the_window(tmp_path: Path
     assert (second["train/episodes"], second["learner/loss"]) == (4, None)
 
 
+RETURN = "train/return_mean"
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "rung"),
+    [
+        (0.0, "0-0.01"),
+        (0.0099, "0-0.01"),
+        (0.01, "0.01-0.05"),  # as float32 it is less than 0.01
+        (0.0499, "0.01-0.05"),
+        (0.05, "0.05-0.2"),
+        (0.1999, "0.05-0.2"),
+        (0.2, "0.2-1"),
+        (1.0, "0.2-1"),
+    ],
+)
+def test_an_epsilon_is_of_the_rung_that_it_lies_in(epsilon: float, rung: str) -> None:
+    assert m.rung_of(float(np.float32(epsilon))) == f"{RETURN}/epsilon_{rung}"
+
+
+def test_returns_are_told_by_rung_of_those_in_the_window_that_have_episodes(
+    tmp_path: Path,
+) -> None:
+    def told(*given: tuple[float, float]) -> dict[str, float]:
+        episodes = [episode(return_) for return_, _ in given]
+        for each, (_, epsilon) in zip(episodes, given, strict=True):
+            each.epsilon = epsilon
+        metrics.episodes(episodes)
+        at = 1 + (metrics.last_row or {"env_steps": 0})["env_steps"]
+        row = metrics.row(at, at, 0, float(at))
+        return {name: row[name] for name in row if name.startswith(f"{RETURN}/")}
+
+    with m.Metrics(tmp_path, SETTINGS, None) as metrics:  # whose window has three episodes
+        assert told() == {}
+        low, high = f"{RETURN}/epsilon_0-0.01", f"{RETURN}/epsilon_0.2-1"
+        assert told((1.0, 0.4), (2.0, 0.001), (6.0, 1.0)) == {low: 2.0, high: 3.5}
+        assert told((5.0, 0.0), (9.0, 0.0)) == {low: 7.0, high: 6.0}
+        assert told((8.0, 0.0)) == {low: 22 / 3}
+        assert m.rungs_in([high, "x", low]) == [low, high]
+
+
+def test_a_window_that_an_earlier_rlx_saved_has_no_rungs(tmp_path: Path) -> None:
+    with m.Metrics(tmp_path, SETTINGS, None) as metrics:
+        metrics.restore({"episodes": 2, "window": [[3.0, 10], [5.0, 20]], "means": {}})
+        row = metrics.row(1, 1, 0, 1.0)
+        assert metrics.state()["window"] == [[3.0, 10], [5.0, 20]]
+        metrics.episodes([episode(7.0)])
+        assert metrics.state()["window"][-1] == [7.0, 10, 0.0]
+    assert (row[RETURN], row["train/length_mean"]) == (4.0, 15.0)
+    assert m.rungs_in(row) == []
+
+
 def test_not_finite_becomes_null(tmp_path: Path) -> None:
     with m.Metrics(tmp_path, SETTINGS, None) as metrics:
         metrics.record("learner/loss", jnp.float32(jnp.nan))
@@ -173,6 +225,8 @@ def test_tensorboard_gets_every_finite_value_at_its_env_step(tmp_path: Path) -> 
         metrics.row(123, 492, 7, 1.0)
         metrics.row(456, 1824, 9, 2.0)
     assert [s for s, v in board_values(tmp_path, "train/return_mean") if v == 5.0] == [123, 456]
+    rung = board_values(tmp_path, "train/return_mean/epsilon_0-0.01")
+    assert rung == [(123, 5.0), (456, 5.0)]
     assert board_values(tmp_path, "updates") == [(123, 7.0), (456, 9.0)]
     assert board_values(tmp_path, "learner/loss") == []
 

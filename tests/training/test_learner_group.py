@@ -22,9 +22,10 @@ import psutil
 import pytest
 
 import rlx
-from rlx.acting.exploration import Ladder
+from rlx.acting.exploration import Ladder, Redrawn
 from rlx.cluster.faults import ActingFailed
 from rlx.config.build import plain
+from rlx.interfaces import PerEpisode
 from rlx.problems import ConfigError, RunFailed
 from rlx.runs.folders import read_rows
 from rlx.training.assemble import assemble
@@ -142,6 +143,16 @@ def test_lanes_of_all_processes_explore_as_those_of_one():
         share_exploration(ladder, Rank(rank, 2)).amount(np.arange(3), 3, 0) for rank in (0, 1)
     ]
     np.testing.assert_array_equal(np.stack(shares, axis=1).ravel(), whole)
+    drawn = Redrawn(highest=0.1, lowest=0.001, count=256, seed=5)
+    chain, number = np.arange(3), np.arange(3) * 2
+    for rank in (0, 1):
+        share, lanes = share_exploration(drawn, Rank(rank, 2)), np.arange(3) * 2 + rank
+        np.testing.assert_array_equal(
+            share.episode_amount(np.arange(3), 3, 0, chain, number),
+            drawn.episode_amount(lanes, 6, 0, chain, number),
+        )
+        assert isinstance(share, PerEpisode)
+        assert not isinstance(share_exploration(ladder, Rank(rank, 2)), PerEpisode)
     assert share_seed(5, Rank(0, 2)) == 5
     assert len({share_seed(5, Rank(rank, 3)) for rank in range(3)}) == 3
 

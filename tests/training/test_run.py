@@ -595,6 +595,73 @@ def test_epsilons_go_by_the_lane_of_the_run_not_of_the_actor(monkeypatch, tmp_pa
     assert {e.lane: e.epsilon for e in episodes} == pytest.approx(ladder, rel=1e-5)
 
 
+DRAWS: dict[str, dict[str, Any]] = {  # and what is set
+    "mixed": {"start": 0.5, "decay_env_steps": 1},
+    "redrawn": {},
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_lane_draws_by_the_runs_seed_also_in_a_resumed_run(name, monkeypatch, tmp_path):
+    episodes: list[Any] = []
+    monkeypatch.setattr(Metrics, "episodes", lambda self, new: episodes.extend(new))
+    settings = DRAWS[name]
+    changes = [f"exploration.{key}={value}" for key, value in settings.items()]
+    told = (f"exploration={name}", *changes, "seed=3")
+    run(tmp_path, *told, "total_env_steps=600")
+    run(None, f"resume={tmp_path}", *told, "total_env_steps=1200")
+    assert {e.chain for e in episodes} == {0, 1}
+    schedule = rlx.make(f"exploration={name}", seed=3, **settings)
+    last = schedule.amount(np.arange(LANES), LANES, 10**9)
+    for chain in (0, 1):
+        for lane in range(LANES):
+            found = [e.epsilon for e in episodes if (e.lane, e.chain) == (lane, chain)]
+            number = np.arange(len(found))
+            expected = np.full(len(found), last[lane])
+            if name == "redrawn":
+                where = (np.full(len(found), chain), number)
+                expected = schedule.episode_amount(0 * number + lane, LANES, 0, *where)
+            assert found[1:] == expected[1:].tolist()  # a first one may end before the decay
+
+
+@pytest.mark.parametrize(
+    ("name", "rungs"),
+    [
+        ("exponential", {"0.05-0.2", "0.2-1"}),
+        ("decaying_ladder", {"0.01-0.05", "0.2-1"}),
+        ("mixed", {"0.2-1"}),
+        ("redrawn", {"0-0.01", "0.01-0.05", "0.05-0.2"}),
+        ("constant", {"0.05-0.2"}),
+        ("greedy", {"0-0.01"}),
+    ],
+)
+def test_every_exploration_runs_and_rows_have_the_returns_of_its_rungs(name, rungs, tmp_path):
+    changed = {"exponential": 4_000, "decaying_ladder": 1_000_000, "mixed": 1_000_000}
+    decay = [f"exploration.decay_env_steps={changed[name]}"] if name in changed else []
+    run(tmp_path, f"exploration={name}", *decay, "total_env_steps=2000")
+    row = rows(tmp_path)[-1]
+    assert row["env_steps"] >= 2000
+    prefix = "train/return_mean/epsilon_"
+    found = {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)}
+    assert set(found) == rungs
+    assert min(found.values()) <= row["train/return_mean"] <= max(found.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["exploration=mixed", "exploration.weights=[1,2]"], "give each final amount one weight"),
+        (["exploration=redrawn", "exploration.lowest=0.5"], "above exploration.highest=0.1"),
+    ],
+)
+def test_draws_that_make_no_sense_are_refused_before_an_environment_opens(
+    settings, says, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("rlx.training.assemble.build_agent", lambda settings: pytest.fail("late"))
+    with pytest.raises(ConfigError, match=says):
+        run(tmp_path, *settings)
+
+
 def test_schedules_go_on_in_a_resumed_run(monkeypatch, tmp_path):
     episodes: list[Any] = []
     monkeypatch.setattr(Metrics, "episodes", lambda self, new: episodes.extend(new))
