@@ -11,7 +11,7 @@ from rlx import types
 
 
 def children(tree: Any) -> dict[str, Any] | None:
-    """The named children of a node, or None for a leaf."""
+    """The named children of a node, or None for a leaf; as in JAX, None is a node without any."""
     names = types.RECORDS.get(type(tree))
     if names is not None:
         return {name: getattr(tree, name) for name in names}
@@ -21,7 +21,7 @@ def children(tree: Any) -> dict[str, Any] | None:
         return {key: tree[key] for key in sorted(tree)}
     if isinstance(tree, tuple | list):
         return {str(i): child for i, child in enumerate(tree)}
-    return None
+    return {} if tree is None else None
 
 
 def rebuild(like: Any, parts: Mapping[str, Any]) -> Any:

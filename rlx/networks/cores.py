@@ -129,16 +129,21 @@ def _gru_step(carry: Any, gates: Array, product: Array) -> Any:
 
 
 class Feedforward(Core, kw_only=True):
-    """A core without memory beyond the stack of frames: one dense layer instead of a recurrence."""
+    """A core without memory beyond the stack of frames: one dense layer instead of a recurrence.
 
-    units: Annotated[int, Range(ge=1)]
+    `units` of None leaves the layer out, so that heads read the torso's features as they are.
+    """
+
+    units: Annotated[int, Range(ge=1)] | None
 
     def initial_carry(self, batch: int) -> tuple[()]:
         return ()
 
     @nn.compact
     def __call__(self, x: Array, first: Array, carry: Any, dtype: Any) -> tuple[Array, Any]:
-        return nn.relu(nn.Dense(self.units, dtype=dtype)(x)).astype(jnp.float32), ()
+        if self.units is not None:
+            x = nn.relu(nn.Dense(self.units, dtype=dtype)(x))
+        return x.astype(jnp.float32), ()
 
 
 def stack_frames(frames: Array, first: Array, carried: Array) -> tuple[Array, Array]:
