@@ -60,7 +60,9 @@ def make(**settings) -> Prioritized:
 
 
 def test_an_agent_without_first_priorities_is_refused_but_with_the_largest_ones():
-    with pytest.raises(ValueError, match=r"no initial_priorities .*replay\.initial_priority=max"):
+    with pytest.raises(
+        ValueError, match=r"no initial_priorities .*replay\.initial_priority to max or one"
+    ):
         make(initial_priorities=None)
     replay = make(initial_priorities=None, initial_priority="max")
     assert replay.needs_priorities
