@@ -117,6 +117,13 @@ class Gymnasium:
         """The raw spaces of one environment, without our adapter."""
         return self._describe()[1]
 
+    def open(self) -> gymnasium.Env:
+        """One environment in its wrappers and without rlx's lanes, for agents in use."""
+        if problems := self.problems():
+            raise ValueError("; ".join(problems))
+        env: gymnasium.Env = _made(self._opening(render=False).open, self.id)[0]
+        return env
+
     def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> GymnasiumLanes:
         """`lanes` copies, seeded one by one (int32 each); `render` allows `render(lane)`."""
         checked = check_lanes_and_seeds(lanes, seeds)
