@@ -65,20 +65,33 @@ class ResizeImage(gymnasium.ObservationWrapper):
         super().__init__(env)
         shape = (height, width, *space.shape[2:])
         self.observation_space = gymnasium.spaces.Box(0, 255, shape, np.uint8)
-        self._rows = covered(space.shape[0], height)
-        self._columns = covered(space.shape[1], width)
+        self._rows, self._columns = Areas(space.shape[0], height), Areas(space.shape[1], width)
 
     def observation(self, observation: Any) -> np.ndarray:
         """The image, resized."""
-        image = np.asarray(observation, np.float32)
-        narrow = np.tensordot(self._rows, image, 1)  # [height, W, ...]
-        resized = np.einsum("hw...,vw->hv...", narrow, self._columns, optimize=True)
+        narrow = self._rows.means(np.asarray(observation, np.float64))
+        resized = self._columns.means(narrow.swapaxes(0, 1)).swapaxes(0, 1)
         return np.rint(resized).astype(np.uint8)
 
 
-def covered(old: int, new: int) -> np.ndarray:
-    """f32[new, old]: the part of each new pixel that each old one makes up; rows sum to 1."""
-    edges = np.arange(new + 1) * (old / new)  # of the new pixels, in old ones
-    left = np.maximum(edges[:-1, None], np.arange(old)[None])
-    right = np.minimum(edges[1:, None], np.arange(1, old + 1)[None])
-    return (np.maximum(right - left, 0) * (new / old)).astype(np.float32)
+class Areas:
+    """Makes `new` means of `old` numbers along the first axis, of equal areas.
+
+    Sums up to each edge are subtracted; matrices would be multiplied by threads of a library,
+    which wait for each other where many lanes share few cores.
+    """
+
+    def __init__(self, old: int, new: int) -> None:
+        edges = np.arange(new + 1) * old / new  # of the new areas, in old ones
+        self._whole = np.minimum(edges.astype(np.int64), old - 1)
+        self._part = edges - self._whole
+        self._scale = new / old
+
+    def means(self, array: np.ndarray) -> np.ndarray:
+        """f64[new, ...] of f64[old, ...]."""
+        before = np.zeros_like(array)
+        np.cumsum(array[:-1], axis=0, out=before[1:])
+        part = self._part.reshape(-1, *(1 for _ in array.shape[1:]))
+        up_to = before[self._whole] + part * array[self._whole]
+        means: np.ndarray = np.diff(up_to, axis=0) * self._scale
+        return means

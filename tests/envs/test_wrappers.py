@@ -322,7 +322,7 @@ def test_a_run_reports_trains_and_is_loaded_with_its_wrappers(tmp_path, acting):
     summary = rlx.run(rlx.compose(settings), tmp_path / "run")
     assert summary["evaluation_return"] == GAME[0]
     loaded = rlx.load(tmp_path / "run")
-    assert set(loaded.evaluate(episodes=2, envs=1, epsilon=0.0, record=False)["returns"]) == {GAME[0]}
+    assert set(loaded.evaluate(episodes=2, envs=1, epsilon=0.0, record=True)["returns"]) == {GAME[0]}
     env = loaded.family.open()
     (observation, _), state, rewards = env.reset(), None, []
     for _ in range(4):
