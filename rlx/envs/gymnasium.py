@@ -344,15 +344,14 @@ class GymnasiumLanes:
     ) -> Timestep:
         """The answer of arrays [N, *], brought from the order of the lanes into that of `lane`."""
         self._pictures = None
-        observation, told = self._observed(raw), raw.get(TOLD)
+        observation = self._observed(raw)
         while (anew := self._tracker.begin_anew(self._all, observation, reward)) is not None:
             raw, _ = self._vector.reset(options={"reset_mask": anew, "uncounted": True})
             observation = self._observed(raw)
-            told = None if told is None else np.where(anew[:, None], raw[TOLD], told)
             reward = np.where(anew, 0.0, reward)
             terminated, truncated = terminated & ~anew, truncated & ~anew
         if self._told is not None:
-            self._told.hear(told)
+            self._told.hear(raw[TOLD])
         if not np.array_equal(lane, self._all):
             observation = {name: array[lane] for name, array in observation.items()}
             reward, terminated, truncated = reward[lane], terminated[lane], truncated[lane]

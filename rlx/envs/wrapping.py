@@ -154,7 +154,7 @@ def has_pictures(wrappers: Sequence[Wrapping]) -> bool:
 def said(wrappers: Sequence[Wrapping]) -> list[str]:
     """Says what a person should know of the list, a line each."""
     return [
-        f"{w.at} stacks frames, and the replay stores each as often; network.stack stores images once"
+        f"{w.at} stacks frames, so each is stored as often; network.stack stores images once"
         for w in wrappers
         if issubclass(w.cls, gymnasiums.FrameStackObservation)
     ]

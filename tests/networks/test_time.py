@@ -84,9 +84,7 @@ def test_the_core_reads_the_scaled_time_and_without_it_the_same_bits():
             kernel: flat[kernel][:-1],
             bias: np.asarray(flat[bias]) + np.float32(time * SCALE) * last,
         }
-        same, _ = plain.apply(
-            traverse_util.unflatten_dict(changed), inputs, plain.initial_carry(5)
-        )
+        same, _ = plain.apply(traverse_util.unflatten_dict(changed), inputs, plain.initial_carry(5))
         np.testing.assert_allclose(features[0, lane], same[0, lane], rtol=1e-5, atol=1e-6)
     later = dataclasses.replace(inputs, time=inputs.time + 3)
     params = parts.init(plain, jax.random.PRNGKey(1))
@@ -116,6 +114,7 @@ def test_a_run_with_time_is_trained_resumed_and_loaded(tmp_path, more):
     small = [x for x in SMALL if "dqn" not in more[0] or "burn_in" not in x]
     settings = [*more, *small, "network.time=true", "network.time_scale=0.01"]
     rlx.run(rlx.compose(settings), tmp_path)
-    summary = rlx.run(rlx.compose([*settings, "total_env_steps=700", f"resume={tmp_path}"]), tmp_path)
+    again = [*settings, "total_env_steps=700", f"resume={tmp_path}"]
+    summary = rlx.run(rlx.compose(again), tmp_path)
     assert summary["state"] == "finished"
     assert rlx.load(tmp_path).evaluate(episodes=1, envs=1)["returns"]
