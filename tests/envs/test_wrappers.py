@@ -84,6 +84,8 @@ def test_a_life_is_an_episode_of_the_learner_and_the_game_is_reported(vector):
     assert firsts == [0, 5, 9, 13, 18, 22]
     # Ten of the game's twelve steps are decisions of the agent.
     assert episodes == [(GAME[0], 10, 10)]
+    # Nor are the env steps in which nothing but a delay went on.
+    assert played(lives(LIFE, DELAY, vector=vector), 24)[1] == [(GAME[0], 10, 10)]
 
 
 @pytest.mark.parametrize("vector", VECTORS)
@@ -133,6 +135,7 @@ def test_wrappers_multiply_the_skip_of_an_emulator():
     assert frames("Emulated", CLIP) == 4
     assert frames("Skipping", SKIP) == 2 * 3 * 5
     assert frames("Odd", repeat) == 3
+    assert frames("Repeating", repeat) == 3  # its own repeats are no frames of an emulator
     sticky = {"_target_": f"{OF_GYMNASIUM}.StickyAction", "repeat_action_probability": 0.25}
     assert frames("Odd", sticky) == 1
 
