@@ -81,6 +81,8 @@ def network(spec: EnvSpec = VECTOR, core: str = "lstm", **changes: Any) -> Recur
         "discrete": "one_hot",
         "prev_action": True,
         "prev_reward": True,
+        "time": False,
+        "time_scale": 1e-5,
         "compute_dtype": "float32",
         "spec": spec,
     }

@@ -52,6 +52,7 @@ def pooled(env_id: str, **settings: Any) -> EnvPool:
 
 def registered(env_id: str, **settings: Any) -> Gymnasium:
     own = {"max_episode_steps": 6, "vector": "sync", "kwargs": {}, "frames_per_env_step": None}
+    own["wrappers"] = []
     return Gymnasium(id=env_id, **READING | own | settings)
 
 

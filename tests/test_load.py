@@ -30,6 +30,7 @@ CARTPOLE = Gymnasium(
     scale=[0.4, 4.8],
     action_mask=None,
     image="auto",
+    wrappers=[],
     frames_per_env_step=None,
     max_episode_steps=60,
 )

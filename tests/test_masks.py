@@ -38,6 +38,7 @@ MASKED = Gymnasium(
     scale=None,
     action_mask="action_mask",
     image="auto",
+    wrappers=[],
     frames_per_env_step=None,
     max_episode_steps=None,
 )

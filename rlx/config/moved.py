@@ -46,9 +46,14 @@ ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does
         "action_mask": None,
         "image": None,
         "frames_per_env_step": 1,
+        "wrappers": [],
     },
     "rlx.evaluation.playing.Evaluation": {"max_env_steps_per_episode": None},
-    "rlx.networks.recurrent.RecurrentNetwork": {"discrete": "number"},
+    "rlx.networks.recurrent.RecurrentNetwork": {
+        "discrete": "number",
+        "time": False,
+        "time_scale": 1e-5,
+    },
 }
 
 

@@ -40,8 +40,8 @@ def _installed() -> frozenset[str]:
     return frozenset(f"{point.value}." for point in points)
 
 
-def _prefixes() -> tuple[str, ...]:
-    return tuple(sorted(_allowed | _installed()))
+def _prefixes(*also: str) -> tuple[str, ...]:
+    return tuple(sorted({*_allowed, *_installed(), *also}))
 
 
 def may_import(module: str) -> bool:
@@ -49,13 +49,15 @@ def may_import(module: str) -> bool:
     return module in sys.modules or f"{module}.".startswith(_prefixes())
 
 
-def resolve(target: Any) -> tuple[type | None, str]:
+def resolve(target: Any, *also: str) -> tuple[type | None, str]:
     """The class that a target resolves to, or why there is none.
 
     Only modules of an allowed package are imported, and only what stands in the module counts.
+    also: further prefixes that are allowed in this place.
     """
-    accepted = f"accepted: a public class under {' or '.join(_prefixes())}"
-    if not isinstance(target, str) or not target.startswith(_prefixes()):
+    prefixes = _prefixes(*also)
+    accepted = f"accepted: a public class under {' or '.join(prefixes)}"
+    if not isinstance(target, str) or not target.startswith(prefixes):
         package = str(target).partition(".")[0]
         way = f"rlx.allow('{package}.') or an entry point allows it (docs/extending.md)"
         return None, f"not allowed; {accepted}; {way}"
@@ -67,17 +69,17 @@ def resolve(target: Any) -> tuple[type | None, str]:
     except (ImportError, ValueError) as error:
         return None, f"cannot be imported ({error}){_near_module(module_name)}"
     if name not in members:
-        known = [key for key, member in members.items() if _is_allowed(member)]
+        known = [key for key, member in members.items() if _is_allowed(member, prefixes)]
         return None, f"no such class; {did_you_mean(name, known, module_name + '.')}"
-    if not _is_allowed(members[name]):
+    if not _is_allowed(members[name], prefixes):
         return None, f"not allowed: it is {full_name(members[name])}; {accepted}"
     return members[name], ""
 
 
-def _is_allowed(found: Any) -> bool:
+def _is_allowed(found: Any, prefixes: tuple[str, ...]) -> bool:
     name = full_name(found)
     public = not any(part.startswith(("_", "<")) for part in name.split("."))
-    return isinstance(found, type) and public and name.startswith(_prefixes())
+    return isinstance(found, type) and public and name.startswith(prefixes)
 
 
 def full_name(found: Any) -> str:

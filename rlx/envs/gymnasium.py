@@ -9,10 +9,9 @@ mode is theirs to choose, and SAME_STEP would hide the last observation.
 from __future__ import annotations
 
 import importlib
-import math
 import multiprocessing
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -21,6 +20,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
+from rlx.envs import wrapping
 from rlx.envs.actions import Actions
 from rlx.envs.gymnasium_spaces import action_spec, read_sources
 from rlx.envs.images import Image
@@ -36,6 +36,7 @@ from rlx.envs.observations import (
     select,
 )
 from rlx.envs.one_lane import OneLane
+from rlx.envs.true_episodes import TOLD, Beneath, ToldEpisodes
 from rlx.problems import EnvironmentFailed
 from rlx.types import (
     Cut,
@@ -59,7 +60,7 @@ RESERVED = {
     "vectorization_mode": "set env.vector",
     "vector_kwargs": "the reset mode is always NEXT_STEP",
     "autoreset_mode": "the reset mode is always NEXT_STEP",
-    "wrappers": "register an id whose entry point wraps",
+    "wrappers": "set env.wrappers",
     "max_episode_steps": "set env.max_episode_steps",
     "render_mode": "videos belong to the evaluation's settings",
 }
@@ -70,11 +71,13 @@ class Gymnasium:
     """The settings of a gymnasium environment (an `interfaces.EnvFamily`).
 
     float64 observations are cast to float32, int64 ones to int32; actions reach the environment
-    in its own dtype.
+    in its own dtype. `wrappers` are put around each lane's environment, the first one innermost;
+    episodes are counted beneath them (`rlx.envs.true_episodes`).
     """
 
     id: Annotated[str, NamesModule()]
     kwargs: dict[str, Any]
+    wrappers: list[dict[str, Any]]
     vector: Literal["sync", "async"]
     observe: str | list[str] | None
     components: list[int] | None
@@ -97,29 +100,37 @@ class Gymnasium:
             for name in self.kwargs
             if name in RESERVED
         ]
-        return found
+        return found if vars(self).get(SENT, False) else found + wrapping.problems(self.wrappers)
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings as they travel to another process, which may have registered less."""
         return vars(self) | {SENT: True}
 
     def spec(self) -> EnvSpec:
-        """Found from one throw-away lane. Raises ValueError (nearest ids) for an unknown id."""
-        return self._describe()[0]
+        """Found from one throw-away lane. Raises ValueError (nearest ids) for an unknown id.
+
+        With wrappers that lane is reset, and stepped once: most of them fail no earlier.
+        """
+        return self._describe(tried=bool(self.wrappers))[0]
 
     def raw_spaces(self) -> RawSpaces:
         """The raw spaces of one environment, without our adapter."""
         return self._describe()[1]
+
+    def open(self) -> gymnasium.Env:
+        """One environment in its wrappers and without rlx's lanes, for agents in use."""
+        if problems := self.problems():
+            raise ValueError("; ".join(problems))
+        env: gymnasium.Env = _made(self._opening(render=False).open, self.id)[0]
+        return env
 
     def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> GymnasiumLanes:
         """`lanes` copies, seeded one by one (int32 each); `render` allows `render(lane)`."""
         checked = check_lanes_and_seeds(lanes, seeds)
         spec, own = self._describe()
         sources = tuple(leaf.source for leaf in own.leaves)
-        opened = [
-            partial(open_lane, self.id, self._make_kwargs(render), lane, sources)
-            for lane in range(lanes)
-        ]
+        how = self._opening(render)
+        opened = [partial(open_lane, how, lane, sources) for lane in range(lanes)]
         vector = _made(lambda: self._vector(opened), self.id)
         named = [replace(x, source=replace(x.source, path=(x.source.name,))) for x in own.leaves]
         return GymnasiumLanes(
@@ -131,6 +142,7 @@ class Gymnasium:
                 spec.action, start=own.action_start, dtype=vector.single_action_space.dtype
             ),
             render=render,
+            told=_told_episodes(lanes, spec) if self.wrappers else None,
         )
 
     def _vector(self, opened: Sequence[Callable[[], Any]]) -> Any:
@@ -159,28 +171,66 @@ class Gymnasium:
             image=self.image,
         )
 
-    def _make_kwargs(self, render: bool) -> dict[str, Any]:
-        kwargs = dict(self.kwargs)
-        if self.max_episode_steps is not None:
-            kwargs["max_episode_steps"] = self.max_episode_steps
-        if render:
+    def _opening(self, render: bool) -> Opening:
+        wrappers = wrapping.read(self.wrappers, sent=vars(self).get(SENT, False))
+        kwargs, limit = dict(self.kwargs), self.max_episode_steps
+        if limit is not None:  # around wrappers, which may skip steps, it counts env steps
+            kwargs["max_episode_steps"] = -1 if wrappers else limit
+        if render or wrapping.has_pictures(wrappers):
             kwargs["render_mode"] = "rgb_array"
-        return kwargs | {"disable_env_checker": True}
+        return Opening(
+            env_id=self.id,
+            kwargs=kwargs | {"disable_env_checker": True},
+            wrappers=tuple(wrappers),
+            limit=limit if wrappers else None,
+        )
 
-    def _describe(self) -> tuple[EnvSpec, RawSpaces]:
+    def _describe(self, *, tried: bool = False) -> tuple[EnvSpec, RawSpaces]:
         """The spec, and what the environment itself gives and takes."""
         if problems := self.problems():
             raise ValueError("; ".join(problems))
-        env = _made(lambda: gymnasium.make(self.id, **self._make_kwargs(render=False)), self.id)
+        how = self._opening(render=False)
+        env, beneath = _made(how.open, self.id)
         try:
             action, start = action_spec(self.id, env.action_space)
             sources = read_sources(env.observation_space)
             leaves = self._select(sources)
-            frames = self.frames_per_env_step or _frames_per_env_step(self.id, env)
+            frames = self.frames_per_env_step or wrapping.frames_per_env_step(
+                self.id, env, beneath or env
+            )
+            if tried:
+                read = [leaf.source for leaf in leaves]
+                _try(OneLane(env, env_id=self.id, lane=0, sources=read), self.action_mask is None)
         finally:
             env.close()
         spec = env_spec(self.id, leaves, action, frames, self.action_mask)
+        spec = replace(spec, said=(*spec.said, *wrapping.said(how.wrappers)))
         return spec, raw_spaces(sources, leaves, start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """Opens one environment; it travels to the process of its lane."""
+
+    env_id: str
+    kwargs: dict[str, Any]
+    wrappers: tuple[wrapping.Wrapping, ...]
+    limit: int | None  # env steps of an episode, around the wrappers
+
+    def open(self) -> tuple[Any, Beneath | None]:
+        """(the environment in its wrappers, what counts beneath them), None without wrappers."""
+        env = gymnasium.make(self.env_id, **self.kwargs)
+        if not self.wrappers:
+            return env, None
+        beneath = Beneath(env)
+        try:
+            whole = wrapping.wrapped(beneath, self.wrappers)
+        except ValueError:
+            env.close()
+            raise
+        if self.limit is not None:
+            whole = gymnasium.wrappers.TimeLimit(whole, self.limit)
+        return whole, beneath
 
 
 class GymnasiumLanes:
@@ -198,6 +248,7 @@ class GymnasiumLanes:
         seeds: list[int],
         actions: Actions,
         render: bool,
+        told: ToldEpisodes | None = None,
     ) -> None:
         self.spec = spec
         self.lanes: int = vector.num_envs
@@ -208,8 +259,9 @@ class GymnasiumLanes:
         self._actions = actions
         self._render = render
         self._tracker = LaneTracker(
-            lanes=self.lanes, spec=spec, actions=actions, least_in_flight=self.lanes
+            lanes=self.lanes, spec=spec, actions=actions, least_in_flight=self.lanes, told=told
         )
+        self._told = told  # None: no wrappers, whose answers show the true episodes
         self._sent: tuple[np.ndarray, np.ndarray] | None = None
         self._pictures: Any = None  # of all lanes, until the next answer: they come together
         self._one_thread = OneThread("one gymnasium environment")
@@ -218,7 +270,7 @@ class GymnasiumLanes:
         """Starts every lane and answers all; only the first reset uses the seeds."""
         with self._one_thread:
             self._tracker.restart()
-            raw, _ = self._vector.reset(seed=self._seeds)
+            raw, _ = self._vector.reset(seed=self._seeds, options={"uncounted": True})
             self._seeds = None  # a second reset goes on with other episodes, as EnvPool's does
             no = np.zeros(self.lanes, bool)
             return self._answer(raw, np.zeros(self.lanes), no, no.copy(), self._all)
@@ -294,10 +346,12 @@ class GymnasiumLanes:
         self._pictures = None
         observation = self._observed(raw)
         while (anew := self._tracker.begin_anew(self._all, observation, reward)) is not None:
-            raw, _ = self._vector.reset(options={"reset_mask": anew})
+            raw, _ = self._vector.reset(options={"reset_mask": anew, "uncounted": True})
             observation = self._observed(raw)
             reward = np.where(anew, 0.0, reward)
             terminated, truncated = terminated & ~anew, truncated & ~anew
+        if self._told is not None:
+            self._told.hear(raw[TOLD])
         if not np.array_equal(lane, self._all):
             observation = {name: array[lane] for name, array in observation.items()}
             reward, terminated, truncated = reward[lane], terminated[lane], truncated[lane]
@@ -351,29 +405,24 @@ def _made(make: Callable[[], Any], env_id: str) -> Any:
         raise ValueError(f"env.id={env_id!r} does not work here: {line}") from error
 
 
-def open_lane(env_id: str, kwargs: Mapping[str, Any], lane: int, sources: Sequence[Source]) -> Any:
+def _told_episodes(lanes: int, spec: EnvSpec) -> ToldEpisodes:
+    return ToldEpisodes(lanes=lanes, frames_per_env_step=spec.frames_per_env_step)
+
+
+def _try(lane: OneLane, steps: bool) -> None:
+    """Resets a lane and, if it `steps`, steps it once with any action; raises ValueError."""
+    try:
+        lane.reset(seed=0)
+        if steps:
+            lane.action_space.seed(0)
+            lane.step(lane.action_space.sample())
+    except EnvironmentFailed as error:
+        raise ValueError(f"{error} (tried with env.wrappers)") from error
+
+
+def open_lane(how: Opening, lane: int, sources: Sequence[Source]) -> Any:
     """One environment of a vector, in whatever process it is."""
-    if problems := _id_problems(env_id, sent=multiprocessing.parent_process() is not None):
-        raise EnvironmentFailed(env_id, problems[0], lane)
-    env = gymnasium.make(env_id, **kwargs)
-    return OneLane(env, env_id=env_id, lane=lane, sources=sources)
-
-
-def _frames_per_env_step(env_id: str, env: Any) -> int:
-    """The emulator's frames of an env step: 1 of an environment without an emulator.
-
-    ALE skips frames, and wrappers (AtariPreprocessing, MaxAndSkipObservation) skip its steps.
-    """
-    if not hasattr(env.unwrapped, "ale"):
-        return 1
-    skips, layer = [getattr(env.unwrapped, "_frameskip", 1)], env
-    while isinstance(layer, gymnasium.Wrapper):
-        own = vars(layer)
-        skips += [own[name] for name in ("frame_skip", "_skip") if name in own]
-        layer = layer.env
-    if not all(isinstance(skip, int) for skip in skips):
-        raise ValueError(
-            f"env.id={env_id!r} skips {skips} frames, by chance; set env.kwargs.frameskip to a "
-            "number, or env.frames_per_env_step to what is to be counted"
-        )
-    return math.prod(skips)
+    if problems := _id_problems(how.env_id, sent=multiprocessing.parent_process() is not None):
+        raise EnvironmentFailed(how.env_id, problems[0], lane)
+    env, beneath = how.open()
+    return OneLane(env, env_id=how.env_id, lane=lane, sources=sources, beneath=beneath)

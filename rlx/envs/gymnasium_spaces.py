@@ -21,9 +21,14 @@ MOST = 2**31 - 1  # actions are int32
 
 
 def read_sources(space: Any, path: tuple[Any, ...] = ()) -> list[Source]:
-    """The arrays of an observation space; nested dicts are flattened."""
+    """The arrays of an observation space; dicts and tuples are flattened, nested or not.
+
+    An element of a Tuple has its index for a name: "0", "camera/1".
+    """
     if isinstance(space, gymnasium.spaces.Dict):
         return [s for key, part in space.items() for s in read_sources(part, (*path, key))]
+    if isinstance(space, gymnasium.spaces.Tuple):
+        return [s for i, part in enumerate(space) for s in read_sources(part, (*path, i))]
     name = leaf_name([str(key) for key in path])
     dtype = getattr(space, "dtype", None)
     shape = getattr(space, "shape", None)

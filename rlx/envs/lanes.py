@@ -14,6 +14,7 @@ import numpy as np
 
 from rlx.envs.actions import Actions, describe
 from rlx.envs.finite import TRIES, cut, make_finite, not_finite
+from rlx.envs.true_episodes import ToldEpisodes
 from rlx.problems import EnvironmentFailed
 from rlx.types import Cut, EnvSpec, Episode
 
@@ -100,8 +101,15 @@ class LaneTracker:
     """
 
     def __init__(
-        self, *, lanes: int, spec: EnvSpec, actions: Actions, least_in_flight: int = 1
+        self,
+        *,
+        lanes: int,
+        spec: EnvSpec,
+        actions: Actions,
+        least_in_flight: int = 1,
+        told: ToldEpisodes | None = None,
     ) -> None:
+        """told: what is told of episodes, where answers do not show the true ones."""
         self.lanes = lanes
         self._least_in_flight = least_in_flight  # fewer would never make an answer
         self._actions = actions
@@ -111,7 +119,9 @@ class LaneTracker:
         self._waiting = np.zeros(lanes, bool)
         self._n_waiting = 0
         self._done = np.ones(lanes, bool)  # so that the very first answers are `first`
-        self._counter = EpisodeCounter(lanes=lanes, frames_per_env_step=spec.frames_per_env_step)
+        self._counter: EpisodeCounter | ToldEpisodes = told or EpisodeCounter(
+            lanes=lanes, frames_per_env_step=spec.frames_per_env_step
+        )
         self._uncounted: dict[str, Any] | None = None  # of the last answer, for the counter
         self._cuts: list[Cut] = []
         self._ending: set[int] = set()  # lanes whose next answer is to be `first`

@@ -245,7 +245,7 @@ def _check_readable(
             raise ValueError(f"{given} is there twice, by keys that read alike; rename one of them")
         instead = f"; set env.observe to some of: {', '.join(good) or '(none is left)'}"
         if source.unreadable:
-            accepted = f"accepted: (dicts of) numeric arrays{instead}"
+            accepted = f"accepted: (dicts and tuples of) numeric arrays{instead}"
             raise ValueError(f"{given} is {source.unreadable}; {accepted}")
         if 0 in source.shape:
             raise ValueError(f"{given} has no elements {list(source.shape)}{instead}")

@@ -17,6 +17,7 @@ import numpy as np
 
 from rlx.envs.actions import describe
 from rlx.envs.observations import Source
+from rlx.envs.true_episodes import TOLD, Beneath
 from rlx.machine import signals
 from rlx.problems import EnvironmentFailed
 
@@ -27,23 +28,42 @@ RESET = "(observation, info)"
 class OneLane:
     """Gives {leaf: array} of the sources that are read, each as declared, and empty infos."""
 
-    def __init__(self, env: Any, *, env_id: str, lane: int, sources: Sequence[Source]) -> None:
-        self._env = env
+    def __init__(
+        self,
+        env: Any,
+        *,
+        env_id: str,
+        lane: int,
+        sources: Sequence[Source],
+        beneath: Beneath | None = None,
+    ) -> None:
+        """beneath: what counts under wrappers; the observation then has its TOLD, too."""
+        self._env, self._beneath = env, beneath
         self._env_id, self._lane, self._sources = env_id, lane, sources
-        self.observation_space = gymnasium.spaces.Dict({s.name: _space(s) for s in sources})
+        parts = {s.name: _space(s) for s in sources}
+        if beneath is not None:
+            parts[TOLD] = gymnasium.spaces.Box(-np.inf, np.inf, (5,), np.float64)
+        self.observation_space = gymnasium.spaces.Dict(parts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._env, name)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
-        """Resets with the seed, where there is one; the options are the vector's own."""
+        """Resets with the seed, where there is one.
+
+        The environment gets no options; with any the episode so far is not to be counted.
+        """
         given = {} if seed is None else {"seed": seed}
+        if self._beneath is not None and options:
+            self._beneath.forget()
         answer = self._call("reset", lambda: self._env.reset(**given))
         if not isinstance(answer, tuple) or len(answer) != 2:
             self._fail("reset", f"returned {_shown(answer)}; return {RESET}")
         return self._observed("reset", answer[0]), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        if self._beneath is not None:
+            self._beneath.begin_env_step()
         answer = self._call("step", lambda: self._env.step(action))
         if not isinstance(answer, tuple) or len(answer) != 5:
             self._fail("step", f"returned {_shown(answer)}; return {STEP}")
@@ -75,7 +95,7 @@ class OneLane:
         for source in self._sources:
             value, at = observation, ""
             for key in source.path:
-                if not isinstance(value, Mapping) or key not in value:
+                if not _has(value, key):
                     self._fail(name, f"returned no {source.name!r}, but {_shown(value)}{at}")
                 value, at = value[key], f" at {key!r}"
             try:
@@ -83,6 +103,8 @@ class OneLane:
             except (ValueError, TypeError, OverflowError) as error:
                 what = "the observation" if not source.path else f"the leaf {source.name!r}"
                 self._fail(name, f"returned {what} as {error}; declared: {_declared(source)}")
+        if self._beneath is not None:
+            found[TOLD] = self._beneath.told()
         return found
 
     def _number(self, reward: Any) -> float:
@@ -102,6 +124,13 @@ class OneLane:
 
     def _fail(self, name: str, says: str) -> NoReturn:
         raise EnvironmentFailed(self._env_id, f"{name}() {says}", self._lane)
+
+
+def _has(value: Any, key: Any) -> bool:
+    """Says whether an observation's part has this key, or this element of a Tuple."""
+    if isinstance(key, int) and isinstance(value, tuple | list):
+        return key < len(value)
+    return isinstance(value, Mapping) and key in value
 
 
 def as_declared(value: Any, source: Source) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,12 +121,14 @@ def accepted_dtypes(leaf: Leaf) -> list[str]:
 def _by_name(raw_spaces: RawSpaces, given: Any) -> dict[str, Any]:
     """The arrays by leaf name; refuses other names than the environment's."""
     names = [leaf.source.name for leaf in raw_spaces.leaves]
-    if not isinstance(given, Mapping):
+    known = {*names, *raw_spaces.ignored}
+    is_tuple = isinstance(given, tuple) and any(name.split("/")[0] == "0" for name in known)
+    if not isinstance(given, Mapping) and not is_tuple:
         if len(names) == 1 and not raw_spaces.ignored:
             return {names[0]: given}
         described = describe(given)
         raise ValueError(f"observation is {described}; give a dict of {', '.join(names)}")
-    flat = _flat(given)
+    flat = _flat(given, known)
     missing = [name for name in names if name not in flat]
     unknown = [name for name in flat if name not in names and name not in raw_spaces.ignored]
     if missing or unknown:
@@ -141,11 +143,13 @@ def _ignored(raw_spaces: RawSpaces) -> str:
     return f" ({', '.join(raw_spaces.ignored)} may be there, too)" if raw_spaces.ignored else ""
 
 
-def _flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(given: Any, known: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """The leaves of dicts and tuples by name; a tuple that is a known leaf is its value."""
     flat: dict[str, Any] = {}
-    for key, value in given.items():
+    for key, value in given.items() if isinstance(given, Mapping) else enumerate(given):
         name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}/") if isinstance(value, Mapping) else {name: value}
+        has_parts = isinstance(value, Mapping) or (isinstance(value, tuple) and name not in known)
+        flat |= _flat(value, known, f"{name}/") if has_parts else {name: value}
     return flat
 
 

@@ -1,4 +1,4 @@
-"""The body of a network: frame stack -> torso -> core (with previous action and reward).
+"""The body of a network: frame stack -> torso -> core (with previous action, reward, time).
 
 An agent puts its heads to it: functions of the features, and of whatever else they read.
 """
@@ -64,6 +64,9 @@ def _features(net: RecurrentNetwork, inputs: NetInput, core: Any) -> tuple[Array
         extra.append(encode_previous(inputs.prev_action, inputs.first, net.spec.action, dtype))
     if net.prev_reward:
         extra.append(inputs.prev_reward[..., None].astype(dtype))
+    if net.time:
+        scaled = inputs.time.astype(jnp.float32) * net.time_scale
+        extra.append(scaled[..., None].astype(dtype))
     x = jnp.concatenate(extra, axis=-1)
     return net.core.copy(name="core")(x, inputs.first, core, dtype)
 
@@ -92,6 +95,8 @@ class RecurrentNetwork:
     discrete: Literal["one_hot", "number"]  # leaves that are choices, as the torso sees them
     prev_action: bool  # encoded (rlx.networks.actions), into the core (R2D2, appendix)
     prev_reward: bool  # after the agent's transform, into the core
+    time: bool  # env steps since the episode's first observation, into the core
+    time_scale: Annotated[float, Range(gt=0)]  # factor of the time
     compute_dtype: Literal["float32", "bfloat16"]  # state, parameters and outputs stay float32
     spec: Runtime[EnvSpec]
 

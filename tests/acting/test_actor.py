@@ -39,6 +39,7 @@ def ends(**kwargs: Any) -> Gymnasium:
         scale=None,
         action_mask=None,
         image="auto",
+        wrappers=[],
         frames_per_env_step=None,
         max_episode_steps=None,
     )

@@ -33,6 +33,7 @@ EXPERIMENTS = [
 # What some options need beside them.
 COMPANIONS = {
     "env=atari": ["network=nature_lstm"],
+    "env=images": ["env.id=tests.envs.wrapped:rlx-wrapped/Filmed-v0", "network=nature_lstm_small"],
     "env=minigrid_memory": ["network=grid_lstm"],
     "network=nature_lstm": ["env=atari"],
     "network=nature_lstm_small": ["env=atari"],

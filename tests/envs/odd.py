@@ -151,4 +151,5 @@ class Skipping(gymnasium.Wrapper):
 
 
 gymnasium.register("rlx-odd/Emulated-v0", Emulated)
+gymnasium.register("rlx-odd/Repeating-v0", lambda: Skipping(Odd(), frame_skip=3))
 gymnasium.register("rlx-odd/Skipping-v0", lambda: Skipping(Emulated(frameskip=2), frame_skip=3))

@@ -227,7 +227,7 @@ def test_the_lane_that_is_named_is_the_runs(tmp_path):
     ("space", "observe", "says"),
     [
         ("text beside", None, r"observe=null reads 'mission', which is Text.* some of: image$"),
-        ("tuple beside", "odd", r"observe=odd reads 'odd', which is Tuple.* some of: sight$"),
+        ("tuple beside", "odd/1", r"reads 'odd/1', which is Text.* some of: odd/0, sight$"),
         ("same names", None, r"reads 'a/b', which is there twice"),
         ("nothing", None, r"reads 'observation', which has no elements \[0\]"),
         ("nothing beside", None, r"reads 'none', which has no elements.* some of: some$"),
@@ -456,7 +456,7 @@ class Mine(gymnasium.Env):
 def main():
     gymnasium.register("Mine-v0", Mine)
     env = Gymnasium(id="Mine-v0", kwargs={}, vector="async", observe=None, components=None,
-        scale=None, action_mask=None, image="auto", frames_per_env_step=None,
+        scale=None, action_mask=None, image="auto", frames_per_env_step=None, wrappers=[],
         max_episode_steps=None)
     env.make(lanes=2, seeds=[1, 2]).reset()
 

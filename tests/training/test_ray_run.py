@@ -27,6 +27,7 @@ from ray.cluster_utils import Cluster
 
 import rlx
 from rlx.cluster.fleet import Fleet, Slot
+from rlx.config import targets
 from rlx.evaluation.ray_evaluator import RayEvaluator
 from rlx.problems import ConfigError
 from rlx.runs.folders import read_rows
@@ -375,6 +376,19 @@ def test_a_run_inside_a_running_event_loop_as_a_notebook_has_one(tmp_path, monke
 
     assert asyncio.run(cell())["state"] == "finished"
     assert not ray.is_initialized()
+
+
+def test_actors_wrap_their_lanes_with_classes_that_only_the_run_was_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "_allowed", {"rlx.", "tests."})
+    mine = "{_target_: tests.envs.wrapped.Plus, number: 0}"
+    clip = "{_target_: gymnasium.wrappers.ClipReward, min_reward: -1.0, max_reward: 1.0}"
+    settings = [*RAY, "env=gymnasium", "env.id=tests.envs.wrapped:rlx-wrapped/Lives-v0"]
+    settings += [f"env.wrappers=[{mine},{clip}]", "evaluation.where=actor", "total_env_steps=800"]
+    summary = rlx.run(rlx.compose(settings), tmp_path)
+    assert summary["evaluation_return"] == 780.0  # ten times 1 + 2 + ... + 12
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    returns = [row["train/return_mean"] for row in rows if row.get("train/return_mean")]
+    assert set(returns) == {780.0}
 
 
 @pytest.mark.slow  # most of a minute; sweeps by rlx_ray are tested in test_sweeps
