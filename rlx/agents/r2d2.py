@@ -3,7 +3,8 @@
 Ingredients: stored recurrent state and burn-in (section 3); double Q-learning with n-step targets,
 value rescaling and a target network (2.3); a dueling LSTM (2.3) that is fed with the previous
 action and reward (appendix); sequence priorities eta max + (1 - eta) mean of absolute n-step TD
-errors (2.3), here kept by the replay; a ladder of fixed epsilons (Ape-X), here in `rlx.acting.exploration`.
+errors (2.3), here kept by the replay; a ladder of fixed epsilons (Ape-X), here in
+`rlx.acting.exploration`.
 
 DEPARTS: a sequence may run over an episode's end (the paper's never do): the carry is reset inside
 the unroll and n-step sums stop there, so each row has the value it would have in a sequence of its
