@@ -15,12 +15,12 @@ from rlx.problems import ConfigError
 from tests.test_imports import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 IN_THE_TREE = re.compile(r"^(?:rlx|conf|docs|tests|experiments|notebooks|hydra_plugins)/[\w./*-]+$")
-WIDTH = 120  # columns of docs/*.md
+WIDTH = 120  # columns of the pages in docs
 
 
 def name_of(page: Path) -> str:
