@@ -2,8 +2,11 @@
 
 The head gives each action logits of K atoms, evenly spaced from `lowest` to `highest`. Actions are
 chosen by the mean. The target is the distribution of the next state's best action, moved by reward
-and discount and projected onto the atoms; the loss is the cross-entropy, and so is a row's priority
-(as in Rainbow, Hessel et al. 2018). Everything else is DQN's (`rlx.agents.dqn`).
+and discount and projected onto the atoms; the loss is the cross-entropy, and so is a row's
+priority. Everything else is DQN's (`rlx.agents.dqn`).
+
+DEPARTS: Rainbow's priority (Hessel et al. 2018) is the Kullback-Leibler divergence, which is less
+by the entropy of the target; Dopamine's is the cross-entropy.
 
 DEPARTS: with Munchausen a state's distribution is the mixture over the policy, projected onto the
 atoms before it is moved: its mean is exact, its variance grows by less than an atom's distance.

@@ -4,7 +4,7 @@ The network is a function of a fraction tau, too: cosines of tau, embedded, time
 come out of the core; the head maps the product to the quantile of each action at tau. The loss is
 the quantile Huber loss between `fractions` drawn ones and `target_fractions` of the next state's
 action. That action, as those of acting, has the largest mean over `acting_fractions` drawn ones,
-which a risk measure may distort (the paper's section 3.3). All else is DQN's (`rlx.agents.dqn`).
+which a risk measure may distort. All else is DQN's (`rlx.agents.dqn`).
 
 A row's priority is the absolute error of the means, as it can be known at acting time, too.
 """
@@ -33,7 +33,7 @@ FRACTIONS = "fractions"  # the name of the embedding among the parameters
 
 @dataclass(frozen=True, kw_only=True)
 class Risk:
-    """A distortion of the fractions by which actions are chosen (the paper's section 3.3)."""
+    """A distortion of the fractions by which actions are chosen."""
 
     measure: Literal["cvar", "power"]
     level: Annotated[float, Range(ge=-10, le=10)]  # eta

@@ -71,13 +71,9 @@ class ValueAgent(Protocol):
     @property
     def reward(self) -> str: ...
     @property
-    def rescale_epsilon(self) -> float | None:
-        """The epsilon of h(x) (`ops.rescale`); None: values are not rescaled."""
-
+    def rescale_epsilon(self) -> float | None: ...  # of h(x); None: values are not rescaled
     @property
-    def stored_state(self) -> bool:
-        """Says whether sequences start from the stored recurrent state, else from zeros."""
-
+    def stored_state(self) -> bool: ...  # sequences start from it, else from zeros
     @property
     def double_q(self) -> bool: ...
     @property

@@ -98,7 +98,10 @@ class Fractions(Head, kw_only=True):
 
 
 class NoisyDense(nn.Module, kw_only=True):
-    """A linear layer whose weights have learnt, factorised noise (Fortunato et al. 2018, 3.1)."""
+    """A linear layer whose weights have learnt, factorised noise.
+
+    Fortunato et al. 2018, equations 10 and 11.
+    """
 
     units: int
     noise: float  # the initial deviation, before it is divided by the root of the inputs

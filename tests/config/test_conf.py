@@ -35,6 +35,7 @@ COMPANIONS = {
     "env=atari": ["network=nature_lstm"],
     "env=images": ["env.id=tests.envs.wrapped:rlx-wrapped/Filmed-v0", "network=nature_lstm_small"],
     "env=minigrid_memory": ["network=grid_lstm"],
+    "network=nature": ["env=atari"],
     "network=nature_lstm": ["env=atari"],
     "network=nature_lstm_small": ["env=atari"],
     "network=impala_lstm": ["env=atari"],
