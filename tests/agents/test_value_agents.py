@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -65,10 +67,36 @@ def made(cls: type, net=None, **changes) -> Any:
     return cls(**settings | OWN[cls] | changes)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """Each program of these tests runs once, so compiling it is what takes their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def started(agent: Any) -> TrainState:
-    """A state whose target network is another one."""
-    state, other = (jax.jit(agent.init)(jax.random.PRNGKey(seed)) for seed in (0, 1))
-    return dataclasses.replace(state, target_params=other.params)
+    """A state of random parameters, whose target network is another one; nothing is compiled."""
+    shapes = jax.eval_shape(agent.init, jax.random.PRNGKey(0))
+    rng = np.random.default_rng(0)
+
+    def drawn(spec: Any) -> np.ndarray:
+        wide = spec.shape[0] if spec.ndim > 1 else 4
+        return (rng.normal(size=spec.shape) * wide**-0.5).astype(spec.dtype)
+
+    zeros = jax.tree.map(lambda spec: np.zeros(spec.shape, spec.dtype), shapes)
+    return dataclasses.replace(
+        zeros,
+        params=jax.tree.map(drawn, shapes.params),
+        target_params=jax.tree.map(drawn, shapes.target_params),
+        key=jax.random.PRNGKey(0),
+    )
+
+
+def one_network(agent: Any) -> TrainState:
+    """Such a state, whose target network is the online one."""
+    state = started(agent)
+    return dataclasses.replace(state, target_params=state.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,47 +112,44 @@ class Seen:
     rows: Any
 
 
-def seen(agent: Any, state: TrainState, batch: Batch) -> Seen:
+def heard(agent: Any, state: TrainState, batch: Batch) -> tuple[Any, ...]:
+    """(outputs, outputs that actions are chosen by, fractions or None, mask or None), in JAX."""
     inputs = common.transform_inputs(common.batch_inputs(batch), agent.reward)
+    networks = state.params, state.target_params
     both = [
-        agent.network.apply(params, inputs, batch.carry)[0][agent.burn_in :]
-        for params in (state.params, state.target_params)
+        agent.network.apply(params, inputs, batch.carry)[0][agent.burn_in :] for params in networks
     ]
-    key = jax.random.split(state.key)[0]
-    fractions = None
-    if isinstance(agent, IQN):
-        draws = agent.draws(key, both[0].shape[:-1])
-        fractions = draws.fractions
-        choosing = [
-            agent.outputs(params, features, key)
-            for params, features, key in zip(
-                (state.params, state.target_params), both, draws.choice, strict=True
-            )
-        ]
-        padded = np.concatenate([fractions, np.full_like(fractions[: agent.n_step], 0.5)])
-        outputs = [
-            agent.quantiles(state.params, both[0], padded, None),
-            agent.quantiles(state.target_params, both[1], draws.target_fractions, None),
-        ]
-    else:
-        outputs = choosing = [
-            agent.outputs(params, features)
-            for params, features in zip((state.params, state.target_params), both, strict=True)
-        ]
-    allowed = common.allowed(common.window(inputs, agent.burn_in, None), agent.spec)
-    shape = both[0].shape[:-1]
-    mask = np.ones((*shape, agent.spec.action.n), bool) if allowed is None else allowed
+    mask = common.allowed(common.window(inputs, agent.burn_in, None), agent.spec)
+    if not isinstance(agent, IQN):
+        outputs = [agent.outputs(p, features) for p, features in zip(networks, both, strict=True)]
+        return outputs, outputs, None, mask
+    draws = agent.draws(jax.random.split(state.key)[0], both[0].shape[:-1])
+    choosing = [
+        agent.outputs(params, features, key)
+        for params, features, key in zip(networks, both, draws.choice, strict=True)
+    ]
+    padded = jnp.concatenate([draws.fractions, 0.5 + 0 * draws.fractions[: agent.n_step]])
+    outputs = [
+        agent.quantiles(state.params, both[0], padded, None),
+        agent.quantiles(state.target_params, both[1], draws.target_fractions, None),
+    ]
+    return outputs, choosing, draws.fractions, mask
+
+
+def seen(agent: Any, state: TrainState, batch: Batch) -> Seen:
+    outputs, choosing, fractions, mask = jax.jit(partial(heard, agent))(state, batch)
 
     def turned(x: Any, dtype: Any = np.float64) -> np.ndarray:
         return np.swapaxes(np.asarray(x, dtype), 0, 1)
 
+    q, target_q = (turned(means(agent, found)) for found in choosing)
     return Seen(
         online=turned(outputs[0]),
         target=turned(outputs[1]),
-        q=turned(means(agent, choosing[0])),
-        target_q=turned(means(agent, choosing[1])),
+        q=q,
+        target_q=target_q,
         fractions=None if fractions is None else turned(fractions),
-        mask=turned(mask, bool),
+        mask=np.ones(q.shape, bool) if mask is None else turned(mask, bool),
         rows=trees.tree_map(lambda x: np.asarray(x)[:, agent.burn_in :], batch.rows),
     )
 
@@ -275,8 +300,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("spec", [parts.VECTOR, parts.MASKED], ids=["free", "masked"])
-@pytest.mark.parametrize(("cls", "core", "changes"), CASES)
+FREE = [*((cls, "none", {"burn_in": 0}) for cls in OWN)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "cls", "core", "changes"),
+    [*((parts.MASKED, *case) for case in CASES), *((parts.VECTOR, *case) for case in FREE)],
+)
 def test_loss_and_priorities_equal_the_float64_oracle(spec, cls, core, changes):
     agent = made(cls, parts.network(spec, core), **changes)
     batch, state = parts.batch(agent, 8), started(agent)
@@ -303,7 +333,7 @@ def test_loss_and_priorities_equal_the_float64_oracle(spec, cls, core, changes):
 @pytest.mark.parametrize("cls", [DQN, C51, QRDQN])
 def test_first_priorities_equal_the_learners_when_all_networks_are_one(cls, changes):
     agent = made(cls, parts.network(parts.MASKED), **changes)
-    batch, state = parts.batch(agent, 16), jax.jit(agent.init)(jax.random.PRNGKey(0))
+    batch, state = parts.batch(agent, 16), one_network(agent)
     inputs = common.batch_inputs(batch)
     features, _ = agent.network.apply(state.params, inputs, batch.carry)
     outputs, mask = agent.outputs(state.params, features), common.allowed(inputs, agent.spec)
@@ -458,7 +488,7 @@ def test_noise_is_drawn_for_each_update_and_each_lane_and_is_off_in_evaluation(c
 
 def test_the_target_network_has_noise_of_its_own():
     agent = made(DQN, head=NOISY)
-    batch, state = parts.batch(agent, 8), jax.jit(agent.init)(jax.random.PRNGKey(0))
+    batch, state = parts.batch(agent, 8), one_network(agent)
     gamma_one = dataclasses.replace(agent, discount=0.0)  # only the online network is left
     _, both = jax.jit(agent.update)(state, batch)
     _, online = jax.jit(gamma_one.update)(state, batch)
