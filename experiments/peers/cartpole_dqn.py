@@ -277,14 +277,17 @@ def measured(program: Program, folder: Path, given: Mapping[str, str]) -> Speed:
     )
 
 
-def rounds(given: Mapping[str, str], folder: Path, missing: dict[str, str]):
-    """Yields every program with its speeds; a program that fails once is left out from then on."""
+Results = list[tuple[Program, list[Speed]]]  # of each round
+
+
+def rounds(given: Mapping[str, str], folder: Path, missing: dict[str, str]) -> Results:
+    """Every program with its speeds; one that fails is left out, a peer with rlx's runs of it."""
     found = programs(given, folder, missing)
     speeds: dict[str, list[Speed]] = {program.name: [] for program in found}
     base = folder / f"runs_{os.getpid()}"
     for number in range(int(given["rounds"])):
         for program in found:
-            if program.name in missing:
+            if missing.keys() & {program.name, program.peer}:
                 continue
             at = base / f"{number}_{''.join(c if c.isalnum() else '_' for c in program.name)}"
             load = os.getloadavg()[0]
@@ -299,10 +302,11 @@ def rounds(given: Mapping[str, str], folder: Path, missing: dict[str, str]):
                 f"{speed.updates:,.1f} updates/s (load before it {load:.1f})",
                 flush=True,
             )
-    return [(program, speeds[program.name]) for program in found if program.name not in missing]
+    whole = [p for p in found if not missing.keys() & {p.name, p.peer}]
+    return [(program, speeds[program.name]) for program in whole]
 
 
-def table(results: Sequence[tuple[Program, list[Speed]]]) -> Iterator[str]:
+def table(results: Results) -> Iterator[str]:
     """Medians over the rounds; a ratio is the median of the rounds' own, with the range."""
     yield "| program | env steps/s | updates/s | env steps/s, rlx / peer | updates/s, rlx / peer |"
     yield "|---|---|---|---|---|"
@@ -310,11 +314,11 @@ def table(results: Sequence[tuple[Program, list[Speed]]]) -> Iterator[str]:
     for program, speeds in results:
         cells = [f"{median(s.env_steps for s in speeds):,.0f}"]
         cells += [f"{median(s.updates for s in speeds):,.1f}"]
-        for which in range(2):
-            own = peers.get(program.peer, []) if program.name != program.peer else []
-            ratios = sorted(a[which] / b[which] for a, b in zip(speeds, own, strict=False))
-            told = ratios and f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            cells += [told or ""]
+        for which in range(2) if program.name != program.peer else ():
+            own = peers[program.peer]
+            ratios = sorted(a[which] / b[which] for a, b in zip(speeds, own, strict=True))
+            cells += [f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"]
+        cells += [""] * (4 - len(cells))
         yield f"| {program.name} | {' | '.join(cells)} |"
 
 
