@@ -391,7 +391,7 @@ class Batch:
     next: NetInput  # [B, ...]: the input after each sequence's last row
     carry: Carry  # [B, ...]: before each sequence's first row
     importance: Array  # f32[B]: correction factors of non-uniform sampling, at most 1
-    env_steps: Array | None = None  # u32[B]: that the run had made, the same of all; the loop's
+    env_steps: Array | None = None  # u32[B]: of the run so far, mod 2^32; the loop's
 
 
 @dataclass(frozen=True, kw_only=True)

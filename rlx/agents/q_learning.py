@@ -41,7 +41,7 @@ from rlx.types import (
 SCALAR = ArraySpec(shape=(), dtype="float32")
 Q_ACTING = QActing(q=SCALAR, q_max=SCALAR)
 SOFT_ACTING = SoftActing(q=SCALAR, q_max=SCALAR, bonus=SCALAR)
-COPIES = "target_periods"  # in the statistics: periods of env steps that ended before the last copy
+BEGAN = "target_env_steps"  # a statistic: of the run when the period began, mod 2^32
 HEAD = "head"  # the name of an agent's only head among the parameters
 
 
@@ -198,7 +198,7 @@ def init(agent: ValueAgent, key: Array, **further: tuple[Array, ...]) -> TrainSt
     """
     init_key, state_key = jax.random.split(key)
     params = agent.network.init(init_key, agent.heads(), **further)
-    counted = {} if agent.target_period_env_steps is None else {COPIES: jnp.zeros((), jnp.uint32)}
+    counted = {} if agent.target_period_env_steps is None else {BEGAN: jnp.zeros((), jnp.uint32)}
     return common.new_state(
         params, agent.optimizer.build(), state_key, target_params=params, statistics=counted
     )
@@ -364,9 +364,10 @@ def followed(
     if axis_name is not None:
         made = jax.lax.pmax(made, axis_name)
     assert agent.target_period_env_steps is not None
-    periods = made // jnp.uint32(agent.target_period_env_steps)
-    target = common.hard_target(params, target, periods > state.statistics[COPIES])
-    return replace(state, target_params=target, statistics={COPIES: periods})
+    period, began = jnp.uint32(agent.target_period_env_steps), state.statistics[BEGAN]
+    ended = (made - began) // period  # differences are right beyond 2^32, too
+    target = common.hard_target(params, target, ended > 0)
+    return replace(state, target_params=target, statistics={BEGAN: began + ended * period})
 
 
 def td_loss(agent: ErrorAgent, params: Params, features: Array, replayed: Replayed) -> Loss:

@@ -158,7 +158,7 @@ class Stages:
         with self.times.measure("sample"):
             sample = replay.sample(learner.batch_size)
         with self.times.measure("learner_put"):
-            made = np.full(learner.batch_size, self.count.env_steps, np.uint32)
+            made = np.full(learner.batch_size, self.count.env_steps % 2**32, np.uint32)
             batch = learner.put(replace(sample.batch, env_steps=made))
         self.metrics.record("learner/device_busy", float(learner.is_busy))
         with self.times.measure("learner_update"):

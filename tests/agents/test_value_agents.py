@@ -518,12 +518,14 @@ def test_a_soft_target_moves_with_each_update_and_nothing_is_copied():
     )
 
 
-def test_a_target_by_env_steps_is_copied_once_for_each_period_that_ended():
+@pytest.mark.parametrize("before", [0, 2**32 - 100])  # counts go on beyond 32 bits
+def test_a_target_by_env_steps_is_copied_once_for_each_period_that_ended(before):
     agent = made(DQN, target_period_updates=None, target_period_env_steps=100)
     batch, state = parts.batch(agent, 8), started(agent)
+    state = dataclasses.replace(state, statistics={"target_env_steps": np.uint32(before)})
     update, copied = jax.jit(agent.update), []
     for env_steps in (64, 99, 100, 150, 199, 320, 330, 399, 400):  # 320: two periods at once
-        counted = dataclasses.replace(batch, env_steps=np.full(8, env_steps, np.uint32))
+        counted = dataclasses.replace(batch, env_steps=np.full(8, (before + env_steps) % 2**32, np.uint32))
         after, _ = update(state, counted)
         same = [
             np.array_equal(a, b)

@@ -1069,6 +1069,6 @@ def test_a_target_is_copied_by_the_env_steps_of_the_run(tmp_path, loops):
     counted = ("agent.target_period_updates=null", "agent.target_period_env_steps=100")
     run(tmp_path / "run", *counted)
     state = loops[0].parts.learner.state()
-    assert state.statistics["target_periods"] in (11, 12)  # of the last update, before 1,200
+    assert state.statistics["target_env_steps"] in (1100, 1200)  # by the last update
     run(None, *counted, f"resume={tmp_path / 'run'}", "total_env_steps=1500")
-    assert loops[1].parts.learner.state().statistics["target_periods"] in (14, 15)
+    assert loops[1].parts.learner.state().statistics["target_env_steps"] in (1400, 1500)
