@@ -525,7 +525,9 @@ def test_a_target_by_env_steps_is_copied_once_for_each_period_that_ended(before)
     state = dataclasses.replace(state, statistics={"target_env_steps": np.uint32(before)})
     update, copied = jax.jit(agent.update), []
     for env_steps in (64, 99, 100, 150, 199, 320, 330, 399, 400):  # 320: two periods at once
-        counted = dataclasses.replace(batch, env_steps=np.full(8, (before + env_steps) % 2**32, np.uint32))
+        counted = dataclasses.replace(
+            batch, env_steps=np.full(8, (before + env_steps) % 2**32, np.uint32)
+        )
         after, _ = update(state, counted)
         same = [
             np.array_equal(a, b)
