@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # What one test has compiled no other one, nor a run that a test starts, compiles again. The workers
@@ -52,6 +53,20 @@ def _ray_is_used_in_turn(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
         pytest.fail(f"a test with Ray needs @pytest.mark.xdist_group({GROUP!r})")
 
     monkeypatch.setattr("ray.init", refused)
+
+
+# Every compiled program holds some memory maps, and a process may have 65,530 (Linux's default):
+# beyond it XLA aborts, and with it the worker of pytest-xdist.
+MOST_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_forgotten() -> Iterator[None]:
+    """Forgets compiled programs where they have become many; the cache on the disk has them."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -101,14 +101,16 @@ def make_pool(kind: str, family: Any, agent: RandomAgent, exploration: float = 0
 
 
 def acted(kind: str, family: Any, core: str = "lstm") -> tuple[RandomAgent, Any, list[Rollout]]:
-    """(agent, parameters, rollouts of some 400 env steps)."""
+    """(agent, parameters, rollouts of at least 400 env steps, and of every lane)."""
     agent = make_agent(family, core)
     params = jax.tree.map(np.asarray, jax.jit(agent.init)(jax.random.PRNGKey(0)).params)
     pool = make_pool(kind, family, agent)
     pool.publish(Weights(version=0, params=params), 0)
     rollouts: list[Rollout] = []
-    while sum(rollout.env_steps for rollout in rollouts) < 400:
+    lanes: set[int] = set()  # one thread may make them all before the other has begun
+    while sum(rollout.env_steps for rollout in rollouts) < 400 or len(lanes) < 8:
         rollouts += pool.collect(60.0, 0)
+        lanes = {int(lane) for rollout in rollouts for lane in rollout.lane}
     pool.close(20.0)
     return agent, params, rollouts
 
