@@ -110,7 +110,7 @@ def installed(folder: Path, name: str, packages: Sequence[str], seconds: float) 
 
 
 def answer(python: Path | str, code: str, *arguments: str) -> str:
-    """What a line or two of Python print in another environment; a minute at most."""
+    """Returns what a line or two of Python print in another environment; waits a minute at most."""
     try:
         return subprocess.run(
             [str(python), "-c", code, *arguments],

@@ -92,7 +92,7 @@ def train(folder: Path, tasks: Sequence[str]) -> None:
 
 
 def summary(run: Path) -> Any:
-    """What a run wrote at its end."""
+    """Reads the summary that a run wrote at its end."""
     return json.loads((run / "summary.json").read_text())
 
 

@@ -14,7 +14,7 @@ DRAWN = Redrawn(highest=1.0, lowest=0.01, count=256, seed=7)
 
 
 def drawn(lane: int, chain: int, number: int) -> float:
-    """What a lane draws for episode `number` of its chain."""
+    """Returns the amount that a lane draws for episode `number` of its chain."""
     where = (np.array([n]) for n in (chain, number))
     return float(DRAWN.episode_amount(np.array([lane]), 6, 0, *where)[0])
 

@@ -345,7 +345,7 @@ def test_no_more_is_under_way_than_was_allowed(pool):
 
 @pytest.mark.parametrize("inference", ["actor", "server"])
 def test_lanes_draw_the_same_on_ray_and_a_replacement_as_its_chain(pool, inference):
-    """What they draw depends on the seed, the lane, the chain and the episode's number alone."""
+    """Draws depend on the seed, the lane, the chain and the episode's number alone."""
     actors = pool(inference=inference, exploration=DRAWN)
     actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
     rollouts = collect(actors, 600, lanes=2 * LANES)

@@ -29,7 +29,7 @@ def settings(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def documented(text: str) -> dict[str, dict[str, Any]]:
-    """By YAML: the settings that a page's tables list, with their defaults."""
+    """Returns the settings that a page's tables list, with their defaults, by YAML."""
     found: dict[str, dict[str, Any]] = {}
     columns: dict[int, str] = {}
     for line in text.splitlines():

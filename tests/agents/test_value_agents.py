@@ -101,7 +101,7 @@ def one_network(agent: Any) -> TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What both networks say of the rows after the burn-in, f64, and the rows, [B, ...]."""
+    """Holds what both networks say of the rows after the burn-in, f64, and the rows [B, ...]."""
 
     online: np.ndarray  # of the taken actions' loss: [B, T + n, A, ...]
     target: np.ndarray
@@ -220,7 +220,7 @@ def best(agent: Any, it: Seen, b: int, t: int) -> int:
 
 
 def worth(agent: Any, it: Seen, b: int, t: int) -> np.ndarray:
-    """What the state is worth: a number, quantiles, or probabilities of atoms."""
+    """Returns the worth of a state: a number, quantiles, or probabilities of atoms."""
     target = softmax(it.target[b, t]) if isinstance(agent, C51) else it.target[b, t]
     if agent.munchausen is None:
         return target[best(agent, it, b, t)]
