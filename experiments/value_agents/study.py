@@ -3,18 +3,22 @@
 python experiments/value_agents/study.py run FOLDER [TASK ...]    trains; runs that ended are kept
 python experiments/value_agents/study.py write FOLDER             scores.csv, curves.csv, figures
 
-Every run is one command of rlx in a process of its own, in FOLDER/<task>/<agent>/<seed>, one after
-the other, so that its wall time is that of a whole machine.
+Every run is one command of rlx in a process of its own, in FOLDER/<task>/<agent>/<seed>. As many
+run at a time as this process has cores, each bound to one of them: a wall time is that of one core.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import matplotlib
@@ -23,7 +27,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from rlx.runs.metrics import read_rows
+from rlx.runs.folders import read_rows
 from rlx.statistics import summarize
 
 HERE = Path(__file__).parent
@@ -42,7 +46,10 @@ def each(experiment: str, agents: Sequence[str], *more: str) -> dict[str, list[s
 # task -> variant -> overrides of its run
 TASKS: dict[str, dict[str, list[str]]] = {
     "cartpole": each("cartpole_{}", FEEDFORWARD),
-    "cartpole_memory": each("cartpole_memory", RECURRENT, "agent={}"),
+    "cartpole_memory": {
+        "r2d2": ["total_env_steps=100000", "agent.optimizer.decay_gradient_steps=7500"],
+        **each("cartpole_memory_{}", FEEDFORWARD),
+    },
     "acrobot": each("acrobot_{}", ["qr_dqn"]),
     "mountaincar": each("mountaincar_{}", ["qr_dqn"]),
     "catch": each("catch", RECURRENT, "agent={}"),
@@ -79,16 +86,37 @@ GOALS = {
 
 def train(folder: Path, tasks: Sequence[str]) -> None:
     """Makes the runs that are not there yet, seed by seed."""
-    for seed in SEEDS:
-        for task in tasks or TASKS:
-            for variant, overrides in TASKS[task].items():
-                run = folder / task / variant.replace(" ", "_") / str(seed)
-                if not (run / "summary.json").exists():
-                    command = [sys.executable, "-m", "rlx.train", *overrides, EVALUATED]
-                    quiet = ["logging.console=off", "checkpoint.replay=false"]
-                    where = [f"seed={seed}", f"hydra.run.dir={run}"]
-                    subprocess.run([*command, *quiet, *where], check=True)
-                print(task, variant, seed, summary(run)["evaluation_return"], flush=True)
+    free = SimpleQueue[int]()
+    cores = os.sched_getaffinity(0)
+    for core in cores:
+        free.put(core)
+    with ThreadPoolExecutor(len(cores)) as pool:
+        runs = [
+            pool.submit(make, folder, task, variant, seed, free)
+            for task in tasks or TASKS
+            for seed in SEEDS
+            for variant in TASKS[task]
+        ]
+        for run in as_completed(runs):
+            print(*run.result(), flush=True)
+
+
+def make(
+    folder: Path, task: str, variant: str, seed: int, free: SimpleQueue[int]
+) -> tuple[str, str, int, float]:
+    """(task, variant, seed, greedy return) of a run, which is made on a free core if need be."""
+    run = folder / task / variant.replace(" ", "_") / str(seed)
+    if not (run / "summary.json").exists():
+        core = free.get()
+        command = [sys.executable, "-m", "rlx.train", *TASKS[task][variant], EVALUATED]
+        quiet = ["logging.console=off", "checkpoint.replay=false"]
+        where = [f"seed={seed}", f"hydra.run.dir={run}"]
+        bind = partial(os.sched_setaffinity, 0, {core})
+        try:
+            subprocess.run([*command, *quiet, *where], check=True, preexec_fn=bind)
+        finally:
+            free.put(core)
+    return task, variant, seed, summary(run)["evaluation_return"]
 
 
 def summary(run: Path) -> Any:
