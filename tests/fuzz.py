@@ -134,7 +134,7 @@ def work_overrides(rng: random.Random, shared: Path) -> dict[str, str]:
 
 
 def harmless(line: list[str]) -> bool:
-    """Whether the last words of a line made it a good one: the last of a key counts."""
+    """True if the last words of a line made it a good one: the last of a key counts."""
     from rlx.config import composing
     from rlx.config.build import check
 

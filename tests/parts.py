@@ -215,7 +215,7 @@ def actions(spec: EnvSpec, *leading: int, rng: np.random.Generator) -> np.ndarra
 
 
 def random_carry(net: RecurrentNetwork, batch: int, rng: np.random.Generator) -> Carry:
-    """As if acting had gone on for a while."""
+    """Draws a carry as if acting had gone on for a while."""
     import jax
 
     def noise(x: Any) -> np.ndarray:

@@ -80,7 +80,7 @@ def test_bad_overrides_end_with_status_2_and_a_line_each(conf):
 
 
 def prepared(monkeypatch, conf: Path, *argv: str) -> list[str] | str:
-    """What `prepare` makes of a command line, in this process."""
+    """Runs `prepare` on a command line, in this process."""
     monkeypatch.chdir(conf.parent)
     monkeypatch.setattr(paths, "config_dir", lambda: conf)
     monkeypatch.setattr(train, "check", lambda cfg: None)

@@ -1,4 +1,4 @@
-"""What differs between runs: real ones, one of them resumed with other settings."""
+"""Differences between runs: real ones, one of them resumed with other settings."""
 
 from __future__ import annotations
 

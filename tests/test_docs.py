@@ -1,4 +1,4 @@
-"""What README.md and docs/ name is there: files, links, sections, modules, settings, commands."""
+"""All that README.md and docs/ name is there: files, links, sections, modules, settings, commands."""
 
 from __future__ import annotations
 

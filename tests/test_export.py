@@ -74,7 +74,7 @@ def episode(rng: np.random.Generator, steps: int, lanes: int) -> dict[str, np.nd
 
 
 def actions_of(run: Any, given: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """What the run itself does."""
+    """The actions of the run itself."""
     action, state = run.act(given["observation"][0])
     actions = [action]
     rest = (given[name][1:] for name in ("observation", "reward", "first"))
@@ -144,7 +144,7 @@ def _size(size: Any) -> Any:
 
 
 class Whole:
-    """What `export.export` asks of a run, around a network made here."""
+    """Has what `export.export` asks of a run, around a network made here."""
 
     def __init__(self, spec: EnvSpec, **network: Any) -> None:
         self.agent = parts.agent(parts.network(spec, **network))

@@ -39,7 +39,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def command(*arguments: Any, status: int = 0) -> str:
-    """What `python -m rlx.<arguments>` prints, together with its errors."""
+    """The output of `python -m rlx.<arguments>`, together with its errors."""
     name, *rest = map(str, arguments)
     line = [sys.executable, "-m", f"rlx.{name}", *rest]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)

@@ -53,7 +53,7 @@ def name_of(file: Path) -> str:
 
 
 def lies_in(name: str, places: set[str]) -> bool:
-    """Whether a module is one of these, or in one of these packages."""
+    """True if a module is one of these, or in one of these packages."""
     return any(name == place or name.startswith(f"{place}/") for place in places)
 
 

@@ -57,7 +57,7 @@ class Follower:
 
 
 def is_ours(code: CodeType) -> bool:
-    """Whether a function is rlx's, and no part of what is only passed by."""
+    """True if a function is rlx's, and no part of what is only passed by."""
     path = Path(code.co_filename)
     if PACKAGE not in path.parents or code.co_name.startswith("<"):
         return False
@@ -66,7 +66,7 @@ def is_ours(code: CodeType) -> bool:
 
 
 def holds(value: Any, depth: int = 2) -> bool:
-    """Whether a value is, or has among its items, a record that the transition travels in."""
+    """True if a value is, or has among its items, a record that the transition travels in."""
     if type(value).__name__ in TRAVELS and dataclasses.is_dataclass(value):
         return True
     if depth and isinstance(value, tuple | list):

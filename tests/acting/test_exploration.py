@@ -1,4 +1,4 @@
-"""How much each lane explores: by its place among all lanes, and by progress."""
+"""Each lane explores by its place among all lanes, and by progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a failed actor is started again, and when failing has gone too far."""
+"""A failed actor is started again, until failing has gone too far."""
 
 from __future__ import annotations
 

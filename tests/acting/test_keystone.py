@@ -95,7 +95,7 @@ def make_agent(envs: EnvPool, core: str = "lstm", stride: int = 4) -> R2D2:
 
 
 def context(envs: Any, agent: Any, **changes: Any) -> RunContext:
-    """What a run that begins tells its pool."""
+    """Makes what a run that begins tells its pool."""
     given = {"exploration": Constant(value=0.3), "seed": 5, "chain": 0, "env_steps": 0}
     given |= {"round_blocks": None, "output_dir": None} | changes
     return RunContext(family=envs, agent=agent, **given)

@@ -94,7 +94,7 @@ def with_token(home: Path, token: str) -> Path:
 
 
 def driver(address: str, settings: dict[str, str]) -> str:
-    """What the driver prints; its one line of refusal if it is refused."""
+    """The driver's output; its one line of refusal if it is refused."""
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, address],
         env=settings,

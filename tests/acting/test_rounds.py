@@ -62,7 +62,7 @@ def conf(tmp_path, monkeypatch) -> Path:
 
 
 class Seen:
-    """What a run's loop and learner have done."""
+    """Counts of what a run's loop and learner have done."""
 
     def __init__(self) -> None:
         self.ratio_errors: list[float] = []
@@ -230,7 +230,7 @@ def test_weights_of_rounds_are_never_too_old(tmp_path, conf, seen):
 
 
 def test_a_run_that_is_stopped_in_a_round_makes_that_round_anew(tmp_path, conf, seen, monkeypatch):
-    """What waited in the saved replay was made by lanes that are gone; nothing of it is kept."""
+    """Lanes that are gone made what waited in the saved replay; nothing of it is kept."""
     act = Stages.act
 
     def stop_in_a_round(stages: Stages) -> None:

@@ -44,7 +44,7 @@ HEAD = "value"
 
 @record
 class Valued:
-    """What the agent keeps from acting time."""
+    """Returns what the agent keeps from acting time."""
 
     value: Array  # f32: of the input, whatever the action
 

@@ -36,7 +36,7 @@ from rlx.types import (
 
 @record
 class Sampled:
-    """What the agent keeps from acting time."""
+    """Returns what the agent keeps from acting time."""
 
     log_probability: Array  # f32: of the action taken
 

@@ -1,4 +1,4 @@
-"""What agents share, each function by itself."""
+"""Tests of what agents share, each function by itself."""
 
 from __future__ import annotations
 

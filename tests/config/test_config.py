@@ -43,7 +43,7 @@ def conf(tmp_path, monkeypatch):
 
 
 def lines(*overrides: str) -> list[str]:
-    """What composing and checking say of these overrides."""
+    """The lines that composing and checking say of these overrides."""
     try:
         config.check(rlx.compose(overrides))
     except ConfigError as error:

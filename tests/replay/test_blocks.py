@@ -309,7 +309,7 @@ def test_what_is_drawn_again_comes_from_its_own_part_of_the_total(storing, monke
 
 
 def test_the_least_probability_is_of_all_draws_of_a_batch(monkeypatch):
-    """What was chosen before the total shrank was chosen with a smaller chance."""
+    """A sequence chosen before the total shrank was chosen with a smaller chance."""
     ring = make_ring(12, 2)
     blocks = [(0, 0, n) for n in range(18)]
     ring.add(rollout(blocks, ring.spec.sequence), lambda keys: np.where(keys < 10, 100.0, 1.0))

@@ -357,7 +357,7 @@ def test_unreachable_min_sequences_are_refused():
 
 
 def through_json(state: dict) -> dict:
-    """As a checkpoint keeps it: arrays apart, the rest JSON."""
+    """Turns a state into what a checkpoint keeps: arrays apart, the rest JSON."""
     scalars = {k: v for k, v in state.items() if not isinstance(v, np.ndarray)}
     return {**state, **json.loads(json.dumps(scalars))}
 

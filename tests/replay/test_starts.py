@@ -291,7 +291,7 @@ def test_a_restored_ring_has_all_starts_and_the_inputs_after_blocks(storing):
 
 
 def test_a_snapshot_without_a_needed_input_is_refused_with_what_to_do():
-    """As an earlier rlx saved it, whose sequences had a row more."""
+    """An earlier rlx, whose sequences had a row more, saved such a snapshot."""
     ring = make_ring(any_row(n_step=1, unroll=4, stride=4), 12, 1, None)
     state = ring.state()
     layout = json.loads(state["layout"])

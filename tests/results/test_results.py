@@ -20,7 +20,7 @@ from rlx.runs.folders import read_rows
 
 
 def begun(folder: Path, state: str | None = None, **settings) -> Path:
-    """What a run leaves that was killed early: its configuration, and perhaps a state."""
+    """Makes what a run leaves that was killed early: its configuration, and perhaps a state."""
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(settings))
     if state:

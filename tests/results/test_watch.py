@@ -57,7 +57,7 @@ QUIET = ("first-run", "default-browser-check", "sandbox")
 
 
 def until(found: Callable[[], Any], what: str, seconds: float = 90) -> Any:
-    """What `found` gives, once that is something."""
+    """Waits until `found` gives something, and returns that."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := found():

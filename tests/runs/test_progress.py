@@ -1,4 +1,4 @@
-"""What the terminal shows, on a real pseudo-terminal and elsewhere."""
+"""Tests of what the terminal shows, on a real pseudo-terminal and elsewhere."""
 
 import io
 import itertools
@@ -153,7 +153,7 @@ print("given back:", logging.getLogger().handlers[0].stream is sys.__stdout__ is
 
 
 def run_on_terminal(*arguments: str) -> str:
-    """What the script writes to a real pseudo-terminal."""
+    """The text that the script writes to a real pseudo-terminal."""
     ours, theirs = pty.openpty()
     child = subprocess.Popen(
         [sys.executable, "-c", TERMINAL, *arguments], stdout=theirs, stderr=theirs,

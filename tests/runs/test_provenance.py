@@ -1,4 +1,4 @@
-"""What a run records of the code it was made with; Git's answers are bytes of any encoding."""
+"""A run records the code it was made with; Git's answers are bytes of any encoding."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the folder of a run says: its settings now, its state, where runs are."""
+"""A run's folder says its settings now, its state, and where runs are."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(trained, tmp_path) -> Path:
 
 
 def command(name: str, *arguments: str | Path, status: int = 0, cwd: Path = ROOT) -> str:
-    """What `python -m rlx.NAME` prints, errors included."""
+    """The output of `python -m rlx.NAME`, errors included."""
     line = [sys.executable, "-m", f"rlx.{name}", *map(str, arguments)]
     done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == status, done.stdout + done.stderr

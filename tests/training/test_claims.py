@@ -1,4 +1,4 @@
-"""What a run says of itself is what it did: scores, the best parameters, schedules, accounts."""
+"""A run says of itself what it did: scores, the best parameters, schedules, accounts."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def test_what_raises_always_ends_with_a_checkpoint_and_status_1(tmp_path, monkey
 
 
 class Kept:
-    """What reached the loop, and whether it went on while an actor was missing."""
+    """Keeps what reached the loop, and whether it went on while an actor was missing."""
 
     def __init__(self) -> None:
         self.rollouts: list[Rollout] = []
@@ -350,7 +350,7 @@ def test_a_killed_run_leaves_nothing_running_and_resumes(tmp_path):
     [(signal.SIGINT, "group"), (signal.SIGTERM, "all")],
 )
 def test_a_signal_to_everybody_ends_the_run_with_a_checkpoint(tmp_path, number, to):
-    """As a terminal's Ctrl-C goes to a group, a batch system's SIGTERM to all processes."""
+    """A terminal's Ctrl-C goes to a group, a batch system's SIGTERM to all processes."""
     running = subprocess.Popen(
         command(tmp_path, *RAY, "total_env_steps=1_000_000"), start_new_session=True
     )

@@ -138,7 +138,7 @@ def stopped(number: int, env_steps: int, *arguments: str, env: dict[str, str]) -
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """What two runs of one seed share of their rows."""
+    """The part of their rows that two runs of one seed share."""
     return [without_wall_clock(row) for row in read_rows(folder / "metrics.jsonl")]
 
 
@@ -443,7 +443,7 @@ def test_sigterm_ends_a_run_with_a_checkpoint(monkeypatch, tmp_path):
 
 
 def test_sigterm_ends_an_evaluation_that_would_never_end(monkeypatch, tmp_path):
-    """Where episodes have no end, such as CliffWalking's under a poor policy."""
+    """Episodes may have no end, such as CliffWalking's under a poor policy."""
     checked = []
 
     def complete(starts: Any) -> bool:
@@ -685,7 +685,7 @@ def open_files(folder: Path) -> list[str]:
 
 
 def descriptors() -> list[str]:
-    """Where the files that this process holds open lie."""
+    """The paths of the files that this process holds open."""
     found = []
     for link in Path("/proc/self/fd").iterdir():
         try:
