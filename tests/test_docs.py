@@ -1,4 +1,4 @@
-"""All that README.md and docs/ name is there: files, links, sections, modules, settings, commands."""
+"""README.md and docs/ name files, links, sections, modules, settings, commands that are there."""
 
 from __future__ import annotations
 
