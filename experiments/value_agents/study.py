@@ -51,7 +51,7 @@ TASKS: dict[str, dict[str, list[str]]] = {
         **each("cartpole_memory_{}", FEEDFORWARD),
     },
     "acrobot": each("acrobot_{}", ["qr_dqn"]),
-    "mountaincar": each("mountaincar_{}", ["qr_dqn"]),
+    "mountaincar": each("mountaincar_{}", ["dqn", "qr_dqn"]),
     "catch": each("catch", RECURRENT, "agent={}"),
     "minigrid_empty": each("minigrid_empty", RECURRENT, "agent={}"),
     "ablations": {
