@@ -70,8 +70,13 @@ TASKS: dict[str, dict[str, list[str]]] = {
             "agent.double_q=false",
             "agent.rescale_epsilon=null",
         ],
-        "prioritised": ["experiment=cartpole_dqn", "replay=prioritized", "replay.ratio=32"],
+        "prioritised": ["experiment=cartpole_dqn", "replay=prioritized"],
         "without rescaling": ["experiment=cartpole_dqn", "agent.rescale_epsilon=null"],
+        "copied target": [
+            "experiment=cartpole_dqn",
+            "agent.target_period_updates=200",
+            "agent.target_rate=null",
+        ],
     },
 }
 GOALS = {
