@@ -1,7 +1,7 @@
 """Trains the agents with values on small tasks, and writes what README.md shows.
 
 python experiments/value_agents/study.py run FOLDER [TASK ...]    trains; runs that ended are kept
-python experiments/value_agents/study.py write FOLDER             scores.csv, curves.csv, figures
+python experiments/value_agents/study.py write FOLDER             raw numbers, figures, the table
 
 Every run is one command of rlx in a process of its own, in FOLDER/<task>/<agent>/<seed>. As many
 run at a time as this process has cores, each bound to one of them: a wall time is that of one core.
@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 from rlx.runs.folders import read_rows
 from rlx.statistics import summarize
@@ -85,8 +86,14 @@ GOALS = {
     "acrobot": -80,
     "mountaincar": -110,
     "catch": 1,
-    "minigrid_empty": None,
+    "minigrid_empty": 0.9,
 }
+BEGIN, END = "<!-- made by study.py -->", "<!-- until here -->"
+HEADER = (
+    "",
+    "| task | variant | greedy return, IQM | 95 % | each seed | first at the goal | s |",
+    "|---|---|---|---|---|---|---|",
+)
 
 
 def train(folder: Path, tasks: Sequence[str]) -> None:
@@ -138,26 +145,29 @@ def ended(folder: Path) -> Iterator[tuple[str, str, int, Path]]:
 
 
 def write(folder: Path) -> None:
-    """Writes the raw numbers beside this file, draws them, and prints the tables."""
+    """Writes the raw numbers beside this file, draws them, and puts the table into README.md."""
     runs = list(ended(folder))
-    with (HERE / "scores.csv").open("w", newline="") as file:
+    names = ("env_steps", "updates", "wall_s", "evaluation_return", "train_return")
+    save("scores.csv", names, ((*run[:3], *(summary(run[3])[n] for n in names)) for run in runs))
+    points = ((*run[:3], *point) for run in runs for point in curve(run[3]))
+    save("curves.csv", ("env_steps", "evaluation_return_mean"), points)
+    draw("curves", [task for task in GOALS if any(run[0] == task for run in runs)], runs)
+    if any(run[0] == "ablations" for run in runs):
+        draw("ablations", ["ablations"], runs)
+    before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    rows = [
+        row for task in TASKS for row in table(task, [run[1:] for run in runs if run[0] == task])
+    ]
+    (HERE / "README.md").write_text("\n".join([before + BEGIN, *HEADER, *rows, END + after]))
+
+
+def save(name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV beside this file."""
+    with (HERE / name).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        names = ("env_steps", "updates", "wall_s", "evaluation_return", "train_return")
-        writer.writerow(["task", "variant", "seed", *names])
-        for task, variant, seed, run in runs:
-            found = summary(run)
-            writer.writerow([task, variant, seed, *(round(found[name], 2) for name in names)])
-    with (HERE / "curves.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["task", "variant", "seed", "env_steps", "evaluation_return_mean"])
-        for task, variant, seed, run in runs:
-            for env_steps, value in curve(run):
-                writer.writerow([task, variant, seed, env_steps, round(value, 2)])
-    for task in TASKS:
-        mine = [(variant, seed, run) for name, variant, seed, run in runs if name == task]
-        if mine:
-            draw(task, mine)
-            table(task, mine)
+        writer.writerow(["task", "variant", "seed", *columns])
+        writer.writerows([round(x, 2) if isinstance(x, float) else x for x in row] for row in rows)
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
@@ -166,45 +176,66 @@ def curve(run: Path) -> list[tuple[int, float]]:
     return [(row["env_steps"], row[METRIC]) for row in rows]
 
 
-def table(task: str, runs: Sequence[tuple[str, int, Path]]) -> None:
-    """Prints a task's table in Markdown."""
-    print(f"\n### {task}\n\n| variant | seeds | greedy return, IQM | 95 % | each seed | wall |")
-    print("|---|---|---|---|---|---|")
+def table(task: str, runs: Sequence[tuple[str, int, Path]]) -> list[str]:
+    """The rows of a task's variants, in Markdown."""
+    rows = []
     for variant in TASKS[task]:
-        found = [summary(run) for name, _, run in runs if name == variant]
-        if not found:
+        mine = [run for name, _, run in runs if name == variant]
+        if not mine:
             continue
-        scores = [one["evaluation_return"] for one in found]
+        scores = [summary(run)["evaluation_return"] for run in mine]
+        walls = [summary(run)["wall_s"] for run in mine]
         said = summarize(scores, seed=0)
-        walls = [one["wall_s"] for one in found]
-        print(
-            f"| {variant} | {len(scores)} | {said['iqm']:.1f} | {said['iqm_low']:.1f} to "
-            f"{said['iqm_high']:.1f} | {', '.join(f'{s:.1f}' for s in scores)} | "
-            f"{min(walls):.0f} to {max(walls):.0f} s |"
+        digits = 2 if max(map(abs, scores)) < 10 else 1
+        each_one = ", ".join(f"{score:.{digits}f}" for score in scores)
+        interval = f"{said['iqm_low']:.{digits}f} to {said['iqm_high']:.{digits}f}"
+        rows.append(
+            f"| {task} | {variant} | {said['iqm']:.{digits}f} | {interval} | {each_one} | "
+            f"{firsts(task, mine)} | {min(walls):.0f} to {max(walls):.0f} |"
         )
+    return rows
 
 
-def draw(task: str, runs: Sequence[tuple[str, int, Path]]) -> None:
-    """Draws the curves of a task: each seed thin, the variant's mean thick."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, variant in enumerate(TASKS[task]):
-        curves = [np.array(curve(run)) for name, _, run in runs if name == variant]
-        curves = [found for found in curves if len(found)]
-        if not curves:
-            continue
-        for found in curves:
-            axes.plot(found[:, 0], found[:, 1], color=f"C{i}", alpha=0.3, lw=0.8)
-        grid = np.linspace(
-            max(found[0, 0] for found in curves), min(found[-1, 0] for found in curves), 50
-        )
-        mean = np.mean([np.interp(grid, found[:, 0], found[:, 1]) for found in curves], axis=0)
-        axes.plot(grid, mean, color=f"C{i}", lw=2, label=f"{variant} ({len(curves)} seeds)")
-    if GOALS.get(task) is not None:
-        axes.axhline(GOALS[task], color="0.6", ls=":", lw=1)
-    axes.set(title=task, xlabel="env steps", ylabel="greedy return, mean of 20 episodes")
-    axes.legend(fontsize="small")
-    figure.savefig(HERE / f"{task}.png", dpi=110)
+def firsts(task: str, runs: Sequence[Path]) -> str:
+    """The env steps, in thousands, of each run's first evaluation at the task's goal."""
+    goal = GOALS.get(task, GOALS["cartpole"])
+    found = [next((x for x, y in curve(run) if y >= goal), None) for run in runs]
+    return ", ".join("never" if x is None else f"{x / 1000:.0f}" for x in found)
+
+
+def draw(name: str, tasks: Sequence[str], runs: Sequence[tuple[str, str, int, Path]]) -> None:
+    """Draws a panel for each task: each seed thin, the variant's mean thick."""
+    columns = min(len(tasks), 2)
+    figure, panels = plt.subplots(
+        -(-len(tasks) // columns),
+        columns,
+        figsize=(8 if columns == 1 else 12, 4 * -(-len(tasks) // columns)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for task, axes in zip(tasks, panels.flat, strict=False):
+        for i, variant in enumerate(TASKS[task]):
+            mine = [np.array(curve(run[3])) for run in runs if run[:2] == (task, variant)]
+            if found := [points for points in mine if len(points)]:
+                line(axes, found, f"C{i}", f"{variant} ({len(found)} seeds)")
+        if task in GOALS:
+            axes.axhline(GOALS[task], color="0.6", ls=":", lw=1)
+        axes.set(title=task, xlabel="env steps", ylabel="greedy return, mean of 20 episodes")
+        axes.legend(fontsize="small")
+    for axes in panels.flat[len(tasks) :]:
+        axes.remove()
+    figure.savefig(HERE / f"{name}.png", dpi=90)
     plt.close(figure)
+
+
+def line(axes: Axes, curves: Sequence[np.ndarray], colour: str, label: str) -> None:
+    """Draws curves [points, 2] thin, and their mean where all of them have points."""
+    for points in curves:
+        axes.plot(points[:, 0], points[:, 1], color=colour, alpha=0.3, lw=0.8)
+    first, last = max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves)
+    grid = np.linspace(first, last, 50)
+    mean = np.mean([np.interp(grid, c[:, 0], c[:, 1]) for c in curves], axis=0)
+    axes.plot(grid, mean, color=colour, lw=2, label=label)
 
 
 if __name__ == "__main__":
