@@ -188,10 +188,11 @@ def table(task: str, runs: Sequence[tuple[str, int, Path]]) -> list[str]:
         said = summarize(scores, seed=0)
         digits = 2 if max(map(abs, scores)) < 10 else 1
         each_one = ", ".join(f"{score:.{digits}f}" for score in scores)
+        wall = f"{min(walls):.0f} to {max(walls):.0f}"
         interval = f"{said['iqm_low']:.{digits}f} to {said['iqm_high']:.{digits}f}"
         rows.append(
             f"| {task} | {variant} | {np.mean(scores):.{digits}f} | {said['iqm']:.{digits}f} | "
-            f"{interval} | {each_one} | {firsts(task, mine)} | {min(walls):.0f} to {max(walls):.0f} |"
+            f"{interval} | {each_one} | {firsts(task, mine)} | {wall} |"
         )
     return rows
 
