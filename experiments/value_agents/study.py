@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -118,7 +119,8 @@ def make(
 ) -> tuple[str, str, int, float]:
     """(task, variant, seed, greedy return) of a run, which is made on a free core if need be."""
     run = folder / task / variant.replace(" ", "_") / str(seed)
-    if not (run / "summary.json").exists():
+    if not is_finished(run):
+        shutil.rmtree(run, ignore_errors=True)  # what a stopped study left
         core = free.get()
         command = [sys.executable, "-m", "rlx.train", *TASKS[task][variant], EVALUATED]
         quiet = ["logging.console=off", "checkpoint.replay=false"]
@@ -131,6 +133,11 @@ def make(
     return task, variant, seed, summary(run)["evaluation_return"]
 
 
+def is_finished(run: Path) -> bool:
+    """True if a run came to its end; one that was interrupted writes a summary, too."""
+    return (run / "summary.json").exists() and summary(run)["state"] == "finished"
+
+
 def summary(run: Path) -> Any:
     """Reads the summary that a run wrote at its end."""
     return json.loads((run / "summary.json").read_text())
@@ -141,7 +148,8 @@ def ended(folder: Path) -> Iterator[tuple[str, str, int, Path]]:
     for task, variants in TASKS.items():
         for variant in variants:
             for path in sorted((folder / task / variant.replace(" ", "_")).glob("*/summary.json")):
-                yield task, variant, int(path.parent.name), path.parent
+                if is_finished(path.parent):
+                    yield task, variant, int(path.parent.name), path.parent
 
 
 def write(folder: Path) -> None:
