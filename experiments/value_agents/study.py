@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 METRIC = "evaluation/return_mean"
 SEEDS = range(5)
 FEEDFORWARD = ("dqn", "c51", "qr_dqn", "iqn")
-RECURRENT = ("r2d2_small", *FEEDFORWARD)
+RECURRENT = (*FEEDFORWARD, "r2d2_small")
 EVALUATED = "evaluation.every_env_steps=10000"
 
 
@@ -49,8 +49,8 @@ def each(experiment: str, agents: Sequence[str], *more: str) -> dict[str, list[s
 TASKS: dict[str, dict[str, list[str]]] = {
     "cartpole": each("cartpole_{}", FEEDFORWARD),
     "cartpole_memory": {
-        "r2d2": ["total_env_steps=100000", "agent.optimizer.decay_gradient_steps=7500"],
         **each("cartpole_memory_{}", FEEDFORWARD),
+        "r2d2": ["total_env_steps=100000", "agent.optimizer.decay_gradient_steps=7500"],
     },
     "acrobot": each("acrobot_{}", ["qr_dqn"]),
     "mountaincar": each("mountaincar_{}", ["dqn", "qr_dqn"]),
