@@ -14,6 +14,7 @@ from typing import Annotated
 import numpy as np
 
 from rlx.interfaces import Exploration, PerEpisode
+from rlx.problems import show
 from rlx.seeding import uniforms
 from rlx.types import Range, Runtime
 
@@ -34,6 +35,14 @@ class Ladder:
     minimum: Amount
     final_scale: Amount
     decay_env_steps: Annotated[int, Range(ge=1)] | None  # None: never shrinks
+
+    def __post_init__(self) -> None:
+        if (self.decay_env_steps is None) != (self.final_scale == 1):
+            raise ValueError(
+                f"exploration.final_scale={self.final_scale:g} and "
+                f"exploration.decay_env_steps={show(self.decay_env_steps)}: to shrink the rungs "
+                "give a scale below 1 and the env steps, else 1 and null."
+            )
 
     def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
         rung = lane / max(1, lanes - 1)

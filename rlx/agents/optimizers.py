@@ -29,6 +29,16 @@ class Adam:
     decay: Literal["linear", "cosine"]
     final_learning_rate: Annotated[float, Range(ge=0, lt=1)]  # after that
 
+    def __post_init__(self) -> None:
+        if self.decay_gradient_steps is not None:
+            return
+        if self.final_learning_rate or self.decay != "linear":
+            raise ValueError(
+                f"optimizer.decay={self.decay} and optimizer.final_learning_rate="
+                f"{self.final_learning_rate:g} say how the rate falls, but it never does; set "
+                "optimizer.decay_gradient_steps, too."
+            )
+
     def build(self) -> optax.GradientTransformation:
         """The chain of optax, for gradients that are averaged over the devices already."""
         adam = optax.adam(self.rate(), b1=self.b1, b2=self.b2, eps=self.epsilon)

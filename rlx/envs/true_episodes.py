@@ -103,7 +103,8 @@ class ToldEpisodes:
     def end(self, lane: np.ndarray) -> None:
         """Counts the episodes of these lanes as ended."""
         for i in lane.tolist():
-            self._append(i, *self._running[i])
+            if self._running[i, 1]:  # else a reset's own steps go on, and no episode has begun
+                self._append(i, *self._running[i])
         self.forget(lane)
 
     def _append(self, lane: int, return_: float, env_steps: float) -> None:

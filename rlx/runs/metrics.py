@@ -35,7 +35,7 @@ DISCARDED_FILE = "metrics.discarded.jsonl"
 NAMES: Mapping[str, str] = {
     "env_steps": "env steps made by the run",
     "frames": "emulator frames seen by the run",
-    "updates": "gradient steps made by the run",
+    "updates": "updates made by the run, one for each batch",
     "wall_s": "seconds since the run began, without the time it was stopped",
     "train/return_mean": "mean unclipped return of the last logging.window_episodes episodes",
     "train/length_mean": "mean length of those episodes, env steps",

@@ -49,13 +49,14 @@ from rlx.training.quota import Quota
 from rlx.training.restoring import Restored, check_total, restore_learner, restore_replay
 from rlx.training.rounds import blocks_of_a_round
 from rlx.training.shares import share_checkpoint, share_exploration, share_folder, share_seed
-from rlx.types import DiscreteSpec, EnvSpec, Rollout
+from rlx.types import DiscreteSpec, EnvSpec, Rollout, SequenceSpec
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 CLOSE_S = 10.0
+FAR = 2**62  # env steps: beyond the end of every schedule
 
 
 def build_agent(settings: Mapping[str, Any]) -> tuple[EnvFamily, Agent]:
@@ -85,6 +86,7 @@ def assemble(
     check_agreement(settings)
     family, agent = build_agent(settings)
     _check_network(agent)
+    _check_stride(agent.sequence)
     blocks = blocks_of_a_round(settings, agent)
     learner = _open_learner(settings, agent)
     resumed = restore_learner(output_dir, learner, peers, checkpoint.replay) if resume else None
@@ -168,7 +170,20 @@ def _open_pool(acting: PoolSettings, replay: Replay, context: RunContext) -> Act
     """The pool of these settings, or one that plays what the replay has recorded."""
     if isinstance(replay, FromRecord) and replay.is_recorded:
         return _nobody_acts(acting.env_steps_per_request, context.agent, context.chain)
+    _check_exploration(context, acting.instances * acting.envs_per_actor)
     return _opened("acting", acting.open, context)
+
+
+def _check_exploration(context: RunContext, lanes: int) -> None:
+    """Refuses actions that are random for the whole run."""
+    last = context.exploration.amount(np.arange(lanes), lanes, FAR)
+    if not context.agent.samples and np.all(last >= 1):
+        raise refuse(
+            "exploration",
+            "its amount stays 1, by which an agent acts as it samples; this one has no "
+            "distribution of its own, so every action of the run would be random; choose "
+            "exploration=ladder or linear, or give it noisy layers (agent.head.noise=0.5)",
+        )
 
 
 def _make_quota(
@@ -240,6 +255,15 @@ def _check_network(agent: Agent) -> None:
             f"its {params:,} parameters, with targets and optimiser, need {needed / 1e9:,.1f} GB, "
             f"{limit / 1e9:,.1f} GB are there; choose a smaller network, or an environment with "
             f"fewer choices and smaller observations (the action is {_sizes(agent.spec)})",
+        )
+
+
+def _check_stride(sequence: SequenceSpec) -> None:
+    """Says so if sequences lie apart, with rows between them that no update reads."""
+    if (apart := sequence.stride - sequence.unroll) > 0:
+        log.warning(
+            "agent.stride=%d is longer than agent.unroll=%d: %d of %d rows are never trained on",
+            *(sequence.stride, sequence.unroll, apart, sequence.stride),
         )
 
 

@@ -375,6 +375,12 @@ def test_the_rate_rises_and_falls_as_it_is_told(changes, expected):
     assert found == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{"final_learning_rate": 1e-4}, {"decay": "cosine"}])
+def test_a_fall_of_the_rate_without_its_steps_is_refused(changes):
+    with pytest.raises(ValueError, match=r"set optimizer\.decay_gradient_steps, too"):
+        parts.adam(**changes)
+
+
 def test_wrong_settings_say_so():
     with pytest.raises(ValueError, match=r"multiple or a divisor of agent\.block_rows=4"):
         parts.agent(stride=6)

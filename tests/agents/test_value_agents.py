@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import rlx
 from rlx import trees
 from rlx.agents import common, q_learning
 from rlx.agents.c51 import C51, project
@@ -22,6 +23,7 @@ from rlx.agents.munchausen import Munchausen
 from rlx.agents.qr_dqn import QRDQN
 from rlx.agents.quantiles import midpoints, quantile_loss
 from rlx.networks.heads import Dueling, NoisyDense, Plain
+from rlx.problems import ConfigError
 from rlx.types import Batch, TrainState
 from tests import parts
 
@@ -563,6 +565,15 @@ def test_a_target_by_env_steps_is_copied_once_for_each_period_that_ended(before)
 def test_settings_that_exclude_each_other_are_refused(cls, changes, says):
     with pytest.raises(ValueError, match=says):
         made(cls, **changes)
+
+
+@pytest.mark.parametrize("name", ["dqn", "c51", "qr_dqn", "iqn", "r2d2"])
+def test_periods_that_the_counter_of_env_steps_cannot_hold_are_refused(name):
+    period = ["agent.target_period_updates=null", f"agent.target_period_env_steps={2**32}"]
+    with pytest.raises(
+        ConfigError, match=r"env_steps=4294967296 .*: accepted: .* <= 4,294,967,295"
+    ):
+        rlx.run(rlx.compose([f"agent={name}", *period]))
 
 
 @pytest.mark.parametrize("cls", list(OWN))

@@ -98,6 +98,17 @@ def test_delayed_ends_come_later_and_returns_and_lengths_are_the_true_ones(vecto
     assert episodes == [(*GAME, 12)] * 2
 
 
+@pytest.mark.parametrize("vector", VECTORS)
+def test_an_episode_ended_from_outside_while_its_end_is_delayed_counts_once(vector):
+    env = lives(DELAY, vector=vector).make(lanes=2, seeds=[0, 1])
+    answer = env.reset()
+    for _ in range(13):  # 12 of the game, one of the delay
+        answer = env.step(np.zeros(2, np.int32), answer.lane)
+    env.end(np.array([1], np.int32))
+    assert [(e.lane, e.return_, e.env_steps) for e in env.episodes()] == [(0, *GAME), (1, *GAME)]
+    env.close()
+
+
 def test_delays_of_nothing_and_of_truncations():
     env = DelayedEnding(gymnasium.make(LIVES, max_episode_steps=2), delay_env_steps=0)
     env.reset()

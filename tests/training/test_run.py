@@ -652,14 +652,31 @@ def test_every_exploration_runs_and_rows_have_the_returns_of_its_rungs(name, run
     [
         (["exploration=mixed", "exploration.weights=[1,2]"], "give each final amount one weight"),
         (["exploration=redrawn", "exploration.lowest=0.5"], "above exploration.highest=0.1"),
+        (["exploration.final_scale=0.5"], "exploration.decay_env_steps=null: to shrink"),
+        (["exploration.decay_env_steps=9"], "exploration.final_scale=1 and"),
     ],
 )
-def test_draws_that_make_no_sense_are_refused_before_an_environment_opens(
+def test_amounts_that_make_no_sense_are_refused_before_an_environment_opens(
     settings, says, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("rlx.training.assemble.build_agent", lambda settings: pytest.fail("late"))
     with pytest.raises(ConfigError, match=says):
         run(tmp_path, *settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [["exploration=sample"], ["exploration=linear", "exploration.final=1.0"]]
+)
+def test_an_agent_without_a_distribution_may_not_act_at_random_for_ever(settings, tmp_path):
+    with pytest.raises(ConfigError, match=r"exploration: its amount stays 1.*agent\.head\.noise"):
+        run(tmp_path, *settings)
+    run(tmp_path, *settings, "agent.head.noise=0.5", "total_env_steps=200")  # as the layers sample
+
+
+def test_rows_that_no_update_reads_are_told_at_the_start(caplog, tmp_path):
+    run(tmp_path, "agent.unroll=4", "agent.stride=8", "total_env_steps=200")
+    (said,) = (r.getMessage() for r in caplog.records if "never trained" in r.getMessage())
+    assert said == "agent.stride=8 is longer than agent.unroll=4: 4 of 8 rows are never trained on"
 
 
 def test_schedules_go_on_in_a_resumed_run(monkeypatch, tmp_path):
