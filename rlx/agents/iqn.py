@@ -3,8 +3,9 @@
 The network is a function of a fraction tau, too: cosines of tau, embedded, times the features that
 come out of the core; the head maps the product to the quantile of each action at tau. The loss is
 the quantile Huber loss between `fractions` drawn ones and `target_fractions` of the next state's
-action. That action, as those of acting, has the largest mean over `acting_fractions` drawn ones,
-which a risk measure may distort. All else is DQN's (`rlx.agents.dqn`).
+action. That action, as those of acting, has the largest mean over `acting_fractions` drawn ones
+(or fixed ones, without `acting_draws`), which a risk measure may distort. All else is DQN's
+(`rlx.agents.dqn`).
 
 A row's priority is the absolute error of the means, as it can be known at acting time, too.
 """
@@ -71,6 +72,7 @@ class IQN:
     fractions: Annotated[int, Range(ge=1)]  # N, of the online network in the loss
     target_fractions: Annotated[int, Range(ge=1)]  # N', of the target network
     acting_fractions: Annotated[int, Range(ge=1)]  # K, to choose an action
+    acting_draws: bool  # False: those are fixed, the middles of K equal parts
     cosines: Annotated[int, Range(ge=1)]  # of a fraction
     risk: Risk | None  # None: actions are chosen by the mean
     kappa: Annotated[float, Range(ge=0)] | None  # where the loss becomes linear; None: nowhere
@@ -127,11 +129,11 @@ class IQN:
         self, params: Params, features: Array, key: Array | None = None, noise: Array | None = None
     ) -> Array:
         """Quantiles f32[..., A, K] to choose actions by, at drawn or at fixed fractions."""
-        shape = (*features.shape[:-1], self.acting_fractions)
-        if key is None:
-            fractions = jnp.broadcast_to(midpoints(self.acting_fractions), shape)
+        count = self.acting_fractions
+        if key is None or not self.acting_draws:  # one embedding for all features
+            fractions = midpoints(count).reshape(*(1,) * (features.ndim - 1), count)
         else:
-            fractions = jax.random.uniform(key, shape)
+            fractions = jax.random.uniform(key, (*features.shape[:-1], count))
         if self.risk is not None:
             fractions = self.risk.distorted(fractions)
         return self.quantiles(params, features, fractions, noise)
@@ -139,7 +141,7 @@ class IQN:
     def quantiles(
         self, params: Params, features: Array, fractions: Array, noise: Array | None
     ) -> Array:
-        """Quantiles f32[..., A, N] of features [..., F] at fractions [..., N]."""
+        """Quantiles f32[..., A, N] of features [..., F]; fractions: [..., N], or [1, ..., 1, N]."""
         joined = self.network.read(params, FRACTIONS, self.heads()[FRACTIONS], features, fractions)
         found = self.network.read(params, q_learning.HEAD, self.head, joined, noise)
         return jnp.swapaxes(found, -1, -2)

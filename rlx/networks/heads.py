@@ -80,8 +80,8 @@ class Plain(ActionHead, kw_only=True):
 class Fractions(Head, kw_only=True):
     """Joins fractions to features (IQN, Dabney et al. 2018, equation 4).
 
-    Features f32[..., F] and fractions f32[..., N] give f32[..., N, F]: the features times
-    relu(linear(cos(pi i tau), i = 1 .. cosines)).
+    Features f32[..., F] and fractions f32[..., N], or [1, ..., 1, N] for all, give f32[..., N, F]:
+    the features times relu(linear(cos(pi i tau), i = 1 .. cosines)).
 
     DEPARTS: the paper's sum runs over i = 0 .. n - 1, whose first cosine is 1 for every fraction;
     Dopamine's, which made the paper's scores, over 1 .. n.

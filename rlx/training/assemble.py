@@ -85,8 +85,7 @@ def assemble(
     exploration = build(settings["exploration"], "exploration", seed=settings["seed"])
     check_agreement(settings)
     family, agent = build_agent(settings)
-    _check_network(agent)
-    _check_stride(agent.sequence)
+    _check_agent(agent)
     blocks = blocks_of_a_round(settings, agent)
     learner = _open_learner(settings, agent)
     resumed = restore_learner(output_dir, learner, peers, checkpoint.replay) if resume else None
@@ -238,10 +237,11 @@ def _build_evaluator(
     )
 
 
-def _check_network(agent: Agent) -> None:
+def _check_agent(agent: Agent) -> None:
     """Traces the network, which reads shapes that its constructor does not, and weighs it."""
     for line in agent.spec.said:
         log.info("%s", line)
+    _say_what_is_left_out(agent.sequence)
     try:
         state = jax.eval_shape(lambda: agent.init(jax.random.PRNGKey(0)))
     except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
@@ -258,7 +258,7 @@ def _check_network(agent: Agent) -> None:
         )
 
 
-def _check_stride(sequence: SequenceSpec) -> None:
+def _say_what_is_left_out(sequence: SequenceSpec) -> None:
     """Says so if sequences lie apart, with rows between them that no update reads."""
     if (apart := sequence.stride - sequence.unroll) > 0:
         log.warning(

@@ -36,6 +36,7 @@ OWN: dict[type, dict[str, Any]] = {
         "fractions": 3,
         "target_fractions": 5,
         "acting_fractions": 4,
+        "acting_draws": True,
         "cosines": 6,
         "risk": None,
         "kappa": 1.0,
@@ -332,9 +333,10 @@ def test_loss_and_priorities_equal_the_float64_oracle(spec, cls, core, changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"munchausen": SOFT, "double_q": False}])
-@pytest.mark.parametrize("cls", [DQN, C51, QRDQN])
+@pytest.mark.parametrize("cls", list(OWN))
 def test_first_priorities_equal_the_learners_when_all_networks_are_one(cls, changes):
-    agent = made(cls, parts.network(parts.MASKED), **changes)
+    without_draws = {"acting_draws": False} if cls is IQN else {}
+    agent = made(cls, parts.network(parts.MASKED), **changes, **without_draws)
     batch, state = parts.batch(agent, 16), one_network(agent)
     inputs = common.batch_inputs(batch)
     features, _ = agent.network.apply(state.params, inputs, batch.carry)
@@ -438,6 +440,18 @@ def test_risk_changes_what_is_chosen_and_nothing_else(measure):
         np.testing.assert_allclose(np.asarray(bent[2]), tau ** (1 / 3), rtol=1e-5)
     with pytest.raises(ValueError, match="the share of the worst returns"):
         Risk(measure="cvar", level=0.0)
+
+
+@pytest.mark.parametrize("risk", [None, Risk(measure="cvar", level=0.5)])
+def test_acting_fractions_that_are_not_drawn_are_the_middles_of_equal_parts(risk):
+    agent = made(IQN, parts.network(parts.MASKED), acting_draws=False, risk=risk)
+    state, features = started(agent), np.random.default_rng(4).normal(size=(3, 5, 8))
+    middles = np.array([0.125, 0.375, 0.625, 0.875]) * (1.0 if risk is None else 0.5)
+    each = np.broadcast_to(middles.astype(np.float32), (3, 5, 4))
+    known = agent.quantiles(state.params, jnp.float32(features), jnp.asarray(each), None)
+    for key in (None, *jax.random.split(jax.random.PRNGKey(0))):
+        found = agent.outputs(state.params, jnp.float32(features), key)
+        np.testing.assert_allclose(found, known, atol=1e-6)
 
 
 # --- noisy layers --------------------------------------------------------------------------------
