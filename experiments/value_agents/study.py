@@ -3,6 +3,8 @@
 python experiments/value_agents/study.py run FOLDER [TASK ...]    trains; runs that ended are kept
 python experiments/value_agents/study.py write FOLDER             raw numbers, figures, the table
 
+`write` keeps the numbers of runs that FOLDER lacks.
+
 Every run is one command of rlx in a process of its own, in FOLDER/<task>/<agent>/<seed>. As many
 run at a time as this process has cores, each bound to one of them: a wall time is that of one core.
 """
@@ -15,8 +17,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,6 +38,7 @@ from rlx.statistics import summarize
 
 HERE = Path(__file__).parent
 METRIC = "evaluation/return_mean"
+COLUMNS = ("env_steps", "updates", "wall_s", "evaluation_return", "train_return")
 SEEDS = range(5)
 FEEDFORWARD = ("dqn", "c51", "qr_dqn", "iqn")
 RECURRENT = (*FEEDFORWARD, "r2d2_small")
@@ -54,7 +59,7 @@ TASKS: dict[str, dict[str, list[str]]] = {
     },
     "acrobot": each("acrobot_{}", ["qr_dqn"]),
     "mountaincar": each("mountaincar_{}", ["dqn", "qr_dqn"]),
-    "catch": each("catch", RECURRENT, "agent={}"),
+    "catch": each("catch", RECURRENT, "agent={}", "agent.optimizer.decay_gradient_steps=5400"),
     "minigrid_empty": each("minigrid_empty", RECURRENT, "agent={}"),
     "ablations": {
         "dqn": ["experiment=cartpole_dqn"],
@@ -143,31 +148,74 @@ def summary(run: Path) -> Any:
     return json.loads((run / "summary.json").read_text())
 
 
-def ended(folder: Path) -> Iterator[tuple[str, str, int, Path]]:
-    """(task, variant, seed, folder) of the runs that ended."""
+@dataclass(frozen=True)
+class Run:
+    """Holds what is written of a run that came to its end."""
+
+    task: str
+    variant: str
+    seed: int
+    numbers: dict[str, float]  # by the names of COLUMNS
+    curve: list[tuple[int, float]]  # (env steps, mean greedy return) of evaluations on the way
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.task, self.variant, self.seed
+
+
+def write(folder: Path) -> None:
+    """Writes the raw numbers beside this file, draws them, and puts the table into README.md.
+
+    Of runs that the folder lacks the numbers that are written already stay.
+    """
+    found = {run.key: run for run in (*written(), *ended(folder))}
+    order = [(task, variant, seed) for task in TASKS for variant in TASKS[task] for seed in SEEDS]
+    runs = [found[key] for key in order if key in found]
+    save("scores.csv", COLUMNS, ((*run.key, *run.numbers.values()) for run in runs))
+    points = ((*run.key, *point) for run in runs for point in run.curve)
+    save("curves.csv", ("env_steps", "evaluation_return_mean"), points)
+    draw("curves", [task for task in GOALS if any(run.task == task for run in runs)], runs)
+    if any(run.task == "ablations" for run in runs):
+        draw("ablations", ["ablations"], runs)
+    before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    rows = [row for task in TASKS for row in table(task, [run for run in runs if run.task == task])]
+    (HERE / "README.md").write_text("\n".join([before + BEGIN, *HEADER, *rows, "", END + after]))
+
+
+def ended(folder: Path) -> Iterator[Run]:
+    """Reads the runs of a folder that came to their end."""
     for task, variants in TASKS.items():
         for variant in variants:
             for path in sorted((folder / task / variant.replace(" ", "_")).glob("*/summary.json")):
                 if is_finished(path.parent):
-                    yield task, variant, int(path.parent.name), path.parent
+                    said = summary(path.parent)
+                    numbers = {name: said[name] for name in COLUMNS}
+                    yield Run(task, variant, int(path.parent.name), numbers, curve(path.parent))
 
 
-def write(folder: Path) -> None:
-    """Writes the raw numbers beside this file, draws them, and puts the table into README.md."""
-    runs = list(ended(folder))
-    names = ("env_steps", "updates", "wall_s", "evaluation_return", "train_return")
-    save("scores.csv", names, ((*run[:3], *(summary(run[3])[n] for n in names)) for run in runs))
-    points = ((*run[:3], *point) for run in runs for point in curve(run[3]))
-    save("curves.csv", ("env_steps", "evaluation_return_mean"), points)
-    draw("curves", [task for task in GOALS if any(run[0] == task for run in runs)], runs)
-    if any(run[0] == "ablations" for run in runs):
-        draw("ablations", ["ablations"], runs)
-    before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    rows = [
-        row for task in TASKS for row in table(task, [run[1:] for run in runs if run[0] == task])
-    ]
-    (HERE / "README.md").write_text("\n".join([before + BEGIN, *HEADER, *rows, "", END + after]))
+def curve(run: Path) -> list[tuple[int, float]]:
+    """(env steps, mean greedy return) of the evaluations during a run."""
+    rows = [row for row in read_rows(run / "metrics.jsonl") if row[METRIC] is not None]
+    return [(row["env_steps"], row[METRIC]) for row in rows]
+
+
+def written() -> Iterator[Run]:
+    """Reads the runs whose numbers are beside this file."""
+    curves = defaultdict[tuple[str, ...], list[tuple[int, float]]](list)
+    for *key, env_steps, score in load("curves.csv"):
+        curves[tuple(key)].append((int(env_steps), float(score)))
+    for task, variant, seed, *numbers in load("scores.csv"):
+        known = dict(zip(COLUMNS, map(json.loads, numbers), strict=True))
+        yield Run(task, variant, int(seed), known, curves[task, variant, seed])
+
+
+def load(name: str) -> list[list[str]]:
+    """The rows of a CSV beside this file, without its header; none if there is no file."""
+    if not (HERE / name).exists():
+        return []
+    with (HERE / name).open(newline="") as file:
+        return list(csv.reader(file))[1:]
 
 
 def save(name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -178,21 +226,15 @@ def save(name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> No
         writer.writerows([round(x, 2) if isinstance(x, float) else x for x in row] for row in rows)
 
 
-def curve(run: Path) -> list[tuple[int, float]]:
-    """(env steps, mean greedy return) of the evaluations during a run."""
-    rows = [row for row in read_rows(run / "metrics.jsonl") if row[METRIC] is not None]
-    return [(row["env_steps"], row[METRIC]) for row in rows]
-
-
-def table(task: str, runs: Sequence[tuple[str, int, Path]]) -> list[str]:
+def table(task: str, runs: Sequence[Run]) -> list[str]:
     """The rows of a task's variants, in Markdown."""
     rows = []
     for variant in TASKS[task]:
-        mine = [run for name, _, run in runs if name == variant]
+        mine = [run for run in runs if run.variant == variant]
         if not mine:
             continue
-        scores = [summary(run)["evaluation_return"] for run in mine]
-        walls = [summary(run)["wall_s"] for run in mine]
+        scores = [run.numbers["evaluation_return"] for run in mine]
+        walls = [run.numbers["wall_s"] for run in mine]
         said = summarize(scores, seed=0)
         digits = 2 if max(map(abs, scores)) < 10 else 1
         each_one = ", ".join(f"{score:.{digits}f}" for score in scores)
@@ -205,14 +247,14 @@ def table(task: str, runs: Sequence[tuple[str, int, Path]]) -> list[str]:
     return rows
 
 
-def firsts(task: str, runs: Sequence[Path]) -> str:
+def firsts(task: str, runs: Sequence[Run]) -> str:
     """The env steps, in thousands, of each run's first evaluation at the task's goal."""
     goal = GOALS.get(task, GOALS["cartpole"])
-    found = [next((x for x, y in curve(run) if y >= goal), None) for run in runs]
+    found = [next((x for x, y in run.curve if y >= goal), None) for run in runs]
     return ", ".join("never" if x is None else f"{x / 1000:.0f}" for x in found)
 
 
-def draw(name: str, tasks: Sequence[str], runs: Sequence[tuple[str, str, int, Path]]) -> None:
+def draw(name: str, tasks: Sequence[str], runs: Sequence[Run]) -> None:
     """Draws a panel for each task: each seed thin, the variant's mean thick."""
     columns = min(len(tasks), 2)
     figure, panels = plt.subplots(
@@ -224,7 +266,7 @@ def draw(name: str, tasks: Sequence[str], runs: Sequence[tuple[str, str, int, Pa
     )
     for task, axes in zip(tasks, panels.flat, strict=False):
         for i, variant in enumerate(TASKS[task]):
-            mine = [np.array(curve(run[3])) for run in runs if run[:2] == (task, variant)]
+            mine = [np.array(run.curve) for run in runs if run.key[:2] == (task, variant)]
             if found := [points for points in mine if len(points)]:
                 line(axes, found, f"C{i}", f"{variant} ({len(found)} seeds)")
         if task in GOALS:
