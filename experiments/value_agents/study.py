@@ -54,8 +54,11 @@ def each(experiment: str, agents: Sequence[str], *more: str) -> dict[str, list[s
 TASKS: dict[str, dict[str, list[str]]] = {
     "cartpole": each("cartpole_{}", FEEDFORWARD),
     "cartpole_memory": {
-        **each("cartpole_memory_{}", FEEDFORWARD),
-        "r2d2": ["total_env_steps=100000", "agent.optimizer.decay_gradient_steps=7500"],
+        **each("cartpole_memory_{}", (*FEEDFORWARD, "r2d2")),
+        "default run": [
+            "total_env_steps=100000",
+            "agent.optimizer.decay_gradient_steps=7500",
+        ],
     },
     "acrobot": each("acrobot_{}", ["qr_dqn"]),
     "mountaincar": each("mountaincar_{}", ["dqn", "qr_dqn"]),
