@@ -269,7 +269,7 @@ def act(
     which each lane draws anew. `key` is consumed.
     """
     features, carry = _acting_features(agent, params, inputs, carry)
-    draws, noise = jax.random.split(jax.random.fold_in(key, 1))
+    draws, noise = jax.random.split(jax.random.fold_in(key, 2))  # 0, 1: epsilon_greedy's split
     outputs = agent.outputs(params, features, draws)
     q, mask = agent.expected(outputs), common.allowed(inputs, agent.spec)
     if agent.samples:
@@ -279,7 +279,7 @@ def act(
             )
         )
         best, sample = (jnp.argmax(common.masked(x, mask), axis=-1) for x in (q, noisy))
-        action = common.explore(key, best, sample, exploration).astype(jnp.int32)
+        action = common.explore(jax.random.fold_in(key, 0), best, sample, exploration)
     else:
         action = common.epsilon_greedy(key, q, exploration, mask)
     return action, agent.remember(outputs, action, mask), carry

@@ -502,6 +502,28 @@ def test_noise_is_drawn_for_each_update_and_each_lane_and_is_off_in_evaluation(c
         np.testing.assert_array_equal(actions(0, 0.0), np.asarray(q).argmax(-1))
 
 
+@pytest.mark.parametrize("head", [Dueling(hidden=8, noise=None), NOISY])
+def test_fractions_are_drawn_from_no_key_that_explores(head, monkeypatch):
+    agent, outputs, drawn = made(IQN, head=head), IQN.outputs, []
+
+    def seen(self: Any, params: Any, features: Any, key: Any = None, noise: Any = None) -> Any:
+        drawn.append(key)
+        return outputs(self, params, features, key, noise)
+
+    def none_drawn(key: Any, *others: Any) -> Any:
+        used.extend([key, *jax.random.split(key)])
+        return others[0].argmax(axis=-1).astype(np.int32) if head is not NOISY else others[0]
+
+    used: list[Any] = []
+    monkeypatch.setattr(IQN, "outputs", seen)
+    monkeypatch.setattr(common, "explore" if head is NOISY else "epsilon_greedy", none_drawn)
+    inputs = trees.tree_map(lambda x: x[:4, 0], parts.batch(agent, 8).rows.inputs)
+    key = jax.random.PRNGKey(5)
+    agent.act(started(agent).params, inputs, agent.initial_carry(4), key, np.zeros(4, np.float32))
+    used += [child for parent in used for child in jax.random.split(parent)]
+    assert not any(np.array_equal(drawn[0], other) for other in used)
+
+
 def test_the_target_network_has_noise_of_its_own(monkeypatch):
     agent, drawn = made(DQN, head=NOISY), []
 
