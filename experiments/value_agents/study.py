@@ -3,7 +3,7 @@
 python experiments/value_agents/study.py run FOLDER [TASK ...]    trains; runs that ended are kept
 python experiments/value_agents/study.py write FOLDER             raw numbers, figures, the table
 
-`write` keeps the numbers of runs that FOLDER lacks.
+A TASK may name one variant, too: catch/dqn. `write` keeps the numbers of runs that FOLDER lacks.
 
 Every run is one command of rlx in a process of its own, in FOLDER/<task>/<agent>/<seed>. As many
 run at a time as this process has cores, each bound to one of them: a wall time is that of one core.
@@ -105,7 +105,7 @@ HEADER = (
 )
 
 
-def train(folder: Path, tasks: Sequence[str]) -> None:
+def train(folder: Path, wanted: Sequence[str]) -> None:
     """Makes the runs that are not there yet, seed by seed."""
     free = SimpleQueue[int]()
     cores = os.sched_getaffinity(0)
@@ -114,9 +114,10 @@ def train(folder: Path, tasks: Sequence[str]) -> None:
     with ThreadPoolExecutor(len(cores)) as pool:
         runs = [
             pool.submit(make, folder, task, variant, seed, free)
-            for task in tasks or TASKS
+            for task in TASKS
             for seed in SEEDS
             for variant in TASKS[task]
+            if not wanted or {task, f"{task}/{variant}"} & set(wanted)
         ]
         for run in as_completed(runs):
             print(*run.result(), flush=True)
