@@ -73,6 +73,7 @@ class IQN:
     target_fractions: Annotated[int, Range(ge=1)]  # N', of the target network
     acting_fractions: Annotated[int, Range(ge=1)]  # K, to choose an action
     acting_draws: bool  # False: those are fixed, the middles of K equal parts
+    stratified: bool  # drawn fractions lie one in each of so many equal parts
     cosines: Annotated[int, Range(ge=1)]  # of a fraction
     risk: Risk | None  # None: actions are chosen by the mean
     kappa: Annotated[float, Range(ge=0)] | None  # where the loss becomes linear; None: nowhere
@@ -133,7 +134,7 @@ class IQN:
         if key is None or not self.acting_draws:  # one embedding for all features
             fractions = midpoints(count).reshape(*(1,) * (features.ndim - 1), count)
         else:
-            fractions = jax.random.uniform(key, (*features.shape[:-1], count))
+            fractions = self.drawn(key, (*features.shape[:-1], count))
         if self.risk is not None:
             fractions = self.risk.distorted(fractions)
         return self.quantiles(params, features, fractions, noise)
@@ -162,12 +163,21 @@ class IQN:
             self, taken, draws.fractions, target, q, target_q, replayed
         )
 
+    def drawn(self, key: Array, shape: tuple[int, ...]) -> Array:
+        """Fractions [..., N] of this shape: each is uniform, alone or in a part of its own."""
+        uniform = jax.random.uniform(key, shape)
+        if not self.stratified:
+            return uniform
+        return (
+            midpoints(shape[-1]).reshape(*(1,) * (len(shape) - 1), -1) + (uniform - 0.5) / shape[-1]
+        )
+
     def draws(self, key: Array, shape: tuple[int, ...]) -> Draws:
         """Draws what an update needs for features [T + n, B, F] of this leading shape."""
         keys = jax.random.split(key, 6)
         return Draws(
-            fractions=jax.random.uniform(keys[0], (self.unroll, *shape[1:], self.fractions)),
-            target_fractions=jax.random.uniform(keys[1], (*shape, self.target_fractions)),
+            fractions=self.drawn(keys[0], (self.unroll, *shape[1:], self.fractions)),
+            target_fractions=self.drawn(keys[1], (*shape, self.target_fractions)),
             choice=(keys[2], keys[3]),
             noise=(keys[4], keys[5]),
         )

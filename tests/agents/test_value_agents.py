@@ -37,6 +37,7 @@ OWN: dict[type, dict[str, Any]] = {
         "target_fractions": 5,
         "acting_fractions": 4,
         "acting_draws": True,
+        "stratified": False,
         "cosines": 6,
         "risk": None,
         "kappa": 1.0,
