@@ -132,7 +132,7 @@ class IQN:
         """Quantiles f32[..., A, K] to choose actions by, at drawn or at fixed fractions."""
         count = self.acting_fractions
         if key is None or not self.acting_draws:  # one embedding for all features
-            fractions = midpoints(count).reshape(*(1,) * (features.ndim - 1), count)
+            fractions = midpoints(count, features.ndim)
         else:
             fractions = self.drawn(key, (*features.shape[:-1], count))
         if self.risk is not None:
@@ -164,13 +164,11 @@ class IQN:
         )
 
     def drawn(self, key: Array, shape: tuple[int, ...]) -> Array:
-        """Fractions [..., N] of this shape: each is uniform, alone or in a part of its own."""
-        uniform = jax.random.uniform(key, shape)
+        """Fractions [..., N] of this shape: uniform over 0 .. 1, or each over a part of its own."""
+        uniform, count = jax.random.uniform(key, shape), shape[-1]
         if not self.stratified:
             return uniform
-        return (
-            midpoints(shape[-1]).reshape(*(1,) * (len(shape) - 1), -1) + (uniform - 0.5) / shape[-1]
-        )
+        return midpoints(count, len(shape)) + (uniform - 0.5) / count
 
     def draws(self, key: Array, shape: tuple[int, ...]) -> Draws:
         """Draws what an update needs for features [T + n, B, F] of this leading shape."""

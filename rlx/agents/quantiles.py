@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from rlx.types import Array
 
 
-def midpoints(count: int) -> Array:
-    """The fractions of `count` quantiles, f32[K]: the middles of equal parts of 0 .. 1."""
-    return (jnp.arange(count, dtype=jnp.float32) + 0.5) / count
+def midpoints(count: int, ndim: int = 1) -> Array:
+    """The middles of `count` equal parts of 0 .. 1, f32[1, ..., 1, K] of so many dimensions."""
+    middles = (jnp.arange(count, dtype=jnp.float32) + 0.5) / count
+    return middles.reshape(*[1] * (ndim - 1), count)
 
 
 def quantile_loss(taken: Array, fractions: Array, target: Array, kappa: float | None) -> Array:

@@ -455,6 +455,21 @@ def test_acting_fractions_that_are_not_drawn_are_the_middles_of_equal_parts(risk
         np.testing.assert_allclose(found, known, atol=1e-6)
 
 
+def test_stratified_fractions_lie_one_in_each_part_and_are_uniform_in_it():
+    agent = made(IQN, stratified=True, fractions=4, target_fractions=2, acting_fractions=8)
+    draws, seen = agent.draws(jax.random.PRNGKey(0), (9, 2000)), []
+    drawn = agent.drawn(jax.random.PRNGKey(1), (6, 2000, 8))
+    for found, count in ((draws.fractions, 4), (draws.target_fractions, 2), (drawn, 8)):
+        place = np.asarray(found, np.float64) * count - np.arange(count)
+        assert (place >= -1e-6).all()
+        assert (place < 1 + 1e-6).all()
+        for each in place.reshape(-1, count).T:
+            assert abs(each.mean() - 1 / 2) < 0.02
+            assert abs(each.var() - 1 / 12) < 0.01
+        seen.append(found.shape)
+    assert seen == [(agent.unroll, 2000, 4), (9, 2000, 2), (6, 2000, 8)]
+
+
 # --- noisy layers --------------------------------------------------------------------------------
 
 NOISY = Dueling(hidden=8, noise=0.5)
