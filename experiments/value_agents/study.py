@@ -97,6 +97,7 @@ GOALS = {
     "catch": 1,
     "minigrid_empty": 0.9,
 }
+LOWEST = {"catch": -1, "minigrid_empty": 0}  # returns that there are, where curves are flat
 BEGIN, END = "<!-- made by study.py -->", "<!-- until here -->"
 HEADER = (
     "",
@@ -275,6 +276,7 @@ def draw(name: str, tasks: Sequence[str], runs: Sequence[Run]) -> None:
                 line(axes, found, f"C{i}", f"{variant} ({len(found)} seeds)")
         if task in GOALS:
             axes.axhline(GOALS[task], color="0.6", ls=":", lw=1)
+        axes.set_ylim(bottom=LOWEST.get(task))
         axes.set(title=task, xlabel="env steps", ylabel="greedy return, mean of 20 episodes")
         axes.legend(fontsize="small")
     for axes in panels.flat[len(tasks) :]:

@@ -33,6 +33,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does
         "target_period_env_steps": None,
         "target_rate": None,
     },
+    "rlx.agents.iqn.IQN": {"acting_draws": True, "stratified": False},
     "rlx.agents.r2d2.R2D2": {
         "error": "squared",
         "munchausen": None,
