@@ -63,7 +63,22 @@ TASKS: dict[str, dict[str, list[str]]] = {
     "acrobot": each("acrobot_{}", ["qr_dqn"]),
     "mountaincar": each("mountaincar_{}", ["dqn", "qr_dqn"]),
     "catch": each("catch", RECURRENT, "agent={}", "agent.optimizer.decay_gradient_steps=5400"),
-    "minigrid_empty": each("minigrid_empty", RECURRENT, "agent={}"),
+    "minigrid_empty": {
+        **each("minigrid_empty", ("dqn", "qr_dqn", "iqn"), "agent={}"),
+        "c51": [
+            "experiment=minigrid_empty",
+            "agent=c51",
+            "agent.lowest=0",
+            "agent.highest=1",
+        ],
+        "r2d2_small": [
+            "experiment=minigrid_empty",
+            "agent=r2d2_small",
+            "agent.n_step=5",
+            "agent.target_period_updates=null",
+            "agent.target_rate=0.01",
+        ],
+    },
     "ablations": {
         "dqn": ["experiment=cartpole_dqn"],
         "without double": ["experiment=cartpole_dqn", "agent.double_q=false"],
