@@ -32,11 +32,12 @@ class Adam:
     def __post_init__(self) -> None:
         if self.decay_gradient_steps is not None:
             return
-        if self.final_learning_rate or self.decay != "linear":
+        last, decay = self.final_learning_rate, self.decay
+        if last or decay != "linear":
+            given = f"final_learning_rate={last:g}" if last else f"decay={decay}"
             raise ValueError(
-                f"optimizer.decay={self.decay} and optimizer.final_learning_rate="
-                f"{self.final_learning_rate:g} say how the rate falls, but it never does; set "
-                "optimizer.decay_gradient_steps, too."
+                f"{given} says how the rate falls, but it never does; "
+                "set decay_gradient_steps, too."
             )
 
     def build(self) -> optax.GradientTransformation:

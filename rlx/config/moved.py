@@ -57,6 +57,18 @@ ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does
     },
 }
 
+# Settings that say nothing if one of the first of them is so, and are refused unless all are.
+IDLE: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {  # by their class
+    "rlx.acting.exploration.Ladder": (
+        ("decay_env_steps", "final_scale"),
+        {"decay_env_steps": None, "final_scale": 1.0},
+    ),
+    "rlx.agents.optimizers.Adam": (
+        ("decay_gradient_steps",),
+        {"decay_gradient_steps": None, "decay": "linear", "final_learning_rate": 0.0},
+    ),
+}
+
 
 def renewed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The plain settings of a saved run as today's rlx would have written them.
@@ -83,4 +95,8 @@ def _renewed(value: Any) -> Any:
     target = MOVED.get(target, target)
     names = RENAMED.get(target, {})
     found = {names.get(key, key): child for key, child in found.items()}
-    return {**ADDED.get(target, {}), **found, "_target_": target}
+    found = {**ADDED.get(target, {}), **found, "_target_": target}
+    switches, idle = IDLE.get(target, ((), {}))
+    if any(name in found and found[name] == idle[name] for name in switches):
+        found |= {name: value for name, value in idle.items() if name in found}
+    return found

@@ -22,16 +22,18 @@ from rlx import trees
 from rlx.acting.plan import carry_spec, row_spec
 from rlx.acting.recorded import Recorded
 from rlx.config.build import build, prepare
-from rlx.config.targets import fits, full_name, lacks
+from rlx.config.targets import fits, full_name, lacks, resolve
 from rlx.evaluation.playing import Evaluation
 from rlx.interfaces import (
     ActingPool,
     Agent,
     EnvFamily,
     Evaluator,
+    Exploration,
     FromRecord,
     Movable,
     Peers,
+    PerEpisode,
     PoolSettings,
     Prioritizing,
     Replay,
@@ -49,14 +51,13 @@ from rlx.training.quota import Quota
 from rlx.training.restoring import Restored, check_total, restore_learner, restore_replay
 from rlx.training.rounds import blocks_of_a_round
 from rlx.training.shares import share_checkpoint, share_exploration, share_folder, share_seed
-from rlx.types import DiscreteSpec, EnvSpec, Rollout, SequenceSpec
+from rlx.types import DiscreteSpec, EnvSpec, Rollout
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 CLOSE_S = 10.0
-FAR = 2**62  # env steps: beyond the end of every schedule
 
 
 def build_agent(settings: Mapping[str, Any]) -> tuple[EnvFamily, Agent]:
@@ -85,7 +86,7 @@ def assemble(
     exploration = build(settings["exploration"], "exploration", seed=settings["seed"])
     check_agreement(settings)
     family, agent = build_agent(settings)
-    _check_agent(agent)
+    _check_agent(settings, agent, exploration, peers)
     blocks = blocks_of_a_round(settings, agent)
     learner = _open_learner(settings, agent)
     resumed = restore_learner(output_dir, learner, peers, checkpoint.replay) if resume else None
@@ -169,20 +170,7 @@ def _open_pool(acting: PoolSettings, replay: Replay, context: RunContext) -> Act
     """The pool of these settings, or one that plays what the replay has recorded."""
     if isinstance(replay, FromRecord) and replay.is_recorded:
         return _nobody_acts(acting.env_steps_per_request, context.agent, context.chain)
-    _check_exploration(context, acting.instances * acting.envs_per_actor)
     return _opened("acting", acting.open, context)
-
-
-def _check_exploration(context: RunContext, lanes: int) -> None:
-    """Refuses actions that are random for the whole run."""
-    last = context.exploration.amount(np.arange(lanes), lanes, FAR)
-    if not context.agent.samples and np.all(last >= 1):
-        raise refuse(
-            "exploration",
-            "its amount stays 1, by which an agent acts as it samples; this one has no "
-            "distribution of its own, so every action of the run would be random; choose "
-            "exploration=ladder or linear, or give it noisy layers (agent.head.noise=0.5)",
-        )
 
 
 def _make_quota(
@@ -237,11 +225,42 @@ def _build_evaluator(
     )
 
 
-def _check_agent(agent: Agent) -> None:
-    """Traces the network, which reads shapes that its constructor does not, and weighs it."""
+def _check_agent(
+    settings: Mapping[str, Any], agent: Agent, exploration: Exploration, peers: Peers
+) -> None:
+    """Refuses what cannot work, and says what a user may not expect."""
     for line in agent.spec.said:
         log.info("%s", line)
-    _say_what_is_left_out(agent.sequence)
+    _check_network(agent)
+    acting = settings["acting"]
+    lanes = acting["instances"] * acting["envs_per_actor"] * peers.count
+    _check_exploration(settings, agent, exploration, lanes)
+    apart, trained = agent.sequence.stride, agent.sequence.unroll
+    if apart > trained and peers.rank == 0:
+        says = "sequences start %d rows apart and train on %d: %d of %d rows are never trained on"
+        log.warning(says, apart, trained, apart - trained, apart)
+
+
+def _check_exploration(
+    settings: Mapping[str, Any], agent: Agent, exploration: Exploration, lanes: int
+) -> None:
+    """Refuses actions that are random for the whole run, unless nobody acts in it."""
+    replay, _ = resolve(settings["replay"]["_target_"])
+    nobody_acts = getattr(replay, "is_recorded", False)
+    if agent.samples or nobody_acts or isinstance(exploration, PerEpisode):
+        return
+    ends = (0, settings["total_env_steps"])
+    if min(exploration.amount(np.arange(lanes), lanes, end).min() for end in ends) >= 1:
+        raise refuse(
+            "exploration",
+            "its amount stays 1, by which an agent acts as it samples; this one has no "
+            "distribution of its own, so every action of the run would be random; choose "
+            "exploration=ladder or linear, or give it noisy layers (agent.head.noise=0.5)",
+        )
+
+
+def _check_network(agent: Agent) -> None:
+    """Traces the network, which reads shapes that its constructor does not, and weighs it."""
     try:
         state = jax.eval_shape(lambda: agent.init(jax.random.PRNGKey(0)))
     except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
@@ -255,15 +274,6 @@ def _check_agent(agent: Agent) -> None:
             f"its {params:,} parameters, with targets and optimiser, need {needed / 1e9:,.1f} GB, "
             f"{limit / 1e9:,.1f} GB are there; choose a smaller network, or an environment with "
             f"fewer choices and smaller observations (the action is {_sizes(agent.spec)})",
-        )
-
-
-def _say_what_is_left_out(sequence: SequenceSpec) -> None:
-    """Says so if sequences lie apart, with rows between them that no update reads."""
-    if (apart := sequence.stride - sequence.unroll) > 0:
-        log.warning(
-            "agent.stride=%d is longer than agent.unroll=%d: %d of %d rows are never trained on",
-            *(sequence.stride, sequence.unroll, apart, sequence.stride),
         )
 
 

@@ -377,7 +377,10 @@ def test_the_rate_rises_and_falls_as_it_is_told(changes, expected):
 
 @pytest.mark.parametrize("changes", [{"final_learning_rate": 1e-4}, {"decay": "cosine"}])
 def test_a_fall_of_the_rate_without_its_steps_is_refused(changes):
-    with pytest.raises(ValueError, match=r"set optimizer\.decay_gradient_steps, too"):
+    with pytest.raises(
+        ValueError,
+        match=r"^(final_learning_rate=0\.0001|decay=cosine) says .* set decay_gr",
+    ):
         parts.adam(**changes)
 
 

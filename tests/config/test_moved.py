@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
+from omegaconf import OmegaConf
 
+import rlx
 from rlx.config import moved, targets
-from rlx.config.build import setting_hints
+from rlx.config.build import prepare, setting_hints
 
 OLD_ADAM = {"_target_": "rlx.optimizers.Adam", "warmup_updates": 7, "decay_updates": None}
 
@@ -60,6 +62,27 @@ def test_settings_that_were_not_there_do_as_it_was_before():
     name = next(iter(added))
     chosen = {"acting": {"_target_": target, name: "chosen"}}
     assert moved.renewed(chosen)["acting"][name] == "chosen"
+
+
+@pytest.mark.parametrize(
+    ("target", "switch"),
+    [(target, switch) for target, (switches, _) in moved.IDLE.items() for switch in switches],
+)
+def test_half_of_a_decay_that_was_saved_is_none_at_all(target, switch):
+    _, idle = moved.IDLE[target]
+    saved = {"_target_": target, **dict.fromkeys(idle, 0.5)}
+    assert moved.renewed({"a": saved})["a"] == saved  # all of it is a decay
+    half = {**saved, switch: idle[switch]}
+    assert moved.renewed({"a": half})["a"] == {"_target_": target, **idle}
+
+
+def test_an_iqn_of_an_earlier_rlx_is_todays():
+    saved = OmegaConf.to_container(rlx.compose(["agent=iqn"])["agent"])
+    for name in ("acting_draws", "stratified"):  # which came later
+        del saved[name]
+    agent = moved.renewed({"agent": saved})["agent"]
+    prepare(agent, "agent")
+    assert (agent["acting_draws"], agent["stratified"]) == (True, False)
 
 
 def test_todays_settings_stay_as_they_are():
