@@ -3,7 +3,8 @@
 python experiments/value_agents/study.py run FOLDER [TASK ...]    trains; runs that ended are kept
 python experiments/value_agents/study.py write FOLDER             raw numbers, figures, the table
 
-A TASK may name one variant, too: catch/dqn. `write` keeps the numbers of runs that FOLDER lacks.
+A TASK may name one variant, too: catch/dqn. `write` keeps the numbers of variants that
+FOLDER has no run of.
 
 Every run is one command of rlx in a process of its own, in FOLDER/<task>/<agent>/<seed>. As many
 run at a time as this process has cores, each bound to one of them: a wall time is that of one core.
@@ -31,6 +32,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import yaml
 from matplotlib.axes import Axes
 
 from rlx.runs.folders import read_rows
@@ -123,6 +125,11 @@ HEADER = (
 
 def train(folder: Path, wanted: Sequence[str]) -> None:
     """Makes the runs that are not there yet, seed by seed."""
+    names = {*TASKS, *(f"{task}/{variant}" for task in TASKS for variant in TASKS[task])}
+    if unknown := set(wanted) - names:
+        sys.exit(
+            f"{', '.join(sorted(unknown))}: no such task; accepted: {', '.join(sorted(names))}"
+        )
     free = SimpleQueue[int]()
     cores = os.sched_getaffinity(0)
     for core in cores:
@@ -144,7 +151,7 @@ def make(
 ) -> tuple[str, str, int, float]:
     """(task, variant, seed, greedy return) of a run, which is made on a free core if need be."""
     run = folder / task / variant.replace(" ", "_") / str(seed)
-    if not is_finished(run):
+    if not is_finished(run, task, variant):
         shutil.rmtree(run, ignore_errors=True)  # what a stopped study left
         core = free.get()
         command = [sys.executable, "-m", "rlx.train", *TASKS[task][variant], EVALUATED]
@@ -158,9 +165,12 @@ def make(
     return task, variant, seed, summary(run)["evaluation_return"]
 
 
-def is_finished(run: Path) -> bool:
-    """True if a run came to its end; one that was interrupted writes a summary, too."""
-    return (run / "summary.json").exists() and summary(run)["state"] == "finished"
+def is_finished(run: Path, task: str, variant: str) -> bool:
+    """True if the variant's run came to its end; one that was interrupted writes a summary, too."""
+    if not (run / "summary.json").exists() or summary(run)["state"] != "finished":
+        return False
+    given = yaml.safe_load((run / ".hydra/overrides.yaml").read_text())
+    return set(TASKS[task][variant]) <= set(given)
 
 
 def summary(run: Path) -> Any:
@@ -186,9 +196,12 @@ class Run:
 def write(folder: Path) -> None:
     """Writes the raw numbers beside this file, draws them, and puts the table into README.md.
 
-    Of runs that the folder lacks the numbers that are written already stay.
+    Of variants that the folder has no run of, the numbers that are written already stay.
     """
-    found = {run.key: run for run in (*written(), *ended(folder))}
+    new = list(ended(folder))
+    replaced = {run.key[:2] for run in new}
+    kept = [run for run in written() if run.key[:2] not in replaced]
+    found = {run.key: run for run in (*kept, *new)}
     order = [(task, variant, seed) for task in TASKS for variant in TASKS[task] for seed in SEEDS]
     runs = [found[key] for key in order if key in found]
     save("scores.csv", COLUMNS, ((*run.key, *run.numbers.values()) for run in runs))
@@ -208,7 +221,7 @@ def ended(folder: Path) -> Iterator[Run]:
     for task, variants in TASKS.items():
         for variant in variants:
             for path in sorted((folder / task / variant.replace(" ", "_")).glob("*/summary.json")):
-                if is_finished(path.parent):
+                if is_finished(path.parent, task, variant):
                     said = summary(path.parent)
                     numbers = {name: said[name] for name in COLUMNS}
                     yield Run(task, variant, int(path.parent.name), numbers, curve(path.parent))
@@ -243,7 +256,7 @@ def save(name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> No
     with (HERE / name).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["task", "variant", "seed", *columns])
-        writer.writerows([round(x, 2) if isinstance(x, float) else x for x in row] for row in rows)
+        writer.writerows(rows)
 
 
 def table(task: str, runs: Sequence[Run]) -> list[str]:

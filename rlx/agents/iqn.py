@@ -168,7 +168,8 @@ class IQN:
         uniform, count = jax.random.uniform(key, shape), shape[-1]
         if not self.stratified:
             return uniform
-        return midpoints(count, len(shape)) + (uniform - 0.5) / count
+        drawn = midpoints(count, len(shape)) + (uniform - 0.5) / count
+        return jnp.clip(drawn, 0.0, 1.0)  # rounding goes beyond, where a power is no number
 
     def draws(self, key: Array, shape: tuple[int, ...]) -> Draws:
         """Draws what an update needs for features [T + n, B, F] of this leading shape."""

@@ -470,6 +470,26 @@ def test_stratified_fractions_lie_one_in_each_part_and_are_uniform_in_it():
     assert seen == [(agent.unroll, 2000, 4), (9, 2000, 2), (6, 2000, 8)]
 
 
+def test_stratified_fractions_reach_acting_and_all_of_the_loss(monkeypatch):
+    agent, quantiles, given = made(IQN, stratified=True), IQN.quantiles, []
+
+    def seen(self: Any, params: Any, features: Any, fractions: Any, noise: Any) -> Any:
+        given.append(fractions)
+        return quantiles(self, params, features, fractions, noise)
+
+    monkeypatch.setattr(IQN, "quantiles", seen)
+    batch, state = parts.batch(agent, 8), started(agent)
+    inputs = trees.tree_map(lambda x: x[:4, 0], batch.rows.inputs)
+    key, epsilon = jax.random.PRNGKey(5), np.zeros(4, np.float32)
+    agent.act(state.params, inputs, agent.initial_carry(4), key, epsilon)
+    agent.update(state, batch)
+    assert [x.shape[-1] for x in given] == [4, 4, 4, 3, 5]
+    for fractions in given:
+        count = fractions.shape[-1]
+        place = np.asarray(fractions, np.float64) * count - np.arange(count)
+        assert -1e-6 <= place.min() < place.max() <= 1 + 1e-6
+
+
 # --- noisy layers --------------------------------------------------------------------------------
 
 NOISY = Dueling(hidden=8, noise=0.5)
@@ -527,7 +547,7 @@ def test_fractions_are_drawn_from_no_key_that_explores(head, monkeypatch):
         return outputs(self, params, features, key, noise)
 
     def none_drawn(key: Any, *others: Any) -> Any:
-        used.extend([key, *jax.random.split(key)])
+        used.extend([key, *jax.random.split(key, 2 if head is not NOISY else 4)])
         return others[0].argmax(axis=-1).astype(np.int32) if head is not NOISY else others[0]
 
     used: list[Any] = []
