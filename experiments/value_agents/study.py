@@ -114,6 +114,7 @@ GOALS = {
     "catch": 1,
     "minigrid_empty": 0.9,
 }
+COLOURS = {"dqn": "C0", "c51": "C1", "qr_dqn": "C2", "iqn": "C3", "r2d2": "C4", "r2d2_small": "C4"}
 LOWEST = {"catch": -1, "minigrid_empty": 0}  # returns that there are, where curves are flat
 BEGIN, END = "<!-- made by study.py -->", "<!-- until here -->"
 HEADER = (
@@ -301,7 +302,7 @@ def draw(name: str, tasks: Sequence[str], runs: Sequence[Run]) -> None:
         for i, variant in enumerate(TASKS[task]):
             mine = [np.array(run.curve) for run in runs if run.key[:2] == (task, variant)]
             if found := [points for points in mine if len(points)]:
-                line(axes, found, f"C{i}", f"{variant} ({len(found)} seeds)")
+                line(axes, found, COLOURS.get(variant, f"C{i}"), f"{variant} ({len(found)} seeds)")
         if task in GOALS:
             axes.axhline(GOALS[task], color="0.6", ls=":", lw=1)
         axes.set_ylim(bottom=LOWEST.get(task))
