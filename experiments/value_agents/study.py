@@ -52,6 +52,8 @@ def each(experiment: str, agents: Sequence[str], *more: str) -> dict[str, list[s
     return {a: [f"experiment={experiment.format(a)}", *(m.format(a) for m in more)] for a in agents}
 
 
+# 5-step, and a target that moves with each update
+SLOWLY = ("agent.n_step=5", "agent.target_period_updates=null", "agent.target_rate=0.01")
 # task -> variant -> overrides of its run
 TASKS: dict[str, dict[str, list[str]]] = {
     "cartpole": each("cartpole_{}", FEEDFORWARD),
@@ -72,14 +74,9 @@ TASKS: dict[str, dict[str, list[str]]] = {
             "agent=c51",
             "agent.lowest=0",
             "agent.highest=1",
+            *SLOWLY,
         ],
-        "r2d2_small": [
-            "experiment=minigrid_empty",
-            "agent=r2d2_small",
-            "agent.n_step=5",
-            "agent.target_period_updates=null",
-            "agent.target_rate=0.01",
-        ],
+        "r2d2_small": ["experiment=minigrid_empty", "agent=r2d2_small", *SLOWLY],
     },
     "ablations": {
         "dqn": ["experiment=cartpole_dqn"],
