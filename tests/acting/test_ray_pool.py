@@ -150,6 +150,21 @@ def collect(pool: OpenRayPool, env_steps: int, updates: int = 0, lanes: int = 1)
     return rollouts
 
 
+def collect_until(
+    pool: OpenRayPool, stat: str, value: float, timeout_s: float = PATIENCE_S
+) -> list[Rollout]:
+    """Rollouts until a figure of `stats` has this value.
+
+    An actor whose answers nobody collects is asked nothing more, so its end is not noticed.
+    """
+    rollouts: list[Rollout] = []
+    end = time.monotonic() + timeout_s
+    while pool.stats()[stat] != value:
+        assert time.monotonic() < end, f"{stat} is not {value} in {timeout_s} s: {pool.stats()}"
+        rollouts += pool.collect(0.5, 0)
+    return rollouts
+
+
 def streams(rollouts: list[Rollout]) -> dict[tuple[int, int], list[int]]:
     """(lane, chain) -> the numbers of its blocks, as they arrived."""
     found: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -368,8 +383,7 @@ def test_a_killed_actor_is_replaced_and_the_others_go_on(pool, inference):
     wait_for(lambda: actors.stats()["acting/actors_ready"] == 3, "all three actors", 60)
     victim = actor_processes()[0]
     victim.send_signal(signal.SIGKILL)
-    rollouts += collect(actors, 200)
-    wait_for(lambda: actors.stats()["acting/restarts_died"] == 1, "the death to be noticed")
+    rollouts += collect_until(actors, "acting/restarts_died", 1)
     wait_for(lambda: actors.stats()["acting/actors_ready"] == 3, "the replacement", 60)
     rollouts += collect(actors, 600, lanes=3 * LANES)
     assert_in_order_and_once(rollouts)
@@ -408,8 +422,7 @@ def test_an_environment_that_hangs_costs_its_actor_only(pool, tmp_path):
     envs = FaultyFamily(inner=inner, fault="hangs", after=30, once=str(tmp_path / "hung"))
     actors = pool(envs, agent=make_agent(inner), request_timeout_s=3.0)
     actors.publish(weights_of(make_agent(inner)), 0)
-    rollouts = collect(actors, 300)
-    wait_for(lambda: actors.stats()["acting/restarts_hung"] == 1, "the hang to be noticed")
+    rollouts = collect_until(actors, "acting/restarts_hung", 1)
     rollouts += collect(actors, 600)
     assert_in_order_and_once(rollouts)
     assert (tmp_path / "hung").exists()
@@ -601,8 +614,7 @@ def test_a_spot_machine_goes_and_another_comes(cluster, pool):
     rollouts = collect(actors, 200)
     wait_for(lambda: actors.stats()["acting/actors_ready"] == 7, "all seven actors", 90)
     cluster.remove_node(first, allow_graceful=False)
-    rollouts += collect(actors, 300)
-    wait_for(lambda: actors.stats()["acting/restarts_died"] == 2, "the loss to be noticed", 60)
+    rollouts += collect_until(actors, "acting/restarts_died", 2)
     wait_for(lambda: actors.stats()["acting/actors_ready"] == 5, "the rest", 60)
     rollouts += collect(actors, 300)
     cluster.add_node(num_cpus=2)
