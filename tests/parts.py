@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import numpy as np
 
 from rlx import trees
@@ -146,6 +148,39 @@ def agent(net: RecurrentNetwork | None = None, **changes: Any) -> R2D2:
         "spec": net.spec,
     }
     return R2D2(**settings | changes)
+
+
+def random_state(agent: Any, seed: int = 0) -> TrainState:
+    """A state of random parameters, whose target network is another one; nothing is compiled."""
+    shapes = jax.eval_shape(agent.init, jax.random.PRNGKey(0))
+    rng = np.random.default_rng(seed)
+
+    def drawn(spec: Any) -> np.ndarray:
+        wide = spec.shape[0] if spec.ndim > 1 else 4
+        return (rng.normal(size=spec.shape) * wide**-0.5).astype(spec.dtype)
+
+    zeros = jax.tree.map(lambda spec: np.zeros(spec.shape, spec.dtype), shapes)
+    return dataclasses.replace(
+        zeros,
+        params=jax.tree.map(drawn, shapes.params),
+        target_params=jax.tree.map(drawn, shapes.target_params),
+        key=jax.random.PRNGKey(0),
+    )
+
+
+def told(agent: Any, state: TrainState, batch: Batch) -> tuple[np.ndarray, float]:
+    """(priorities, loss) of an update, compiled without what only the new state needs."""
+    priorities, loss = _told(agent)(state, batch)
+    return np.asarray(priorities), float(loss)
+
+
+@functools.lru_cache(maxsize=2)
+def _told(agent: Any) -> Any:
+    def update(state: TrainState, batch: Batch) -> tuple[Any, Any]:
+        output = agent.update(state, batch)[1]
+        return output.priorities, output.metrics["learner/loss"]
+
+    return jax.jit(update)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

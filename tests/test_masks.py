@@ -26,7 +26,7 @@ from rlx.evaluation.playing import run_episodes
 from rlx.types import Batch, QActing, TrainState, Weights
 from tests import parts, worlds
 from tests.acting.test_keystone import context
-from tests.agents.test_r2d2 import h, h_inverse, q_values, scalars_of, started
+from tests.agents.test_r2d2 import h, h_inverse, q_values, scalars_of
 
 ENV_ID = "tests.worlds:rlx-test/Masked-v0"
 MASKED = Gymnasium(
@@ -98,12 +98,12 @@ def oracle_td(agent: R2D2, state: TrainState, batch: Batch) -> np.ndarray:
 @pytest.mark.parametrize("core", ["lstm", "none"])
 def test_targets_never_bootstrap_from_a_forbidden_action(core, double_q):
     agent = make_agent(core=core, double_q=double_q)
-    batch, state = parts.batch(agent, 16), started(agent)
+    batch, state = parts.batch(agent, 16), parts.random_state(agent)
     assert (batch.rows.inputs.observation["mask"] == 0).all(-1).any()
     greedy = q_values(agent, state.params, batch).argmax(-1)
     assert not np.take_along_axis(mask_of(batch), greedy[..., None], -1).all()
-    _, output = jax.jit(agent.update)(state, batch)
-    np.testing.assert_allclose(output.priorities, oracle_td(agent, state, batch), atol=2e-5)
+    priorities, _ = parts.told(agent, state, batch)
+    np.testing.assert_allclose(priorities, oracle_td(agent, state, batch), atol=2e-5)
 
 
 def test_initial_priorities_are_the_learners_when_all_networks_are_one():
@@ -115,9 +115,9 @@ def test_initial_priorities_are_the_learners_when_all_networks_are_one():
     assert (best < q.max(-1)).any()
     kept = QActing(q=taken.astype(np.float32), q_max=best[:, :-1])
     rows = dataclasses.replace(batch.rows, acting=kept)
-    _, output = jax.jit(agent.update)(state, dataclasses.replace(batch, rows=rows))
+    priorities, _ = parts.told(agent, state, dataclasses.replace(batch, rows=rows))
     first = agent.initial_priorities(scalars_of(rows, best[:, -1]))
-    np.testing.assert_allclose(first, output.priorities, atol=2e-5)
+    np.testing.assert_allclose(first, priorities, atol=2e-5)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 1.0])

@@ -61,43 +61,34 @@ def scalars_of(rows: Row, last_value: np.ndarray) -> Row:
     return longer
 
 
-def started(agent, seed: int = 0) -> TrainState:
-    """A state whose target network is another one."""
-    state = jax.jit(agent.init)(jax.random.PRNGKey(seed))
-    other = jax.jit(agent.init)(jax.random.PRNGKey(seed + 1)).params
-    return dataclasses.replace(state, target_params=other)
-
-
 @pytest.mark.parametrize("double_q", [True, False])
 @pytest.mark.parametrize("core", ["lstm", "gru", "none"])
 def test_td_and_loss_equal_the_float64_oracle(core, double_q):
     agent = parts.agent(parts.network(core=core), double_q=double_q)
-    batch, state = parts.batch(agent, 16), started(agent)
+    batch, state = parts.batch(agent, 16), parts.random_state(agent)
     assert not batch.rows.valid.all()
     assert (batch.rows.discount[batch.rows.valid] == 0).any()
     td = oracle_td(agent, state, batch)
-    _, output = jax.jit(agent.update)(state, batch)
-    np.testing.assert_allclose(output.priorities, np.where(np.isnan(td), -1, abs(td)), atol=2e-5)
+    priorities, loss = parts.told(agent, state, batch)
+    np.testing.assert_allclose(priorities, np.where(np.isnan(td), -1, abs(td)), atol=2e-5)
     per_sequence = np.nanmean(0.5 * td**2, axis=1)
-    np.testing.assert_allclose(
-        output.metrics["learner/loss"], np.mean(batch.importance * per_sequence), rtol=1e-4
-    )
+    np.testing.assert_allclose(loss, np.mean(batch.importance * per_sequence), rtol=1e-4)
 
 
 def test_images_with_stacks_too():
     agent = parts.agent(
         parts.network(parts.IMAGE), burn_in=2, unroll=3, n_step=2, stride=2, block_rows=2
     )
-    batch, state = parts.batch(agent, 4), started(agent)
+    batch, state = parts.batch(agent, 4), parts.random_state(agent)
     td = oracle_td(agent, state, batch)
-    _, output = jax.jit(agent.update)(state, batch)
-    np.testing.assert_allclose(output.priorities, np.where(np.isnan(td), -1, abs(td)), atol=2e-5)
+    priorities, _ = parts.told(agent, state, batch)
+    np.testing.assert_allclose(priorities, np.where(np.isnan(td), -1, abs(td)), atol=2e-5)
 
 
 def test_rows_of_a_sequence_over_an_end_are_those_of_their_own_episodes():
     """Cut the batch at the end: what comes after it must not change what was before, and back."""
     agent = parts.agent(burn_in=0, unroll=10, n_step=3)
-    state, rng = started(agent), np.random.default_rng(0)
+    state, rng = parts.random_state(agent), np.random.default_rng(0)
     batch = parts.batch(agent, 1)
     end = 5  # x_5 is an episode's last observation, x_6 the next one's first
 
@@ -117,13 +108,11 @@ def test_rows_of_a_sequence_over_an_end_are_those_of_their_own_episodes():
         rows.reward[:, end] = 0
         return dataclasses.replace(batch, rows=rows)
 
-    _, plain = jax.jit(agent.update)(state, with_end({}))
+    plain, _ = parts.told(agent, state, with_end({}))
     for side, same in {"before": slice(end + 1, None), "after": slice(0, end + 1)}.items():
-        _, changed = jax.jit(agent.update)(state, with_end({side}))
-        np.testing.assert_allclose(
-            plain.priorities[:, same], changed.priorities[:, same], rtol=1e-4, atol=1e-6
-        )
-        assert not np.allclose(plain.priorities, changed.priorities, atol=1e-3)
+        changed, _ = parts.told(agent, state, with_end({side}))
+        np.testing.assert_allclose(plain[:, same], changed[:, same], rtol=1e-4, atol=1e-6)
+        assert not np.allclose(plain, changed, atol=1e-3)
 
 
 def test_first_td_equals_the_learners_when_all_networks_are_one():
@@ -135,10 +124,10 @@ def test_first_td_equals_the_learners_when_all_networks_are_one():
     largest = q.max(axis=-1).astype(np.float32)
     acting = QActing(q=taken.astype(np.float32), q_max=largest[:, :-1])
     rows = dataclasses.replace(batch.rows, acting=acting)
-    _, output = jax.jit(agent.update)(state, dataclasses.replace(batch, rows=rows))
+    priorities, _ = parts.told(agent, state, dataclasses.replace(batch, rows=rows))
     first = agent.initial_priorities(scalars_of(rows, largest[:, -1]))
     assert first.dtype == np.float32
-    np.testing.assert_allclose(first, output.priorities, atol=2e-5)
+    np.testing.assert_allclose(first, priorities, atol=2e-5)
     assert (first == -1).any()
 
 
@@ -165,7 +154,7 @@ def test_starts_inside_a_block_are_for_networks_without_a_recurrent_state():
 
 def test_no_gradient_crosses_the_burn_in():
     agent = parts.agent()
-    batch, state = parts.batch(agent, 4), started(agent)
+    batch, state = parts.batch(agent, 4), parts.random_state(agent)
     after_burn_in = trees.tree_map(lambda x: x[:, agent.burn_in :], batch.rows)
     rows = trees.tree_map(lambda x: np.swapaxes(x[:, : agent.burn_in], 0, 1), batch.rows)
     apply = jax.jit(agent.network.apply)
@@ -204,7 +193,7 @@ def test_no_gradient_crosses_the_burn_in():
 
 def test_target_is_copied_every_period_and_not_between():
     agent = parts.agent(target_period_updates=3)
-    batch, state = parts.batch(agent, 4), started(agent)
+    batch, state = parts.batch(agent, 4), parts.random_state(agent)
     state = dataclasses.replace(state, updates=state.updates + 1)  # one was left out before
     update, old = jax.jit(agent.update), state.target_params
     for count in range(1, 7):
@@ -217,7 +206,7 @@ def test_target_is_copied_every_period_and_not_between():
 
 def test_padding_like_sequences_give_no_nan():
     agent = parts.agent()
-    batch, state = parts.batch(agent, 2), started(agent)
+    batch, state = parts.batch(agent, 2), parts.random_state(agent)
     rows = dataclasses.replace(batch.rows, valid=np.zeros_like(batch.rows.valid))
     _, output = jax.jit(agent.update)(state, dataclasses.replace(batch, rows=rows))
     assert (np.asarray(output.priorities) == -1).all()
@@ -226,14 +215,13 @@ def test_padding_like_sequences_give_no_nan():
 
 def test_zero_state_ablation_forgets_the_stored_state():
     agent = parts.agent(stored_state=False)
-    batch, state = parts.batch(agent, 4), started(agent)
-    _, output = jax.jit(agent.update)(state, batch)
-    zero = dataclasses.replace(batch, carry=agent.initial_carry(4))
-    plain_update = jax.jit(parts.agent(agent.network).update)
-    _, same = plain_update(state, zero)
-    np.testing.assert_allclose(output.priorities, same.priorities, atol=1e-6)
-    _, stored = plain_update(state, batch)
-    assert not np.allclose(output.priorities, stored.priorities, atol=1e-3)
+    batch, state = parts.batch(agent, 4), parts.random_state(agent)
+    forgetful, _ = parts.told(agent, state, batch)
+    plain = parts.agent(agent.network)
+    same, _ = parts.told(plain, state, dataclasses.replace(batch, carry=agent.initial_carry(4)))
+    np.testing.assert_allclose(forgetful, same, atol=1e-6)
+    stored, _ = parts.told(plain, state, batch)
+    assert not np.allclose(forgetful, stored, atol=1e-3)
 
 
 @pytest.mark.parametrize("core", ["lstm", "none"])
@@ -255,7 +243,7 @@ def test_the_zero_state_ablation_leaves_the_carried_frames(core):
 
 def test_reward_transform_reaches_targets_and_inputs_alike():
     clipped, raw = parts.agent(reward="clip"), parts.agent()
-    state, batch = started(raw), parts.batch(raw, 4)
+    state, batch = parts.random_state(raw), parts.batch(raw, 4)
     big = dataclasses.replace(batch.rows, reward=batch.rows.reward * 100)
     big = dataclasses.replace(
         big, inputs=dataclasses.replace(big.inputs, prev_reward=big.inputs.prev_reward * 100)
@@ -268,14 +256,14 @@ def test_reward_transform_reaches_targets_and_inputs_alike():
     after = batch.next.prev_reward * 100
     batch = dataclasses.replace(batch, next=dataclasses.replace(batch.next, prev_reward=after))
     clip = dataclasses.replace(batch.next, prev_reward=np.clip(after, -1, 1))
-    _, got = jax.jit(clipped.update)(state, dataclasses.replace(batch, rows=big))
-    _, expected = jax.jit(raw.update)(state, dataclasses.replace(batch, rows=by_hand, next=clip))
-    np.testing.assert_allclose(got.priorities, expected.priorities, atol=1e-6)
+    got, _ = parts.told(clipped, state, dataclasses.replace(batch, rows=big))
+    expected, _ = parts.told(raw, state, dataclasses.replace(batch, rows=by_hand, next=clip))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_acting_reads_the_previous_reward_as_learning_does():
     clipped, raw = parts.agent(reward="clip"), parts.agent()
-    params, carry = started(raw).params, raw.initial_carry(6)
+    params, carry = parts.random_state(raw).params, raw.initial_carry(6)
     rng = np.random.default_rng(0)
     inputs = trees.tree_map(lambda x: x[0], parts.inputs(raw.spec, 1, 6, rng=rng))
     big = dataclasses.replace(inputs, prev_reward=inputs.prev_reward * 100)
@@ -288,11 +276,10 @@ def test_acting_reads_the_previous_reward_as_learning_does():
 def test_losses_are_added_over_time_if_it_is_asked_for():
     net, short = parts.network(core="none"), {"burn_in": 0, "unroll": 3, "n_step": 1}
     mean, added = parts.agent(net, **short), parts.agent(net, **short, loss_over_time="sum")
-    state, batch = started(mean), parts.batch(mean, 4)
+    state, batch = parts.random_state(mean), parts.batch(mean, 4)
     rows = dataclasses.replace(batch.rows, valid=np.ones_like(batch.rows.valid))
     batch = dataclasses.replace(batch, rows=rows)
-    outputs = [jax.jit(agent.update)(state, batch)[1] for agent in (mean, added)]
-    one, other = (output.metrics["learner/loss"] for output in outputs)
+    one, other = (parts.told(agent, state, batch)[1] for agent in (mean, added))
     np.testing.assert_allclose(other, mean.unroll * one, rtol=1e-5)
 
 

@@ -79,27 +79,9 @@ def quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def started(agent: Any) -> TrainState:
-    """A state of random parameters, whose target network is another one; nothing is compiled."""
-    shapes = jax.eval_shape(agent.init, jax.random.PRNGKey(0))
-    rng = np.random.default_rng(0)
-
-    def drawn(spec: Any) -> np.ndarray:
-        wide = spec.shape[0] if spec.ndim > 1 else 4
-        return (rng.normal(size=spec.shape) * wide**-0.5).astype(spec.dtype)
-
-    zeros = jax.tree.map(lambda spec: np.zeros(spec.shape, spec.dtype), shapes)
-    return dataclasses.replace(
-        zeros,
-        params=jax.tree.map(drawn, shapes.params),
-        target_params=jax.tree.map(drawn, shapes.target_params),
-        key=jax.random.PRNGKey(0),
-    )
-
-
 def one_network(agent: Any) -> TrainState:
     """Such a state, whose target network is the online one."""
-    state = started(agent)
+    state = parts.random_state(agent)
     return dataclasses.replace(state, target_params=state.params)
 
 
@@ -156,6 +138,11 @@ def seen(agent: Any, state: TrainState, batch: Batch) -> Seen:
         mask=np.ones(q.shape, bool) if mask is None else turned(mask, bool),
         rows=trees.tree_map(lambda x: np.asarray(x)[:, agent.burn_in :], batch.rows),
     )
+
+
+def unrolled(agent: Any, params: Any, inputs: Any, carry: Any) -> Any:
+    """The head's outputs [T, B, A, ...] of an unroll, of fixed fractions and without noise."""
+    return agent.outputs(params, agent.network.apply(params, inputs, carry)[0])
 
 
 def means(agent: Any, outputs: Any) -> np.ndarray:
@@ -313,8 +300,8 @@ FREE = [*((cls, "none", {"burn_in": 0}) for cls in OWN)]
 )
 def test_loss_and_priorities_equal_the_float64_oracle(spec, cls, core, changes):
     agent = made(cls, parts.network(spec, core), **changes)
-    batch, state = parts.batch(agent, 8), started(agent)
-    _, output = jax.jit(agent.update)(state, batch)
+    batch, state = parts.batch(agent, 8), parts.random_state(agent)
+    told_priorities, told_loss = parts.told(agent, state, batch)
     it = seen(agent, state, batch)
     losses, priorities = np.zeros((2, 8, agent.unroll))
     for b, i in itertools.product(range(8), range(agent.unroll)):
@@ -324,13 +311,11 @@ def test_loss_and_priorities_equal_the_float64_oracle(spec, cls, core, changes):
     valid = it.rows.valid[:, : agent.unroll]
     assert 0.5 < valid.mean() < 1
     assert (it.rows.discount[it.rows.valid] == 0).any()
-    np.testing.assert_allclose(output.priorities, priorities, atol=3e-5)
+    np.testing.assert_allclose(told_priorities, priorities, atol=3e-5)
     found = losses.sum(axis=1)
     if agent.loss_over_time == "mean":
         found /= np.maximum(1, valid.sum(axis=1))
-    np.testing.assert_allclose(
-        output.metrics["learner/loss"], (batch.importance * found).mean(), rtol=1e-4
-    )
+    np.testing.assert_allclose(told_loss, (batch.importance * found).mean(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"munchausen": SOFT, "double_q": False}])
@@ -340,8 +325,8 @@ def test_first_priorities_equal_the_learners_when_all_networks_are_one(cls, chan
     agent = made(cls, parts.network(parts.MASKED), **changes, **without_draws)
     batch, state = parts.batch(agent, 16), one_network(agent)
     inputs = common.batch_inputs(batch)
-    features, _ = agent.network.apply(state.params, inputs, batch.carry)
-    outputs, mask = agent.outputs(state.params, features), common.allowed(inputs, agent.spec)
+    outputs = jax.jit(partial(unrolled, agent))(state.params, inputs, batch.carry)
+    mask = common.allowed(inputs, agent.spec)
     action = np.concatenate([batch.rows.action, batch.rows.action[:, -1:]], axis=1).T
     flat = [x.reshape(-1, *x.shape[2:]) for x in (outputs, action, mask)]
     kept = trees.tree_map(
@@ -349,11 +334,11 @@ def test_first_priorities_equal_the_learners_when_all_networks_are_one(cls, chan
         agent.remember(*flat),
     )
     rows = dataclasses.replace(batch.rows, acting=trees.tree_map(lambda x: x[:, :-1], kept))
-    _, output = jax.jit(agent.update)(state, dataclasses.replace(batch, rows=rows))
+    priorities, _ = parts.told(agent, state, dataclasses.replace(batch, rows=rows))
     longer = trees.tree_map(lambda x: np.concatenate([x, x[:, -1:]], axis=1), batch.rows)
     first = agent.initial_priorities(dataclasses.replace(longer, acting=kept))
     assert (first == -1).any()
-    np.testing.assert_allclose(first, output.priorities, atol=3e-5)
+    np.testing.assert_allclose(first, priorities, atol=3e-5)
 
 
 # --- the traps -----------------------------------------------------------------------------------
@@ -414,9 +399,9 @@ def test_quantile_regression_finds_the_quantiles_of_a_known_distribution():
 
 def test_a_batch_in_two_halves_has_the_mean_loss_of_the_whole():
     agent = made(QRDQN)
-    batch, state = parts.batch(agent, 8), started(agent)
+    batch, state = parts.batch(agent, 8), parts.random_state(agent)
     half = [trees.tree_map(lambda x, s=s: x[s], batch) for s in (slice(4), slice(4, None))]
-    losses = [jax.jit(agent.update)(state, b)[1].metrics["learner/loss"] for b in (batch, *half)]
+    losses = [parts.told(agent, state, b)[1] for b in (batch, *half)]
     np.testing.assert_allclose(losses[0], np.mean(losses[1:]), rtol=1e-5)
 
 
@@ -446,7 +431,7 @@ def test_risk_changes_what_is_chosen_and_nothing_else(measure):
 @pytest.mark.parametrize("risk", [None, Risk(measure="cvar", level=0.5)])
 def test_acting_fractions_that_are_not_drawn_are_the_middles_of_equal_parts(risk):
     agent = made(IQN, parts.network(parts.MASKED), acting_draws=False, risk=risk)
-    state, features = started(agent), np.random.default_rng(4).normal(size=(3, 5, 8))
+    state, features = parts.random_state(agent), np.random.default_rng(4).normal(size=(3, 5, 8))
     middles = np.array([0.125, 0.375, 0.625, 0.875]) * (1.0 if risk is None else 0.5)
     each = np.broadcast_to(middles.astype(np.float32), (3, 5, 4))
     known = agent.quantiles(state.params, jnp.float32(features), jnp.asarray(each), None)
@@ -478,11 +463,17 @@ def test_stratified_fractions_reach_acting_and_all_of_the_loss(monkeypatch):
         return quantiles(self, params, features, fractions, noise)
 
     monkeypatch.setattr(IQN, "quantiles", seen)
-    batch, state = parts.batch(agent, 8), started(agent)
+    batch, state = parts.batch(agent, 8), parts.random_state(agent)
     inputs = trees.tree_map(lambda x: x[:4, 0], batch.rows.inputs)
     key, epsilon = jax.random.PRNGKey(5), np.zeros(4, np.float32)
-    agent.act(state.params, inputs, agent.initial_carry(4), key, epsilon)
-    agent.update(state, batch)
+
+    @jax.jit
+    def asked(state: TrainState, batch: Batch) -> list[Any]:
+        agent.act(state.params, inputs, agent.initial_carry(4), key, epsilon)
+        agent.update(state, batch)
+        return given
+
+    given = asked(state, batch)
     assert [x.shape[-1] for x in given] == [4, 4, 4, 3, 5]
     for fractions in given:
         count = fractions.shape[-1]
@@ -517,24 +508,27 @@ def test_a_noisy_layer_equals_its_equation():
 def test_noise_is_drawn_for_each_update_and_each_lane_and_is_off_in_evaluation(cls):
     agent = made(cls, parts.network(core="none"), head=NOISY, burn_in=0)
     assert agent.samples
-    batch, state = parts.batch(agent, 64), started(agent)
-    update = jax.jit(agent.update)
-    after, output = update(state, batch)
-    again = update(dataclasses.replace(state, key=after.key), batch)[1]
-    assert output.metrics["learner/loss"] != again.metrics["learner/loss"]
-    assert not np.array_equal(state.key, after.key)
+    batch, state = parts.batch(agent, 64), parts.random_state(agent)
+
+    @jax.jit
+    def update(state: TrainState) -> tuple[Any, Any]:
+        after, output = agent.update(state, batch)
+        return after.key, output.metrics["learner/loss"]
+
+    key, loss = update(state)
+    assert loss != update(dataclasses.replace(state, key=key))[1]
+    assert not np.array_equal(state.key, key)
     inputs = trees.tree_map(lambda x: np.repeat(x[:1, 0], 64, axis=0), batch.rows.inputs)
-    carry = agent.initial_carry(64)
+    carry, act = agent.initial_carry(64), jax.jit(lambda *given: agent.act(*given)[0])
 
     def actions(seed: int, amount: float) -> np.ndarray:
         exploration = np.full(64, amount, np.float32)
-        key = jax.random.PRNGKey(seed)
-        return np.asarray(agent.act(state.params, inputs, carry, key, exploration)[0])
+        return np.asarray(act(state.params, inputs, carry, jax.random.PRNGKey(seed), exploration))
 
     assert len(set(actions(0, 1.0).tolist())) > 1
     assert not np.array_equal(actions(0, 1.0), actions(1, 1.0))
     if cls is not IQN:  # which draws its fractions
-        q, _ = agent.values(state.params, inputs, carry)
+        q, _ = jax.jit(agent.values)(state.params, inputs, carry)
         np.testing.assert_array_equal(actions(0, 0.0), np.asarray(q).argmax(-1))
 
 
@@ -555,7 +549,13 @@ def test_fractions_are_drawn_from_no_key_that_explores(head, monkeypatch):
     monkeypatch.setattr(common, "explore" if head is NOISY else "epsilon_greedy", none_drawn)
     inputs = trees.tree_map(lambda x: x[:4, 0], parts.batch(agent, 8).rows.inputs)
     key = jax.random.PRNGKey(5)
-    agent.act(started(agent).params, inputs, agent.initial_carry(4), key, np.zeros(4, np.float32))
+    agent.act(
+        parts.random_state(agent).params,
+        inputs,
+        agent.initial_carry(4),
+        key,
+        np.zeros(4, np.float32),
+    )
     used += [child for parent in used for child in jax.random.split(parent)]
     assert not any(np.array_equal(drawn[0], other) for other in used)
 
@@ -568,12 +568,12 @@ def test_the_target_network_has_noise_of_its_own(monkeypatch):
         return q_learning.outputs(self, params, features, key, noise)
 
     monkeypatch.setattr(DQN, "outputs", outputs)
-    jax.eval_shape(agent.update, started(agent), parts.batch(agent, 8))
+    jax.eval_shape(agent.update, parts.random_state(agent), parts.batch(agent, 8))
     online, target = drawn
     assert online is not None
     assert target is not None
     assert online is not target
-    features, state = np.ones((1, 1, 8), np.float32), started(agent)
+    features, state = np.ones((1, 1, 8), np.float32), parts.random_state(agent)
     found = [
         agent.outputs(state.params, features, noise=key)
         for key in jax.random.split(jax.random.PRNGKey(1))
@@ -585,8 +585,9 @@ def test_the_target_network_has_noise_of_its_own(monkeypatch):
 
 
 def test_a_soft_target_moves_with_each_update_and_nothing_is_copied():
-    agent = made(DQN, target_period_updates=None, target_rate=0.25)
-    batch, state = parts.batch(agent, 8), started(agent)
+    soft = {"target_period_updates": None, "target_rate": 0.25}
+    agent = made(DQN, parts.network(core="none"), burn_in=0, **soft)
+    batch, state = parts.batch(agent, 8), parts.random_state(agent)
     after, _ = jax.jit(agent.update)(state, batch)
     expected = trees.tree_map(
         lambda new, old: old + 0.25 * (new - old), after.params, state.target_params
@@ -598,29 +599,23 @@ def test_a_soft_target_moves_with_each_update_and_nothing_is_copied():
     )
 
 
-@pytest.mark.parametrize("before", [0, 2**32 - 100])  # counts go on beyond 32 bits
-def test_a_target_by_env_steps_is_copied_once_for_each_period_that_ended(before):
-    agent = made(DQN, target_period_updates=None, target_period_env_steps=100)
-    batch, state = parts.batch(agent, 8), started(agent)
-    state = dataclasses.replace(state, statistics={"target_env_steps": np.uint32(before)})
-    update, copied = jax.jit(agent.update), []
-    for env_steps in (64, 99, 100, 150, 199, 320, 330, 399, 400):  # 320: two periods at once
-        counted = dataclasses.replace(
-            batch, env_steps=np.full(8, (before + env_steps) % 2**32, np.uint32)
-        )
-        after, _ = update(state, counted)
-        same = [
-            np.array_equal(a, b)
-            for a, b in zip(
-                jax.tree.leaves(after.target_params), jax.tree.leaves(after.params), strict=True
-            )
-        ]
-        assert len(set(same)) == 1
-        copied.append(same[0])
-        state = after
-    assert copied == [False, False, True, False, False, True, False, False, True]
+def test_a_target_by_env_steps_is_copied_once_for_each_period_that_ended():
+    by_env_steps = {"target_period_updates": None, "target_period_env_steps": 100}
+    agent = made(DQN, parts.network(core="none"), burn_in=0, **by_env_steps)
+    batch, state = parts.batch(agent, 8), parts.random_state(agent)
+    update = jax.jit(agent.update)
+    for before in (0, 2**32 - 100):  # counts go on beyond 32 bits
+        state = dataclasses.replace(state, statistics={"target_env_steps": np.uint32(before)})
+        copied = []
+        for env_steps in (64, 99, 100, 150, 199, 320, 330, 399, 400):  # 320: two periods at once
+            count = np.full(8, (before + env_steps) % 2**32, np.uint32)
+            state, _ = update(state, dataclasses.replace(batch, env_steps=count))
+            same = jax.tree.map(np.array_equal, state.target_params, state.params)
+            assert len(set(jax.tree.leaves(same))) == 1
+            copied.append(jax.tree.leaves(same)[0])
+        assert copied == [False, False, True, False, False, True, False, False, True]
     with pytest.raises(ValueError, match="a batch with env_steps"):
-        agent.update(state, batch)
+        jax.eval_shape(agent.update, state, batch)
 
 
 @pytest.mark.parametrize(
@@ -652,11 +647,11 @@ def test_periods_that_the_counter_of_env_steps_cannot_hold_are_refused(name):
 def test_acting_and_unrolling_agree(cls):
     """A row at a time, the carry kept, gives what the unroll of the learner gives."""
     agent = made(cls, parts.network(parts.MASKED))
-    batch, state = parts.batch(agent, 4), started(agent)
+    batch, state = parts.batch(agent, 4), parts.random_state(agent)
     inputs, carry = common.batch_inputs(batch), batch.carry
-    features, _ = agent.network.apply(state.params, inputs, batch.carry)
-    whole = agent.expected(agent.outputs(state.params, features))
+    outputs = jax.jit(partial(unrolled, agent))(state.params, inputs, batch.carry)
+    whole, values = agent.expected(outputs), jax.jit(agent.values)
     for t in range(3):
         row = trees.tree_map(lambda x, t=t: x[t], inputs)
-        q, carry = agent.values(state.params, row, carry)
+        q, carry = values(state.params, row, carry)
         np.testing.assert_allclose(q, whole[t], atol=1e-5)
