@@ -62,7 +62,7 @@ class C51:
     stored_state: bool  # False: sequences start from a zero recurrent state
     loss_over_time: Literal["mean", "sum"]
     munchausen: Munchausen | None
-    target_period_updates: Annotated[int, Range(ge=1)] | None  # one of these three
+    target_period_updates: Annotated[int, Range(ge=1, le=2**31 - 1)] | None  # one of these three
     target_period_env_steps: Annotated[int, Range(ge=1, le=2**32 - 1)] | None
     target_rate: Annotated[float, Range(gt=0, le=1)] | None
     head: ActionHead
@@ -89,6 +89,13 @@ class C51:
             raise ValueError(
                 f"agent.lowest={self.lowest} must be below agent.highest={self.highest}: the atoms "
                 "lie between them."
+            )
+        with np.errstate(all="ignore"):
+            steps = np.diff(self.support)
+        if not ((steps > 0) & np.isfinite(steps)).all():
+            raise ValueError(
+                f"agent.lowest={self.lowest} and agent.highest={self.highest}: {self.atoms} atoms "
+                "between them cannot be told apart in float32; give a range of ordinary returns."
             )
 
     @property

@@ -99,13 +99,13 @@ def require_starts(sequence: SequenceSpec, network: Network) -> None:
     if stride % block_rows == 0:
         return
     given = f"agent.stride={stride} must be a multiple"
-    if block_rows % stride:
-        raise ValueError(f"{given} or a divisor of agent.block_rows={block_rows}.")
     if network.is_recurrent:
         raise ValueError(
             f"{given} of agent.block_rows={block_rows}: sequences of a recurrent network start "
             "where a carry is stored."
         )
+    if block_rows % stride:
+        raise ValueError(f"{given} or a divisor of agent.block_rows={block_rows}.")
 
 
 def time_major(tree: Any) -> Any:

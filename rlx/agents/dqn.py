@@ -41,7 +41,7 @@ class DQN:
     error: Literal["huber", "squared"]  # huber: linear beyond 1
     loss_over_time: Literal["mean", "sum"]
     munchausen: Munchausen | None
-    target_period_updates: Annotated[int, Range(ge=1)] | None  # one of these three
+    target_period_updates: Annotated[int, Range(ge=1, le=2**31 - 1)] | None  # one of these three
     target_period_env_steps: Annotated[int, Range(ge=1, le=2**32 - 1)] | None
     target_rate: Annotated[float, Range(gt=0, le=1)] | None
     head: ActionHead

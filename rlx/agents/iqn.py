@@ -89,7 +89,7 @@ class IQN:
     stored_state: bool  # False: sequences start from a zero recurrent state
     loss_over_time: Literal["mean", "sum"]
     munchausen: Munchausen | None
-    target_period_updates: Annotated[int, Range(ge=1)] | None  # one of these three
+    target_period_updates: Annotated[int, Range(ge=1, le=2**31 - 1)] | None  # one of these three
     target_period_env_steps: Annotated[int, Range(ge=1, le=2**32 - 1)] | None
     target_rate: Annotated[float, Range(gt=0, le=1)] | None
     head: ActionHead

@@ -11,6 +11,8 @@ import optax
 
 from rlx.types import Array, Params, Range
 
+MOST = 2**31 - 1  # gradient steps, which devices count in 32 bits
+
 NORM_DECAY = 0.99  # per gradient step, of the average that `max_grad_norm_ratio` compares with
 
 
@@ -24,8 +26,8 @@ class Adam:
     epsilon: Annotated[float, Range(gt=0)]
     max_grad_norm: Annotated[float, Range(gt=0)] | None  # None: no clipping
     max_grad_norm_ratio: Annotated[float, Range(gt=1)] | None  # to its moving average; None: any
-    warmup_gradient_steps: Annotated[int, Range(ge=0)]  # the rate rises from 0 for so long
-    decay_gradient_steps: Annotated[int, Range(ge=1)] | None  # then falls for so long; None: never
+    warmup_gradient_steps: Annotated[int, Range(ge=0, le=MOST)]  # the rate rises from 0 for so long
+    decay_gradient_steps: Annotated[int, Range(ge=1, le=MOST)] | None  # then falls; None: never
     decay: Literal["linear", "cosine"]
     final_learning_rate: Annotated[float, Range(ge=0, lt=1)]  # after that
 

@@ -257,6 +257,8 @@ def _observed(
     """The names of the leaves that the network reads."""
     wanted = [observe] if isinstance(observe, str) else observe
     names = set(by_name if wanted is None else wanted) - {action_mask}
+    if not by_name:
+        raise ValueError("the environment's observation is empty; rlx needs at least one leaf.")
     if not names:
         beside = "" if action_mask is None else f" beside the mask {action_mask!r}"
         given = "null" if observe is None else observe

@@ -297,9 +297,10 @@ def check_priorities(keys: np.ndarray, priorities: np.ndarray) -> None:
         )
     bad = ~np.isfinite(priorities).all(axis=1)
     if bad.any():
+        named = ", ".join(str(key) for key in np.asarray(keys)[bad][:4].tolist())
         raise NotFinite(
-            f"Priorities of the sequences with keys {np.asarray(keys)[bad].tolist()} are not "
-            f"finite; look at the learner's loss and the rewards."
+            f"Priorities of {bad.sum()} of {len(bad)} sequences are not finite (keys {named}"
+            f"{', ...' if bad.sum() > 4 else ''}); look at the learner's loss and the rewards."
         )
     if ((priorities < 0) & (priorities != NOT_VALID)).any():
         least = float(priorities.min())

@@ -58,6 +58,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 CLOSE_S = 10.0
+EPISODES_ASKED = 64  # of an exploration that draws an amount for each episode
 
 
 def build_agent(settings: Mapping[str, Any]) -> tuple[EnvFamily, Agent]:
@@ -247,16 +248,26 @@ def _check_exploration(
     """Refuses actions that are random for the whole run, unless nobody acts in it."""
     replay, _ = resolve(settings["replay"]["_target_"])
     nobody_acts = getattr(replay, "is_recorded", False)
-    if agent.samples or nobody_acts or isinstance(exploration, PerEpisode):
+    if agent.samples or nobody_acts:
         return
     ends = (0, settings["total_env_steps"])
-    if min(exploration.amount(np.arange(lanes), lanes, end).min() for end in ends) >= 1:
+    if min(_amounts(exploration, lanes, end).min() for end in ends) >= 1:
         raise refuse(
             "exploration",
             "its amount stays 1, by which an agent acts as it samples; this one has no "
             "distribution of its own, so every action of the run would be random; choose "
             "exploration=ladder or linear, or give it noisy layers (agent.head.noise=0.5)",
         )
+
+
+def _amounts(exploration: Exploration, lanes: int, env_steps: int) -> np.ndarray:
+    """The amounts f32[lanes, n] at a time of the run: of n episodes, where each has its own."""
+    lane, chain = np.arange(lanes), np.zeros(lanes, np.int64)
+    if not isinstance(exploration, PerEpisode):
+        return exploration.amount(lane, lanes, env_steps)[:, None]
+    episodes = range(EPISODES_ASKED)
+    of = [exploration.episode_amount(lane, lanes, env_steps, chain, chain + e) for e in episodes]
+    return np.stack(of, axis=1)
 
 
 def _check_network(agent: Agent) -> None:

@@ -149,7 +149,8 @@ class Keeper:
         if learner.updates == self._first_update:
             log.warning(
                 "no update was made: the replay got %d env steps and has %d sequences to draw; "
-                "learning begins at replay.min_env_steps=%d and replay.min_sequences=%d",
+                "learning begins at replay.min_env_steps=%d and replay.min_sequences=%d, and "
+                "then each update waits for the env steps that replay.ratio asks for",
                 *(replay.env_steps, replay.startable, replay.min_env_steps, replay.min_sequences),
             )
 

@@ -372,7 +372,10 @@ def test_a_fall_of_the_rate_without_its_steps_is_refused(changes):
 
 
 def test_wrong_settings_say_so():
+    for stride in (3, 6):
+        with pytest.raises(ValueError, match=r"multiple of agent\.block_rows=4: .* recurrent"):
+            parts.agent(stride=stride)
     with pytest.raises(ValueError, match=r"multiple or a divisor of agent\.block_rows=4"):
-        parts.agent(stride=6)
+        parts.agent(parts.network(core="none"), stride=6)
     with pytest.raises(ValueError, match="acts in discrete action spaces; box has BoxSpec"):
         parts.agent(parts.network(parts.BOX))

@@ -627,6 +627,8 @@ def test_a_target_by_env_steps_is_copied_once_for_each_period_that_ended():
         (IQN, {"munchausen": SOFT}, "agent.double_q=false"),
         (QRDQN, {"munchausen": SOFT, "double_q": False, "rescale_epsilon": 1e-3}, "not rescaled"),
         (C51, {"lowest": 3.0}, "must be below agent.highest"),
+        (C51, {"lowest": 1e8, "highest": 1e8 + 1}, "cannot be told apart in float32"),
+        (C51, {"lowest": -1e60, "highest": 1e60}, "cannot be told apart in float32"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(cls, changes, says):
@@ -635,12 +637,16 @@ def test_settings_that_exclude_each_other_are_refused(cls, changes, says):
 
 
 @pytest.mark.parametrize("name", ["dqn", "c51", "qr_dqn", "iqn", "r2d2"])
-def test_periods_that_the_counter_of_env_steps_cannot_hold_are_refused(name):
-    period = ["agent.target_period_updates=null", f"agent.target_period_env_steps={2**32}"]
-    with pytest.raises(
-        ConfigError, match=r"env_steps=4294967296 .*: accepted: .* <= 4,294,967,295"
-    ):
-        rlx.run(rlx.compose([f"agent={name}", *period]))
+def test_counts_that_a_device_cannot_hold_are_refused(name):
+    most = {
+        "target_period_env_steps": 2**32 - 1,
+        "target_period_updates": 2**31 - 1,
+        "optimizer.warmup_gradient_steps": 2**31 - 1,
+        "optimizer.decay_gradient_steps": 2**31 - 1,
+    }
+    for key, limit in most.items():
+        with pytest.raises(ConfigError, match=f"{key}={limit + 1} .*: accepted: .* <= {limit:,}"):
+            rlx.run(rlx.compose([f"agent={name}", f"agent.{key}={limit + 1}"]))
 
 
 @pytest.mark.parametrize("cls", list(OWN))

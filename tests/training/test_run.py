@@ -665,7 +665,13 @@ def test_amounts_that_make_no_sense_are_refused_before_an_environment_opens(
 
 
 @pytest.mark.parametrize(
-    "settings", [["exploration=sample"], ["exploration=linear", "exploration.final=1.0"]]
+    "settings",
+    [
+        ["exploration=sample"],
+        ["exploration=linear", "exploration.final=1.0"],
+        ["exploration=redrawn", "exploration.highest=1", "exploration.lowest=1"],
+        ["exploration=redrawn", "exploration.highest=1", "exploration.count=1"],
+    ],
 )
 def test_an_agent_without_a_distribution_may_not_act_at_random_for_ever(settings, tmp_path):
     with pytest.raises(ConfigError, match=r"exploration: its amount stays 1.*agent\.head\.noise"):
@@ -774,11 +780,11 @@ def test_a_td_error_that_is_not_finite_stops_the_run_and_names_the_keys(monkeypa
         return found
 
     monkeypatch.setattr(OpenLearner, "priorities", broken)
-    with pytest.raises(FloatingPointError, match=r"keys \[\d+\] are not finite"):
+    with pytest.raises(FloatingPointError, match=r"1 of \d+ sequences are not finite \(keys \d+\)"):
         run(tmp_path)
     status = read(tmp_path, "status.json")
     assert status["state"] == "failed"
-    assert status["error"].startswith("NotFinite: Priorities of the sequences with keys [")
+    assert status["error"].startswith("NotFinite: Priorities of 1 of ")
 
 
 # --- devices, threads, leftovers -----------------------------------------------------------------
@@ -893,6 +899,7 @@ def test_updates_that_are_not_finite_may_be_left_out(tmp_path, monkeypatch, capl
 def test_a_run_that_learnt_nothing_says_so(tmp_path, caplog):
     assert run(tmp_path, "replay.min_env_steps=1199", "replay.shards=2")["updates"] == 0
     assert "no update was made: the replay got" in caplog.text
+    assert "waits for the env steps that replay.ratio asks for" in caplog.text
     assert "learning begins at replay.min_env_steps=1199 and replay.min_sequences=" in caplog.text
 
 
