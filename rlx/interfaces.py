@@ -217,6 +217,7 @@ class ReplayContext:
     row_spec: Row  # with ArraySpec leaves
     carry_spec: Carry  # with ArraySpec leaves
     lanes: int
+    env: Mapping[str, Any]  # the environment's settings that decide what a row's numbers mean
     initial_priorities: InitialPriorities | None  # None: the agent has none
     on_policy: bool
     env_steps: int  # that these lanes had made before it; it begins empty all the same

@@ -78,11 +78,27 @@ def _within(value: float, limit: Range) -> bool:
 def wrong(value: Any, hint: Any, path: str) -> Problem:
     """The problem of a value that does not fit."""
     says = f"accepted: {describe(hint)}"
+    if isinstance(value, collections.abc.Mapping) and (
+        named := [c for c in choices(hint) if is_class(c)]
+    ):
+        targets = " or ".join(f"{each.__module__}.{each.__qualname__}" for each in named)
+        says += f"; its _target_ says which class: {targets}"
+    if " string" in says and (quoted := _quoted(value)):
+        says += f'; strings of digits are quoted: "{quoted}"'
     if isinstance(value, float) and value.is_integer() and " int" in says:
         says += f"; write {int(value):_}"
     if isinstance(value, str) and (near := nearest(value, _words(hint))):
         says += f"; did you mean {near}?"
     return Problem(path=path, given=show(value), says=says)
+
+
+def _quoted(value: Any) -> str:
+    """'0' of 0, ['0','x'] of [0, x]; '' where there is no number to quote."""
+    if type(value) is int:
+        return f"'{value}'"
+    if isinstance(value, list) and any(type(each) is int for each in value):
+        return f"[{','.join(_quoted(each) or str(each) for each in value)}]"
+    return ""
 
 
 def _words(hint: Any) -> list[str]:

@@ -174,11 +174,12 @@ class Dataset:
 def _lanes_of(recorded: Path, context: ReplayContext) -> int:
     """The lanes of the record; raises ValueError if its rows are none of this run's."""
     layout = read_layout(recorded)
-    expected = Layout.of(context.sequence, context.row_spec, context.carry_spec, layout.lanes)
+    expected = Layout.of(context, layout.lanes)
     if found := layout.differences(expected):
         raise ValueError(
             f"{recorded}: recorded with another environment, network or agent: {found}"
         )
+    layout.warn_of_other_env(expected, f"replay.path={recorded}")
     return layout.lanes
 
 

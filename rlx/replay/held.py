@@ -153,7 +153,7 @@ def _make_ring(
 
 
 def _layout(context: ReplayContext) -> Layout:
-    return Layout.of(context.sequence, context.row_spec, context.carry_spec, context.lanes)
+    return Layout.of(context, context.lanes)
 
 
 def _storings(keeping: Keeping, devices: Sequence[Any]) -> list[Storing]:

@@ -58,6 +58,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 CLOSE_S = 10.0
+OF_SPEED = ("batch_size", "threads", "vector")  # settings of environments; rows stay the same
 EPISODES_ASKED = 64  # of an exploration that draws an amount for each episode
 
 
@@ -104,7 +105,8 @@ def assemble(
     )
     with ExitStack() as undo:  # closes what there is, if something cannot be had
         lanes = acting.instances * acting.envs_per_actor
-        given = replay_context(agent, lanes=lanes, seed=context.seed, devices=learner.devices)
+        told = {"lanes": lanes, "env": settings["env"], "seed": context.seed}
+        given = replay_context(agent, **told, devices=learner.devices)
         replay = _open_replay(settings["replay"], given, learner, resumed, peers)
         undo.callback(replay.close)
         pool = _open_pool(acting, replay, context)
@@ -296,7 +298,7 @@ def _sizes(spec: EnvSpec) -> str:
 
 
 def replay_context(
-    agent: Agent, *, lanes: int, seed: int, devices: Sequence[jax.Device]
+    agent: Agent, *, lanes: int, env: Mapping[str, Any], seed: int, devices: Sequence[jax.Device]
 ) -> ReplayContext:
     """Makes the record that the replay of this agent is given."""
     return ReplayContext(
@@ -304,6 +306,7 @@ def replay_context(
         row_spec=row_spec(agent.spec, agent.acting_spec),
         carry_spec=carry_spec(agent),
         lanes=lanes,
+        env={name: value for name, value in env.items() if name not in OF_SPEED},
         initial_priorities=agent.initial_priorities if isinstance(agent, Prioritizing) else None,
         on_policy=agent.on_policy,
         env_steps=0,

@@ -100,8 +100,13 @@ REFUSED = {
     "stop_after_s=0": f"stop_after_s=0 {LINE}: accepted: a float > 0 or null",
     "deterministic=1": f"deterministic=1 {LINE}: accepted: true or false",
     "tags=a": f"tags=a {LINE}: accepted: a list, each a string",
-    "tags=[1]": f"tags.0=1 {LINE}: accepted: a string",
-    "resume=3": f"resume=3 {LINE}: accepted: a string or null",
+    "tags=[1]": f"tags.0=1 {LINE}: accepted: a string; strings of digits are quoted: \"'1'\"",
+    "tags=3": (
+        f"tags=3 {LINE}: accepted: a list, each a string; strings of digits are quoted: \"'3'\""
+    ),
+    "resume=3": (
+        f"resume=3 {LINE}: accepted: a string or null; strings of digits are quoted: \"'3'\""
+    ),
     "agent.discount=2": f"agent.discount=2 {LINE}: accepted: a float >= 0 and <= 1",
     "agent.discount=nan": f"agent.discount=nan {LINE}: accepted: a float >= 0 and <= 1",
     "agent.discount=true": f"agent.discount=true {LINE}: accepted: a float >= 0 and <= 1",

@@ -34,6 +34,7 @@ CONTEXT = ReplayContext(
     row_spec=row_spec(),
     carry_spec=carry_spec(),
     lanes=2,
+    env={},
     initial_priorities=None,
     on_policy=False,
     env_steps=0,

@@ -92,7 +92,7 @@ IN_MEMORY = {
 }
 
 
-CONTEXT = {"initial_priorities": None, "on_policy": False, "env_steps": 0, "devices": ()}
+CONTEXT = {"env": {}, "initial_priorities": None, "on_policy": False, "env_steps": 0, "devices": ()}
 
 
 def making(cls: Callable[..., R], **given: Any) -> R:

@@ -131,6 +131,27 @@ def test_a_dataset_of_another_network_or_block_is_refused(tmp_path):
         dataset(tmp_path, min_sequences=7)
 
 
+def test_experience_of_another_environment_is_told_where_it_is_read_or_joined(tmp_path, caplog):
+    pong = {"id": "Pong-v5", "scale": None, "options": {"reward_clip": True}}
+    replay = recording(tmp_path, env=pong)
+    replay.add(delivered(0, 10))
+    replay.close()
+    dataset(tmp_path, env=pong)
+    assert "was recorded with" not in caplog.text
+    other = pong | {"id": "Breakout-v5", "scale": [1.0]}
+    says = "env.id=Pong-v5, here Breakout-v5; env.scale=null, here [1.0]; its rows are read as if"
+    dataset(tmp_path, env=other)
+    assert f"replay.path={tmp_path} was recorded with {says}" in caplog.text
+    recording(tmp_path, env=other).close()
+    assert f"replay.record={tmp_path} was recorded with {says}" in caplog.text
+    about = json.loads((tmp_path / "dataset.json").read_text())
+    del about["env"]  # an earlier rlx wrote none
+    (tmp_path / "dataset.json").write_text(json.dumps(about))
+    caplog.clear()
+    dataset(tmp_path, env=other)
+    assert "was recorded with" not in caplog.text
+
+
 def spoil(folder: Path, how: str) -> str:
     """Changes one file; answers its name."""
     first, second = files(folder)[:2]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,9 +25,13 @@ import numpy as np
 
 from rlx import trees
 from rlx.config.documents import read_json
+from rlx.interfaces import ReplayContext
+from rlx.problems import show
 from rlx.replay.files.segments import SEGMENT_BYTES, SegmentError, read_segment, write_segment
 from rlx.replay.ring.block_spec import INPUTS
-from rlx.types import ArraySpec, Carry, Leaves, Rollout, Row, SequenceSpec
+from rlx.types import ArraySpec, Carry, Leaves, Rollout, Row
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 FILE = "dataset.json"
@@ -42,12 +47,16 @@ class Layout:
     leaves: dict[str, list[Any]]  # path below rows/ or carry/ -> [shape, dtype]
     block_rows: int
     lanes: int
+    env: dict[str, Any] | None  # settings; None: recorded by an rlx that did not tell them
 
     @classmethod
-    def of(cls, sequence: SequenceSpec, row_spec: Row, carry_spec: Carry, lanes: int) -> Layout:
-        specs: Mapping[str, ArraySpec] = trees.flatten({"rows": row_spec, "carry": carry_spec})
+    def of(cls, context: ReplayContext, lanes: int) -> Layout:
+        specs: Mapping[str, ArraySpec] = trees.flatten(
+            {"rows": context.row_spec, "carry": context.carry_spec}
+        )
         leaves = {path: [list(leaf.shape), leaf.dtype] for path, leaf in specs.items()}
-        return cls(leaves=leaves, block_rows=sequence.block_rows, lanes=lanes)
+        env = json.loads(json.dumps(dict(context.env)))  # as it is read again
+        return cls(leaves=leaves, block_rows=context.sequence.block_rows, lanes=lanes, env=env)
 
     def differences(self, other: Layout) -> str:
         """'rows/action [[], int32], here missing; ...'; '' where blocks of both are alike."""
@@ -61,6 +70,19 @@ class Layout:
             if mine != its:
                 found.append(f"{path} {mine}, here {its}")
         return "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
+
+    def warn_of_other_env(self, other: Layout, where: str) -> None:
+        """Logs in what the environments differ; blocks that look alike may mean other things."""
+        if self.env is None or other.env is None:
+            return
+        found = [
+            f"env.{name}={show(self.env.get(name))}, here {show(other.env.get(name))}"
+            for name in sorted({*self.env, *other.env})
+            if self.env.get(name) != other.env.get(name)
+        ]
+        if found:
+            says = "%s was recorded with %s; its rows are read as if they were of this environment"
+            log.warning(says, where, "; ".join(found))
 
 
 class Recorder:
@@ -85,10 +107,12 @@ class Recorder:
         except OSError as error:
             says = f"replay.record={folder} cannot be written ({error.strerror}); give another"
             raise ValueError(says) from error
-        if found := read_layout(folder).differences(layout):
+        before = read_layout(folder)
+        if found := before.differences(layout):
             raise ValueError(
                 f"replay.record={folder} holds other experience ({found}); give another folder"
             )
+        before.warn_of_other_env(layout, f"replay.record={folder}")
 
     def add(self, rollout: Rollout) -> None:
         """Copies a rollout's blocks; writes them out when there are enough for a file.
@@ -160,7 +184,8 @@ def read_layout(folder: Path) -> Layout:
     if not isinstance(about, dict) or (about.get("format"), about.get("kind")) != (FORMAT, KIND):
         raise ValueError(f"{path}: no recorded experience that this rlx reads (format {FORMAT})")
     try:
-        layout = Layout(**{field.name: about[field.name] for field in dataclasses.fields(Layout)})
+        names = [field.name for field in dataclasses.fields(Layout)]
+        layout = Layout(**{name: about[name] for name in names if name != "env"}, env=_env(about))
         counts = layout.block_rows, layout.lanes
         leaves = layout.leaves
         are_leaves = isinstance(leaves, dict) and all(map(_is_leaf, leaves.values()))
@@ -169,6 +194,12 @@ def read_layout(folder: Path) -> Layout:
         return layout
     except KeyError as error:
         raise ValueError(f"{path}: damaged: {error} is missing") from error
+
+
+def _env(about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings of the environment; None where they are not told, or no settings."""
+    env = about.get("env")
+    return env if isinstance(env, dict) else None
 
 
 def _is_count(value: Any) -> bool:
