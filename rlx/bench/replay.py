@@ -149,7 +149,7 @@ def filled(
 ) -> tuple[Any, float]:
     """Returns (a full replay, the seconds that filling it took)."""
     own = measuring.settings("replay", "prioritized") | {"capacity": rows} | keeping
-    context = replay_context(agent, lanes=LANES, env={}, seed=0, devices=jax.local_devices()[:1])
+    context = replay_context(agent, {}, LANES, seed=0, devices=jax.local_devices()[:1])
     replay = make_replay(own, context, batch_size)
     began = perf_counter()
     for rollout in blocks:

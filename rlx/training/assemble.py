@@ -105,8 +105,7 @@ def assemble(
     )
     with ExitStack() as undo:  # closes what there is, if something cannot be had
         lanes = acting.instances * acting.envs_per_actor
-        told = {"lanes": lanes, "env": settings["env"], "seed": context.seed}
-        given = replay_context(agent, **told, devices=learner.devices)
+        given = replay_context(agent, settings["env"], lanes, context.seed, learner.devices)
         replay = _open_replay(settings["replay"], given, learner, resumed, peers)
         undo.callback(replay.close)
         pool = _open_pool(acting, replay, context)
@@ -298,9 +297,9 @@ def _sizes(spec: EnvSpec) -> str:
 
 
 def replay_context(
-    agent: Agent, *, lanes: int, env: Mapping[str, Any], seed: int, devices: Sequence[jax.Device]
+    agent: Agent, env: Mapping[str, Any], lanes: int, seed: int, devices: Sequence[jax.Device]
 ) -> ReplayContext:
-    """Makes the record that the replay of this agent is given."""
+    """Makes the record that the replay of this agent is given; env: the settings of the group."""
     return ReplayContext(
         sequence=agent.sequence,
         row_spec=row_spec(agent.spec, agent.acting_spec),

@@ -151,11 +151,15 @@ def test_errors_that_are_not_finite_name_their_keys():
     before = replay._ring.leaves(np.arange(6))
     for bad in (np.nan, np.inf, -np.inf):
         td = np.array([[1, 1], [1, bad], [1, 1], [bad, -1]], np.float32)
-        with pytest.raises(FloatingPointError, match=r"keys \[3, 5\]"):
+        with pytest.raises(FloatingPointError, match=r"2 of 4 .*\(keys 3, 5\)"):
             replay.update_priorities(np.array([2, 3, 4, 5]), td)
     assert (replay._ring.leaves(np.arange(6)) == before).all()
+    with pytest.raises(FloatingPointError, match=r"5 of 6 .*\(keys 0, 1, 2, 4, \.\.\.\)"):
+        replay.update_priorities(
+            np.arange(6), np.float32([[np.nan]] * 3 + [[1.0]] + [[np.inf]] * 2)
+        )
     broken = make(initial_priorities=lambda rows: np.full((len(rows.valid), 1), np.nan))
-    with pytest.raises(FloatingPointError, match=r"keys \[0\]"):  # the first one completed
+    with pytest.raises(FloatingPointError, match=r"\(keys 0\)"):  # the first one completed
         add(broken, 0, 8)
 
 

@@ -676,7 +676,10 @@ def test_amounts_that_make_no_sense_are_refused_before_an_environment_opens(
 def test_an_agent_without_a_distribution_may_not_act_at_random_for_ever(settings, tmp_path):
     with pytest.raises(ConfigError, match=r"exploration: its amount stays 1.*agent\.head\.noise"):
         run(tmp_path, *settings)
-    run(tmp_path, *settings, "agent.head.noise=0.5", "total_env_steps=200")  # as the layers sample
+
+
+def test_an_agent_with_noisy_layers_may_sample(tmp_path):
+    run(tmp_path, "exploration=sample", "agent.head.noise=0.5", "total_env_steps=200")
 
 
 def test_rows_that_no_update_reads_are_told_at_the_start(caplog, tmp_path):
