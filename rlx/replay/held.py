@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, final
 
 from rlx.interfaces import ReplayContext
 from rlx.machine.memory import available_bytes
-from rlx.replay.files.experience import Layout, Recorder
+from rlx.replay.files.experience import Layout, Recorder, env_differences
 from rlx.replay.prefetch import SPARE, Prefetcher
 from rlx.replay.ring.block_spec import BlockSpec
 from rlx.replay.ring.budget import budget
@@ -65,6 +65,7 @@ class HeldRing:
         storings = _storings(keeping, context.devices)
         self.ring = _make_ring(keeping.capacity, context, storings, min_sequences)
         self.rng = spawn_rng(context.seed, "replay", "sample")
+        self._env = json.dumps(dict(context.env))
         self._min_sequences = min_sequences or 1
         self._prefetch = keeping.prefetch
         self._prefetcher: Prefetcher | None = None  # once the batch size is known
@@ -129,10 +130,15 @@ class HeldRing:
 
     def state(self) -> dict[str, Any]:
         """Arrays and JSON scalars: all but the blocks."""
-        return {**self.ring.state(), "rng": json.dumps(self.rng.bit_generator.state)}
+        own = {"rng": json.dumps(self.rng.bit_generator.state), "env": self._env}
+        return {**self.ring.state(), **own}
 
     def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Goes on from a saved state and its blocks; raises ValueError if they do not fit."""
+        before = json.loads(state.get("env", "null"))  # null: saved by an earlier rlx
+        if found := env_differences(before, json.loads(self._env)):
+            says = "the saved replay is of %s; its rows are read as if they were of this "
+            log.warning(says + "environment; checkpoint.replay=false fills it anew", found)
         self.ring.restore(state, blocks)
         self.rng.bit_generator.state = json.loads(state["rng"])
 

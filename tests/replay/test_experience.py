@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from replay_streams import (
     IN_MEMORY,
+    all_blocks,
     blocks_of,
     carry_spec,
     making,
@@ -150,6 +151,21 @@ def test_experience_of_another_environment_is_told_where_it_is_read_or_joined(tm
     caplog.clear()
     dataset(tmp_path, env=other)
     assert "was recorded with" not in caplog.text
+
+
+def test_a_saved_replay_of_another_environment_is_told_when_it_is_resumed(caplog):
+    replay = recording(None, env={"id": "Pong-v5", "scale": None})
+    replay.add(delivered(0, 10))
+    state, blocks = replay.state(), all_blocks(replay)
+    earlier = {name: value for name, value in state.items() if name != "env"}
+    same, other = {"id": "Pong-v5", "scale": None}, {"id": "Pong-v5", "scale": [2.0]}
+    for env, saved in ((same, state), (other, earlier)):
+        recording(None, env=env).restore(saved, blocks)
+        assert "the saved replay is of" not in caplog.text
+    resumed = recording(None, env=other)
+    resumed.restore(state, blocks)
+    assert resumed.rows == replay.rows
+    assert "the saved replay is of env.scale=null, here [2.0]; its rows are read" in caplog.text
 
 
 def spoil(folder: Path, how: str) -> str:

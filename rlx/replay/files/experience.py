@@ -73,16 +73,20 @@ class Layout:
 
     def warn_of_other_env(self, other: Layout, where: str) -> None:
         """Logs in what the environments differ; blocks that look alike may mean other things."""
-        if self.env is None or other.env is None:
-            return
-        found = [
-            f"env.{name}={show(self.env.get(name))}, here {show(other.env.get(name))}"
-            for name in sorted({*self.env, *other.env})
-            if self.env.get(name) != other.env.get(name)
-        ]
-        if found:
+        if found := env_differences(self.env, other.env):
             says = "%s was recorded with %s; its rows are read as if they were of this environment"
-            log.warning(says, where, "; ".join(found))
+            log.warning(says, where, found)
+
+
+def env_differences(before: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> str:
+    """'env.id=Pong-v5, here Breakout-v5'; '' where settings are alike or are not told."""
+    if before is None or here is None:
+        return ""
+    return "; ".join(
+        f"env.{name}={show(before.get(name))}, here {show(here.get(name))}"
+        for name in sorted({*before, *here})
+        if before.get(name) != here.get(name)
+    )
 
 
 class Recorder:
