@@ -43,7 +43,7 @@ def describe(folder: Path) -> list[tuple[str, str]]:
     streams: set[tuple[str, int, int]] = set()
     returns: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
-    for path, arrays in read(folder):
+    for path, arrays, _ in read(folder):
         run = path.name.partition("-")[0]
         blocks += len(arrays["lane"])
         valid += int(np.count_nonzero(arrays["rows/valid"]))

@@ -150,10 +150,10 @@ def agent(net: RecurrentNetwork | None = None, **changes: Any) -> R2D2:
     return R2D2(**settings | changes)
 
 
-def random_state(agent: Any, seed: int = 0) -> TrainState:
+def random_state(agent: Any) -> TrainState:
     """A state of random parameters, whose target network is another one; nothing is compiled."""
     shapes = jax.eval_shape(agent.init, jax.random.PRNGKey(0))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def drawn(spec: Any) -> np.ndarray:
         wide = spec.shape[0] if spec.ndim > 1 else 4

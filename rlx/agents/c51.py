@@ -90,9 +90,11 @@ class C51:
                 f"agent.lowest={self.lowest} must be below agent.highest={self.highest}: the atoms "
                 "lie between them."
             )
-        with np.errstate(all="ignore"):
-            steps = np.diff(self.support)
-        if not ((steps > 0) & np.isfinite(steps)).all():
+        with np.errstate(over="ignore"):
+            ends = np.asarray([self.lowest, self.highest], np.float32)
+            step = float(ends[1] - ends[0]) / (self.atoms - 1)
+            least = float(np.spacing(np.abs(ends).max()))
+        if not least < step < np.inf:
             raise ValueError(
                 f"agent.lowest={self.lowest} and agent.highest={self.highest}: {self.atoms} atoms "
                 "between them cannot be told apart in float32; give a range of ordinary returns."

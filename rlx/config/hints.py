@@ -84,7 +84,8 @@ def wrong(value: Any, hint: Any, path: str) -> Problem:
         targets = " or ".join(f"{each.__module__}.{each.__qualname__}" for each in named)
         says += f"; its _target_ says which class: {targets}"
     if " string" in says and (quoted := _quoted(value)):
-        says += f'; strings of digits are quoted: "{quoted}"'
+        is_alone = type(value) is int and not says.startswith("accepted: a string")
+        says += f'; strings of digits are quoted: "{f"[{quoted}]" if is_alone else quoted}"'
     if isinstance(value, float) and value.is_integer() and " int" in says:
         says += f"; write {int(value):_}"
     if isinstance(value, str) and (near := nearest(value, _words(hint))):
@@ -93,11 +94,11 @@ def wrong(value: Any, hint: Any, path: str) -> Problem:
 
 
 def _quoted(value: Any) -> str:
-    """'0' of 0, ['0','x'] of [0, x]; '' where there is no number to quote."""
+    """'0' of 0, ['0',x] of [0, x]; '' where there is no number to quote."""
     if type(value) is int:
         return f"'{value}'"
     if isinstance(value, list) and any(type(each) is int for each in value):
-        return f"[{','.join(_quoted(each) or str(each) for each in value)}]"
+        return f"[{','.join(_quoted(each) or show(each) for each in value)}]"
     return ""
 
 

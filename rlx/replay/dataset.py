@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import Annotated, Any, Literal, final
 import numpy as np
 
 from rlx.interfaces import ReplayContext, Ring
-from rlx.replay.files.experience import Layout, files, read, read_layout, rollouts
+from rlx.replay.files.experience import (
+    Layout,
+    env_differences,
+    files,
+    read,
+    read_layout,
+    rollouts,
+)
 from rlx.replay.held import Begin, Keeping
 from rlx.replay.prioritized import Importance, Priorities, Prioritized
 from rlx.types import (
@@ -25,6 +33,8 @@ from rlx.types import (
     Runtime,
     Sample,
 )
+
+log = logging.getLogger(__name__)
 
 
 @final
@@ -174,17 +184,22 @@ class Dataset:
 def _lanes_of(recorded: Path, context: ReplayContext) -> int:
     """The lanes of the record; raises ValueError if its rows are none of this run's."""
     layout = read_layout(recorded)
-    expected = Layout.of(context, layout.lanes)
+    expected = Layout.of(context.sequence, context.row_spec, context.carry_spec, layout.lanes)
     if found := layout.differences(expected):
         raise ValueError(
             f"{recorded}: recorded with another environment, network or agent: {found}"
         )
-    layout.warn_of_other_env(expected, f"replay.path={recorded}")
     return layout.lanes
 
 
 def _capacity(recorded: Path, context: ReplayContext) -> int:
-    """Rows of a ring that holds all of the record."""
-    blocks = sum(len(arrays["lane"]) for _, arrays in read(recorded))
+    """Rows of a ring that holds all of the record; tells where those are of another environment."""
+    blocks, told = 0, {""}
+    for path, arrays, about in read(recorded):
+        blocks += len(arrays["lane"])
+        if (found := env_differences(about.get("env"), context.env)) not in told:
+            says = "%s was recorded with %s; its rows are read as if they were of this environment"
+            log.warning(says, path, found)
+            told.add(found)
     least = 2 * context.lanes * context.sequence.blocks  # of any ring
     return max(blocks, least) * context.sequence.block_rows

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, final
 
 from rlx.interfaces import ReplayContext
 from rlx.machine.memory import available_bytes
-from rlx.replay.files.experience import Layout, Recorder, env_differences
+from rlx.replay.files.experience import Layout, Recorder
 from rlx.replay.prefetch import SPARE, Prefetcher
 from rlx.replay.ring.block_spec import BlockSpec
 from rlx.replay.ring.budget import budget
@@ -65,7 +65,7 @@ class HeldRing:
         storings = _storings(keeping, context.devices)
         self.ring = _make_ring(keeping.capacity, context, storings, min_sequences)
         self.rng = spawn_rng(context.seed, "replay", "sample")
-        self._env = json.dumps(dict(context.env))
+        self._envs = [dict(context.env)]  # of all rows; those of a saved replay may be of others
         self._min_sequences = min_sequences or 1
         self._prefetch = keeping.prefetch
         self._prefetcher: Prefetcher | None = None  # once the batch size is known
@@ -73,7 +73,7 @@ class HeldRing:
         self._buffers: list[Batch] = []
         self._recorder = None
         if keeping.record is not None:
-            self._recorder = Recorder(Path(keeping.record), _layout(context))
+            self._recorder = Recorder(Path(keeping.record), _layout(context), context.env)
 
     def add(self, rollout: Rollout, leaf_of: LeafOf) -> None:
         """Stores a rollout's blocks, and writes them down if they are recorded."""
@@ -130,17 +130,15 @@ class HeldRing:
 
     def state(self) -> dict[str, Any]:
         """Arrays and JSON scalars: all but the blocks."""
-        own = {"rng": json.dumps(self.rng.bit_generator.state), "env": self._env}
-        return {**self.ring.state(), **own}
+        own = {"rng": self.rng.bit_generator.state, "envs": self._envs}
+        return {**self.ring.state(), **{name: json.dumps(value) for name, value in own.items()}}
 
     def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Goes on from a saved state and its blocks; raises ValueError if they do not fit."""
-        before = json.loads(state.get("env", "null"))  # null: saved by an earlier rlx
-        if found := env_differences(before, json.loads(self._env)):
-            says = "the saved replay is of %s; its rows are read as if they were of this "
-            log.warning(says + "environment; checkpoint.replay=false fills it anew", found)
         self.ring.restore(state, blocks)
         self.rng.bit_generator.state = json.loads(state["rng"])
+        before = json.loads(state.get("envs", "[]"))  # none: saved by an earlier rlx
+        self._envs = [env for env in before if env not in self._envs] + self._envs
 
 
 def _make_ring(
@@ -159,7 +157,7 @@ def _make_ring(
 
 
 def _layout(context: ReplayContext) -> Layout:
-    return Layout.of(context, context.lanes)
+    return Layout.of(context.sequence, context.row_spec, context.carry_spec, context.lanes)
 
 
 def _storings(keeping: Keeping, devices: Sequence[Any]) -> list[Storing]:

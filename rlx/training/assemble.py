@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 CLOSE_S = 10.0
 OF_SPEED = ("batch_size", "threads", "vector")  # settings of environments; rows stay the same
-EPISODES_ASKED = 64  # of an exploration that draws an amount for each episode
+EPISODES_ASKED = (*range(64), *(1 << bits for bits in range(6, 31)))  # for their amounts
 
 
 def build_agent(settings: Mapping[str, Any]) -> tuple[EnvFamily, Agent]:
@@ -161,7 +161,7 @@ def _open_replay(
     replay = make_replay(own, given, learner.batch_size)
     if resumed is not None:
         try:
-            restore_replay(replay, resumed)
+            restore_replay(replay, resumed, given.env if peers.rank == 0 else {})
         except BaseException:
             replay.close()
             raise
@@ -263,11 +263,11 @@ def _check_exploration(
 
 def _amounts(exploration: Exploration, lanes: int, env_steps: int) -> np.ndarray:
     """The amounts f32[lanes, n] at a time of the run: of n episodes, where each has its own."""
-    lane, chain = np.arange(lanes), np.zeros(lanes, np.int64)
+    lane, chain = np.arange(lanes), np.zeros(lanes, np.int32)
     if not isinstance(exploration, PerEpisode):
         return exploration.amount(lane, lanes, env_steps)[:, None]
-    episodes = range(EPISODES_ASKED)
-    of = [exploration.episode_amount(lane, lanes, env_steps, chain, chain + e) for e in episodes]
+    ask = partial(exploration.episode_amount, lane, lanes, env_steps, chain)
+    of = [ask(np.full(lanes, number, np.int32)) for number in EPISODES_ASKED]
     return np.stack(of, axis=1)
 
 

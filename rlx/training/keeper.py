@@ -147,12 +147,12 @@ class Keeper:
     def _say_if_nothing_was_learnt(self) -> None:
         replay, learner = self._parts.replay, self._parts.learner
         if learner.updates == self._first_update:
-            log.warning(
-                "no update was made: the replay got %d env steps and has %d sequences to draw; "
-                "learning begins at replay.min_env_steps=%d and replay.min_sequences=%d, and "
-                "then each update waits for the env steps that replay.ratio asks for",
-                *(replay.env_steps, replay.startable, replay.min_env_steps, replay.min_sequences),
-            )
+            says = "no update was made: the replay got %d env steps and has %d sequences to draw; "
+            says += "learning begins at replay.min_env_steps=%d and replay.min_sequences=%d"
+            if replay.ratio is not None:
+                says += ", and each update waits for the env steps that replay.ratio asks for"
+            begins = replay.min_env_steps, replay.min_sequences
+            log.warning(says, replay.env_steps, replay.startable, *begins)
 
     def _finished_before(self) -> Path | None:
         """The checkpoint of a finished run that was resumed and had nothing left to do."""

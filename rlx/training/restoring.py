@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from rlx.interfaces import Peers
 from rlx.problems import first_line, refuse
+from rlx.replay.files.experience import env_differences
 from rlx.replay.files.segments import SegmentError
 from rlx.training.checkpoint import Checkpointer
 from rlx.training.checkpoint_files import CheckpointError, Restored
@@ -61,11 +63,15 @@ def _values(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else [None]
 
 
-def restore_replay(replay: Any, resumed: Restored) -> None:
-    """Gives the replay what the checkpoint has of it; raises ConfigError if it does not fit."""
+def restore_replay(replay: Any, resumed: Restored, env: Mapping[str, Any]) -> None:
+    """Gives the replay what the checkpoint has of it; raises ConfigError if it does not fit.
+
+    env: the settings of the environment; rows that came from others are told.
+    """
     if resumed.replay_state is None:
         return
     try:
+        _tell_of_other_envs(resumed.replay_state, env)
         replay.restore(resumed.replay_state, resumed.replay_blocks())
     except KeyError as error:
         says = f"the saved replay was of another kind (it has no {error}); choose that one"
@@ -76,6 +82,13 @@ def restore_replay(replay: Any, resumed: Restored) -> None:
         says = f"{resumed.path}: its replay is damaged ({first_line(error)}); "
         says += "checkpoint.replay=false fills it anew"
         raise refuse("resume", says) from error
+
+
+def _tell_of_other_envs(state: Mapping[str, Any], env: Mapping[str, Any]) -> None:
+    for before in json.loads(state.get("envs", "[]")):  # none: saved by an earlier rlx
+        if found := env_differences(before, env):
+            says = "the saved replay may have rows of %s; they are read as if they were of this "
+            log.warning(says + "environment; checkpoint.replay=false fills it anew", found)
 
 
 def check_total(total_env_steps: int, resumed: Restored | None) -> None:

@@ -150,17 +150,15 @@ def collect(pool: OpenRayPool, env_steps: int, updates: int = 0, lanes: int = 1)
     return rollouts
 
 
-def collect_until(
-    pool: OpenRayPool, stat: str, value: float, timeout_s: float = PATIENCE_S
-) -> list[Rollout]:
+def collect_until(pool: OpenRayPool, stat: str, value: float) -> list[Rollout]:
     """Rollouts until a figure of `stats` has this value.
 
     An actor whose answers nobody collects is asked nothing more, so its end is not noticed.
     """
     rollouts: list[Rollout] = []
-    end = time.monotonic() + timeout_s
+    end = time.monotonic() + PATIENCE_S
     while pool.stats()[stat] != value:
-        assert time.monotonic() < end, f"{stat} is not {value} in {timeout_s} s: {pool.stats()}"
+        assert time.monotonic() < end, f"{stat} is not {value} in {PATIENCE_S} s: {pool.stats()}"
         rollouts += pool.collect(0.5, 0)
     return rollouts
 

@@ -629,6 +629,7 @@ def test_a_target_by_env_steps_is_copied_once_for_each_period_that_ended():
         (C51, {"lowest": 3.0}, "must be below agent.highest"),
         (C51, {"lowest": 1e8, "highest": 1e8 + 1}, "cannot be told apart in float32"),
         (C51, {"lowest": -1e60, "highest": 1e60}, "cannot be told apart in float32"),
+        (C51, {"atoms": 10**11}, "cannot be told apart in float32"),  # which fit no memory
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(cls, changes, says):

@@ -102,7 +102,7 @@ REFUSED = {
     "tags=a": f"tags=a {LINE}: accepted: a list, each a string",
     "tags=[1]": f"tags.0=1 {LINE}: accepted: a string; strings of digits are quoted: \"'1'\"",
     "tags=3": (
-        f"tags=3 {LINE}: accepted: a list, each a string; strings of digits are quoted: \"'3'\""
+        f"tags=3 {LINE}: accepted: a list, each a string; strings of digits are quoted: \"['3']\""
     ),
     "resume=3": (
         f"resume=3 {LINE}: accepted: a string or null; strings of digits are quoted: \"'3'\""
@@ -121,6 +121,10 @@ REFUSED = {
     "+agent.stack.image=0": f"agent.stack.image=0 {LINE}: accepted: an int >= 1",
     "agent.optimizer.learning_rate.rate=5": (
         f"agent.optimizer.learning_rate.rate=5 {LINE}: accepted: a float > 0 and < 1"
+    ),
+    "agent.optimizer={rate: 1}": (
+        f"agent.optimizer={{'rate': 1}} {LINE}: accepted: settings of Adam or settings of SGD; its "
+        "_target_ says which class: tests.standins.Adam or tests.standins.SGD"
     ),
     "agent.optimizer=adam": (
         f"agent.optimizer=adam {LINE}: accepted: settings of Adam or settings of SGD"

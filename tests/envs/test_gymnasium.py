@@ -95,7 +95,14 @@ class Odd(Counting):
         }[space]
 
 
+class Blind(Counting):
+    """Shows nothing."""
+
+    observation_space = spaces.Dict({})
+
+
 ENTRIES = {
+    "Blind": Blind,
     "Counting": Counting,
     "Silent": Silent,
     "Switching": Switching,
@@ -222,6 +229,11 @@ def test_an_end_exactly_at_the_limit_is_terminated():
     assert (step.terminated.tolist(), step.truncated.tolist()) == ([True], [False])
     (episode,) = env.episodes()
     assert (episode.return_, episode.env_steps, episode.frames) == (6.0, 3, 3)
+
+
+def test_an_environment_that_shows_nothing_is_refused():
+    with pytest.raises(ValueError, match="observation is empty; rlx needs at least one leaf"):
+        family("rlx-test/Blind-v0").spec()
 
 
 def test_box_actions_have_specs_and_bounds():

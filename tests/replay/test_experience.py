@@ -132,40 +132,40 @@ def test_a_dataset_of_another_network_or_block_is_refused(tmp_path):
         dataset(tmp_path, min_sequences=7)
 
 
-def test_experience_of_another_environment_is_told_where_it_is_read_or_joined(tmp_path, caplog):
+def test_experience_of_another_environment_is_told_by_the_file_that_has_it(tmp_path, caplog):
     pong = {"id": "Pong-v5", "scale": None, "options": {"reward_clip": True}}
+    other = pong | {"id": "Breakout-v5", "scale": [1.0]}
     replay = recording(tmp_path, env=pong)
     replay.add(delivered(0, 10))
     replay.close()
     dataset(tmp_path, env=pong)
+    record(tmp_path, [10])  # its settings are none, as an earlier rlx's
+    dataset(tmp_path, env=pong | {"new": 3})  # nor had that one all of today's settings
     assert "was recorded with" not in caplog.text
-    other = pong | {"id": "Breakout-v5", "scale": [1.0]}
-    says = "env.id=Pong-v5, here Breakout-v5; env.scale=null, here [1.0]; its rows are read as if"
-    dataset(tmp_path, env=other)
-    assert f"replay.path={tmp_path} was recorded with {says}" in caplog.text
-    recording(tmp_path, env=other).close()
-    assert f"replay.record={tmp_path} was recorded with {says}" in caplog.text
-    about = json.loads((tmp_path / "dataset.json").read_text())
-    del about["env"]  # an earlier rlx wrote none
-    (tmp_path / "dataset.json").write_text(json.dumps(about))
-    caplog.clear()
-    dataset(tmp_path, env=other)
-    assert "was recorded with" not in caplog.text
-
-
-def test_a_saved_replay_of_another_environment_is_told_when_it_is_resumed(caplog):
-    replay = recording(None, env={"id": "Pong-v5", "scale": None})
+    replay = recording(tmp_path, env=other)
     replay.add(delivered(0, 10))
-    state, blocks = replay.state(), all_blocks(replay)
-    earlier = {name: value for name, value in state.items() if name != "env"}
-    same, other = {"id": "Pong-v5", "scale": None}, {"id": "Pong-v5", "scale": [2.0]}
-    for env, saved in ((same, state), (other, earlier)):
-        recording(None, env=env).restore(saved, blocks)
-        assert "the saved replay is of" not in caplog.text
-    resumed = recording(None, env=other)
-    resumed.restore(state, blocks)
-    assert resumed.rows == replay.rows
-    assert "the saved replay is of env.scale=null, here [2.0]; its rows are read" in caplog.text
+    replay.close()
+    first, _, last = files(tmp_path)
+    for env, path, here in ((other, first, (pong, other)), (pong, last, (other, pong))):
+        caplog.clear()
+        dataset(tmp_path, env=env)
+        (said,) = (r.getMessage() for r in caplog.records if "was recorded" in r.getMessage())
+        ids, scales = ([x[name] for x in here] for name in ("id", "scale"))
+        shown = ["null" if x is None else str(x) for x in scales]
+        says = f"env.id={ids[0]}, here {ids[1]}; env.scale={shown[0]}, here {shown[1]}"
+        assert said.startswith(f"{path} was recorded with {says}; its rows are read as if")
+
+
+def test_a_saved_replay_tells_of_all_environments_that_its_rows_may_be_of():
+    one, other = {"id": "Pong-v5", "scale": None}, {"id": "Pong-v5", "scale": [2.0]}
+    replay, resumed, again = (recording(None, env=env) for env in (one, other, one))
+    replay.add(delivered(0, 10))
+    resumed.restore(replay.state(), all_blocks(replay))
+    assert json.loads(resumed.state()["envs"]) == [one, other]
+    again.restore(resumed.state(), all_blocks(resumed))
+    assert json.loads(again.state()["envs"]) == [other, one]
+    earlier = {name: value for name, value in replay.state().items() if name != "envs"}
+    recording(None, env=other).restore(earlier, all_blocks(replay))
 
 
 def spoil(folder: Path, how: str) -> str:
@@ -281,9 +281,9 @@ def test_what_was_flushed_survives_a_kill(tmp_path):
     replay.add(delivered(0, 5))
     replay.flush()
     replay.add(delivered(5, 9))
-    assert [len(arrays["lane"]) for _, arrays in read(tmp_path)] == [5]
+    assert [len(arrays["lane"]) for _, arrays, _ in read(tmp_path)] == [5]
     replay.close()
-    assert [len(arrays["lane"]) for _, arrays in read(tmp_path)] == [5, 4]
+    assert [len(arrays["lane"]) for _, arrays, _ in read(tmp_path)] == [5, 4]
 
 
 def test_a_folder_in_which_nothing_was_recorded_may_be_used_again(tmp_path):

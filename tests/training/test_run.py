@@ -688,13 +688,16 @@ def test_rows_that_no_update_reads_are_told_at_the_start(caplog, tmp_path):
     assert said.startswith("sequences start 8 rows apart and train on 4: 4 of 8 rows are never")
 
 
-def test_schedules_go_on_in_a_resumed_run(monkeypatch, tmp_path):
+def test_schedules_go_on_in_a_resumed_run(monkeypatch, tmp_path, caplog):
     episodes: list[Any] = []
     monkeypatch.setattr(Metrics, "episodes", lambda self, new: episodes.extend(new))
     decay = ("exploration.decay_env_steps=1000", "exploration.final_scale=0.0")
     run(tmp_path, *decay, "total_env_steps=400")
     first = [e.epsilon for e in episodes if e.lane == 0]
-    run(None, *decay, f"resume={tmp_path}", "total_env_steps=800")
+    other = ("env.max_episode_steps=499", "env.threads=2")
+    run(None, *decay, *other, f"resume={tmp_path}", "total_env_steps=800")
+    says = "the saved replay may have rows of env.max_episode_steps=null, here 499; they"
+    assert says in caplog.text
     epsilons = [e.epsilon for e in episodes if e.lane == 0]
     assert epsilons == sorted(epsilons, reverse=True)
     assert 0.4 * (1 - 2 * 32 / 1000) <= first[0] <= 0.4  # in the first requests
@@ -906,20 +909,21 @@ def test_a_run_that_learnt_nothing_says_so(tmp_path, caplog):
     assert "learning begins at replay.min_env_steps=1199 and replay.min_sequences=" in caplog.text
 
 
-def test_recorded_experience_trains_without_actors(tmp_path):
+def test_recorded_experience_trains_without_actors(tmp_path, caplog):
     record = f"replay.record={tmp_path / 'experience'}"
     made = run(tmp_path / "acting", record)
     offline = ("replay=dataset", f"replay.path={tmp_path / 'experience'}")
     fitting = [s for s in TINY if not s.startswith("replay.capacity")]
-    learnt = rlx.run(rlx.compose([*fitting, *offline]), tmp_path / "learning")
+    learnt = rlx.run(rlx.compose([*fitting, *offline, "env.threads=2"]), tmp_path / "learning")
+    assert "was recorded with" not in caplog.text
     assert learnt["state"] == "finished"
     assert made["updates"] - 10 < learnt["updates"] <= made["updates"] + 60
     found = rows(tmp_path / "learning")
     assert found[-1]["env_steps"] >= 1200
     assert any(row["evaluation/return_mean"] is not None for row in found)
-    went_on = rlx.run(
-        rlx.compose([*fitting, *offline, f"resume={tmp_path / 'learning'}", "total_env_steps=1500"])
-    )
+    more = (f"resume={tmp_path / 'learning'}", "total_env_steps=1500", "env.max_episode_steps=499")
+    went_on = rlx.run(rlx.compose([*fitting, *offline, *more]))
+    assert "was recorded with env.max_episode_steps=null, here 499; its rows" in caplog.text
     assert went_on["updates"] > learnt["updates"]
     exact = ("checkpoint.exact=true", "evaluation.final_episodes=0")
     twice = [

@@ -1,7 +1,8 @@
 """Recorded experience: a folder of segments that hold the blocks which actors delivered.
 
     DIR/dataset.json                what every segment is like: leaves, rows of a block, lanes
-    DIR/<run>-000000.npz ...        blocks in the order in which they came (see segments)
+    DIR/<run>-000000.npz ...        blocks in the order in which they came (see segments), and the
+                                    settings of the environment that they came from
 
 Several runs may record into one folder if their rows are alike. What is read follows the order in
 which it was written, run after run, so a lane's blocks come as they came to the replay then.
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,13 +25,10 @@ import numpy as np
 
 from rlx import trees
 from rlx.config.documents import read_json
-from rlx.interfaces import ReplayContext
-from rlx.problems import show
+from rlx.problems import cut, show
 from rlx.replay.files.segments import SEGMENT_BYTES, SegmentError, read_segment, write_segment
 from rlx.replay.ring.block_spec import INPUTS
-from rlx.types import ArraySpec, Carry, Leaves, Rollout, Row
-
-log = logging.getLogger(__name__)
+from rlx.types import ArraySpec, Carry, Leaves, Rollout, Row, SequenceSpec
 
 FORMAT = 1
 FILE = "dataset.json"
@@ -47,16 +44,12 @@ class Layout:
     leaves: dict[str, list[Any]]  # path below rows/ or carry/ -> [shape, dtype]
     block_rows: int
     lanes: int
-    env: dict[str, Any] | None  # settings; None: recorded by an rlx that did not tell them
 
     @classmethod
-    def of(cls, context: ReplayContext, lanes: int) -> Layout:
-        specs: Mapping[str, ArraySpec] = trees.flatten(
-            {"rows": context.row_spec, "carry": context.carry_spec}
-        )
+    def of(cls, sequence: SequenceSpec, row_spec: Row, carry_spec: Carry, lanes: int) -> Layout:
+        specs: Mapping[str, ArraySpec] = trees.flatten({"rows": row_spec, "carry": carry_spec})
         leaves = {path: [list(leaf.shape), leaf.dtype] for path, leaf in specs.items()}
-        env = json.loads(json.dumps(dict(context.env)))  # as it is read again
-        return cls(leaves=leaves, block_rows=context.sequence.block_rows, lanes=lanes, env=env)
+        return cls(leaves=leaves, block_rows=sequence.block_rows, lanes=lanes)
 
     def differences(self, other: Layout) -> str:
         """'rows/action [[], int32], here missing; ...'; '' where blocks of both are alike."""
@@ -71,31 +64,32 @@ class Layout:
                 found.append(f"{path} {mine}, here {its}")
         return "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
 
-    def warn_of_other_env(self, other: Layout, where: str) -> None:
-        """Logs in what the environments differ; blocks that look alike may mean other things."""
-        if found := env_differences(self.env, other.env):
-            says = "%s was recorded with %s; its rows are read as if they were of this environment"
-            log.warning(says, where, found)
 
+def env_differences(before: Any, here: Mapping[str, Any]) -> str:
+    """'env.id=Pong-v5, here Breakout-v5'; '' where settings are alike, or none were told.
 
-def env_differences(before: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> str:
-    """'env.id=Pong-v5, here Breakout-v5'; '' where settings are alike or are not told."""
-    if before is None or here is None:
+    Settings that only one of both has are left out: rlx had other ones when it wrote them.
+    """
+    if not isinstance(before, Mapping):
         return ""
     return "; ".join(
-        f"env.{name}={show(before.get(name))}, here {show(here.get(name))}"
-        for name in sorted({*before, *here})
-        if before.get(name) != here.get(name)
+        f"env.{name}={cut(show(before[name]))}, here {cut(show(here[name]))}"
+        for name in sorted({*before} & {*here})
+        if json.dumps(before[name]) != json.dumps(here[name])
     )
 
 
 class Recorder:
     """Writes rollouts into a dataset, a segment at a time, in a thread of its own."""
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
-        """Raises ValueError for a folder that holds something else."""
+    def __init__(self, folder: Path, layout: Layout, env: Mapping[str, Any]) -> None:
+        """Raises ValueError for a folder that holds something else.
+
+        env: the settings of the environment, which every file tells.
+        """
         # Names in the order of time: that is the order in which runs are read.
         self._folder, self._run, self._files = folder, f"{time_ns():016x}", 0
+        self._about = {"kind": KIND, "run": self._run, "env": dict(env)}
         self._kept: list[dict[str, np.ndarray]] = []
         self._bytes = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="record")
@@ -111,12 +105,10 @@ class Recorder:
         except OSError as error:
             says = f"replay.record={folder} cannot be written ({error.strerror}); give another"
             raise ValueError(says) from error
-        before = read_layout(folder)
-        if found := before.differences(layout):
+        if found := read_layout(folder).differences(layout):
             raise ValueError(
                 f"replay.record={folder} holds other experience ({found}); give another folder"
             )
-        before.warn_of_other_env(layout, f"replay.record={folder}")
 
     def add(self, rollout: Rollout) -> None:
         """Copies a rollout's blocks; writes them out when there are enough for a file.
@@ -147,7 +139,7 @@ class Recorder:
         kept, self._kept, self._bytes = self._kept, [], 0
         path = self._folder / f"{self._run}-{self._files:06d}.npz"
         self._files += 1
-        self._written = self._writer.submit(_write_segment, path, kept, self._run)
+        self._written = self._writer.submit(_write_segment, path, kept, self._about)
 
     def _wait(self) -> None:
         if self._written is not None:
@@ -155,9 +147,9 @@ class Recorder:
             self._written = None
 
 
-def _write_segment(path: Path, kept: list[dict[str, np.ndarray]], run: str) -> None:
+def _write_segment(path: Path, kept: list[dict[str, np.ndarray]], about: Mapping[str, Any]) -> None:
     arrays = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
-    write_segment(path, arrays, {"kind": KIND, "run": run})
+    write_segment(path, arrays, about)
 
 
 def _to_arrays(rollout: Rollout) -> Leaves:
@@ -188,8 +180,7 @@ def read_layout(folder: Path) -> Layout:
     if not isinstance(about, dict) or (about.get("format"), about.get("kind")) != (FORMAT, KIND):
         raise ValueError(f"{path}: no recorded experience that this rlx reads (format {FORMAT})")
     try:
-        names = [field.name for field in dataclasses.fields(Layout)]
-        layout = Layout(**{name: about[name] for name in names if name != "env"}, env=_env(about))
+        layout = Layout(**{field.name: about[field.name] for field in dataclasses.fields(Layout)})
         counts = layout.block_rows, layout.lanes
         leaves = layout.leaves
         are_leaves = isinstance(leaves, dict) and all(map(_is_leaf, leaves.values()))
@@ -198,12 +189,6 @@ def read_layout(folder: Path) -> Layout:
         return layout
     except KeyError as error:
         raise ValueError(f"{path}: damaged: {error} is missing") from error
-
-
-def _env(about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The settings of the environment; None where they are not told, or no settings."""
-    env = about.get("env")
-    return env if isinstance(env, dict) else None
 
 
 def _is_count(value: Any) -> bool:
@@ -238,8 +223,11 @@ def files(folder: Path) -> list[Path]:
     return [path for _, paths in sorted(runs.items()) for path in paths]
 
 
-def read(folder: Path) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
-    """Each segment's arrays; raises ValueError, naming the file, for a damaged or foreign one."""
+def read(folder: Path) -> Iterator[tuple[Path, dict[str, np.ndarray], Mapping[str, Any]]]:
+    """Each segment's arrays, and what it tells of itself.
+
+    Raises ValueError, naming the file, for a damaged or foreign one.
+    """
     layout = read_layout(folder)
     for path in files(folder):
         try:
@@ -249,7 +237,7 @@ def read(folder: Path) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
         if about.get("kind") != KIND:
             raise ValueError(f"{path}: a segment, but not of recorded experience")
         _check_numbers(path, arrays, layout)
-        yield path, arrays
+        yield path, arrays, about
 
 
 def _check_segment(layout: Layout, found: Mapping[str, ArraySpec]) -> None:
@@ -289,7 +277,7 @@ def _check_numbers(path: Path, arrays: Mapping[str, np.ndarray], layout: Layout)
 def rollouts(folder: Path, row_spec: Row, carry_spec: Carry) -> Iterator[Rollout]:
     """The recorded blocks as they came, with chains that go on rising from run to run."""
     run, first_chain, newest = "", 0, -1
-    for path, arrays in read(folder):
+    for path, arrays, _ in read(folder):
         if run != (run := path.name.partition("-")[0]):
             first_chain = newest + 1
         chain = arrays["chain"] + np.int32(first_chain)
