@@ -122,8 +122,9 @@ REFUSED = {
     "agent.optimizer.learning_rate.rate=5": (
         f"agent.optimizer.learning_rate.rate=5 {LINE}: accepted: a float > 0 and < 1"
     ),
-    "agent.optimizer={rate: 1}": (
-        f"agent.optimizer={{'rate': 1}} {LINE}: accepted: settings of Adam or settings of SGD; its "
+    "~agent.optimizer._target_": (
+        "agent.optimizer={'max_norm': 40, 'learning_rate': {'_target_': 'tests.standins.Constant', "
+        "'rate': 0.001}} (conf/agent/r2d2.yaml): accepted: settings of Adam or settings of SGD; its "
         "_target_ says which class: tests.standins.Adam or tests.standins.SGD"
     ),
     "agent.optimizer=adam": (
