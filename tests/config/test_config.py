@@ -124,8 +124,8 @@ REFUSED = {
     ),
     "~agent.optimizer._target_": (
         "agent.optimizer={'max_norm': 40, 'learning_rate': {'_target_': 'tests.standins.Constant', "
-        "'rate': 0.001}} (conf/agent/r2d2.yaml): accepted: settings of Adam or settings of SGD; its "
-        "_target_ says which class: tests.standins.Adam or tests.standins.SGD"
+        "'rate': 0.001}} (conf/agent/r2d2.yaml): accepted: settings of Adam or settings of SGD; "
+        "its _target_ says which class: tests.standins.Adam or tests.standins.SGD"
     ),
     "agent.optimizer=adam": (
         f"agent.optimizer=adam {LINE}: accepted: settings of Adam or settings of SGD"
