@@ -84,8 +84,9 @@ def wrong(value: Any, hint: Any, path: str) -> Problem:
         targets = " or ".join(f"{each.__module__}.{each.__qualname__}" for each in named)
         says += f"; its _target_ says which class: {targets}"
     if " string" in says and (quoted := _quoted(value)):
-        is_alone = type(value) is int and not says.startswith("accepted: a string")
-        says += f'; strings of digits are quoted: "{f"[{quoted}]" if is_alone else quoted}"'
+        if type(value) is int and not says.startswith("accepted: a string"):
+            quoted = f"[{quoted}]"  # a list is wanted
+        says += f'; strings of digits are quoted: "{quoted}"'
     if isinstance(value, float) and value.is_integer() and " int" in says:
         says += f"; write {int(value):_}"
     if isinstance(value, str) and (near := nearest(value, _words(hint))):

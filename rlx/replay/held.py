@@ -130,8 +130,8 @@ class HeldRing:
 
     def state(self) -> dict[str, Any]:
         """Arrays and JSON scalars: all but the blocks."""
-        own = {"rng": self.rng.bit_generator.state, "envs": self._envs}
-        return {**self.ring.state(), **{name: json.dumps(value) for name, value in own.items()}}
+        rng, envs = json.dumps(self.rng.bit_generator.state), json.dumps(self._envs)
+        return {**self.ring.state(), "rng": rng, "envs": envs}
 
     def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Goes on from a saved state and its blocks; raises ValueError if they do not fit."""

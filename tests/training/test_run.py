@@ -678,8 +678,11 @@ def test_an_agent_without_a_distribution_may_not_act_at_random_for_ever(settings
         run(tmp_path, *settings)
 
 
-def test_an_agent_with_noisy_layers_may_sample(tmp_path):
-    run(tmp_path, "exploration=sample", "agent.head.noise=0.5", "total_env_steps=200")
+@pytest.mark.parametrize(
+    "settings", [["exploration=sample"], ["exploration=linear", "exploration.final=1.0"]]
+)
+def test_an_agent_with_noisy_layers_may_act_as_they_sample(settings, tmp_path):
+    run(tmp_path, *settings, "agent.head.noise=0.5", "total_env_steps=200")
 
 
 def test_rows_that_no_update_reads_are_told_at_the_start(caplog, tmp_path):
