@@ -198,6 +198,14 @@ class Prioritizing(Protocol):
 
 
 @runtime_checkable
+class SharesBatches(Protocol):
+    """An agent that cannot learn from any number of sequences."""
+
+    def check_share(self, sequences: int) -> None:
+        """Raises ValueError for so many sequences of a device in an update."""
+
+
+@runtime_checkable
 class ValuesActions(Protocol):
     """An agent that has a value for each action."""
 

@@ -35,9 +35,11 @@ from rlx.types import (
 CORES: dict[str, Core] = {
     "lstm": LSTM(units=8),
     "gru": GRU(units=8),
-    "none": Feedforward(units=8),
+    "none": Feedforward(units=8, activation="relu", layer_norm=False),
 }
-SMALL_CNN = NatureCNN(channels=(4, 4), kernels=(8, 4), strides=(8, 4), remat=False)
+SMALL_CNN = NatureCNN(
+    channels=(4, 4), kernels=(8, 4), strides=(8, 4), layer_norm=False, remat=False
+)
 VECTOR = EnvSpec(
     id="vector",
     observation={"observation": ArraySpec(shape=(3,), dtype="float32")},
@@ -71,9 +73,13 @@ MASKED = EnvSpec(
 )
 
 
+def mlp(*layers: int) -> MLP:
+    return MLP(layers=layers, activation="relu", layer_norm=False)
+
+
 def network(spec: EnvSpec = VECTOR, core: str = "lstm", **changes: Any) -> RecurrentNetwork:
     image = any(len(leaf.shape) == 3 for leaf in spec.observation.values())
-    torso: Torso = SMALL_CNN if image else MLP(layers=(8,))
+    torso: Torso = SMALL_CNN if image else mlp(8)
     settings: dict[str, Any] = {
         "torso": torso,
         "dense_before_core": None,
@@ -85,6 +91,7 @@ def network(spec: EnvSpec = VECTOR, core: str = "lstm", **changes: Any) -> Recur
         "prev_reward": True,
         "time": False,
         "time_scale": 1e-5,
+        "orthogonal": False,
         "compute_dtype": "float32",
         "spec": spec,
     }

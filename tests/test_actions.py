@@ -68,7 +68,7 @@ FAMILIES = {
 
 def make_agent(family: Any, core: str = "lstm") -> RandomAgent:
     spec = family.spec()
-    net = parts.network(spec, core, torso=parts.MLP(layers=(8,)))
+    net = parts.network(spec, core, torso=parts.mlp(8))
     return RandomAgent(
         unroll=5,
         block_rows=3,

@@ -199,7 +199,7 @@ def test_leaves_of_a_dict_are_found_by_name_and_others_left():
         options={},
     )
     assert "direction" in family.raw_spaces().ignored
-    act = player(family, torso=parts.MLP(layers=(8,)), stack={})
+    act = player(family, torso=parts.mlp(8), stack={})
     image = np.zeros((7, 7, 3), np.uint8)
     alone, _ = act.act({"image": image}, None)
     assert act.act({"image": image, "direction": 2}, None)[0] == alone

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from rlx import trees
 from rlx.agents import common, q_learning
 from rlx.agents.munchausen import Munchausen
-from rlx.agents.optimizers import Adam
+from rlx.agents.optimizers import Optimizer
 from rlx.interfaces import Network
 from rlx.networks.heads import ActionHead
 from rlx.types import EnvSpec, Range, Runtime, SequenceSpec
@@ -45,7 +45,7 @@ class DQN:
     target_period_env_steps: Annotated[int, Range(ge=1, le=2**32 - 1)] | None
     target_rate: Annotated[float, Range(gt=0, le=1)] | None
     head: ActionHead
-    optimizer: Adam
+    optimizer: Optimizer
     network: Runtime[Network]
     spec: Runtime[EnvSpec]
 

@@ -17,12 +17,13 @@ NORM_DECAY = 0.99  # per gradient step, of the average that `max_grad_norm_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adam:
-    """Adam after optional clips of the gradient, with a rate that may rise first and fall later."""
+class Optimizer:
+    """The settings of every optimiser: clips of the gradient, and the learning rate over time.
+
+    The rate may rise first and fall later. `rule` is what a kind of optimiser adds.
+    """
 
     learning_rate: Annotated[float, Range(gt=0, lt=1)]
-    b1: Annotated[float, Range(ge=0, lt=1)]
-    b2: Annotated[float, Range(ge=0, lt=1)]
     epsilon: Annotated[float, Range(gt=0)]
     max_grad_norm: Annotated[float, Range(gt=0)] | None  # None: no clipping
     max_grad_norm_ratio: Annotated[float, Range(gt=1)] | None  # to its moving average; None: any
@@ -42,15 +43,18 @@ class Adam:
                 "set decay_gradient_steps, too."
             )
 
+    def rule(self) -> optax.GradientTransformation:
+        """The kind's own rule, by which a clipped gradient becomes a step."""
+        raise NotImplementedError
+
     def build(self) -> optax.GradientTransformation:
         """The chain of optax, for gradients that are averaged over the devices already."""
-        adam = optax.adam(self.rate(), b1=self.b1, b2=self.b2, eps=self.epsilon)
         clips = []
         if self.max_grad_norm is not None:
             clips.append(optax.clip_by_global_norm(self.max_grad_norm))
         if self.max_grad_norm_ratio is not None:
             clips.append(clip_by_average_norm(self.max_grad_norm_ratio))
-        return optax.chain(*clips, adam) if clips else adam
+        return optax.chain(*clips, self.rule()) if clips else self.rule()
 
     def rate(self) -> optax.ScalarOrSchedule:
         """The learning rate: a function of the gradient step, or one number for all."""
@@ -65,6 +69,38 @@ class Adam:
             rising = optax.linear_schedule(0.0, first, self.warmup_gradient_steps)
             return optax.join_schedules([rising, falling], [self.warmup_gradient_steps])
         return first if steps is None else falling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam(Optimizer):
+    """Adam (Kingma & Ba 2015)."""
+
+    b1: Annotated[float, Range(ge=0, lt=1)]
+    b2: Annotated[float, Range(ge=0, lt=1)]
+
+    def rule(self) -> optax.GradientTransformation:
+        return optax.adam(self.rate(), b1=self.b1, b2=self.b2, eps=self.epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RAdam(Optimizer):
+    """Rectified Adam (Liu et al. 2020): its first steps are shorter."""
+
+    b1: Annotated[float, Range(ge=0, lt=1)]
+    b2: Annotated[float, Range(ge=0, lt=1)]
+
+    def rule(self) -> optax.GradientTransformation:
+        return optax.radam(self.rate(), b1=self.b1, b2=self.b2, eps=self.epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSProp(Optimizer):
+    """RMSProp with a decaying mean of squares, without momentum, as A3C and IMPALA use it."""
+
+    rms_decay: Annotated[float, Range(ge=0, lt=1)]
+
+    def rule(self) -> optax.GradientTransformation:
+        return optax.rmsprop(self.rate(), decay=self.rms_decay, eps=self.epsilon)
 
 
 class AverageNorm(NamedTuple):

@@ -18,7 +18,7 @@ import optax
 
 from rlx.agents import common, targets
 from rlx.agents.munchausen import Munchausen
-from rlx.agents.optimizers import Adam
+from rlx.agents.optimizers import Optimizer
 from rlx.agents.quantiles import quantile_loss
 from rlx.interfaces import Network
 from rlx.problems import show
@@ -53,7 +53,7 @@ class ValueAgent(Protocol):
     @property
     def head(self) -> Any: ...
     @property
-    def optimizer(self) -> Adam: ...
+    def optimizer(self) -> Optimizer: ...
     @property
     def spec(self) -> EnvSpec: ...
     @property

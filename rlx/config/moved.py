@@ -42,6 +42,9 @@ ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does
     },
     "rlx.networks.heads.Dueling": {"noise": None},
     "rlx.networks.heads.Plain": {"noise": None},
+    "rlx.networks.cores.Feedforward": {"activation": "relu", "layer_norm": False},
+    "rlx.networks.torsos.MLP": {"activation": "relu", "layer_norm": False},
+    "rlx.networks.torsos.NatureCNN": {"layer_norm": False},
     "rlx.envs.envpool.EnvPool": {"action_mask": None, "image": None},
     "rlx.envs.gymnasium.Gymnasium": {
         "action_mask": None,
@@ -52,6 +55,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does
     "rlx.evaluation.playing.Evaluation": {"max_env_steps_per_episode": None},
     "rlx.networks.recurrent.RecurrentNetwork": {
         "discrete": "number",
+        "orthogonal": False,
         "time": False,
         "time_scale": 1e-5,
     },

@@ -60,9 +60,15 @@ def _limits(spec: BoxSpec, ndim: int) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _scale(flat: Array, spec: BoxSpec) -> Array:
-    low, high = (limit.astype(np.float64) for limit in _limits(spec, flat.ndim))
+def middle_and_half(spec: BoxSpec, ndim: int) -> tuple[np.ndarray, np.ndarray]:
+    """(middle, half the range) f32[..., size] of so many axes; (0, 1) without two finite bounds."""
+    low, high = (limit.astype(np.float64) for limit in _limits(spec, ndim))
     bounded = np.isfinite(low) & np.isfinite(high) & (low < high)
     low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
     middle, half = (low + high) / 2, (high - low) / 2
-    return (flat - middle.astype(np.float32)) / half.astype(np.float32)
+    return middle.astype(np.float32), half.astype(np.float32)
+
+
+def _scale(flat: Array, spec: BoxSpec) -> Array:
+    middle, half = middle_and_half(spec, flat.ndim)
+    return (flat - middle) / half

@@ -26,6 +26,8 @@ from jax import lax
 
 from rlx.types import Array
 
+Norm = tuple[Array, Array]  # scale [D] and shift [D] of a LayerNorm
+
 CHUNK = 32  # images that go through the stack together on the CPU: what the caches hold
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -38,17 +40,20 @@ def convolve_all(
     dtype: Any,
     *,
     remat: bool,
+    norms: Sequence[Norm | None] | None = None,
 ) -> Array:
     """ReLU(convolution + bias), VALID, layer by layer, computed in `dtype`.
 
     images [n, C, H, W], of bytes (scaled to 0..1) or floats; kernels [k, k, C, D], biases [D]
     -> [n, H', W', D']. remat: nothing but the images is kept for the gradients.
+    norms: of each layer the scale [D] and shift [D] of a LayerNorm over the channels of each
+    place, before the ReLU; None: no layer has one.
     """
     how: Any = {"strides": tuple(strides), "dtype": dtype}
     whole: Any = functools.partial(_stack, **how, layer=layer)
     whole = jax.checkpoint(whole) if remat else whole
     chunks = functools.partial(_by_chunks, **how, remat=remat)
-    layers = list(zip(kernels, biases, strict=True))
+    layers = list(zip(kernels, biases, norms or [None] * len(kernels), strict=True))
     n = images.shape[0]  # of no known size in what rlx.export writes for any number of lanes
     if jax.export.is_symbolic_dim(n) or n <= CHUNK:  # acting: there is nothing to divide
         return whole(images, layers)
@@ -56,12 +61,26 @@ def convolve_all(
     return result
 
 
-def layer(x: Array, kernel: Array, bias: Array, stride: int, dtype: Any) -> Array:
+def layer(
+    x: Array, kernel: Array, bias: Array, norm: Norm | None, stride: int, dtype: Any
+) -> Array:
     """ReLU(convolution + bias), VALID: [n, H, W, C], or an image as `to_nhwc` takes it if bytes."""
+    return _activated(linear(x, kernel, stride, dtype), bias, norm, dtype)
+
+
+def linear(x: Array, kernel: Array, stride: int, dtype: Any) -> Array:
+    """The convolution alone, VALID, of what `layer` takes."""
     x = to_nhwc(x, dtype) if x.dtype == jnp.uint8 else x
-    x = _convolve(x, kernel.astype(dtype), stride)
+    return _convolve(x, kernel.astype(dtype), stride)
+
+
+def _activated(x: Array, bias: Array, norm: Norm | None, dtype: Any) -> Array:
     # In float32: the gradient of a bias is a sum that bfloat16 would lose.
-    return jax.nn.relu(x.astype(jnp.float32) + bias[None, None, None]).astype(dtype)
+    x = x.astype(jnp.float32) + bias[None, None, None]
+    if norm is not None:
+        scale, shift = (part[None, None, None] for part in norm)
+        x = jax.nn.standardize(x, axis=-1, epsilon=1e-6) * scale + shift
+    return jax.nn.relu(x).astype(dtype)
 
 
 def to_nhwc(images: Array, dtype: Any) -> Array:
@@ -78,8 +97,8 @@ def _stack(
     images: Array, layers: Any, *, strides: tuple[int, ...], dtype: Any, layer: Any
 ) -> Array:
     x = images if images.dtype == jnp.uint8 else to_nhwc(images, dtype)
-    for (kernel, bias), stride in zip(layers, strides, strict=True):
-        x = layer(x, kernel, bias, stride, dtype)
+    for (kernel, bias, norm), stride in zip(layers, strides, strict=True):
+        x = layer(x, kernel, bias, norm, stride, dtype)
     return x
 
 
@@ -103,32 +122,62 @@ def _by_chunks(
 # --- a convolution whose gradients are fast on the CPU -------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def layer_on_cpu(x: Array, kernel: Array, bias: Array, stride: int, dtype: Any) -> Array:
+def layer_on_cpu(
+    x: Array, kernel: Array, bias: Array, norm: Norm | None, stride: int, dtype: Any
+) -> Array:
     """Does as `layer` does, with the same values and gradients."""
-    return layer(x, kernel, bias, stride, dtype)
+    if norm is None:
+        return _plain_on_cpu(x, kernel, bias, stride, dtype)
+    return _activated(_linear_on_cpu(x, kernel, stride, dtype), bias, norm, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _plain_on_cpu(x: Array, kernel: Array, bias: Array, stride: int, dtype: Any) -> Array:
+    return layer(x, kernel, bias, None, stride, dtype)
 
 
 def _forward(x: Array, kernel: Array, bias: Array, stride: int, dtype: Any) -> tuple[Array, Any]:
-    y = layer(x, kernel, bias, stride, dtype)
-    return y, (x, kernel, bias, y)  # bytes stay bytes: a quarter of the memory
+    y = layer(x, kernel, bias, None, stride, dtype)
+    return y, (x, kernel, y)  # bytes stay bytes: a quarter of the memory
 
 
 def _backward(stride: int, dtype: Any, kept: Any, grad: Array) -> tuple[Any, Array, Array]:
-    x, kernel, bias, y = kept
-    if kernel.shape[0] % stride:  # the strides cannot be moved into the channels
-        plain = functools.partial(layer, stride=stride, dtype=dtype)
-        return jax.vjp(plain, x, kernel, bias)[1](grad)
+    x, kernel, y = kept
     grad = jnp.where(y > 0, grad, 0)
     of_bias = grad.astype(jnp.float32).sum((0, 1, 2))
+    return *_linear_grads(x, kernel, grad, stride, dtype), of_bias
+
+
+_plain_on_cpu.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _linear_on_cpu(x: Array, kernel: Array, stride: int, dtype: Any) -> Array:
+    return linear(x, kernel, stride, dtype)
+
+
+def _linear_forward(x: Array, kernel: Array, stride: int, dtype: Any) -> tuple[Array, Any]:
+    return linear(x, kernel, stride, dtype), (x, kernel)
+
+
+def _linear_backward(stride: int, dtype: Any, kept: Any, grad: Array) -> tuple[Any, Array]:
+    return _linear_grads(*kept, grad, stride, dtype)
+
+
+_linear_on_cpu.defvjp(_linear_forward, _linear_backward)
+
+
+def _linear_grads(
+    x: Array, kernel: Array, grad: Array, stride: int, dtype: Any
+) -> tuple[Any, Array]:
+    """The gradients of a convolution's input and kernel."""
+    if kernel.shape[0] % stride:  # the strides cannot be moved into the channels
+        return jax.vjp(functools.partial(linear, stride=stride, dtype=dtype), x, kernel)[1](grad)
     if x.dtype == jnp.uint8:
         of_x, x = np.zeros(x.shape, jax.dtypes.float0), to_nhwc(x, dtype)
     else:
         of_x = _grad_of_input(grad, kernel.astype(dtype), stride, x.shape)
-    return of_x, _grad_of_kernel(x, grad, kernel, stride), of_bias
-
-
-layer_on_cpu.defvjp(_forward, _backward)
+    return of_x, _grad_of_kernel(x, grad, kernel, stride)
 
 
 def _grad_of_input(grad: Array, kernel: Array, stride: int, shape: tuple[int, ...]) -> Array:

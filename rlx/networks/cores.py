@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlx.networks.layers import Activation, dense
 from rlx.types import Array, Range
 
 
@@ -135,6 +136,8 @@ class Feedforward(Core, kw_only=True):
     """
 
     units: Annotated[int, Range(ge=1)] | None
+    activation: Activation
+    layer_norm: bool  # before the activation
 
     def initial_carry(self, batch: int) -> tuple[()]:
         return ()
@@ -142,7 +145,7 @@ class Feedforward(Core, kw_only=True):
     @nn.compact
     def __call__(self, x: Array, first: Array, carry: Any, dtype: Any) -> tuple[Array, Any]:
         if self.units is not None:
-            x = nn.relu(nn.Dense(self.units, dtype=dtype)(x))
+            x = dense(self.units, self.activation, x, dtype, layer_norm=self.layer_norm)
         return x.astype(jnp.float32), ()
 
 

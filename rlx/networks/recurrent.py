@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from rlx.networks.actions import encode_categories, encode_previous
 from rlx.networks.cores import Core, initial_frames, stack_frames
 from rlx.networks.heads import Head
+from rlx.networks.layers import orthogonal
 from rlx.networks.torsos import Torso
 from rlx.types import Array, Carry, EnvSpec, NetInput, Params, Range, Runtime
 
@@ -97,6 +98,7 @@ class RecurrentNetwork:
     prev_reward: bool  # after the agent's transform, into the core
     time: bool  # env steps since the episode's first observation, into the core
     time_scale: Annotated[float, Range(gt=0)]  # factor of the time
+    orthogonal: bool  # the body's dense and convolutional weights begin orthogonal, gain sqrt 2
     compute_dtype: Literal["float32", "bfloat16"]  # state, parameters and outputs stay float32
     spec: Runtime[EnvSpec]
 
@@ -137,7 +139,11 @@ class RecurrentNetwork:
         carry = self.initial_carry(1)
         stacked, _ = self.stack_frames(row, carry)
         whole = _Whole(settings=self, heads=dict(heads))
-        return whole.init(key, stacked, carry.core, further)["params"]
+        params = whole.init(key, stacked, carry.core, further)["params"]
+        if not self.orthogonal:
+            return params
+        body = {name: part for name, part in params.items() if name not in heads}
+        return {**params, **orthogonal(body, jax.random.fold_in(key, 1))}
 
     def apply(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
         """inputs [T, B, ...] -> (features f32[T, B, F], carry after the last row)."""

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from rlx.networks.convolution import convolve_all, to_nhwc
+from rlx.networks.layers import Activation, dense
 from rlx.types import Array, Range
 
 
@@ -39,15 +40,17 @@ def split_images(observation: Mapping[str, Array]) -> tuple[Array, dict[str, Arr
 
 
 class MLP(Torso, kw_only=True):
-    """Dense layers with ReLU over all leaves, flattened."""
+    """Dense layers over all leaves, flattened; without layers the leaves as they are."""
 
     layers: tuple[Annotated[int, Range(ge=1)], ...]
+    activation: Activation
+    layer_norm: bool  # after each layer, before its activation
 
     @nn.compact
     def __call__(self, observation: Mapping[str, Array], dtype: Any) -> Array:
         x = flat_leaves(observation, dtype)
         for units in self.layers:
-            x = nn.relu(nn.Dense(units, dtype=dtype)(x))
+            x = dense(units, self.activation, x, dtype, layer_norm=self.layer_norm)
         return x
 
 
@@ -93,12 +96,24 @@ class ConvParams(nn.Module, kw_only=True):
         return kernel, self.param("bias", nn.initializers.zeros, (self.outputs,), jnp.float32)
 
 
+class NormParams(nn.Module, kw_only=True):
+    """The scale and shift [size] of a LayerNorm, begun as flax begins its own."""
+
+    size: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array]:
+        scale = self.param("scale", nn.initializers.ones, (self.size,), jnp.float32)
+        return scale, self.param("bias", nn.initializers.zeros, (self.size,), jnp.float32)
+
+
 class NatureCNN(Torso, kw_only=True):
     """Convolutions with ReLU, VALID padding; the defaults in the YAML are DQN's (Nature, 2015)."""
 
     channels: tuple[Annotated[int, Range(ge=1)], ...]
     kernels: tuple[Annotated[int, Range(ge=1)], ...]
     strides: tuple[Annotated[int, Range(ge=1)], ...]
+    layer_norm: bool  # over the channels of each place, before each ReLU
     remat: bool  # compute the layers once more for the gradients, and keep nothing of them
 
     @nn.compact
@@ -110,14 +125,16 @@ class NatureCNN(Torso, kw_only=True):
             )
         image, others = split_images(observation)
         self._check_size(image.shape[1:])
-        kernels, biases, inputs = [], [], image.shape[1]
+        kernels, biases, norms, inputs = [], [], [], image.shape[1]
         for i, (outputs, size) in enumerate(zip(self.channels, self.kernels, strict=True)):
             layer = ConvParams(size=size, inputs=inputs, outputs=outputs, name=f"Conv_{i}")
             kernel, bias = layer()
             kernels.append(kernel)
             biases.append(bias)
+            norm = NormParams(size=outputs, name=f"LayerNorm_{i}") if self.layer_norm else None
+            norms.append(None if norm is None else norm())
             inputs = outputs
-        x = convolve_all(image, kernels, biases, self.strides, dtype, remat=self.remat)
+        x = convolve_all(image, kernels, biases, self.strides, dtype, remat=self.remat, norms=norms)
         x = x.reshape(x.shape[0], -1)
         return jnp.concatenate([x, flat_leaves(others, dtype)], axis=-1) if others else x
 

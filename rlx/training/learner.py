@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlx import trees
-from rlx.interfaces import Agent
+from rlx.interfaces import Agent, SharesBatches
 from rlx.seeding import spawn_int
 from rlx.types import (
     Array,
@@ -94,6 +94,8 @@ class OpenLearner:
         self._agent = agent
         self._newest: Any = None  # a future of the last update
         self._devices = choose_devices(settings.platform, settings.devices, settings.batch_size)
+        if isinstance(agent, SharesBatches):
+            agent.check_share(settings.batch_size // len(self._devices))
         everywhere = _everywhere(self._devices, settings.processes)
         mesh = Mesh(np.array(self._devices), (AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))

@@ -51,11 +51,11 @@ def _pool_problems(settings: Settings, *, on_policy: bool) -> list[Problem]:
 
 def _agent_problems(agent: Agent) -> list[Problem]:
     s = agent.sequence
-    if s.unroll == s.length == s.stride == s.block_rows:
+    if s.n_step == 1 and s.length == s.stride == s.block_rows:
         return []
     given = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(s).items())
-    says = "an on-policy agent's sequences are blocks: burn_in=0, n_step=1 (from Batch.next), "
-    says += "unroll=stride=block_rows"
+    says = "an on-policy agent's sequences are blocks: n_step=1 (from Batch.next), "
+    says += "burn_in + unroll = stride = block_rows"
     return [Problem(path="agent", given=given, says=says)]
 
 

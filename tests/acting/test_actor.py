@@ -46,7 +46,7 @@ def ends(**kwargs: Any) -> Gymnasium:
 
 
 def make_agent(family: Gymnasium, core: str = "lstm", block_rows: int = 4) -> Any:
-    net = parts.network(family.spec(), core, torso=parts.MLP(layers=(8,)))
+    net = parts.network(family.spec(), core, torso=parts.mlp(8))
     return parts.agent(net, block_rows=block_rows, stride=block_rows)
 
 

@@ -88,7 +88,7 @@ def make_agent(envs: EnvPool, core: str = "lstm", stride: int = 4) -> R2D2:
     net = parts.network(
         spec,
         core,
-        torso=parts.SMALL_CNN if stacked else parts.MLP(layers=(8,)),
+        torso=parts.SMALL_CNN if stacked else parts.mlp(8),
         stack={"observation": 4} if stacked else {},
     )
     return parts.agent(net, burn_in=4, unroll=6, n_step=3, stride=stride, block_rows=4)

@@ -23,26 +23,28 @@ def noise(*shape: int) -> jax.Array:
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("kind", ["float32", "uint8"])
 @pytest.mark.parametrize(
     ("size", "stride", "high", "wide"),
     [(8, 4, 84, 84), (4, 2, 20, 20), (3, 1, 9, 9), (8, 4, 87, 85), (4, 2, 11, 8), (3, 2, 10, 9)],
 )
-def test_gradients_are_those_of_xla(size, stride, high, wide, kind):
+def test_gradients_are_those_of_xla(size, stride, high, wide, kind, normed):
     kernel, bias = noise(size, size, 5, 7), noise(7)
+    norm = (noise(7), noise(7)) if normed else None
     x = noise(3, high, wide, 5)
     if kind == "uint8":  # an image: channels first, and nothing to differentiate
         x = jnp.asarray(RNG.integers(0, 256, (3, 5, high, wide)), jnp.uint8)
 
     def loss(layer: Any, kernel: Any, bias: Any, x: Any) -> jax.Array:
-        return jnp.sin(layer(x, kernel, bias, stride, jnp.float32)).sum()
+        return jnp.sin(layer(x, kernel, bias, norm, stride, jnp.float32)).sum()
 
     of = (1, 2) if kind == "uint8" else (1, 2, 3)
     expected = jax.grad(loss, argnums=of)(layer, kernel, bias, x)
     found = jax.jit(jax.grad(loss, argnums=of), static_argnums=0)(layer_on_cpu, kernel, bias, x)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
-    how = (kernel, bias, stride, jnp.float32)
+    how = (kernel, bias, norm, stride, jnp.float32)
     np.testing.assert_array_equal(layer_on_cpu(x, *how), layer(x, *how))
 
 
@@ -55,7 +57,7 @@ def test_a_few_images_at_a_time_give_what_all_of_them_do(n, kind, dtype, remat):
     layers = [0.1 * noise(4, 4, 2, 8), 0.1 * noise(3, 3, 8, 8)], [noise(8), noise(8)]
 
     def whole(kernels: Any, biases: Any) -> jax.Array:
-        layers = list(zip(kernels, biases, strict=True))
+        layers = list(zip(kernels, biases, [None, None], strict=True))
         how = {"strides": (2, 1), "dtype": jnp.float32, "layer": layer}
         return convolution._stack(images, layers, **how)
 
@@ -121,7 +123,7 @@ class OfFlax(nn.Module):
 
 def test_parameters_and_features_are_those_of_flax():
     image = jnp.asarray(RNG.integers(0, 256, (CHUNK + 2, 4, 84, 84), np.uint8))
-    torso, key = NatureCNN(**NATURE, remat=False), jax.random.PRNGKey(3)
+    torso, key = NatureCNN(**NATURE, layer_norm=False, remat=False), jax.random.PRNGKey(3)
     params = torso.init(key, {"image": image[:1]}, jnp.float32)
     expected = OfFlax().init(key, image[:1].astype(jnp.float32))
     jax.tree.map(np.testing.assert_array_equal, params, expected)

@@ -11,7 +11,7 @@ from rlx import trees
 from rlx.networks import cores
 from rlx.networks.cores import stack_frames
 from rlx.networks.heads import Dueling, Head, Plain
-from rlx.networks.torsos import MLP, ImpalaResNet, NatureCNN, OneHotMLP
+from rlx.networks.torsos import ImpalaResNet, NatureCNN, OneHotMLP
 from rlx.types import ArraySpec, DiscreteSpec, EnvSpec, NetInput
 from tests import parts
 
@@ -250,10 +250,10 @@ def test_networks_say_what_does_not_fit():
         parts.network(stack={"observation": 4})
     with pytest.raises(ValueError, match="exactly one leaf of three axes"):
         parts.init(parts.network(torso=parts.SMALL_CNN), jax.random.PRNGKey(0))
-    torso = NatureCNN(channels=(4,), kernels=(8, 4), strides=(4, 2), remat=False)
+    torso = NatureCNN(channels=(4,), kernels=(8, 4), strides=(4, 2), layer_norm=False, remat=False)
     with pytest.raises(ValueError, match="one number per layer"):
         parts.init(parts.network(parts.IMAGE, torso=torso), jax.random.PRNGKey(0))
-    assert MLP(layers=()).layers == ()
+    assert parts.mlp().layers == ()
 
 
 @pytest.mark.parametrize("shape", [(7, 7, 3), (84, 84, 3), (1, 11, 84), (1, 36, 35)])
@@ -261,7 +261,9 @@ def test_images_that_leave_nothing_are_refused(shape):
     spec = dataclasses.replace(
         parts.IMAGE, observation={"image": ArraySpec(shape=shape, dtype="uint8")}
     )
-    torso = NatureCNN(channels=(32, 64, 64), kernels=(8, 4, 3), strides=(4, 2, 1), remat=False)
+    torso = NatureCNN(
+        channels=(32, 64, 64), kernels=(8, 4, 3), strides=(4, 2, 1), layer_norm=False, remat=False
+    )
     with pytest.raises(ValueError, match=r"kernels=.*smaller.*height"):
         parts.init(parts.network(spec, stack={}, torso=torso), jax.random.PRNGKey(0))
 

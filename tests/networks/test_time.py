@@ -36,7 +36,7 @@ CORES = [("lstm", 4), ("gru", 8), ("none", 4), ("none", 1)]
 def sampled(core: str, stride: int, observed: Gymnasium = ENDS) -> tuple[Any, Any, Any]:
     """(agent, params, batch) after a ring has wrapped around and lanes have begun new chains."""
     spec = observed.spec()
-    torso = parts.MLP(layers=(8,))
+    torso = parts.mlp(8)
     net = parts.network(spec, core, torso=torso, time=True, time_scale=SCALE)
     agent = parts.agent(net, burn_in=4, unroll=6, n_step=3, stride=stride, block_rows=4)
     params = jax.tree.map(np.asarray, agent.init(jax.random.PRNGKey(0)).params)
