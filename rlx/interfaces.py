@@ -274,18 +274,14 @@ class Replay(Protocol):
     def sample(self, batch_size: int) -> Sample:
         """The arrays of a host's batch are overwritten after two more samples."""
 
-    def flush(self) -> None:
-        """Writes recorded experience; all of it is on the disk when this returns."""
-
+    def flush(self) -> None: ...  # all of recorded experience is on the disk when this returns
     def close(self) -> None: ...
     def stats(self) -> dict[str, float]: ...
     def state(self) -> dict[str, Any]:
         """The state as arrays and JSON values: everything but the blocks."""
 
     @property
-    def rings(self) -> Sequence[Ring]:
-        """The rings that hold the blocks."""
-
+    def rings(self) -> Sequence[Ring]: ...  # that hold the blocks
     def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Restores a saved state and the blocks of each ring."""
 
@@ -412,13 +408,9 @@ class ActingPool(Protocol):
     """Holds the actors of a run and collects their rollouts."""
 
     @property
-    def chain(self) -> int:
-        """Counts the lives that the lanes have had."""
-
+    def chain(self) -> int: ...  # the lives that the lanes have had
     @property
-    def burst_env_steps(self) -> int:
-        """Env steps of one full round of requests."""
-
+    def burst_env_steps(self) -> int: ...  # of one full round of requests
     def collect(self, timeout_s: float, updates: int) -> list[Rollout]:
         """Rollouts that are there, or come within `timeout_s`; [] if none does.
 

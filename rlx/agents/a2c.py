@@ -58,6 +58,7 @@ class A2C:
 
     on_policy = True
     samples = True
+    clashes = staticmethod(pg.clashes)
     sequence = property(pg.sequence_of)
     acting_spec = property(pg.acting_spec)
 
@@ -74,7 +75,7 @@ class A2C:
     ) -> tuple[TrainState, UpdateOutput]:
         """One gradient step on this device's share of the round."""
         read, state = pg.read(self, state, batch, axis_name)
-        key, next_key = jax.random.split(state.key)
+        key, next_key = common.keys(state, axis_name)
 
         def loss(params: Params) -> tuple[Array, tuple[None, common.Metrics]]:
             total, metrics = self.loss(params, read, key, axis_name)

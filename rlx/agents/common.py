@@ -176,6 +176,14 @@ def new_state(
     )
 
 
+def keys(state: TrainState, axis_name: str | None) -> tuple[Array, Array]:
+    """(the key of this update, of which each device has its own; the next state's)."""
+    key, next_key = jax.random.split(state.key)
+    if axis_name is not None:  # each device draws for its own share
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    return key, next_key
+
+
 def gradients(
     loss: Callable[[Params], tuple[Array, Any]], params: Params, axis_name: str | None
 ) -> tuple[Params, Array, Any]:

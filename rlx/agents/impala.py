@@ -62,6 +62,7 @@ class Impala:
     spec: Runtime[EnvSpec]
 
     samples = True
+    clashes = staticmethod(pg.clashes)
     sequence = property(pg.sequence_of)
     acting_spec = property(pg.acting_spec)
 
@@ -83,7 +84,7 @@ class Impala:
     ) -> tuple[TrainState, UpdateOutput]:
         """One gradient step on this device's share of the batch."""
         read, state = pg.read(self, state, batch, axis_name)
-        key, next_key = jax.random.split(state.key)
+        key, next_key = common.keys(state, axis_name)
 
         def loss(params: Params) -> tuple[Array, tuple[None, common.Metrics]]:
             total, metrics = self.loss(params, read, key, axis_name)

@@ -7,8 +7,9 @@ shuffled one by one. Each device shuffles its own share.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,41 @@ def check_share(agent: Any, sequences: int) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """One update's rows, and how its epochs go over them."""
+
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    rows: Any  # [T, B, ...]; [1, T * B, ...] of a network without memory
+    core: Any  # [B, ...]
+    is_recurrent: bool
+    most_kl: float | None
+    axis_name: str | None
+
+    @property
+    def units(self) -> int:
+        """The sequences, or single rows, that are shuffled."""
+        count: int = jax.tree.leaves(self.rows)[0].shape[1]
+        return count
+
+    def part(self, index: Array | None) -> tuple[Any, Any]:
+        """(rows, core) of a minibatch; index: of its units, None for all."""
+        if index is None:
+            return self.rows, self.core
+        rows = jax.tree.map(lambda x: x[:, index], self.rows)
+        core = jax.tree.map(lambda x: x[index], self.core) if self.is_recurrent else self.core
+        return rows, core
+
+
+class _Made(NamedTuple):
+    """The state between two minibatches."""
+
+    params: Params
+    opt_state: Any
+    stopped: Array  # bool[]
+
+
 def learn(
     loss: Loss,
     optimizer: Optimizer,
@@ -47,7 +83,7 @@ def learn(
     most_kl: float | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, UpdateOutput]:
-    """`epochs * minibatches` gradient steps; metrics are means over those that were made.
+    """`epochs * minibatches` gradient steps; metrics are means over those that were computed.
 
     loss: (params, rows [T, b, ...], core [b, ...], key) -> (loss, metrics). rows: [T, B, ...]; of
     a network without memory they come as [1, b, ...], core as it is given. most_kl: the first
@@ -55,70 +91,82 @@ def learn(
     """
     if not is_recurrent:
         rows = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), rows)
-    units = jax.tree.leaves(rows)[0].shape[1]
-    chain, (key, next_key) = optimizer.build(), jax.random.split(state.key)
-    if axis_name is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-
-    def part(index: Array | None) -> tuple[Any, Any]:
-        if index is None:
-            return rows, core
-        some = jax.tree.map(lambda x: x[:, index], rows)
-        return some, jax.tree.map(lambda x: x[index], core) if is_recurrent else core
-
-    def step(made: Any, index: Array | None, key: Array) -> tuple[Any, Any]:
-        params, opt_state, stopped = made
-        own = part(index)
-        grads, value, told = common.gradients(lambda p: loss(p, *own, key), params, axis_name)
-        told = {
-            **common.mean_over_devices(told, axis_name),
-            "learner/loss": value,
-            "learner/grad_norm": optax.tree.norm(grads),
-        }
-        if most_kl is not None:
-            stopped = stopped | (told[KL] > most_kl)
-        new = common.step_optimizer(chain, params, opt_state, grads)
-        kept = jax.tree.map(lambda x, old: jnp.where(stopped, old, x), new, (params, opt_state))
-        return (*(kept if most_kl is not None else new), stopped), told
-
-    def guarded(made: Any, given: tuple[Array | None, Array]) -> tuple[Any, Any]:
-        """The step, unless an earlier one has stopped the epochs; with how many were computed."""
-        if most_kl is None:
-            made, told = step(made, *given)
-            return made, (told, jnp.ones(()))
-        shapes = jax.eval_shape(step, made, *given)[1]
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        made, told, computed = jax.lax.cond(
-            made[2],
-            lambda: (made, zeros, jnp.zeros(())),
-            lambda: (*step(made, *given), jnp.ones(())),
-        )
-        return made, (told, computed)
-
-    made = (state.params, state.opt_state, jnp.zeros((), bool))
-    steps = epochs * minibatches
+    plan = _Plan(
+        loss=loss,
+        optimizer=optimizer.build(),
+        rows=rows,
+        core=core,
+        is_recurrent=is_recurrent,
+        most_kl=most_kl,
+        axis_name=axis_name,
+    )
+    key, next_key = common.keys(state, axis_name)
     order_key, loss_key = jax.random.split(key)
-    keys = jax.random.split(loss_key, steps)
-    if minibatches == 1:
-        made, (told, computed) = jax.lax.scan(lambda m, k: guarded(m, (None, k)), made, keys)
-    else:
-        orders = [jax.random.permutation(k, units) for k in jax.random.split(order_key, epochs)]
-        index = jnp.stack(orders).reshape(steps, -1)
-        made, (told, computed) = jax.lax.scan(guarded, made, (index, keys))
-    params, opt_state, stopped = made
+    index = _orders(order_key, plan.units, epochs, minibatches)
+    each = (index, jax.random.split(loss_key, epochs * minibatches))
+    begin = _Made(state.params, state.opt_state, jnp.zeros((), bool))
+    made, (told, computed) = jax.lax.scan(partial(_unless_stopped, plan), begin, each)
     count = computed.sum()
     metrics = {name: x.sum() / count for name, x in told.items()}
-    gradient_steps = count.astype(jnp.int32) - stopped  # the one that stopped made none
-    metrics["learner/gradient_steps"] = gradient_steps.astype(jnp.float32)
+    steps = count.astype(jnp.int32) - made.stopped  # the minibatch that stopped made none
+    metrics["learner/steps_of_update"] = steps.astype(jnp.float32)
     state = replace(
         state,
-        params=params,
-        opt_state=opt_state,
+        params=made.params,
+        opt_state=made.opt_state,
         updates=state.updates + 1,
-        gradient_steps=state.gradient_steps + gradient_steps,
+        gradient_steps=state.gradient_steps + steps,
         key=next_key,
     )
     return state, UpdateOutput(priorities=None, metrics=metrics)
+
+
+def _orders(key: Array, units: int, epochs: int, minibatches: int) -> Array | None:
+    """The units of each minibatch, [epochs * minibatches, b], each once in an epoch; None: all."""
+    if minibatches == 1:
+        return None
+    orders = [jax.random.permutation(k, units) for k in jax.random.split(key, epochs)]
+    return jnp.stack(orders).reshape(epochs * minibatches, -1)
+
+
+def _unless_stopped(
+    plan: _Plan, made: _Made, given: tuple[Array | None, Array]
+) -> tuple[_Made, tuple[common.Metrics, Array]]:
+    """A step, with its metrics and a 1; zeros where an earlier one has stopped the epochs."""
+    if plan.most_kl is None:
+        made, told = _step(plan, made, given)
+        return made, (told, jnp.ones(()))
+    shapes = jax.eval_shape(partial(_step, plan), made, given)[1]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def compute() -> tuple[_Made, tuple[common.Metrics, Array]]:
+        after, told = _step(plan, made, given)
+        return after, (told, jnp.ones(()))
+
+    return jax.lax.cond(made.stopped, lambda: (made, (zeros, jnp.zeros(()))), compute)
+
+
+def _step(
+    plan: _Plan, made: _Made, given: tuple[Array | None, Array]
+) -> tuple[_Made, common.Metrics]:
+    """One gradient step on a minibatch, which is not taken where its policy is too far off."""
+    index, key = given
+    rows, core = plan.part(index)
+    grads, value, told = common.gradients(
+        lambda params: plan.loss(params, rows, core, key), made.params, plan.axis_name
+    )
+    metrics = {
+        **common.mean_over_devices(told, plan.axis_name),
+        "learner/loss": value,
+        "learner/grad_norm": optax.tree.norm(grads),
+    }
+    new = common.step_optimizer(plan.optimizer, made.params, made.opt_state, grads)
+    if plan.most_kl is None:
+        return _Made(new[0], new[1], made.stopped), metrics
+    stopped = metrics[KL] > plan.most_kl
+    old = (made.params, made.opt_state)
+    params, opt_state = jax.tree.map(lambda x, y: jnp.where(stopped, y, x), new, old)
+    return _Made(params, opt_state, stopped), metrics
 
 
 def require_minibatches(epochs: int, minibatches: int, most_kl: float | None) -> None:

@@ -1,8 +1,9 @@
 """Observations and rewards in units of their running deviations, as agents normalise them.
 
-The statistics are kept in `TrainState.statistics` and travel with the acting parameters. Each batch
-is read by those of before it, which acted; then it is observed. So the learner reads what the
-actor has read, and evaluations, which observe nothing, read by frozen ones.
+The statistics are kept in `TrainState.statistics` and travel with the acting parameters. A batch's
+inputs are read by those of before it, which acted; so the learner reads what the actor has read.
+Then the batch is observed, and the rewards that are learnt are scaled by the newest statistics.
+Evaluations observe nothing, and read by frozen ones.
 """
 
 from __future__ import annotations

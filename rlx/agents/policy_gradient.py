@@ -6,21 +6,24 @@ Those whose first argument is `agent` do as methods, too: an agent with the sett
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlx import ops, trees
 from rlx.agents import common, normalizing
 from rlx.agents.optimizers import Optimizer
-from rlx.interfaces import Network
+from rlx.config.build import build
+from rlx.config.targets import resolve
+from rlx.interfaces import Exploration, Network
 from rlx.networks.distributions import Distribution, draw_spec, is_bounded
 from rlx.networks.policies import Policy, Value
 from rlx.networks.separate import Separate
-from rlx.problems import show
+from rlx.problems import Problem, show
 from rlx.types import (
     Array,
     ArraySpec,
@@ -133,6 +136,23 @@ def require_whole(agent: PolicyAgent, **finals: float | None) -> None:
             f"{' or '.join(f'agent.{name}' for name in finals)}, or set it to null."
         )
     require_bounds(agent.policy, agent.spec)
+
+
+def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
+    """Finds exploration whose actions are not drawn from the policy, as the loss takes them to be.
+
+    settings: of the whole run (`interfaces.Agrees`).
+    """
+    replay, _ = resolve(settings["replay"]["_target_"])
+    if getattr(replay, "is_recorded", False):  # nobody acts
+        return []
+    exploration: Exploration = build(settings["exploration"], "exploration", seed=settings["seed"])
+    lanes = settings["acting"]["instances"] * settings["acting"]["envs_per_actor"]
+    ends = (0, settings["total_env_steps"])
+    if min(exploration.amount(np.arange(lanes), lanes, end).min() for end in ends) >= 1:
+        return []
+    says = "an agent that learns its policy needs actions that are drawn from it, an amount of 1; "
+    return [Problem(path="exploration", says=says + "choose exploration=sample")]
 
 
 def require_bounds(policy: Policy, spec: EnvSpec) -> None:
@@ -296,7 +316,7 @@ def value_loss(agent: PolicyAgent, head: Array, target: Array) -> Array:
 
 
 def draws(rows: Row) -> Array:
-    """What the distributions of acting time drew, [T, B, ...]."""
+    """The draws of acting time, [T, B, ...]."""
     found: Array = rows.acting.draw if isinstance(rows.acting, BoxActing) else rows.action
     return found
 
@@ -333,7 +353,7 @@ def whole_loss(
     mean: Per,
     progress: Array,
 ) -> tuple[Array, common.Metrics]:
-    """What is minimised, of f32[T, B] each, and its parts."""
+    """The sum that is minimised, of f32[T, B] each, and its parts."""
     weight = scheduled(agent.entropy, agent.final_entropy, progress)
     parts = {
         "learner/policy_loss": -mean(gain),

@@ -81,6 +81,7 @@ class PPO:
 
     on_policy = True
     samples = True
+    clashes = staticmethod(pg.clashes)
     sequence = property(pg.sequence_of)
     acting_spec = property(pg.acting_spec)
 
@@ -125,7 +126,7 @@ class PPO:
     def learnt(
         self, params: Params, read: pg.Read, axis_name: str | None
     ) -> tuple[Learnt, common.Metrics]:
-        """What the epochs learn from, made with the parameters that acted; and metrics of it."""
+        """Returns what the epochs learn from, by the parameters that acted; and metrics of it."""
         rows, burn_in = read.rows, self.burn_in
         policy, head = pg.outputs(self, params, read.inputs, read.core, burn_in, self.unroll)
         values = pg.worth(self, head)

@@ -131,7 +131,7 @@ class PQN:
     def learnt(
         self, params: Params, inputs: NetInput, core: Any, batch: Batch, axis_name: str | None
     ) -> tuple[Learnt, common.Metrics]:
-        """What the epochs learn from, made with the parameters that acted; and metrics of it."""
+        """Returns what the epochs learn from, by the parameters that acted; and metrics of it."""
         burn_in, end = self.burn_in, self.burn_in + self.unroll
         rows = common.window(common.time_major(batch.rows), burn_in, end)
         features = common.features_after(self.network, params, inputs, core, burn_in)

@@ -210,7 +210,7 @@ def heads(agent: Any) -> dict[str, Any]:
 
 
 def outputs(
-    agent: ValueAgent,
+    agent: Any,
     params: Params,
     features: Array,
     key: Array | None = None,
@@ -324,9 +324,7 @@ def update(
         agent.network, batch, reward=agent.reward, stored_state=agent.stored_state
     )
     target_features, _ = agent.network.unroll(state.target_params, inputs, core)
-    key, next_key = jax.random.split(state.key)
-    if axis_name is not None:  # each device draws for its own share
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    key, next_key = common.keys(state, axis_name)
     replayed = Replayed(
         rows=common.window(common.time_major(batch.rows), agent.burn_in, None),
         mask=common.allowed(common.window(inputs, agent.burn_in, None), agent.spec),

@@ -102,16 +102,19 @@ class SAC:
             return self.network
         return Separate(network=self.network, bodies={"actor": (POLICY,), "critic": CRITICS})
 
-    @property
-    def aimed_entropy(self) -> float:
-        """The entropy that the temperature is learnt for.
+    def aimed_entropy(self, mask: Array | None = None) -> Array | float:
+        """The entropy that the temperature is learnt for; of each row where a mask is given.
 
-        A box's is the paper's -size for actions between -1 and 1, in the units of the bounds.
+        A box's is the paper's -size for actions between -1 and 1, in the units of the bounds. One
+        choice's is a share of the largest entropy, of the actions that mask bool[..., A] allows.
         """
         if self.target_entropy is not None:
             return self.target_entropy
         if isinstance(self.spec.action, DiscreteSpec):
-            return DISCRETE_SHARE * math.log(self.spec.action.n)
+            if mask is None:
+                return DISCRETE_SHARE * math.log(self.spec.action.n)
+            return DISCRETE_SHARE * jnp.log(mask.sum(axis=-1))
+        assert isinstance(self.spec.action, BoxSpec)
         _, half = middle_and_half(self.spec.action, 1)
         return float(np.log(half).sum()) - len(half)
 
@@ -188,9 +191,7 @@ class SAC:
         carry = batch.carry if self.stored_state else common.zero_core(batch.carry)
         inputs, _ = self.body.stack_frames(seen, carry)
         rows = common.window(common.time_major(batch.rows), self.burn_in, None)
-        key, next_key = jax.random.split(state.key)
-        if axis_name is not None:  # each device draws for its own share
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        key, next_key = common.keys(state, axis_name)
         target_features, _ = self.body.unroll(state.target_params, inputs, carry.core)
         target_features = common.window(target_features, self.burn_in, None)
 
@@ -200,7 +201,8 @@ class SAC:
             )
             mask = common.allowed(common.window(inputs, self.burn_in, None), self.spec)
             target = (state.target_params, target_features)
-            return self.loss(params, features, mask, target, rows, batch.importance, key)
+            mean = pg.mean_of(rows.valid[: self.unroll], axis_name)
+            return self.loss(params, features, mask, target, rows, batch.importance, mean, key)
 
         grads, value, (priorities, told) = common.gradients(loss, state.params, axis_name)
         metrics = {
@@ -226,11 +228,13 @@ class SAC:
         target: tuple[Params, Any],
         rows: Row,
         importance: Array,
+        mean: pg.Per,
         key: Array,
     ) -> tuple[Array, tuple[Array, common.Metrics]]:
         """The sum of three losses, none of which moves another's parameters.
 
-        features: [T + n, B, F] of each body; target: the critics' target parameters and features.
+        features: [T + n, B, F] of each body; target: the critics' target parameters and features;
+        mean: over the valid trained rows of all devices.
         """
         network, log_temperature = params["network"], params["log_temperature"]
         temperature = jax.lax.stop_gradient(jnp.exp(log_temperature))
@@ -238,22 +242,20 @@ class SAC:
         read = features if self.separate_critic else jax.lax.stop_gradient(features)
         policy = self.policy_of(network, read, mask)
         draw = policy.draw(key)
-        aim = self.aims(policy, draw, target, temperature, rows)
+        aim = jax.lax.stop_gradient(self.aims(policy, draw, target, temperature, rows))
         now = common.window(features, 0, self.unroll)
         errors = [self.taken(network, name, now, trained.action) - aim for name in CRITICS]
         per_row = jnp.stack([0.5 * jnp.square(error) for error in errors]).sum(axis=0)
         critic_loss = jnp.mean(importance * targets.per_sequence(per_row, trained.valid, "mean"))
-
-        def mean(x: Array) -> Array:
-            return jnp.mean(targets.per_sequence(x, trained.valid, "mean"))
-
         fixed = jax.lax.stop_gradient((network, now))
         cost, entropy = self.actor_cost(policy, draw, fixed, temperature)
         actor_loss = mean(cost)
-        gap = jax.lax.stop_gradient(mean(entropy)) - self.aimed_entropy
+        wanted = self.aimed_entropy(None if mask is None else mask[: self.unroll])
+        gap = jax.lax.stop_gradient(mean(entropy - wanted))
         temperature_loss = log_temperature * gap if self.learn_temperature else 0.0
         td = jnp.stack([jnp.abs(error) for error in errors]).mean(axis=0)
-        metrics = targets.value_metrics(errors[0] + aim, td, trained) | {
+        least = jnp.minimum(*errors) + aim
+        metrics = targets.value_metrics(least, td, trained) | {
             "learner/critic_loss": critic_loss,
             "learner/actor_loss": actor_loss,
             "learner/entropy": mean(entropy),
@@ -270,8 +272,7 @@ class SAC:
         temperature: Array,
         rows: Row,
     ) -> Array:
-        """The critics' targets f32[T, B], without gradient."""
-        policy, draw = jax.lax.stop_gradient((policy, draw))
+        """The critics' targets f32[T, B]."""
         q = self.least(*target, policy.action(draw))
         if isinstance(policy, Categorical):
             soft = expected(policy, q - temperature * policy.log_probabilities())
@@ -341,7 +342,7 @@ class SAC:
         return self.policy.distribution(parameters, self.spec.action, mask)
 
     def values_of(self, network: Params, name: str, features: Any, action: Array) -> Array:
-        """What one critic says: f32[...] of a box's action, f32[..., A] of all choices."""
+        """One critic's values: f32[...] of a box's action, f32[..., A] of all choices."""
         return self.body.read(network, name, self.critic, features, action)
 
     def taken(self, network: Params, name: str, features: Any, action: Array) -> Array:

@@ -161,7 +161,8 @@ def _linear_forward(x: Array, kernel: Array, stride: int, dtype: Any) -> tuple[A
 
 
 def _linear_backward(stride: int, dtype: Any, kept: Any, grad: Array) -> tuple[Any, Array]:
-    return _linear_grads(*kept, grad, stride, dtype)
+    x, kernel = kept
+    return _linear_grads(x, kernel, grad, stride, dtype)
 
 
 _linear_on_cpu.defvjp(_linear_forward, _linear_backward)

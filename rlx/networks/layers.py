@@ -31,8 +31,8 @@ def dense(
     begin: Callable[..., Any] | None = None,
 ) -> Array:
     """One layer: linear, LayerNorm where asked, activation; it runs inside a module's call."""
-    how = {} if begin is None else {"kernel_init": begin}
-    x = nn.Dense(units, dtype=dtype, **how)(x)
+    begin = nn.linear.default_kernel_init if begin is None else begin
+    x = nn.Dense(units, dtype=dtype, kernel_init=begin)(x)
     return activate(nn.LayerNorm(dtype=dtype)(x) if layer_norm else x, activation)
 
 

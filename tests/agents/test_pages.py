@@ -20,11 +20,11 @@ METRIC = re.compile(r"`((?:learner|replay|weights)/\w+)`")
 
 
 def settings(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a YAML by their paths, but for its own `_target_`."""
+    """The leaves of a YAML by their paths, but for its own `_target_` and Hydra's defaults."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from settings(value, f"{prefix}{name}.")
-        elif prefix or name != "_target_":
+        elif prefix or name not in ("_target_", "defaults"):
             yield prefix + name, value
 
 

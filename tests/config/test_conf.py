@@ -18,6 +18,7 @@ from rlx.bench import measuring as bench_measuring
 from rlx.config import build as config
 from rlx.config.build import ROLES, check, plain, runtime_names, setting_hints
 from rlx.config.targets import resolve
+from rlx.interfaces import Prioritizing
 from rlx.problems import ConfigError
 from rlx.training.assemble import build_agent
 
@@ -88,7 +89,10 @@ def trace_update(agent: Any, batch_size: int) -> None:
     batch = jax.eval_shape(lambda: bench_measuring.zero_batch(agent, batch_size))
     state = jax.eval_shape(agent.init, jax.random.PRNGKey(0))
     new, output = jax.eval_shape(agent.update, state, batch)
-    assert output.priorities.shape == (batch_size, agent.sequence.unroll)
+    if isinstance(agent, Prioritizing):
+        assert output.priorities.shape == (batch_size, agent.sequence.unroll)
+    else:
+        assert output.priorities is None
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, new)
     assert all(jax.tree.leaves(same))
 
@@ -113,7 +117,7 @@ def targets(node: Any) -> Any:
         if "_target_" in node:
             cls, why = resolve(node["_target_"])
             assert cls is not None, why
-            yield cls, {key: value for key, value in node.items() if key != "_target_"}
+            yield cls, {k: value for k, value in node.items() if k not in ("_target_", "defaults")}
         for child in node.values():
             yield from targets(child)
 
