@@ -16,24 +16,27 @@ import rlx
 from rlx.acting.actor import Actor
 from rlx.acting.local_pool import OpenLocalPool
 from rlx.acting.plan import zero_inputs
-from rlx.config import targets
 from rlx.problems import ConfigError
 from rlx.training.keeper import Keeper
 from rlx.training.learner import OpenLearner
 from rlx.training.stages import Stages
 from rlx.types import Weights
 from tests.acting.test_ray_pool import actor_processes
-from tests.agents import sampling
 
 LANES, ROWS, BLOCKS = 8, 8, 2
 BATCH = LANES * BLOCKS
+PPO = [
+    "agent=ppo",
+    f"agent.unroll={ROWS}",
+    "agent.epochs=2",
+    "agent.minibatches=2",
+    "agent.optimizer.learning_rate=3e-2",
+]
 RUN = [
-    "agent=sampling",
     "network=mlp_lstm",
     "network.torso.layers=[16]",
     "network.core.units=16",
     f"learner.batch_size={BATCH}",
-    f"replay.min_sequences={BATCH}",
     "replay.capacity=2000",
     "evaluation.every_env_steps=null",
     "evaluation.final_episodes=4",
@@ -50,15 +53,6 @@ POOLS = {
         *("acting.cpus_per_actor=0.5", "acting.restarts.first_wait_s=0.1"),
     ],
 }
-
-
-@pytest.fixture
-def conf(tmp_path, monkeypatch) -> Path:
-    """A folder with the agent's YAML; its class is allowed, here and in Ray's processes."""
-    monkeypatch.setattr(targets, "_allowed", {"rlx.", "tests."})
-    (tmp_path / "conf" / "agent").mkdir(parents=True)
-    (tmp_path / "conf" / "agent" / "sampling.yaml").write_text(sampling.YAML)
-    return tmp_path / "conf"
 
 
 class Seen:
@@ -80,7 +74,6 @@ def seen(monkeypatch) -> Seen:
     def noting(learner: OpenLearner, *arguments: Any) -> Any:
         output = update(learner, *arguments)
         notes.ratio_errors.append(float(np.asarray(output.metrics["learner/ratio_error"])[0]))
-        notes.valid_rows += int(np.asarray(output.metrics["learner/valid_rows"])[0])
         return output
 
     def watch(keeper: Keeper) -> None:
@@ -96,6 +89,7 @@ def seen(monkeypatch) -> Seen:
         def noting_sample(batch_size: int) -> Any:
             drawn = sample(batch_size)
             notes.ages += (learner.updates - drawn.weights_version).tolist()
+            notes.valid_rows += int(drawn.batch.rows.valid.sum())
             return drawn
 
         replay.add, replay.sample = noting_add, noting_sample
@@ -106,8 +100,9 @@ def seen(monkeypatch) -> Seen:
     return notes
 
 
-def train(conf: Path, folder: Path, *changes: str, env_steps: int = 1500) -> dict[str, Any]:
-    cfg = rlx.compose([*RUN, f"total_env_steps={env_steps}", *changes], extra_dir=conf)
+def train(folder: Path, *changes: str, env_steps: int = 1500) -> dict[str, Any]:
+    agent = [] if "agent=dqn" in changes else PPO
+    cfg = rlx.compose([*agent, *RUN, f"total_env_steps={env_steps}", *changes])
     return rlx.run(cfg, folder)
 
 
@@ -121,13 +116,13 @@ def assert_on_policy(seen: Seen, summary: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("pool", list(POOLS))
-def test_the_ratio_is_1_and_each_row_is_trained_once(tmp_path, conf, seen, pool):
-    summary = train(conf, tmp_path / "run", *POOLS[pool], f"agent.block_rows={ROWS}")
+def test_the_ratio_is_1_and_each_row_is_trained_once(tmp_path, seen, pool):
+    summary = train(tmp_path / "run", *POOLS[pool])
     assert_on_policy(seen, summary)
 
 
 def test_a_killed_actor_s_part_of_a_round_is_made_again_with_the_same_weights(
-    tmp_path, conf, seen, monkeypatch
+    tmp_path, seen, monkeypatch
 ):
     """One is stopped before a round and killed when the other's part of it is there."""
     update, begin, stopped = OpenLearner.update, Keeper.begin, []
@@ -153,7 +148,7 @@ def test_a_killed_actor_s_part_of_a_round_is_made_again_with_the_same_weights(
 
     monkeypatch.setattr(OpenLearner, "update", stop_one)
     monkeypatch.setattr(Keeper, "begin", watch)
-    summary = train(conf, tmp_path / "run", *POOLS["ray_pool"])
+    summary = train(tmp_path / "run", *POOLS["ray_pool"])
     assert len(stopped) == 2
     assert max(chain for _, chain, _ in seen.rows) == 1
     assert_on_policy(seen, summary)
@@ -183,9 +178,9 @@ def a_leaked_row(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("plant", [older_weights, a_leaked_row])
-def test_stale_weights_break_the_ratio(tmp_path, conf, seen, monkeypatch, plant):
+def test_stale_weights_break_the_ratio(tmp_path, seen, monkeypatch, plant):
     plant(monkeypatch)
-    train(conf, tmp_path / "run", *POOLS["local"], env_steps=800)
+    train(tmp_path / "run", *POOLS["local"], env_steps=800)
     assert seen.ratio_errors[0] < 1e-5
     assert max(seen.ratio_errors) > 1e-2
     assert set(seen.ages) == {0, 1}
@@ -213,23 +208,23 @@ def test_stale_weights_break_the_ratio(tmp_path, conf, seen, monkeypatch, plant)
          "replay: replay.min_sequences=32, but a full replay of 160 rows has about "),
     ],
 )  # fmt: skip
-def test_what_makes_no_rounds_is_refused(tmp_path, conf, changes, says):
+def test_what_makes_no_rounds_is_refused(tmp_path, changes, says):
     with pytest.raises(ConfigError) as refused:
-        train(conf, tmp_path / "run", *POOLS["local"], *changes)
+        train(tmp_path / "run", *POOLS["local"], *changes)
     assert any(line.startswith(says) for line in str(refused.value).splitlines())
 
 
-def test_weights_of_rounds_are_never_too_old(tmp_path, conf, seen):
+def test_weights_of_rounds_are_never_too_old(tmp_path, seen):
     """publish_every_updates is for others: an on-policy agent's weights are published at once."""
     oldest = ("acting.max_weight_age_updates=1", "learner.publish_every_updates=10")
-    summary = train(conf, tmp_path / "run", *POOLS["threads"], *oldest, env_steps=800)
+    summary = train(tmp_path / "run", *POOLS["threads"], *oldest, env_steps=800)
     assert summary["updates"] > 3
     assert set(seen.ages) == {0}
     with pytest.raises(ConfigError, match=r"weights are published every 10 updates"):
-        train(conf, tmp_path / "no", "agent=dqn", *POOLS["threads"], *oldest)
+        train(tmp_path / "no", "agent=dqn", *POOLS["threads"], *oldest)
 
 
-def test_a_run_that_is_stopped_in_a_round_makes_that_round_anew(tmp_path, conf, seen, monkeypatch):
+def test_a_run_that_is_stopped_in_a_round_makes_that_round_anew(tmp_path, seen, monkeypatch):
     """Lanes that are gone made what waited in the saved replay; nothing of it is kept."""
     act = Stages.act
 
@@ -241,18 +236,18 @@ def test_a_run_that_is_stopped_in_a_round_makes_that_round_anew(tmp_path, conf, 
     local = [*POOLS["local"], "checkpoint.replay=true"]
     with monkeypatch.context() as patch:
         patch.setattr(Stages, "act", stop_in_a_round)
-        first = train(conf, tmp_path / "run", *local)
+        first = train(tmp_path / "run", *local)
     assert first["state"] == "interrupted"
     before = len(seen.ratio_errors)
-    summary = train(conf, tmp_path / "run", *local, f"resume={tmp_path / 'run'}")
+    summary = train(tmp_path / "run", *local, f"resume={tmp_path / 'run'}")
     assert summary["state"] == "finished"
     assert len(seen.ratio_errors) > before + 3
     assert max(seen.ratio_errors) < 1e-5
     assert set(seen.ages) == {0}
 
 
-def test_a_trained_agent_acts_greedily_or_as_it_samples(tmp_path, conf, seen):
-    train(conf, tmp_path / "run", *POOLS["local"], env_steps=400)
+def test_a_trained_agent_acts_greedily_or_as_it_samples(tmp_path, seen):
+    train(tmp_path / "run", *POOLS["local"], env_steps=400)
     run, zeros = rlx.load(tmp_path / "run"), np.zeros((512, 4), np.float32)
     params = run.params()
     begin = {"first": np.ones(1, bool), "prev_action": np.full(1, -1, np.int32)}

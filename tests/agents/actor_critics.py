@@ -17,7 +17,6 @@ from rlx.agents import common
 from rlx.agents import policy_gradient as pg
 from rlx.agents.a2c import A2C
 from rlx.agents.impala import Impala
-from rlx.agents.optimizers import Optimizer
 from rlx.agents.ppo import PPO
 from rlx.networks.policies import Policy, Value
 from rlx.types import Batch, BoxSpec, EnvSpec, MultiDiscreteSpec, Row, TrainState
@@ -51,17 +50,12 @@ OWN: dict[type, dict[str, Any]] = {
 }
 
 
-class Plainly(Optimizer):
+@dataclasses.dataclass(frozen=True)
+class Plainly:
     """One step against the gradient, which is counted: parameters fall by their gradients."""
 
-    def rule(self) -> optax.GradientTransformation:
+    def build(self) -> optax.GradientTransformation:
         return optax.chain(optax.scale(-1.0), optax.scale_by_schedule(lambda count: 1.0))
-
-
-def plainly() -> Plainly:
-    fields = {each.name for each in dataclasses.fields(Optimizer)}
-    settings = dataclasses.asdict(parts.adam(max_grad_norm=None))
-    return Plainly(**{name: x for name, x in settings.items() if name in fields})
 
 
 def policy(**changes: Any) -> Policy:

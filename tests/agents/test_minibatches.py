@@ -62,7 +62,7 @@ def state() -> TrainState:
     return TrainState(
         params=params,
         target_params=(),
-        opt_state=small.plainly().build().init(params),
+        opt_state=small.Plainly().build().init(params),
         statistics={},
         updates=jnp.zeros((), jnp.int32),
         gradient_steps=jnp.zeros((), jnp.int32),
@@ -73,7 +73,7 @@ def state() -> TrainState:
 def learn(epochs: int, count: int, numbers: Any, core: Any = (), **further: Any) -> Any:
     rows, recurrent = Given(number=jnp.asarray(numbers)), core != ()
     settings = {"epochs": epochs, "minibatches": count, "is_recurrent": recurrent, **further}
-    return minibatches.learn(toy(count), small.plainly(), state(), rows, core, **settings)
+    return minibatches.learn(toy(count), small.Plainly(), state(), rows, core, **settings)
 
 
 def orders(after: TrainState, epochs: int, numbers: np.ndarray) -> np.ndarray:
@@ -96,7 +96,7 @@ def test_each_row_is_in_one_minibatch_of_each_epoch(count):
         assert len(set(found[0][:, 0].tolist())) + len(set(found[0][0].tolist())) > 2
     assert float(after.params["steps"]) == int(after.gradient_steps) == 3 * count
     assert int(after.updates) == 1
-    assert output.metrics["learner/gradient_steps"] == 3 * count
+    assert output.metrics["learner/steps_of_update"] == 3 * count
     assert output.metrics[minibatches.KL] == pytest.approx((3 * count - 1) / 2)  # their mean
     assert not np.array_equal(after.key, state().key)
     spread = output.metrics["squared"] - output.metrics["draw"] ** 2
@@ -121,7 +121,7 @@ def test_epochs_stop_at_the_first_minibatch_that_is_too_far():
     whole, _ = learn(3, 4, numbers)
     after, output = learn(3, 4, numbers, most_kl=2.5)
     assert float(after.params["steps"]) == int(after.gradient_steps) == 3
-    assert output.metrics["learner/gradient_steps"] == 3
+    assert output.metrics["learner/steps_of_update"] == 3
     assert output.metrics[minibatches.KL] == pytest.approx(1.5)  # of the four that were computed
     assert after.opt_state[1].count == 3
     found = orders(after, 3, numbers)
@@ -162,11 +162,11 @@ def test_ppo_makes_as_many_steps_as_it_is_set_to_and_stops_by_its_own_kl():
     batch = small.with_acting(batch, np.full(batch.rows.valid.shape, -1.0))
     after, output = jax.jit(agent.update)(before, batch)
     assert int(after.gradient_steps) == 8
-    assert output.metrics["learner/gradient_steps"] == 8
+    assert output.metrics["learner/steps_of_update"] == 8
     assert output.metrics[minibatches.KL] > 0.02
     stopping = dataclasses.replace(agent, most_kl=0.02)
     after, output = jax.jit(stopping.update)(before, batch)
-    assert int(after.gradient_steps) == output.metrics["learner/gradient_steps"] == 0
+    assert int(after.gradient_steps) == output.metrics["learner/steps_of_update"] == 0
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
 
 

@@ -31,7 +31,7 @@ def made(net: Any, **changes: Any) -> PQN:
         "rescale_epsilon": None,
         "reward": "raw",
         "head": Plain(hidden=None, noise=None),
-        "optimizer": small.plainly(),
+        "optimizer": small.Plainly(),
         "network": net,
         "spec": net.spec,
     }
@@ -149,7 +149,7 @@ def test_epochs_of_minibatches_are_made():
     agent.check_share(2)
     state, batch = parts.random_state(agent), small.batch(agent, 4)
     after, output = jax.jit(agent.update)(state, batch)
-    assert int(after.gradient_steps) == output.metrics["learner/gradient_steps"] == 8
+    assert int(after.gradient_steps) == output.metrics["learner/steps_of_update"] == 8
     assert output.priorities is None
     with pytest.raises(ValueError, match="explores by epsilon"):
         made(parts.network(), head=Dueling(hidden=8, noise=0.5))
