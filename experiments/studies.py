@@ -1,0 +1,296 @@
+"""A study: many runs of small tasks, and what their README.md shows of them.
+
+The scripts of studies (`experiments/*/study.py`) say which runs there are. `command` is theirs:
+
+python experiments/NAME/study.py run FOLDER [TASK ...]    trains; runs that ended are kept
+python experiments/NAME/study.py write FOLDER             raw numbers, figures, the table
+
+A TASK may name one variant, too: catch/dqn. `write` keeps the numbers of variants that
+FOLDER has no run of.
+
+Every run is one command of rlx in a process of its own, in FOLDER/<task>/<variant>/<seed>. As many
+run at a time as this process has cores, each bound to one of them: a wall time is that of one core.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import yaml
+from matplotlib.axes import Axes
+
+from rlx.runs.folders import read_rows
+from rlx.statistics import summarize
+
+METRIC = "evaluation/return_mean"
+COLUMNS = ("env_steps", "updates", "wall_s", "evaluation_return", "train_return")
+SEEDS = range(5)
+Variants = dict[str, list[str]]
+BEGIN, END = "<!-- made by study.py -->", "<!-- until here -->"
+HEADER = (
+    "",
+    "| task | variant | mean | IQM | 95 % | each seed | first at the goal | wall, s |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """The tasks of a study, and how they are drawn."""
+
+    here: Path  # the folder of README.md, raw numbers and figures
+    tasks: dict[str, Variants]  # task -> variant -> overrides of its run
+    goals: dict[str, float]  # of the tasks that have one
+    figures: dict[str, Sequence[str]]  # tasks of each figure, by its file's name
+    colours: dict[str, str] = field(default_factory=dict)  # of variants
+    lowest: dict[str, float] = field(default_factory=dict)  # returns, where curves are flat
+    default_goal: float | None = None  # of the tasks without one, in the table
+    evaluated: str = "evaluation.every_env_steps=10000"
+
+
+def each(experiment: str, agents: Sequence[str], *more: str) -> Variants:
+    """The overrides of each agent's run; `{}` in the experiment's name is the agent's."""
+    return {a: [f"experiment={experiment.format(a)}", *(m.format(a) for m in more)] for a in agents}
+
+
+def train(study: Study, folder: Path, wanted: Sequence[str]) -> None:
+    """Makes the runs that are not there yet, seed by seed."""
+    names = {
+        *study.tasks,
+        *(f"{task}/{variant}" for task in study.tasks for variant in study.tasks[task]),
+    }
+    if unknown := set(wanted) - names:
+        sys.exit(
+            f"{', '.join(sorted(unknown))}: no such task; accepted: {', '.join(sorted(names))}"
+        )
+    free = SimpleQueue[int]()
+    cores = os.sched_getaffinity(0)
+    for core in cores:
+        free.put(core)
+    with ThreadPoolExecutor(len(cores)) as pool:
+        runs = [
+            pool.submit(make, study, folder, task, variant, seed, free)
+            for task in study.tasks
+            for seed in SEEDS
+            for variant in study.tasks[task]
+            if not wanted or {task, f"{task}/{variant}"} & set(wanted)
+        ]
+        for run in as_completed(runs):
+            print(*run.result(), flush=True)
+
+
+def make(
+    study: Study, folder: Path, task: str, variant: str, seed: int, free: SimpleQueue[int]
+) -> tuple[str, str, int, float]:
+    """(task, variant, seed, greedy return) of a run, which is made on a free core if need be."""
+    run = folder / task / variant.replace(" ", "_") / str(seed)
+    if not is_finished(run, study.tasks[task][variant]):
+        shutil.rmtree(run, ignore_errors=True)  # what a stopped study left
+        core = free.get()
+        command = [sys.executable, "-m", "rlx.train", *study.tasks[task][variant], study.evaluated]
+        quiet = ["logging.console=off", "checkpoint.replay=false"]
+        where = [f"seed={seed}", f"hydra.run.dir={run}"]
+        bind = partial(os.sched_setaffinity, 0, {core})
+        try:
+            subprocess.run([*command, *quiet, *where], check=True, preexec_fn=bind)
+        finally:
+            free.put(core)
+    return task, variant, seed, summary(run)["evaluation_return"]
+
+
+def is_finished(run: Path, overrides: Sequence[str]) -> bool:
+    """True if the variant's run came to its end; one that was interrupted writes a summary, too."""
+    if not (run / "summary.json").exists() or summary(run)["state"] != "finished":
+        return False
+    given = yaml.safe_load((run / ".hydra/overrides.yaml").read_text())
+    return set(overrides) <= set(given)
+
+
+def summary(run: Path) -> Any:
+    """Reads the summary that a run wrote at its end."""
+    return json.loads((run / "summary.json").read_text())
+
+
+@dataclass(frozen=True)
+class Run:
+    """Holds what is written of a run that came to its end."""
+
+    task: str
+    variant: str
+    seed: int
+    numbers: dict[str, float]  # by the names of COLUMNS
+    curve: list[tuple[int, float]]  # (env steps, mean greedy return) of evaluations on the way
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.task, self.variant, self.seed
+
+
+def write(study: Study, folder: Path) -> None:
+    """Writes the raw numbers beside this file, draws them, and puts the table into README.md.
+
+    Of variants that the folder has no run of, the numbers that are written already stay.
+    """
+    new = list(ended(study, folder))
+    replaced = {run.key[:2] for run in new}
+    kept = [run for run in written(study) if run.key[:2] not in replaced]
+    found = {run.key: run for run in (*kept, *new)}
+    order = [
+        (t, variant, seed) for t in study.tasks for variant in study.tasks[t] for seed in SEEDS
+    ]
+    runs = [found[key] for key in order if key in found]
+    save(study, "scores.csv", COLUMNS, ((*run.key, *run.numbers.values()) for run in runs))
+    points = ((*run.key, *point) for run in runs for point in run.curve)
+    save(study, "curves.csv", ("env_steps", "evaluation_return_mean"), points)
+    for name, tasks in study.figures.items():
+        if found_tasks := [task for task in tasks if any(run.task == task for run in runs)]:
+            draw(study, name, found_tasks, runs)
+    before, _, rest = (study.here / "README.md").read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    rows = [row for t in study.tasks for row in table(study, t, [r for r in runs if r.task == t])]
+    (study.here / "README.md").write_text(
+        "\n".join([before + BEGIN, *HEADER, *rows, "", END + after])
+    )
+
+
+def ended(study: Study, folder: Path) -> Iterator[Run]:
+    """Reads the runs of a folder that came to their end."""
+    for task, variants in study.tasks.items():
+        for variant, overrides in variants.items():
+            for path in sorted((folder / task / variant.replace(" ", "_")).glob("*/summary.json")):
+                if is_finished(path.parent, overrides):
+                    said = summary(path.parent)
+                    numbers = {name: said[name] for name in COLUMNS}
+                    yield Run(task, variant, int(path.parent.name), numbers, curve(path.parent))
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    """(env steps, mean greedy return) of the evaluations during a run."""
+    rows = [row for row in read_rows(run / "metrics.jsonl") if row[METRIC] is not None]
+    return [(row["env_steps"], row[METRIC]) for row in rows]
+
+
+def written(study: Study) -> Iterator[Run]:
+    """Reads the runs whose numbers are beside this file."""
+    curves = defaultdict[tuple[str, ...], list[tuple[int, float]]](list)
+    for *key, env_steps, score in load(study, "curves.csv"):
+        curves[tuple(key)].append((int(env_steps), float(score)))
+    for task, variant, seed, *numbers in load(study, "scores.csv"):
+        known = dict(zip(COLUMNS, map(json.loads, numbers), strict=True))
+        yield Run(task, variant, int(seed), known, curves[task, variant, seed])
+
+
+def load(study: Study, name: str) -> list[list[str]]:
+    """The rows of a CSV beside this file, without its header; none if there is no file."""
+    if not (study.here / name).exists():
+        return []
+    with (study.here / name).open(newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+def save(study: Study, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV beside this file."""
+    with (study.here / name).open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["task", "variant", "seed", *columns])
+        writer.writerows(rows)
+
+
+def table(study: Study, task: str, runs: Sequence[Run]) -> list[str]:
+    """The rows of a task's variants, in Markdown."""
+    rows = []
+    for variant in study.tasks[task]:
+        mine = [run for run in runs if run.variant == variant]
+        if not mine:
+            continue
+        scores = [run.numbers["evaluation_return"] for run in mine]
+        walls = [run.numbers["wall_s"] for run in mine]
+        said = summarize(scores, seed=0)
+        digits = 2 if max(map(abs, scores)) < 10 else 1
+        each_one = ", ".join(f"{score:.{digits}f}" for score in scores)
+        wall = f"{min(walls):.0f} to {max(walls):.0f}"
+        interval = f"{said['iqm_low']:.{digits}f} to {said['iqm_high']:.{digits}f}"
+        rows.append(
+            f"| {task} | {variant} | {np.mean(scores):.{digits}f} | {said['iqm']:.{digits}f} | "
+            f"{interval} | {each_one} | {firsts(study, task, mine)} | {wall} |"
+        )
+    return rows
+
+
+def firsts(study: Study, task: str, runs: Sequence[Run]) -> str:
+    """The env steps, in thousands, of each run's first evaluation at the task's goal."""
+    goal = study.goals.get(task, study.default_goal)
+    if goal is None:
+        return "-"
+    found = [next((x for x, y in run.curve if y >= goal), None) for run in runs]
+    return ", ".join("never" if x is None else f"{x / 1000:.0f}" for x in found)
+
+
+def draw(study: Study, name: str, tasks: Sequence[str], runs: Sequence[Run]) -> None:
+    """Draws a panel for each task: each seed thin, the variant's mean thick."""
+    columns = min(len(tasks), 2)
+    figure, panels = plt.subplots(
+        -(-len(tasks) // columns),
+        columns,
+        figsize=(8 if columns == 1 else 12, 4 * -(-len(tasks) // columns)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for task, axes in zip(tasks, panels.flat, strict=False):
+        for i, variant in enumerate(study.tasks[task]):
+            mine = [np.array(run.curve) for run in runs if run.key[:2] == (task, variant)]
+            if found := [points for points in mine if len(points)]:
+                line(
+                    axes,
+                    found,
+                    study.colours.get(variant, f"C{i}"),
+                    f"{variant} ({len(found)} seeds)",
+                )
+        if task in study.goals:
+            axes.axhline(study.goals[task], color="0.6", ls=":", lw=1)
+        axes.set_ylim(bottom=study.lowest.get(task))
+        axes.set(title=task, xlabel="env steps", ylabel="greedy return, mean of 20 episodes")
+        axes.legend(fontsize="small")
+    for axes in panels.flat[len(tasks) :]:
+        axes.remove()
+    figure.savefig(study.here / f"{name}.png", dpi=90)
+    plt.close(figure)
+
+
+def line(axes: Axes, curves: Sequence[np.ndarray], colour: str, label: str) -> None:
+    """Draws curves [points, 2] thin, and their mean where all of them have points."""
+    for points in curves:
+        axes.plot(points[:, 0], points[:, 1], color=colour, alpha=0.3, lw=0.8)
+    first, last = max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves)
+    grid = np.linspace(first, last, 50)
+    mean = np.mean([np.interp(grid, c[:, 0], c[:, 1]) for c in curves], axis=0)
+    axes.plot(grid, mean, color=colour, lw=2, label=label)
+
+
+def command(study: Study, arguments: Sequence[str]) -> None:
+    """Does what the command line of a study's script asks for."""
+    if len(arguments) < 2 or arguments[0] not in ("run", "write"):
+        sys.exit("give: run FOLDER [TASK ...], or: write FOLDER")
+    action, folder, *tasks = arguments
+    if action == "run":
+        train(study, Path(folder), tasks)
+    else:
+        write(study, Path(folder))
