@@ -31,7 +31,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # With Ray, or with bars on speed: one after the other, in one of pytest-xdist's workers.
 IN_TURN = {
     *("test_ray_pool", "test_ray_token", "test_rounds", "test_ray_run", "test_learner_group"),
-    *("test_bench", "04_scale_out"),
+    *("test_asynchronous", "test_bench", "04_scale_out"),
 }
 GROUP = "in turn"
 

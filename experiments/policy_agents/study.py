@@ -1,0 +1,60 @@
+"""Trains the on-policy and continuous agents on small tasks, and writes what README.md shows.
+
+python experiments/policy_agents/study.py run FOLDER [TASK ...]    trains; runs that ended are kept
+python experiments/policy_agents/study.py write FOLDER             raw numbers, figures, the table
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from studies import Study, command, each
+
+RAY = (
+    "acting=ray_pool",
+    "acting.instances=2",
+    "acting.envs_per_actor=8",
+    "acting.cpus_per_actor=0.01",
+)
+# task -> variant -> overrides of its run
+TASKS: dict[str, dict[str, list[str]]] = {
+    "cartpole": each("cartpole_{}", ("a2c", "ppo", "impala", "pqn")),
+    "cartpole_memory": each("cartpole_memory_{}", ("ppo", "pqn")),
+    "asynchronous": {
+        "in the process": ["experiment=cartpole_impala"],
+        "2 Ray actors": ["experiment=cartpole_impala", *RAY],
+        "rounds": ["experiment=cartpole_impala", "agent.on_policy=true"],
+    },
+    "pendulum": each("pendulum_{}", ("sac", "ppo")),
+    "pendulum_memory": each("pendulum_memory_{}", ("sac",)),
+    "mountaincar_continuous": each("mountaincar_continuous_{}", ("ppo",)),
+    "acrobot": each("acrobot_{}", ("ppo",)),
+    "mountaincar": each("mountaincar_{}", ("ppo", "pqn")),
+    "memory_chain": each("memory_chain_{}", ("pqn",)),
+}
+GOALS = {
+    "cartpole": 475,
+    "cartpole_memory": 450,
+    "pendulum": -170,
+    "pendulum_memory": -220,
+    "mountaincar_continuous": 90,
+    "acrobot": -90,
+    "mountaincar": -110,
+    "memory_chain": 1,
+}
+COLOURS = {"a2c": "C0", "ppo": "C1", "impala": "C2", "pqn": "C3", "sac": "C4", "r2d2": "C5"}
+STUDY = Study(
+    here=Path(__file__).parent,
+    tasks=TASKS,
+    goals=GOALS,
+    figures={"curves": list(GOALS), "asynchronous": ["asynchronous"]},
+    colours=COLOURS,
+    lowest={"memory_chain": -1},
+    default_goal=GOALS["cartpole"],
+)
+
+
+if __name__ == "__main__":
+    command(STUDY, sys.argv[1:])
