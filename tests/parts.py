@@ -11,7 +11,7 @@ import numpy as np
 
 from rlx import trees
 from rlx.agents import running
-from rlx.agents.optimizers import Adam
+from rlx.agents.optimizers import Optimizer
 from rlx.agents.r2d2 import R2D2
 from rlx.networks.cores import GRU, LSTM, Core, Feedforward
 from rlx.networks.heads import Dueling, Head
@@ -114,8 +114,9 @@ def q_values(agent: Any, params: Any, inputs: NetInput, carry: Carry) -> tuple[A
     return agent.network.read(params, "head", agent.head, features), carry
 
 
-def adam(**changes: Any) -> Adam:
+def adam(**changes: Any) -> Optimizer:
     settings: dict[str, Any] = {
+        "rule": "adam",
         "learning_rate": 1e-3,
         "b1": 0.9,
         "b2": 0.999,
@@ -127,7 +128,7 @@ def adam(**changes: Any) -> Adam:
         "decay": "linear",
         "final_learning_rate": 0.0,
     }
-    return Adam(**settings | changes)
+    return Optimizer(**settings | changes)
 
 
 def agent(net: RecurrentNetwork | None = None, **changes: Any) -> R2D2:

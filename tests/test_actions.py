@@ -266,7 +266,8 @@ head:
   _target_: tests.agents.random_agent.Value
   hidden: 8
 optimizer:
-  _target_: rlx.agents.optimizers.Adam
+  _target_: rlx.agents.optimizers.Optimizer
+  rule: adam
   learning_rate: 1.0e-3
   b1: 0.9
   b2: 0.999

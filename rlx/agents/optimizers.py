@@ -16,128 +16,66 @@ MOST = 2**31 - 1  # gradient steps, which devices count in 32 bits
 NORM_DECAY = 0.99  # per gradient step, of the average that `max_grad_norm_ratio` compares with
 
 
-Clip = Annotated[float, Range(gt=0)] | None  # of the gradient's global norm; None: no clipping
-Ratio = Annotated[float, Range(gt=1)] | None  # the same, to the norm's moving average; None: any
-Warmup = Annotated[int, Range(ge=0, le=MOST)]  # the rate first rises from 0 for so long
-Decay = Annotated[int, Range(ge=1, le=MOST)] | None  # then falls; None: never
-
-
-def _require_whole(optimizer: Optimizer) -> None:
-    """Raises ValueError for a decay that is described and never happens."""
-    if optimizer.decay_gradient_steps is not None:
-        return
-    last, decay = optimizer.final_learning_rate, optimizer.decay
-    if last or decay != "linear":
-        given = f"final_learning_rate={last:g}" if last else f"decay={decay}"
-        raise ValueError(
-            f"{given} says how the rate falls, but it never does; set decay_gradient_steps, too."
-        )
-
-
-def _build(optimizer: Optimizer) -> optax.GradientTransformation:
-    """The chain of optax, for gradients that are averaged over the devices already."""
-    clips = []
-    if optimizer.max_grad_norm is not None:
-        clips.append(optax.clip_by_global_norm(optimizer.max_grad_norm))
-    if optimizer.max_grad_norm_ratio is not None:
-        clips.append(clip_by_average_norm(optimizer.max_grad_norm_ratio))
-    return optax.chain(*clips, optimizer.rule()) if clips else optimizer.rule()
-
-
-def _rate(optimizer: Optimizer) -> optax.ScalarOrSchedule:
-    """The learning rate: a function of the gradient step, or one number for all."""
-    first, last = optimizer.learning_rate, optimizer.final_learning_rate
-    steps = optimizer.decay_gradient_steps
-    if steps is None:
-        falling = optax.constant_schedule(first)
-    elif optimizer.decay == "linear":
-        falling = optax.linear_schedule(first, last, steps)
-    else:
-        falling = optax.cosine_decay_schedule(first, steps, alpha=last / first)
-    if optimizer.warmup_gradient_steps:
-        rising = optax.linear_schedule(0.0, first, optimizer.warmup_gradient_steps)
-        return optax.join_schedules([rising, falling], [optimizer.warmup_gradient_steps])
-    return first if steps is None else falling
-
-
 @dataclass(frozen=True, kw_only=True)
-class Adam:
-    """Adam (Kingma & Ba 2015)."""
+class Optimizer:
+    """A rule after optional clips of the gradient, with a rate that may rise first and fall later.
 
+    The rules are Adam (Kingma & Ba 2015), RAdam (Liu et al. 2020), and the RMSProp of A3C and
+    IMPALA, of which b1 is the momentum and b2 the decay of the mean of squares.
+    """
+
+    rule: Literal["adam", "radam", "rmsprop"]
     learning_rate: Annotated[float, Range(gt=0, lt=1)]
     b1: Annotated[float, Range(ge=0, lt=1)]
     b2: Annotated[float, Range(ge=0, lt=1)]
     epsilon: Annotated[float, Range(gt=0)]
-    max_grad_norm: Clip
-    max_grad_norm_ratio: Ratio
-    warmup_gradient_steps: Warmup
-    decay_gradient_steps: Decay
+    max_grad_norm: Annotated[float, Range(gt=0)] | None  # None: no clipping
+    max_grad_norm_ratio: Annotated[float, Range(gt=1)] | None  # to its moving average; None: any
+    warmup_gradient_steps: Annotated[int, Range(ge=0, le=MOST)]  # the rate rises from 0 for so long
+    decay_gradient_steps: Annotated[int, Range(ge=1, le=MOST)] | None  # then falls; None: never
     decay: Literal["linear", "cosine"]
-    final_learning_rate: Annotated[float, Range(ge=0, lt=1)]  # after the decay
-
-    build = _build
-    rate = _rate
+    final_learning_rate: Annotated[float, Range(ge=0, lt=1)]  # after that
 
     def __post_init__(self) -> None:
-        _require_whole(self)
+        if self.decay_gradient_steps is not None:
+            return
+        last, decay = self.final_learning_rate, self.decay
+        if last or decay != "linear":
+            given = f"final_learning_rate={last:g}" if last else f"decay={decay}"
+            raise ValueError(
+                f"{given} says how the rate falls, but it never does; "
+                "set decay_gradient_steps, too."
+            )
 
-    def rule(self) -> optax.GradientTransformation:
-        """A clipped gradient becomes a step by this rule."""
-        return optax.adam(self.rate(), b1=self.b1, b2=self.b2, eps=self.epsilon)
+    def build(self) -> optax.GradientTransformation:
+        """The chain of optax, for gradients that are averaged over the devices already."""
+        clips = []
+        if self.max_grad_norm is not None:
+            clips.append(optax.clip_by_global_norm(self.max_grad_norm))
+        if self.max_grad_norm_ratio is not None:
+            clips.append(clip_by_average_norm(self.max_grad_norm_ratio))
+        return optax.chain(*clips, self._rule()) if clips else self._rule()
 
+    def _rule(self) -> optax.GradientTransformation:
+        if self.rule == "rmsprop":
+            momentum = self.b1 or None  # with 0 optax would keep a state for it
+            return optax.rmsprop(self.rate(), self.b2, self.epsilon, momentum=momentum)
+        rule = optax.adam if self.rule == "adam" else optax.radam
+        return rule(self.rate(), b1=self.b1, b2=self.b2, eps=self.epsilon)
 
-@dataclass(frozen=True, kw_only=True)
-class RAdam:
-    """Rectified Adam (Liu et al. 2020): its first steps are shorter."""
-
-    learning_rate: Annotated[float, Range(gt=0, lt=1)]
-    b1: Annotated[float, Range(ge=0, lt=1)]
-    b2: Annotated[float, Range(ge=0, lt=1)]
-    epsilon: Annotated[float, Range(gt=0)]
-    max_grad_norm: Clip
-    max_grad_norm_ratio: Ratio
-    warmup_gradient_steps: Warmup
-    decay_gradient_steps: Decay
-    decay: Literal["linear", "cosine"]
-    final_learning_rate: Annotated[float, Range(ge=0, lt=1)]  # after the decay
-
-    build = _build
-    rate = _rate
-
-    def __post_init__(self) -> None:
-        _require_whole(self)
-
-    def rule(self) -> optax.GradientTransformation:
-        """A clipped gradient becomes a step by this rule."""
-        return optax.radam(self.rate(), b1=self.b1, b2=self.b2, eps=self.epsilon)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RMSProp:
-    """RMSProp without momentum, as A3C and IMPALA use it."""
-
-    learning_rate: Annotated[float, Range(gt=0, lt=1)]
-    rms_decay: Annotated[float, Range(ge=0, lt=1)]  # of the mean of squares
-    epsilon: Annotated[float, Range(gt=0)]
-    max_grad_norm: Clip
-    max_grad_norm_ratio: Ratio
-    warmup_gradient_steps: Warmup
-    decay_gradient_steps: Decay
-    decay: Literal["linear", "cosine"]
-    final_learning_rate: Annotated[float, Range(ge=0, lt=1)]  # after the decay
-
-    build = _build
-    rate = _rate
-
-    def __post_init__(self) -> None:
-        _require_whole(self)
-
-    def rule(self) -> optax.GradientTransformation:
-        """A clipped gradient becomes a step by this rule."""
-        return optax.rmsprop(self.rate(), decay=self.rms_decay, eps=self.epsilon)
-
-
-Optimizer = Adam | RAdam | RMSProp
+    def rate(self) -> optax.ScalarOrSchedule:
+        """The learning rate: a function of the gradient step, or one number for all."""
+        first, last, steps = self.learning_rate, self.final_learning_rate, self.decay_gradient_steps
+        if steps is None:
+            falling = optax.constant_schedule(first)
+        elif self.decay == "linear":
+            falling = optax.linear_schedule(first, last, steps)
+        else:
+            falling = optax.cosine_decay_schedule(first, steps, alpha=last / first)
+        if self.warmup_gradient_steps:
+            rising = optax.linear_schedule(0.0, first, self.warmup_gradient_steps)
+            return optax.join_schedules([rising, falling], [self.warmup_gradient_steps])
+        return first if steps is None else falling
 
 
 class AverageNorm(NamedTuple):

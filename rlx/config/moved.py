@@ -15,10 +15,11 @@ MOVED: Mapping[str, str] = {  # targets
     "rlx.learner.Group": "rlx.training.learner.Group",
     "rlx.learner.Learner": "rlx.training.learner.Learner",
     "rlx.metrics.Logging": "rlx.runs.metrics.Logging",
-    "rlx.optimizers.Adam": "rlx.agents.optimizers.Adam",
+    "rlx.agents.optimizers.Adam": "rlx.agents.optimizers.Optimizer",
+    "rlx.optimizers.Adam": "rlx.agents.optimizers.Optimizer",
 }
 RENAMED: Mapping[str, Mapping[str, str]] = {  # settings, by their class's target of today
-    "rlx.agents.optimizers.Adam": {
+    "rlx.agents.optimizers.Optimizer": {
         "warmup_updates": "warmup_gradient_steps",
         "decay_updates": "decay_gradient_steps",
     },
@@ -34,6 +35,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does
         "target_rate": None,
     },
     "rlx.agents.iqn.IQN": {"acting_draws": True, "stratified": False},
+    "rlx.agents.optimizers.Optimizer": {"rule": "adam"},
     "rlx.agents.r2d2.R2D2": {
         "error": "squared",
         "munchausen": None,
@@ -67,7 +69,7 @@ IDLE: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {  # by their cl
         ("decay_env_steps", "final_scale"),
         {"decay_env_steps": None, "final_scale": 1.0},
     ),
-    "rlx.agents.optimizers.Adam": (
+    "rlx.agents.optimizers.Optimizer": (
         ("decay_gradient_steps",),
         {"decay_gradient_steps": None, "decay": "linear", "final_learning_rate": 0.0},
     ),

@@ -15,7 +15,7 @@ import numpy as np
 
 from rlx import trees
 from rlx.agents import common
-from rlx.agents.optimizers import Adam
+from rlx.agents.optimizers import Optimizer
 from rlx.interfaces import Network
 from rlx.networks.heads import Head
 from rlx.types import (
@@ -72,7 +72,7 @@ class RandomAgent:
     unroll: Annotated[int, Range(ge=1)]
     block_rows: Annotated[int, Range(ge=1)]
     head: Value
-    optimizer: Adam
+    optimizer: Optimizer
     network: Runtime[Network]
     spec: Runtime[EnvSpec]
 

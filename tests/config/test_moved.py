@@ -36,7 +36,8 @@ def test_schedules_of_updates_became_schedules_of_gradient_steps():
     settings = {"agent": {"optimizer": OLD_ADAM, "unroll": 3}}
     assert moved.renewed(settings)["agent"] == {
         "optimizer": {
-            "_target_": "rlx.agents.optimizers.Adam",
+            "_target_": "rlx.agents.optimizers.Optimizer",
+            "rule": "adam",
             "warmup_gradient_steps": 7,
             "decay_gradient_steps": None,
         },
