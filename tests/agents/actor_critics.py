@@ -206,7 +206,7 @@ class Chained:
         self.run = jax.jit(jax.grad(partial(through, agent), has_aux=True))
 
     def gradients(self, params: Any, batch: Batch, weights: Weights) -> Any:
-        """Of the parameters, by the chain rule."""
+        """The gradients of the parameters, by the chain rule."""
         as32 = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), weights)
         return self.run(params, batch, as32)[0]
 

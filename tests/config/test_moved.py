@@ -71,10 +71,11 @@ def test_settings_that_were_not_there_do_as_it_was_before():
 )
 def test_half_of_a_decay_that_was_saved_is_none_at_all(target, switch):
     _, idle = moved.IDLE[target]
-    saved = {"_target_": target, **dict.fromkeys(idle, 0.5)}
+    always = {"_target_": target, **moved.ADDED.get(target, {})}
+    saved = {**always, **dict.fromkeys(idle, 0.5)}
     assert moved.renewed({"a": saved})["a"] == saved  # all of it is a decay
     half = {**saved, switch: idle[switch]}
-    assert moved.renewed({"a": half})["a"] == {"_target_": target, **idle}
+    assert moved.renewed({"a": half})["a"] == {**always, **idle}
 
 
 def test_an_iqn_of_an_earlier_rlx_is_todays():
