@@ -54,7 +54,7 @@ class Aims:
 
 
 def aims(agent: Any, it: Heard, ratio: np.ndarray) -> Aims:
-    """They are made of sums over later TD errors until the episode's end; of IMPALA they are weighted."""
+    """They are sums over later TD errors until the episode's end, which IMPALA weights."""
     rows, (length, size) = it.rows, it.rows.valid.shape
     value = np.vectorize(partial(small.inverse, epsilon=agent.rescale_epsilon))(it.head)
     off = isinstance(agent, Impala)

@@ -20,6 +20,14 @@ from tests import parts
 from tests.agents import actor_critics as small
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """Each program of these tests runs once, so compiling it is what takes their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def made(net: Any, **changes: Any) -> PQN:
     settings: dict[str, Any] = {
         "burn_in": 3,

@@ -25,6 +25,14 @@ TABLE = BoxSpec(shape=(2, 2), low=(-2.0, 0.0, -1.0, 5.0), high=(3.0, 1.0, 1.0, 9
 BOXES = [(UNEVEN, True), (UNEVEN, False), (FREE, False), (TABLE, True)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """Each program of these tests runs once, so compiling it is what takes their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def policy(**changes: Any) -> Policy:
     settings: dict[str, Any] = {
         "layers": (),
