@@ -17,7 +17,7 @@ LIBRARIES = {  # what a library asks us to inherit from
     "Protocol", "NamedTuple", "nn.Module", "Head", "ActionHead", "Core", "Torso",
     "Launcher", "Sweeper",
     "BaseHTTPRequestHandler", "ThreadingHTTPServer", "CompactHydraException",
-    "gymnasium.Wrapper", "gymnasium.ObservationWrapper",
+    "gymnasium.Env", "gymnasium.Wrapper", "gymnasium.ObservationWrapper",
 }  # fmt: skip
 ERRORS = {"Exception", "RuntimeError", "ValueError", "RunFailed", "CheckpointError"} | {
     "FloatingPointError", "KeyboardInterrupt",

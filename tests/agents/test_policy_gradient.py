@@ -171,7 +171,7 @@ ENDS = {"decay_env_steps": 100, "final_entropy": 0.3}
 CASES = [
     (A2C, parts.MASKED, "lstm", {}),
     (A2C, small.WIDE, "none", {"normalize_advantage": True, "separate_critic": True}),
-    (A2C, parts.CHOICES, "gru", {"rescale_epsilon": 1e-2, "reward": "clip", **ENDS}),
+    (A2C, parts.CHOICES, "none", {"rescale_epsilon": 1e-2, "reward": "clip", **ENDS}),
     (Impala, parts.MASKED, "lstm", {"most_rho": 1.2, "most_c": 0.8, "trace_lambda": 0.9}),
     (Impala, small.WIDE, "none", {"clip": 0.2, "normalize_advantage": True, "burn_in": 0}),
     (Impala, parts.BOX, "lstm", {"entropy": 0.0, "separate_critic": True, "most_rho": 3.0}),
@@ -278,7 +278,7 @@ def play(agent: Any, params: Any, batch: Batch, exploration: float = 1.0) -> Bat
 PLAYED = [
     (A2C, parts.MASKED, "lstm", {"separate_critic": True}),
     (PPO, small.WIDE, "none", {}),
-    (Impala, parts.CHOICES, "gru", {}),
+    (Impala, parts.CHOICES, "none", {}),
 ]
 
 
