@@ -106,6 +106,6 @@ class A2C:
         )
         log_ratio = log_probability - rows.acting.log_probability
         return total, metrics | {
-            "learner/ratio_error": pg.ratio_error(log_ratio, rows.valid),
+            "learner/ratio_error": pg.ratio_error(log_ratio, rows.valid, axis_name),
             "learner/value_mean": mean(values[:-1]),
         }

@@ -120,7 +120,7 @@ class Impala:
         )
         return total, metrics | {
             "learner/kl": pg.divergence(jax.lax.stop_gradient(log_ratio), mean),
-            "learner/ratio_error": pg.ratio_error(log_ratio, rows.valid),
+            "learner/ratio_error": pg.ratio_error(log_ratio, rows.valid, axis_name),
             "learner/rho": mean(jnp.minimum(self.most_rho, ratio)),
             "learner/value_mean": mean(values[:-1]),
         }

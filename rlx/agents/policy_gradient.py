@@ -383,6 +383,8 @@ def divergence(log_ratio: Array, mean: Per) -> Array:
     return mean(jnp.exp(log_ratio) - 1 - log_ratio)
 
 
-def ratio_error(log_ratio: Array, valid: Array) -> Array:
-    """The largest |ratio - 1| of the valid rows, f32[]: of an on-policy agent's first epoch 0."""
-    return jnp.where(valid, jnp.abs(jnp.exp(log_ratio) - 1), 0.0).max()
+def ratio_error(log_ratio: Array, valid: Array, axis_name: str | None) -> Array:
+    """The largest |ratio - 1| of all devices' valid rows, f32[]; 0 before a round's first step."""
+    log_ratio = jax.lax.stop_gradient(log_ratio)
+    largest = jnp.where(valid, jnp.abs(jnp.exp(log_ratio) - 1), 0.0).max()
+    return largest if axis_name is None else jax.lax.pmax(largest, axis_name)

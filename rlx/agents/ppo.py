@@ -134,7 +134,7 @@ class PPO:
         mean = pg.mean_of(rows.valid, axis_name)
         log_ratio = policy.log_probability(pg.draws(rows)) - rows.acting.log_probability
         told = {
-            "learner/ratio_error": pg.ratio_error(log_ratio, rows.valid),
+            "learner/ratio_error": pg.ratio_error(log_ratio, rows.valid, axis_name),
             "learner/value_mean": mean(values[:-1]),
         }
         begin = 0 if self.network.is_recurrent else burn_in  # no memory, no burn-in
