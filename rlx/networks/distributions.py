@@ -132,9 +132,9 @@ class Normal:
         The latter form is exact where tanh is 1 in float32.
         """
         _, half = middle_and_half(self.box, draw.ndim)
-        log_half = np.broadcast_to(np.log(half), draw.shape)
+        log_half = jnp.broadcast_to(np.log(half), draw.shape)
         if not self.squashed:
-            return jnp.asarray(log_half)
+            return log_half
         return 2 * (math.log(2) - draw - jax.nn.softplus(-2 * draw)) + log_half
 
 
