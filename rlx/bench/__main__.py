@@ -2,7 +2,7 @@
 
 Options, and the bench that each belongs to:
 
-    what=NAME          acting | learner | replay (required)
+    what=NAME          acting | learner | replay | rounds (required)
     seconds=10         of measuring, for each setup (replay: for each storage)
     setup=all          cartpole | pong | all: environment, network and sizes
     acting=local       local | ray_pool (what=acting)
@@ -13,6 +13,8 @@ Options, and the bench that each belongs to:
     profile=false      true: a trace of three updates, and what took longest (what=learner)
     dense=null         units of the layer before the core, as dense=512 (what=learner)
     torch=null         a python with PyTorch, whose update runs beside (what=learner setup=pong)
+    experiment=NAMES   of on-policy agents, as experiment=atari_ppo,atari_pqn (what=rounds)
+    overrides=A,B      of these runs, as overrides=acting=threads,agent.unroll=64 (what=rounds)
 
 Every variant of a bench runs in slices, one after the other and round again, so that a noisy
 machine disturbs them alike; a ratio is the median over the rounds of the ratio within a round.
@@ -81,7 +83,7 @@ Bench = Callable[[Setup, float], list[dict[str, Any]]]
 class Options:
     """The command line takes these options; the module's docstring explains them."""
 
-    what: Literal["acting", "learner", "replay"]
+    what: Literal["acting", "learner", "replay", "rounds"]
     seconds: Annotated[float, Range(gt=0)] = 10.0
     setup: Literal["cartpole", "pong", "all"] = "all"
     acting: Literal["local", "ray_pool"] = "local"
@@ -92,6 +94,8 @@ class Options:
     profile: bool = False
     dense: Annotated[int, Range(ge=0)] | None = None
     torch: str | None = None
+    experiment: tuple[str, ...] = ("atari_ppo", "atari_pqn")
+    overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.torch is not None and self.setup != "pong":
@@ -101,16 +105,31 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`what=acting|learner|replay`; the module's docstring lists the options."""
+    """`what=acting|learner|replay|rounds`; the module's docstring lists the options."""
     command("rlx.bench", __doc__, Options, _bench, argv)
 
 
 def _bench(options: Options) -> None:
     xla.prepare()
+    if options.what == "rounds":
+        report(options.what, _rounds(options))
+        return
     setups = [setup for setup in SETUPS if options.setup in (setup.name, "all")]
     runs = _benches(options)
     found = [row for setup in setups for run in runs for row in run(setup, options.seconds)]
     report(options.what, found)
+
+
+def _rounds(options: Options) -> list[dict[str, Any]]:
+    from rlx.bench.rounds import bench_rounds
+
+    return [
+        row
+        for name in options.experiment
+        for row in bench_rounds(
+            [f"experiment={name}", *options.overrides], options.seconds, name=name
+        )
+    ]
 
 
 def _benches(options: Options) -> Sequence[Bench]:

@@ -34,6 +34,16 @@ def test_the_last_line_is_the_table_as_json():
     )
 
 
+def test_rounds_are_measured_beside_acting_and_updates_alone():
+    done = run("what=rounds", "seconds=0.5", "experiment=cartpole_ppo", "overrides=agent.unroll=8")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+    rates = {row["name"].removeprefix("rounds/cartpole_ppo/"): row["value"] for row in rows}
+    assert list(rates) == ["acting", "updates", "whole", "acting, then updates"]
+    assert min(rates.values()) > 0
+    assert rates["acting, then updates"] < min(rates["acting"], rates["updates"])
+
+
 def test_updates_are_measured_beside_their_floor_and_profiled(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "rlx.bench", "what=learner", "seconds=0.5", "setup=cartpole",

@@ -1,0 +1,82 @@
+"""Whole rounds of an on-policy agent beside acting alone and updates alone, in one process.
+
+`python -m rlx.bench what=rounds` runs the loop's own stages. What acting and updates allow together
+is the rate of one after the other, `1 / (1 / acting + 1 / updates)`; the three take turns.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlx.bench import measuring
+from rlx.config.build import check, plain
+from rlx.config.composing import compose
+from rlx.training.assemble import assemble
+from rlx.training.stages import Stages
+from rlx.types import Rollout
+
+WAIT_S = 60.0  # for a round
+ALLOWED = "acting, then updates"
+QUIET = ("evaluation.every_env_steps=null", "logging.tensorboard=false", "logging.console=off")
+
+
+def bench_rounds(run: Sequence[str], seconds: float, *, name: str) -> list[dict[str, Any]]:
+    """The rates of one run in env steps/s; run: its overrides, of an on-policy agent."""
+    cfg = compose([*run, *QUIET])
+    check(cfg)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        assemble(plain(cfg), Path(folder), resume=False) as parts,
+        assemble(plain(cfg), Path(folder), resume=False) as other,  # its lanes act alone
+    ):
+        rates = _rates(Stages(parts), Stages(other), seconds)
+    pairs = zip(rates["acting"], rates["updates"], strict=True)
+    rates[ALLOWED] = [1 / (1 / acting + 1 / updates) for acting, updates in pairs]
+    return measuring.rows(rates, prefix=f"rounds/{name}", unit="env steps/s", roofline=ALLOWED)
+
+
+def _rates(stages: Stages, other: Stages, seconds: float) -> dict[str, list[float]]:
+    learner, replay = other.parts.learner, other.parts.replay
+    other.publish()
+    first = _round(other)
+    for rollout in first:
+        replay.add(rollout)
+    made = np.zeros(learner.batch_size, np.uint32)
+    batch = learner.put(replace(replay.sample(learner.batch_size).batch, env_steps=made))
+    env_steps = sum(rollout.env_steps for rollout in first)
+    stages.publish()
+
+    def acting() -> float:
+        other.publish()
+        return sum(rollout.env_steps for rollout in _round(other))
+
+    def updates() -> float:
+        jax.block_until_ready(learner.update(batch))
+        return env_steps
+
+    def whole() -> float:
+        before, updated = stages.count.env_steps, stages.parts.learner.updates
+        while stages.parts.learner.updates == updated:
+            stages.act()
+            stages.agree()
+            stages.learn()
+        return stages.count.env_steps - before
+
+    return measuring.measure({"acting": acting, "updates": updates, "whole": whole}, seconds)
+
+
+def _round(stages: Stages) -> list[Rollout]:
+    """The rollouts of one round, which nobody learns from."""
+    parts, blocks, found = stages.parts, 0, []
+    while blocks < parts.learner.batch_size:
+        rollouts = parts.pool.collect(WAIT_S, parts.learner.updates)
+        blocks += sum(len(rollout.lane) for rollout in rollouts)
+        found += rollouts
+    return found
