@@ -97,7 +97,7 @@ def test_code_versions_and_machine(copied, runs):
 def test_groups_are_side_by_side_and_what_one_run_has_not_is_absent(copied, runs):
     path = copied / ".hydra" / "config.yaml"
     text = path.read_text().replace("seed: 0", "seed: 1").replace("    units: 8\n", "")
-    text = text.replace("rlx.networks.cores.LSTM", "rlx.networks.cores.Feedforward")
+    text = text.replace("rlx.networks.cores.LSTM", "rlx.networks.cores.GRU")
     path.write_text(text)
     rows = [row for row in diff.compare(runs / "a", copied) if row.section == "configuration"]
     assert [row.name for row in rows] == ["seed", "network.core._target_", "network.core.units"]
