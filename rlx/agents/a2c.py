@@ -9,7 +9,7 @@ DEPARTS: the paper's optimiser is RMSProp; `agent.optimizer` may be it, and is A
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import jax
@@ -22,13 +22,10 @@ from rlx.interfaces import Network
 from rlx.networks.policies import Policy, Value
 from rlx.types import (
     Array,
-    Batch,
     EnvSpec,
     Params,
     Range,
     Runtime,
-    TrainState,
-    UpdateOutput,
 )
 
 
@@ -66,23 +63,10 @@ class A2C:
     initial_carry = pg.initial_carry
     acting_params = pg.acting_params
     act = pg.act
+    update = pg.update_once
 
     def __post_init__(self) -> None:
         pg.require_whole(self)
-
-    def update(
-        self, state: TrainState, batch: Batch, *, axis_name: str | None = None
-    ) -> tuple[TrainState, UpdateOutput]:
-        """One gradient step on this device's share of the round."""
-        read, state = pg.read(self, state, batch, axis_name)
-        key, next_key = common.keys(state, axis_name)
-
-        def loss(params: Params) -> tuple[Array, tuple[None, common.Metrics]]:
-            total, metrics = self.loss(params, read, key, axis_name)
-            return total, (None, metrics)
-
-        state, output = common.gradient_step(loss, self.optimizer.build(), state, axis_name)
-        return replace(state, key=next_key), output
 
     def loss(
         self, params: Params, read: pg.Read, key: Array, axis_name: str | None

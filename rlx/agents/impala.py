@@ -8,7 +8,7 @@ With `clip` the policy's loss is PPO's on V-trace's advantages, as in APPO (RLli
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import jax
@@ -22,14 +22,11 @@ from rlx.interfaces import Network
 from rlx.networks.policies import Policy, Value
 from rlx.types import (
     Array,
-    Batch,
     EnvSpec,
     Params,
     Range,
     Row,
     Runtime,
-    TrainState,
-    UpdateOutput,
 )
 
 
@@ -70,6 +67,7 @@ class Impala:
     initial_carry = pg.initial_carry
     acting_params = pg.acting_params
     act = pg.act
+    update = pg.update_once
 
     def __post_init__(self) -> None:
         pg.require_whole(self)
@@ -78,20 +76,6 @@ class Impala:
                 f"agent.most_c={self.most_c:g} is above agent.most_rho={self.most_rho:g}; V-trace "
                 "needs it to be at most that."
             )
-
-    def update(
-        self, state: TrainState, batch: Batch, *, axis_name: str | None = None
-    ) -> tuple[TrainState, UpdateOutput]:
-        """One gradient step on this device's share of the batch."""
-        read, state = pg.read(self, state, batch, axis_name)
-        key, next_key = common.keys(state, axis_name)
-
-        def loss(params: Params) -> tuple[Array, tuple[None, common.Metrics]]:
-            total, metrics = self.loss(params, read, key, axis_name)
-            return total, (None, metrics)
-
-        state, output = common.gradient_step(loss, self.optimizer.build(), state, axis_name)
-        return replace(state, key=next_key), output
 
     def loss(
         self, params: Params, read: pg.Read, key: Array, axis_name: str | None

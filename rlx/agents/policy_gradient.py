@@ -36,6 +36,7 @@ from rlx.types import (
     Row,
     SequenceSpec,
     TrainState,
+    UpdateOutput,
     record,
 )
 
@@ -102,6 +103,15 @@ class PolicyAgent(Protocol):
     def value(self) -> Value: ...
     @property
     def optimizer(self) -> Optimizer: ...
+
+
+class SteppingAgent(PolicyAgent, Protocol):
+    """An agent that makes one gradient step of each batch."""
+
+    def loss(
+        self, params: Params, read: Read, key: Array, axis_name: str | None
+    ) -> tuple[Array, common.Metrics]:
+        """Returns (loss, metrics) of this device's share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +298,21 @@ def read(
     )
     found = Read(inputs=inputs, core=core, rows=rows, reward=reward, progress=progress)
     return found, replace(state, statistics=statistics)
+
+
+def update_once(
+    agent: SteppingAgent, state: TrainState, batch: Batch, *, axis_name: str | None = None
+) -> tuple[TrainState, UpdateOutput]:
+    """One gradient step of `agent.loss` on this device's share of the batch."""
+    seen, state = read(agent, state, batch, axis_name)
+    key, next_key = common.keys(state, axis_name)
+
+    def loss(params: Params) -> tuple[Array, tuple[None, common.Metrics]]:
+        total, metrics = agent.loss(params, seen, key, axis_name)
+        return total, (None, metrics)
+
+    state, output = common.gradient_step(loss, agent.optimizer.build(), state, axis_name)
+    return replace(state, key=next_key), output
 
 
 def outputs(

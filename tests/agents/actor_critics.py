@@ -155,7 +155,7 @@ def other_state(agent: Any, seed: int = 1) -> TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """By how much a loss grows with each of these numbers of each row, [T, B]."""
+    """Returns the derivative of a loss by each of these numbers of each row, [T, B]."""
 
     log_probability: Any
     head: Any

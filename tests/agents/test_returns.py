@@ -183,7 +183,7 @@ def test_on_policy_v_trace_is_a_lambda_return():
 
 @pytest.mark.parametrize("decay", [0.6, 1.0])
 def test_a_sequence_in_two_parts_is_the_whole_if_the_second_ones_return_is_the_bootstrap(decay):
-    """That holds for lambda = 1; with less of it a part ends in a value, of other weight."""
+    """The parts give the whole for lambda = 1; for less a part ends in a value, of other weight."""
     it = Sequences(every_end(5), seed=5)
     whole = it.value[:-1] + it.sums(decay)
     second = it.cut(slice(2, 5))
