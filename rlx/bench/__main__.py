@@ -13,8 +13,8 @@ Options, and the bench that each belongs to:
     profile=false      true: a trace of three updates, and what took longest (what=learner)
     dense=null         units of the layer before the core, as dense=512 (what=learner)
     torch=null         a python with PyTorch, whose update runs beside (what=learner setup=pong)
-    experiment=NAMES   of on-policy agents, as experiment=atari_ppo,atari_pqn (what=rounds)
-    overrides=A,B      of these runs, as overrides=acting=threads,agent.unroll=64 (what=rounds)
+    experiment=atari_ppo,atari_pqn    of on-policy agents (what=rounds)
+    overrides=         of these runs, as overrides=acting=threads,agent.unroll=64 (what=rounds)
 
 Every variant of a bench runs in slices, one after the other and round again, so that a noisy
 machine disturbs them alike; a ratio is the median over the rounds of the ratio within a round.
