@@ -240,7 +240,7 @@ class SAC:
         temperature = jax.lax.stop_gradient(jnp.exp(log_temperature))
         trained = common.window(rows, 0, self.unroll)
         read = features if self.separate_critic else jax.lax.stop_gradient(features)
-        policy = self.policy_of(network, read, mask)
+        policy = self.policy_over(network, read, mask)
         draw = policy.draw(key)
         aim = jax.lax.stop_gradient(self.aims(policy, draw, target, temperature, rows))
         now = common.window(features, 0, self.unroll)
@@ -272,15 +272,18 @@ class SAC:
         temperature: Array,
         rows: Row,
     ) -> Array:
-        """The critics' targets f32[T, B]."""
-        q = self.least(*target, policy.action(draw))
+        """The critics' targets f32[T, B]; none is made of the value of the first row itself."""
+        params, features = target
+        q = self.least(params, common.window(features, 1, None), policy.action(draw)[1:])
         if isinstance(policy, Categorical):
-            soft = expected(policy, q - temperature * policy.log_probabilities())
+            later = Categorical(policy.logits[1:])
+            soft = expected(later, q - temperature * later.log_probabilities())
         else:
-            soft = q - temperature * policy.log_probability(draw)
+            soft = q - temperature * policy.log_probability(draw)[1:]
+        value = jnp.concatenate([jnp.zeros_like(soft[:1]), soft])
         reward = ops.transform_reward(rows.reward, self.reward, jnp)
         return ops.n_step_return(
-            reward, rows.discount, rows.valid, soft, n=self.n_step, gamma=self.discount, xp=jnp
+            reward, rows.discount, rows.valid, value, n=self.n_step, gamma=self.discount, xp=jnp
         )
 
     def actor_cost(
@@ -340,6 +343,19 @@ class SAC:
         """The policy for features [..., F]; mask: bool[..., A]."""
         parameters = self.body.read(network, POLICY, self.policy, features)
         return self.policy.distribution(parameters, self.spec.action, mask)
+
+    def policy_over(self, network: Params, features: Any, mask: Array | None) -> Distribution:
+        """The policy of rows [T + n, B], whose gradient is that of the T trained rows alone.
+
+        The others only give the targets their actions; a gradient of theirs would be 0 and cost.
+        """
+        trained = common.window(features, 0, self.unroll)
+        later = jax.lax.stop_gradient((network, common.window(features, self.unroll, None)))
+        read = [
+            self.body.read(params, POLICY, self.policy, rows)
+            for params, rows in ((network, trained), later)
+        ]
+        return self.policy.distribution(jnp.concatenate(read), self.spec.action, mask)
 
     def values_of(self, network: Params, name: str, features: Any, action: Array) -> Array:
         """One critic's values: f32[...] of a box's action, f32[..., A] of all choices."""
