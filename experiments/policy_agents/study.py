@@ -29,10 +29,11 @@ TASKS: dict[str, dict[str, list[str]]] = {
     },
     "pendulum": each("pendulum_{}", ("sac", "ppo")),
     "pendulum_memory": each("pendulum_memory_{}", ("sac",)),
-    "mountaincar_continuous": each("mountaincar_continuous_{}", ("ppo",)),
+    "mountaincar_continuous": each("mountaincar_continuous_{}", ("sac", "ppo")),
     "acrobot": each("acrobot_{}", ("ppo",)),
     "mountaincar": each("mountaincar_{}", ("ppo", "pqn")),
-    "memory_chain": each("memory_chain_{}", ("pqn",)),
+    "memory_chain": each("memory_chain_{}", ("pqn", "r2d2")),
+    "halfcheetah": each("halfcheetah_{}", ("sac", "ppo")),
 }
 GOALS = {
     "cartpole": 475,

@@ -26,7 +26,7 @@ from rlx.agents import policy_gradient as pg
 from rlx.agents.optimizers import Optimizer
 from rlx.interfaces import Network
 from rlx.networks.actions import middle_and_half
-from rlx.networks.distributions import Categorical, Distribution
+from rlx.networks.distributions import Categorical, Distribution, Normal
 from rlx.networks.policies import ActionValue, Policy
 from rlx.networks.separate import Separate
 from rlx.types import (
@@ -49,6 +49,7 @@ from rlx.types import (
 trees.register()
 
 POLICY, CRITICS = "policy", ("first", "second")  # the names of the heads
+NOISE = "noise"  # of acting, beside the recurrent states in a carry
 DISCRETE_SHARE = 0.7  # of the largest entropy; with the paper's 0.98 two actions stay random
 
 
@@ -70,6 +71,7 @@ class SAC:
     learn_temperature: bool
     target_entropy: float | None  # None: -size of boxes, 0.7 ln A of A choices
     target_rate: Annotated[float, Range(gt=0, le=1)]
+    noise_correlation: Annotated[float, Range(ge=0, lt=1)]  # of acting's noise, from row to row
     policy: Policy
     critic: ActionValue
     actor_optimizer: Optimizer
@@ -92,6 +94,11 @@ class SAC:
             )
         if isinstance(action, BoxSpec) and not self.policy.squash:
             raise ValueError("agent.policy.squash=false: sac acts between bounds; set it to true.")
+        if self.noise_correlation and not isinstance(action, BoxSpec):
+            raise ValueError(
+                f"agent.noise_correlation={self.noise_correlation:g}: a discrete action has no "
+                "noise to correlate; set it to 0.0."
+            )
         pg.require_bounds(self.policy, self.spec)
         common.require_starts(self.sequence, self.network)
 
@@ -144,7 +151,11 @@ class SAC:
 
     def initial_carry(self, batch: int) -> Carry:
         """The carry before an episode's first row, for `batch` lanes."""
-        return self.body.initial_carry(batch)
+        carry = self.body.initial_carry(batch)
+        if not self.noise_correlation:
+            return carry
+        assert isinstance(self.spec.action, BoxSpec)
+        return with_noise(carry, jnp.zeros((batch, len(self.spec.action.low))))
 
     def acting_params(self, state: TrainState) -> Params:
         """All parameters: the critics give first priorities, and have recurrent states."""
@@ -159,10 +170,15 @@ class SAC:
         """
         rewarded = common.transform_inputs(common.add_time(inputs), self.reward)
         seen = normalizing.scaled_inputs(params["statistics"], rewarded)
-        features, carry = self.body.apply(params["network"], seen, carry)
+        core, before = self.without_noise(carry)
+        features, carry = self.body.apply(params["network"], seen, replace(carry, core=core))
         now = jax.tree.map(lambda x: x[0], features)
         policy = self.policy_of(params["network"], now, common.allowed(inputs, self.spec))
-        draw = pg.drawn(policy, key, exploration)
+        if before is None:
+            draw = pg.drawn(policy, key, exploration)
+        else:
+            draw, noise = self.drawn_after(before, inputs.first, policy, key, exploration)
+            carry = with_noise(carry, noise)
         action = policy.action(draw)
         temperature = jnp.exp(params["log_temperature"])
         q = self.least(params["network"], now, action)
@@ -172,6 +188,29 @@ class SAC:
         else:
             soft = q - temperature * policy.log_probability(draw)
         return action, QActing(q=q, q_max=soft), carry
+
+    def drawn_after(
+        self, before: Array, first: Array, policy: Distribution, key: Array, exploration: Array
+    ) -> tuple[Array, Array]:
+        """(draws as pg.drawn gives them, their noise f32[N, D]), after the noise of the row before.
+
+        Each row's noise is standard normal, so a draw is one of the policy; only the draws of an
+        episode hang together: c e + sqrt(1 - c^2) e' after e, with fresh e'. That is the noise of
+        Ornstein and Uhlenbeck (Lillicrap et al. 2016) in the units of the policy's deviation.
+        """
+        assert isinstance(policy, Normal)
+        c = self.noise_correlation
+        draw_key, explore_key = jax.random.split(key)
+        fresh = jax.random.normal(draw_key, before.shape)
+        noise = jnp.where(first[:, None], fresh, c * before + math.sqrt(1 - c * c) * fresh)
+        draw = common.explore(explore_key, policy.mode(), policy.at(noise), exploration)
+        return draw, noise
+
+    def without_noise(self, carry: Carry) -> tuple[Any, Array | None]:
+        """(the bodies' recurrent states, the noise f32[N, D] of the row before or None)."""
+        if not self.noise_correlation:
+            return carry.core, None
+        return carry.core["body"], carry.core[NOISE]
 
     def initial_priorities(self, rows: Row) -> np.ndarray:
         """f32[M, T] of acting time: what follows is worth what the next action was worth."""
@@ -189,15 +228,16 @@ class SAC:
         rewarded = common.transform_inputs(common.batch_inputs(batch), self.reward)
         seen = normalizing.scaled_inputs(state.statistics, rewarded)
         carry = batch.carry if self.stored_state else common.zero_core(batch.carry)
+        core, _ = self.without_noise(carry)
         inputs, _ = self.body.stack_frames(seen, carry)
         rows = common.window(common.time_major(batch.rows), self.burn_in, None)
         key, next_key = common.keys(state, axis_name)
-        target_features, _ = self.body.unroll(state.target_params, inputs, carry.core)
+        target_features, _ = self.body.unroll(state.target_params, inputs, core)
         target_features = common.window(target_features, self.burn_in, None)
 
         def loss(params: Params) -> Any:
             features = common.features_after(
-                self.body, params["network"], inputs, carry.core, self.burn_in
+                self.body, params["network"], inputs, core, self.burn_in
             )
             mask = common.allowed(common.window(inputs, self.burn_in, None), self.spec)
             target = (state.target_params, target_features)
@@ -371,6 +411,11 @@ class SAC:
         """The smaller value of the two critics, elementwise."""
         first, second = (self.values_of(network, name, features, action) for name in CRITICS)
         return jnp.minimum(first, second)
+
+
+def with_noise(carry: Carry, noise: Array) -> Carry:
+    """The carry with the noise f32[N, D] of its row beside the recurrent states."""
+    return replace(carry, core={"body": carry.core, NOISE: noise})
 
 
 def expected(policy: Categorical, values: Array) -> Array:

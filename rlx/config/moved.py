@@ -42,6 +42,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does
         "target_period_env_steps": None,
         "target_rate": None,
     },
+    "rlx.agents.sac.SAC": {"noise_correlation": 0.0},
     "rlx.networks.heads.Dueling": {"noise": None},
     "rlx.networks.heads.Plain": {"noise": None},
     "rlx.networks.cores.Feedforward": {"activation": "relu", "layer_norm": False},

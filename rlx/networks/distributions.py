@@ -107,7 +107,10 @@ class Normal:
         return self.mean
 
     def draw(self, key: Array) -> Array:
-        noise = jax.random.normal(key, self.mean.shape)
+        return self.at(jax.random.normal(key, self.mean.shape))
+
+    def at(self, noise: Array) -> Array:
+        """The draw that lies so many deviations f32[..., D] from the mean."""
         return self.mean + jnp.exp(self.log_deviation) * noise
 
     def action(self, draw: Array) -> Array:

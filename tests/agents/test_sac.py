@@ -46,6 +46,7 @@ def made(net: Any, **changes: Any) -> SAC:
         "learn_temperature": True,
         "target_entropy": None,
         "target_rate": 0.25,
+        "noise_correlation": 0.0,
         "policy": small.policy(squash=True),
         "critic": ActionValue(layers=(8,), activation="tanh", layer_norm=False),
         "actor_optimizer": small.Plainly(),
@@ -320,6 +321,64 @@ def test_acting_keeps_the_least_value_of_the_action_and_the_soft_value_of_the_st
         assert kept.q_max[b] == pytest.approx(value, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.parametrize("core", ["none", "lstm"])
+def test_noise_hangs_together_within_an_episode_and_is_standard_normal(core):
+    """A draw of the policy at each row; after the first row of an episode nothing is left."""
+    c, lanes = 0.8, 4000
+    agent = made(parts.network(parts.BOX, core), burn_in=0, noise_correlation=c)
+    params = agent.acting_params(random_state(agent))
+    carry, noise = agent.initial_carry(lanes), []
+    exploring, act = np.ones(lanes, np.float32), jax.jit(agent.act)
+    one = jax.tree.map(lambda x: x[:1, 0], small.batch(agent, 1).rows.inputs)
+    for t in range(4):
+        first = np.full(lanes, t in (0, 3))
+        inputs = jax.tree.map(lambda x: np.repeat(x, lanes, axis=0), one)
+        inputs = dataclasses.replace(inputs, first=first)
+        action, _, after = act(params, inputs, carry, jax.random.PRNGKey(t), exploring)
+        bare = dataclasses.replace(carry, core=carry.core["body"])
+        noise.append(noise_of(agent, params, inputs, bare, action))
+        np.testing.assert_allclose(noise[-1], after.core["noise"], atol=2e-2)
+        carry = after
+    for own in noise:
+        np.testing.assert_allclose(own.mean(axis=0), 0, atol=0.06)  # 4 deviations
+        np.testing.assert_allclose(own.std(axis=0), 1, atol=0.05)
+
+    def found(s: int, t: int) -> float:
+        return np.corrcoef(noise[s][:, 0], noise[t][:, 0])[0, 1]
+
+    assert [found(0, 1), found(1, 2), found(0, 2)] == pytest.approx([c, c, c * c], abs=0.04)
+    assert found(2, 3) == pytest.approx(0, abs=0.06)
+    assert np.corrcoef(noise[1].T)[0, 1] == pytest.approx(0, abs=0.06)  # the box's two elements
+
+
+def noise_of(agent: SAC, params: Any, inputs: Any, carry: Any, action: Any) -> np.ndarray:
+    """The noise of actions: a = tanh(mean + deviation * noise) in units of the bounds."""
+    network = params["network"]
+    features, _ = agent.body.apply(network, common.add_time(inputs), carry)
+    own = np.asarray(agent.body.read(network, "policy", agent.policy, features)[0], float)
+    low, high = np.asarray(agent.spec.action.low), np.asarray(agent.spec.action.high)
+    unit = 2 * (np.asarray(action, float) - low) / (high - low) - 1
+    mean, log_deviation = np.split(own, 2, axis=-1)
+    return (np.arctanh(np.clip(unit, -1 + 1e-7, 1 - 1e-7)) - mean) / np.exp(log_deviation)
+
+
+def test_the_mode_is_played_without_noise_and_the_learner_does_not_read_it():
+    plain = made(parts.network(parts.BOX, "lstm"))
+    agent = dataclasses.replace(plain, noise_correlation=0.8)
+    state, batch = random_state(plain), small.batch(plain, 4)
+    noisy = dataclasses.replace(
+        batch, carry=sac.with_noise(batch.carry, np.ones((4, 2), np.float32))
+    )
+    (one, told), (two, same) = plain.update(state, batch), agent.update(state, noisy)
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+    np.testing.assert_array_equal(told.priorities, same.priorities)
+    inputs, key = jax.tree.map(lambda x: x[:, 0], batch.rows.inputs), jax.random.PRNGKey(0)
+    params, never = plain.acting_params(state), np.zeros(4, np.float32)
+    action, _, _ = plain.act(params, inputs, batch.carry, key, never)
+    other, _, _ = agent.act(params, inputs, noisy.carry, key, never)
+    np.testing.assert_array_equal(action, other)
+
+
 @pytest.mark.parametrize("n_step", [1, 3])
 def test_first_priorities_equal_a_loop(n_step):
     agent = made(parts.network(parts.MASKED), n_step=n_step, reward="clip")
@@ -381,6 +440,7 @@ def test_each_device_draws_for_its_own_share():
     [
         (parts.CHOICES, {}, "acts with one discrete action or with real numbers"),
         (parts.BOX, {"policy": small.policy(squash=False)}, "set it to true"),
+        (parts.MASKED, {"noise_correlation": 0.5}, "has no noise to correlate; set it to 0.0"),
         (
             dataclasses.replace(
                 parts.BOX, action=BoxSpec(shape=(1,), low=(-math.inf,), high=(1.0,))
