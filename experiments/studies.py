@@ -44,6 +44,7 @@ METRIC = "evaluation/return_mean"
 COLUMNS = ("env_steps", "updates", "wall_s", "evaluation_return", "train_return")
 SEEDS = range(5)
 Variants = dict[str, list[str]]
+Points = Sequence[tuple[int, float]]  # (env steps, mean return)
 BEGIN, END = "<!-- made by study.py -->", "<!-- until here -->"
 HEADER = (
     "",
@@ -61,6 +62,7 @@ class Study:
     goals: dict[str, float]  # of the tasks that have one
     figures: dict[str, Sequence[str]]  # tasks of each figure, by its file's name
     colours: dict[str, str] = field(default_factory=dict)  # of variants
+    published: dict[str, dict[str, Points]] = field(default_factory=dict)  # task -> whose -> curve
     lowest: dict[str, float] = field(default_factory=dict)  # returns, where curves are flat
     default_goal: float | None = None  # of the tasks without one, in the table
     evaluated: str = "evaluation.every_env_steps=10000"
@@ -264,6 +266,9 @@ def draw(study: Study, name: str, tasks: Sequence[str], runs: Sequence[Run]) -> 
                     study.colours.get(variant, f"C{i}"),
                     f"{variant} ({len(found)} seeds)",
                 )
+        for style, (whose, points) in enumerate(study.published.get(task, {}).items()):
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color="0.3", ls=(":", "--")[style], lw=1, label=whose)
         if task in study.goals:
             axes.axhline(study.goals[task], color="0.6", ls=":", lw=1)
         axes.set_ylim(bottom=study.lowest.get(task))

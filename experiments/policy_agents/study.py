@@ -45,12 +45,31 @@ GOALS = {
     "mountaincar": -110,
     "memory_chain": 1,
 }
+# Means of ten seeds of HalfCheetah-v3 in Tianshou's benchmark: test_rew_10seeds.csv of sac and ppo
+# in examples/mujoco/benchmark/HalfCheetah-v3, commit 39acf20 of thu-ml/tianshou.
+PUBLISHED = {
+    "halfcheetah": {
+        "Tianshou's sac": [
+            *((0, -2), (10_000, 865), (20_000, 2641), (50_000, 4747), (100_000, 6515)),
+            *((150_000, 7465), (200_000, 8208), (250_000, 8836), (300_000, 9059)),
+        ],
+        "Tianshou's ppo": [
+            *((0, -275), (30_720, 12), (61_440, 346), (122_880, 1371), (184_320, 2466)),
+            *((245_760, 3256), (307_200, 3927)),
+        ],
+    }
+}
 COLOURS = {"a2c": "C0", "ppo": "C1", "impala": "C2", "pqn": "C3", "sac": "C4", "r2d2": "C5"}
 STUDY = Study(
     here=Path(__file__).parent,
     tasks=TASKS,
     goals=GOALS,
-    figures={"curves": list(GOALS), "asynchronous": ["asynchronous"]},
+    figures={
+        "curves": list(GOALS),
+        "asynchronous": ["asynchronous"],
+        "halfcheetah": ["halfcheetah"],
+    },
+    published=PUBLISHED,
     colours=COLOURS,
     lowest={"memory_chain": -1},
     default_goal=GOALS["cartpole"],

@@ -33,11 +33,12 @@ from rlx.training.keeper import Keeper
 from rlx.training.learner import OpenLearner
 from rlx.training.loop import train as train_loop
 from rlx.training.parts import Alone, Parts
-from rlx.training.shares import share_exploration, share_of, share_seed
+from rlx.training.shares import share_exploration, share_folder, share_of, share_seed
 from rlx.types import Batch
 from tests import parts
 from tests.acting.test_ray_pool import wait_for
 from tests.training.test_learner import UPDATES, learner
+from tests.training.test_policy_runs import RUNS, SMALL
 from tests.training.test_ray_run import command, names_of, nothing_is_left_running
 from tests.training.test_run import TINY
 
@@ -49,6 +50,12 @@ GROUP = [
     "learner.group.cpus_per_learner=0.1",
     "replay.min_sequences=8",
     "evaluation.every_env_steps=800",
+]
+
+JOINED = [
+    "learner.processes=2",
+    "learner.group.cpus_per_learner=0.1",
+    "logging.every_env_steps=500",
 ]
 
 
@@ -434,3 +441,28 @@ def test_what_fails_again_and_again_ends_the_run(tmp_path):
     with pytest.raises(AssertionError, match="lost 1 times without a checkpoint"):
         lose_one(tmp_path, signal.SIGKILL, *given)
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
+# --- agents with a policy ------------------------------------------------------------------------
+
+
+def test_two_learner_processes_train_rounds_of_both_by_the_policy_that_acted(tmp_path: Path):
+    """Whatever a round's first minibatch learns was drawn from the very policy that it changes."""
+    made = rlx.compose([*RUNS["ppo"], *SMALL, *JOINED, "total_env_steps=2000"])
+    assert rlx.run(made, tmp_path)["state"] == "finished"
+    first, second = (read_rows(share_folder(tmp_path, rank) / "metrics.jsonl") for rank in (0, 1))
+    for mine, theirs in zip(first, second, strict=True):
+        assert mine["updates"] == theirs["updates"] > 0
+        assert mine["weights/age_updates"] == theirs["weights/age_updates"] == 0
+        assert mine["learner/ratio_error"] == theirs["learner/ratio_error"] < 1e-5
+        assert mine["learner/loss"] == theirs["learner/loss"]
+
+
+@pytest.mark.slow  # half a minute each; the one above has the shares and the rendezvous
+@pytest.mark.parametrize("name", RUNS)
+def test_learner_processes_resume(tmp_path: Path, name):
+    given = [*RUNS[name], *SMALL, *JOINED]
+    assert rlx.run(rlx.compose([*given, "total_env_steps=1000"]), tmp_path)["state"] == "finished"
+    again = rlx.run(rlx.compose([*given, "total_env_steps=2000", f"resume={tmp_path}"]), tmp_path)
+    assert again["state"] == "finished"
+    assert again["env_steps"] >= 2000
