@@ -138,6 +138,10 @@ class BoxSpec:
     low: tuple[float, ...]  # flattened; -inf: no bound
     high: tuple[float, ...]  # flattened; inf: no bound
 
+    def __post_init__(self) -> None:
+        if 0 in self.shape:
+            raise ValueError(f"an action of shape {list(self.shape)} has no elements to choose.")
+
     @property
     def array(self) -> ArraySpec:
         return ArraySpec(shape=self.shape, dtype="float32")

@@ -85,7 +85,7 @@ class Impala:
         policy, head = pg.outputs(self, params, read.inputs, read.core, self.burn_in, self.unroll)
         log_probability = policy.log_probability(pg.draws(rows))
         log_ratio = log_probability - rows.acting.log_probability
-        ratio = jnp.exp(jax.lax.stop_gradient(log_ratio))
+        ratio = pg.ratio_of(jax.lax.stop_gradient(log_ratio))
         values = jax.lax.stop_gradient(pg.worth(self, head))
         target, advantage = self.v_trace(rows, read.reward, values, ratio)
         if self.normalize_advantage:

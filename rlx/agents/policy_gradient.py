@@ -41,6 +41,7 @@ from rlx.types import (
 )
 
 POLICY, VALUE = "policy", "value"  # the names of the heads
+MOST_LOG_RATIO = 30.0
 PROGRESS = "progress"  # a statistic: the part of `decay_env_steps` that is over, 0 .. 1
 
 
@@ -389,12 +390,17 @@ def whole_loss(
     return loss - weight * parts["learner/entropy"], parts
 
 
+def ratio_of(log_ratio: Array) -> Array:
+    """The ratio of a logarithm, at most e^30: an infinite one would have no gradient."""
+    return jnp.exp(jnp.minimum(log_ratio, MOST_LOG_RATIO))
+
+
 def clipped_gain(log_ratio: Array, advantage: Array, limit: Array | float) -> tuple[Array, Array]:
     """(PPO's objective of each row; 1.0 where the clip has taken its gradient), f32[T, B].
 
     It is min(ratio A, clip(ratio, 1 - limit, 1 + limit) A) (Schulman et al. 2017, equation 7).
     """
-    ratio = jnp.exp(log_ratio)
+    ratio = ratio_of(log_ratio)
     plain = ratio * advantage
     near = jnp.clip(ratio, 1 - limit, 1 + limit) * advantage
     return jnp.minimum(plain, near), (near < plain).astype(jnp.float32)
@@ -405,11 +411,11 @@ def divergence(log_ratio: Array, mean: Per) -> Array:
 
     No row's term is negative, unlike -log ratio, of the same mean.
     """
-    return mean(jnp.exp(log_ratio) - 1 - log_ratio)
+    return mean(ratio_of(log_ratio) - 1 - log_ratio)
 
 
 def ratio_error(log_ratio: Array, valid: Array, axis_name: str | None) -> Array:
     """The largest |ratio - 1| of all devices' valid rows, f32[]; 0 before a round's first step."""
     log_ratio = jax.lax.stop_gradient(log_ratio)
-    largest = jnp.where(valid, jnp.abs(jnp.exp(log_ratio) - 1), 0.0).max()
+    largest = jnp.where(valid, jnp.abs(ratio_of(log_ratio) - 1), 0.0).max()
     return largest if axis_name is None else jax.lax.pmax(largest, axis_name)

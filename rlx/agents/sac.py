@@ -26,7 +26,7 @@ from rlx.agents import policy_gradient as pg
 from rlx.agents.optimizers import Optimizer
 from rlx.interfaces import Network
 from rlx.networks.actions import middle_and_half
-from rlx.networks.distributions import Categorical, Distribution, Normal
+from rlx.networks.distributions import Categorical, Distribution, Normal, is_bounded
 from rlx.networks.policies import ActionValue, Policy
 from rlx.networks.separate import Separate
 from rlx.types import (
@@ -67,7 +67,7 @@ class SAC:
     normalize_observation: bool
     stored_state: bool  # False: sequences start from a zero recurrent state (an ablation)
     separate_critic: bool  # False: one body, which the critics' errors alone move
-    temperature: Annotated[float, Range(gt=0)]  # at first, or always
+    temperature: Annotated[float, Range(ge=1e-30)]  # at first, or always
     learn_temperature: bool
     target_entropy: float | None  # None: -size of boxes, 0.7 ln A of A choices
     target_rate: Annotated[float, Range(gt=0, le=1)]
@@ -92,6 +92,11 @@ class SAC:
                 f"agent sac acts with one discrete action or with real numbers; {self.spec.id} has "
                 f"{action}. Choose agent=ppo, a2c or impala."
             )
+        if isinstance(action, BoxSpec) and not is_bounded(action):
+            raise ValueError(
+                f"sac acts between bounds, and actions of {self.spec.id} have no bounds to lie "
+                "between; choose agent=ppo, a2c or impala, with agent.policy.squash=false."
+            )
         if isinstance(action, BoxSpec) and not self.policy.squash:
             raise ValueError("agent.policy.squash=false: sac acts between bounds; set it to true.")
         if self.noise_correlation and not isinstance(action, BoxSpec):
@@ -99,7 +104,6 @@ class SAC:
                 f"agent.noise_correlation={self.noise_correlation:g}: a discrete action has no "
                 "noise to correlate; set it to 0.0."
             )
-        pg.require_bounds(self.policy, self.spec)
         common.require_starts(self.sequence, self.network)
 
     @property

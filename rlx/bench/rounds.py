@@ -18,6 +18,7 @@ import numpy as np
 from rlx.bench import measuring
 from rlx.config.build import check, plain
 from rlx.config.composing import compose
+from rlx.problems import refuse
 from rlx.training.assemble import assemble
 from rlx.training.stages import Stages
 from rlx.types import Rollout
@@ -28,7 +29,10 @@ QUIET = ("evaluation.every_env_steps=null", "logging.tensorboard=false", "loggin
 
 
 def bench_rounds(run: Sequence[str], seconds: float, *, name: str) -> list[dict[str, Any]]:
-    """The rates of one run in env steps/s; run: its overrides, of an on-policy agent."""
+    """The rates of one run in env steps/s; run: its overrides, of an on-policy agent.
+
+    Raises ConfigError if the agent is another.
+    """
     cfg = compose([*run, *QUIET])
     check(cfg)
     with (
@@ -36,6 +40,9 @@ def bench_rounds(run: Sequence[str], seconds: float, *, name: str) -> list[dict[
         assemble(plain(cfg), Path(folder), resume=False) as parts,
         assemble(plain(cfg), Path(folder), resume=False) as other,  # its lanes act alone
     ):
+        if not parts.agent.on_policy:
+            says = "its agent does not learn in rounds; give one of a2c, ppo or pqn"
+            raise refuse("experiment", says, given=name)
         rates = _rates(Stages(parts), Stages(other), seconds)
     pairs = zip(rates["acting"], rates["updates"], strict=True)
     rates[ALLOWED] = [1 / (1 / acting + 1 / updates) for acting, updates in pairs]

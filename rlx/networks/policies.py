@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from rlx.networks.actions import encode_action
@@ -30,7 +31,7 @@ class Policy(Head, kw_only=True):
     activation: Activation
     gain: Annotated[float, Range(gt=0)]  # of the last layer's orthogonal weights
     deviation: Literal["free", "state"]  # of boxes: one number for all states, or read from each
-    initial_deviation: Annotated[float, Range(gt=0)]
+    initial_deviation: Annotated[float, Range(ge=1e-8, le=7)]  # within LOG_DEVIATIONS
     squash: bool  # tanh, for boxes with two bounds; else the environment is given clipped actions
 
     @nn.compact
@@ -54,7 +55,7 @@ class Policy(Head, kw_only=True):
         """The distribution of parameters [..., P]; mask: bool[..., P], the allowed choices."""
         if isinstance(action, BoxSpec):
             mean, log_deviation = jnp.split(parameters, 2, axis=-1)
-            log_deviation = jnp.clip(log_deviation, *LOG_DEVIATIONS)
+            log_deviation = _within(log_deviation, *LOG_DEVIATIONS)
             return Normal(mean, log_deviation, box=action, squashed=self.squash)
         if mask is not None:
             parameters = jnp.where(mask, parameters, jnp.finfo(parameters.dtype).min)
@@ -92,6 +93,11 @@ class ActionValue(Head, kw_only=True):
         if isinstance(action, BoxSpec):
             return _last(1, 1.0, "value", x, dtype)[..., 0]
         return _last(sum(choices(action)), 1.0, "value", x, dtype)
+
+
+def _within(x: Array, low: float, high: float) -> Array:
+    """x, clipped; the gradient is that of x, so that what lies beyond a limit can come back."""
+    return x + jax.lax.stop_gradient(jnp.clip(x, low, high) - x)
 
 
 def _last(units: int, gain: float, name: str, x: Array, dtype: Any) -> Array:

@@ -253,11 +253,12 @@ def _check_exploration(
         return
     ends = (0, settings["total_env_steps"])
     if min(_amounts(exploration, lanes, end).min() for end in ends) >= 1:
+        noisy = "" if agent.on_policy else ", or give it noisy layers (agent.head.noise=0.5)"
         raise refuse(
             "exploration",
             "its amount stays 1, by which an agent acts as it samples; this one has no "
             "distribution of its own, so every action of the run would be random; choose "
-            "exploration=ladder or linear, or give it noisy layers (agent.head.noise=0.5)",
+            f"exploration=ladder or linear{noisy}",
         )
 
 

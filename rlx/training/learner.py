@@ -210,12 +210,15 @@ def _guarded(
     batch: Batch,
     largest: Array | None = None,
 ) -> tuple[TrainState, UpdateOutput]:
-    """The update; the state stays as it was where anything the agent measures is not finite."""
+    """The update; the state stays as it was where anything the agent measures is not finite.
+
+    That is its metrics, its priorities, and its running statistics, which would stay so for ever.
+    """
     if largest is not None:
         scale = largest / jax.lax.pmax(largest, AXIS)
         batch = replace(batch, importance=batch.importance * scale)
     new, output = update(state, batch, axis_name=AXIS)
-    said = jax.tree.leaves((output.priorities, output.metrics))
+    said = jax.tree.leaves((output.priorities, output.metrics, new.statistics))
     measured = [jnp.isfinite(x).all() for x in said]
     finite = jax.lax.pmin(jnp.stack(measured).all().astype(jnp.float32), AXIS)
     kept = jax.tree.map(lambda x, old: jnp.where(finite > 0, x, old), new, state)

@@ -389,6 +389,19 @@ def close(x: Any, y: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), x, y)
 
 
+@pytest.mark.parametrize("advantage", [-2.0, 2.0])
+def test_a_ratio_that_float32_has_not_leaves_numbers(advantage):
+    """Of a ratio of e^200: inf * 0 is the gradient where the clip should have taken it."""
+
+    def gain(log_ratio: Any) -> Any:
+        return pg.clipped_gain(log_ratio, jnp.float32(advantage), 0.2)[0]
+
+    value, slope = jax.value_and_grad(gain)(jnp.float32(200.0))
+    assert np.isfinite([value, slope]).all()
+    assert slope == 0
+    assert np.isfinite(pg.divergence(jnp.float32(200.0), lambda x: x))
+
+
 def test_an_update_is_a_step_of_the_optimiser_along_the_gradient():
     agent = small.made(A2C, parts.network(core="none"), burn_in=0)
     state, batch = parts.random_state(agent), small.batch(agent, 4)

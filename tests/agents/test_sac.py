@@ -446,7 +446,7 @@ def test_each_device_draws_for_its_own_share():
                 parts.BOX, action=BoxSpec(shape=(1,), low=(-math.inf,), high=(1.0,))
             ),
             {},
-            "no bounds to lie between",
+            "no bounds to lie between; choose agent=ppo",
         ),
     ],
 )

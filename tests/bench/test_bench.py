@@ -79,6 +79,10 @@ def test_updates_are_measured_beside_their_floor_and_profiled(tmp_path):
         ("what=learner dtype=x", "dtype=x: accepted: float32 or bfloat16, or several"),
         ("what=acting seconds=0", "seconds=0: accepted: a float > 0"),
         ("what=acting setup=x", "setup=x: accepted: cartpole or pong or all"),
+        (
+            "what=rounds experiment=cartpole_impala",
+            "experiment=cartpole_impala: its agent ",
+        ),
     ],
 )
 def test_anything_else_is_refused_in_one_line(capsys, given, says):

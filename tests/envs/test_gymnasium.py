@@ -92,6 +92,7 @@ class Odd(Counting):
             "integers": spaces.Box(0, 5, (2,), np.int64),
             "rows": spaces.MultiDiscrete([[2, 2], [3, 3]]),
             "bits": spaces.MultiBinary((2, 2)),
+            "nothing": spaces.Box(0, 1, (0,)),
         }[space]
 
 
@@ -374,6 +375,7 @@ ACCEPTED = "accepted: Discrete, MultiDiscrete and MultiBinary of one axis, and B
         ("rlx-test/Odd-v0", {"kwargs": {"space": "integers"}}, f"takes Box.*{ACCEPTED}"),
         ("rlx-test/Odd-v0", {"kwargs": {"space": "rows"}}, f"takes MultiDiscrete.*{ACCEPTED}"),
         ("rlx-test/Odd-v0", {"kwargs": {"space": "bits"}}, f"takes MultiBinary.*{ACCEPTED}"),
+        ("rlx-test/Odd-v0", {"kwargs": {"space": "nothing"}}, r"of shape \[0\] has no elements"),
         ("rlx-test/Counting-v0", {"kwargs": {"size": 2}}, "unexpected keyword argument 'size'"),
     ],
 )

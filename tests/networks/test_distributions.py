@@ -274,6 +274,18 @@ def test_parameters_of_a_box_are_means_then_limited_deviations():
     np.testing.assert_allclose(found.log_deviation, [LOG_DEVIATIONS])
 
 
+@pytest.mark.parametrize("at", [-50.0, 0.3, 50.0])
+def test_a_deviation_beyond_its_limits_can_come_back(at):
+    """Clipped alone it would have no gradient there, and would stay for ever."""
+
+    def limited(x: Any) -> Any:
+        found = policy().distribution(jnp.stack([0.0, 0.0, x, 2 * x]), UNEVEN, None)
+        assert isinstance(found, Normal)
+        return found.log_deviation.sum()
+
+    assert jax.grad(limited)(at) == pytest.approx(3)
+
+
 @pytest.mark.parametrize("deviation", ["free", "state"])
 def test_a_fresh_policy_has_the_initial_deviation_where_its_features_are_0(deviation):
     head = policy(deviation=deviation, initial_deviation=0.3, layers=(4,))

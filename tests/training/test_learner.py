@@ -162,6 +162,17 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_count(name):
     assert subject.is_finite(subject.update(subject.put(parts.batch(subject._agent, 8))))
 
 
+def test_statistics_that_would_not_be_finite_stay_as_they_were():
+    """Squares of 1e20 are infinite in float32, and an infinite spread would stay for ever."""
+    subject = learner(agent=parts.Watching(r2d2=parts.agent()))
+    subject.update(subject.put(parts.batch(subject._agent, 8)))
+    before, bad = subject.state(), parts.batch(subject._agent, 8, seed=1)
+    bad.rows.inputs.observation["observation"][2, 3] = 1e20
+    bad.rows.valid[2, 3] = True
+    assert not subject.is_finite(subject.update(subject.put(bad)))
+    jax.tree.map(np.testing.assert_array_equal, before.statistics, subject.state().statistics)
+
+
 def test_it_is_busy_until_its_last_update_has_ended():
     subject = learner()
     assert not subject.is_busy

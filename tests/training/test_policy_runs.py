@@ -108,6 +108,12 @@ def test_evaluations_leave_the_statistics_as_they_are(run):
     assert before.count == after.count
 
 
+def test_pqn_is_not_told_to_take_noisy_layers(tmp_path: Path):
+    given = ["agent=pqn", "network=mlp", "env=cartpole", "exploration=sample", *SMALL]
+    with pytest.raises(rlx.problems.ConfigError, match=r"choose exploration=ladder or linear$"):
+        rlx.run(rlx.compose(given), tmp_path / "run")
+
+
 def test_a_batch_that_does_not_divide_is_refused_at_the_start(tmp_path: Path):
     says = r"agent.minibatches=3 does not divide the 8 blocks of a device's batch; give a divisor"
     with pytest.raises(rlx.problems.ConfigError, match=says):
