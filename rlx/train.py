@@ -103,15 +103,12 @@ def prepare(argv: list[str]) -> list[str]:
     if resumed is not None:
         argv = _resume_argv(resumed, args)
         args = get_args_parser().parse_args(argv)
+    name = args.config_name or "config"
+    where = {"config_dir": args.config_path, "extra_dir": args.config_dir, "keep_hydra": True}
     if args.multirun or "hydra.mode=MULTIRUN" in args.overrides:
+        composing.check_sweep(args.overrides, name, **where)
         return argv
-    cfg = composing.compose(
-        args.overrides,
-        args.config_name or "config",
-        config_dir=args.config_path,
-        extra_dir=args.config_dir,
-        keep_hydra=True,
-    )
+    cfg = composing.compose(args.overrides, name, **where)
     folder = _output(cfg)
     if cfg.hydra.mode == RunMode.MULTIRUN:  # as an experiment of sweeps/ says
         return argv

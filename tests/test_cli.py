@@ -99,6 +99,22 @@ def test_hydras_own_flags_are_left_to_hydra(conf, monkeypatch, flag):
 
 def test_a_sweep_is_left_to_hydra(conf, monkeypatch):
     assert prepared(monkeypatch, conf, "-m", "seed=0,1") == ["-m", "seed=0,1"]
+    assert prepared(monkeypatch, conf, "-m", "seed=0,[") == ["-m", "seed=0,["]  # it shows where
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("agent=a2c,ppo agent.unrol=4,8", "did you mean agent.unroll"),
+        ("agent=a2c,ppo agent.epochs=2", "agent.epochs"),  # of the first job
+        ("agent=ppo,a2c agent.epochs=2", "agent.epochs"),  # of the second
+        ("seed=range(0,3) agent=ppo,pppo", "agent=pppo"),
+        ("agent=ppo agent.optimizer.learning_rate=interval(1e-4,1e-3) sede=1", "did you mean seed"),
+    ],
+)
+def test_what_a_job_of_a_sweep_does_not_have_is_told_before_it(given, says):
+    with pytest.raises(api.ConfigError, match=says):
+        train.prepare(["-m", *given.split()])
 
 
 def test_config_dir_is_checked_too(conf, monkeypatch):

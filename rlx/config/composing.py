@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from rlx.problems import ConfigError, Problem, Sources, did_you_mean, nearest, r
 
 COMMAND_LINE = "command line"
 AGENT = "override /agent"
+MOST_COMPOSED = 32  # jobs of a sweep, before it starts
 SEARCHPATH = "hydra.searchpath="
 # Hydra 1.4 replaces version_base by a list of what `_target_`s may run.
 HYDRA_14 = "execution_whitelist" in inspect.signature(hydra.main).parameters
@@ -65,6 +67,32 @@ def compose(
         with open_dict(cfg):
             del cfg["hydra"]
     return remember(cfg, sources)
+
+
+def check_sweep(overrides: Sequence[str], config_name: str = "config", **where: Any) -> None:
+    """Raises ConfigError, as `compose` does, if a job of a sweep names what its groups do not have.
+
+    Every combination of files is composed, up to MOST_COMPOSED, with the first of each other value
+    that is swept. Hydra composes all jobs, too, but its own message knows no key that is near.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException:
+        return  # Hydra shows the place
+    lines = [found for override in parsed if (found := _each(override))]
+    for job in itertools.islice(itertools.product(*lines), MOST_COMPOSED):
+        compose(job, config_name, **where)
+
+
+def _each(override: Override) -> list[str]:
+    """An override as some job has it: of each file of a group, else of its first value."""
+    if not override.is_sweep_override() or override.input_line is None:
+        return [str(override.input_line)]
+    if not (override.is_choice_sweep() or override.is_range_sweep()):
+        return []  # the sweeper knows its values
+    key = override.get_key_element()
+    found = [f"{key}={value}" for value in override.sweep_string_iterator()]
+    return found if key in (*ROLES, "experiment") else found[:1]
 
 
 def find_sources(
