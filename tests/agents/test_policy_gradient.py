@@ -391,7 +391,7 @@ def close(x: Any, y: Any) -> None:
 
 @pytest.mark.parametrize("advantage", [-2.0, 2.0])
 def test_a_ratio_that_float32_has_not_leaves_numbers(advantage):
-    """Of a ratio of e^200: inf * 0 is the gradient where the clip should have taken it."""
+    """A ratio of e^200 is infinite in float32, and inf * 0 was its gradient beyond the clip."""
 
     def gain(log_ratio: Any) -> Any:
         return pg.clipped_gain(log_ratio, jnp.float32(advantage), 0.2)[0]
