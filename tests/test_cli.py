@@ -106,8 +106,8 @@ def test_a_sweep_is_left_to_hydra(conf, monkeypatch):
     ("given", "says"),
     [
         ("agent=a2c,ppo agent.unrol=4,8", "did you mean agent.unroll"),
-        ("agent=a2c,ppo agent.epochs=2", "agent.epochs"),  # of the first job
-        ("agent=ppo,a2c agent.epochs=2", "agent.epochs"),  # of the second
+        ("agent=a2c,ppo agent.epochs=2", r"agent.epochs.* \(the job of agent=a2c\)$"),
+        ("agent=ppo,a2c agent.epochs=2", r"agent.epochs.* \(the job of agent=a2c\)$"),
         ("seed=range(0,3) agent=ppo,pppo", "agent=pppo"),
         ("agent=ppo agent.optimizer.learning_rate=interval(1e-4,1e-3) sede=1", "did you mean seed"),
     ],

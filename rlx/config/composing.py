@@ -8,6 +8,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,14 @@ def check_sweep(overrides: Sequence[str], config_name: str = "config", **where: 
     except HydraException:
         return  # Hydra shows the place
     lines = [found for override in parsed if (found := _each(override))]
+    swept = {line for each in lines if len(each) > 1 for line in each}
     for job in itertools.islice(itertools.product(*lines), MOST_COMPOSED):
-        compose(job, config_name, **where)
+        try:
+            compose(job, config_name, **where)
+        except ConfigError as error:
+            of = " ".join(line for line in job if line in swept)
+            said = [replace(p, says=f"{p.says} (the job of {of})") for p in error.problems]
+            raise ConfigError(said if of else error.problems) from error
 
 
 def _each(override: Override) -> list[str]:
