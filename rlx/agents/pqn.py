@@ -7,14 +7,14 @@ A network with a recurrent core makes it recurrent: minibatches keep whole block
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 from rlx import ops, trees
-from rlx.agents import common, minibatches, q_learning
+from rlx.agents import common, minibatches, normalizing, q_learning
 from rlx.agents import policy_gradient as pg
 from rlx.agents.optimizers import Optimizer
 from rlx.agents.returns import td_sums
@@ -23,9 +23,11 @@ from rlx.networks.heads import ActionHead
 from rlx.types import (
     Array,
     Batch,
+    Carry,
     EnvSpec,
     NetInput,
     Params,
+    QActing,
     Range,
     Runtime,
     SequenceSpec,
@@ -60,6 +62,7 @@ class PQN:
     return_lambda: Annotated[float, Range(ge=0, le=1)]
     rescale_epsilon: Annotated[float, Range(ge=0)] | None  # None: values are not rescaled
     reward: common.Reward
+    normalize_observation: bool
     head: ActionHead
     optimizer: Optimizer
     network: Runtime[Network]
@@ -71,13 +74,11 @@ class PQN:
     acting_spec = property(q_learning.acting_spec)
 
     initial_carry = q_learning.initial_carry
-    acting_params = q_learning.acting_params
+    acting_params = pg.acting_params
     heads = q_learning.heads
     outputs = q_learning.outputs
     expected = q_learning.expected
     remember = q_learning.remember
-    values = q_learning.values
-    act = q_learning.act
 
     def __post_init__(self) -> None:
         common.require_discrete("pqn", self.spec)
@@ -99,16 +100,37 @@ class PQN:
         """Fresh parameters; `key` is consumed."""
         init_key, state_key = jax.random.split(key)
         params = self.network.init(init_key, self.heads())
-        return common.new_state(params, self.optimizer.build(), state_key)
+        statistics = normalizing.begin(
+            self.spec, observation=self.normalize_observation, reward=False
+        )
+        return common.new_state(params, self.optimizer.build(), state_key, statistics=statistics)
+
+    def act(
+        self, params: Params, inputs: NetInput, carry: Carry, key: Array, exploration: Array
+    ) -> tuple[Array, QActing, Carry]:
+        """`q_learning.act` on inputs as the statistics have them."""
+        seen = normalizing.scaled_inputs(params["statistics"], inputs)
+        found: tuple[Array, QActing, Carry] = q_learning.act(
+            self, params["network"], seen, carry, key, exploration
+        )
+        return found
+
+    def values(self, params: Params, inputs: NetInput, carry: Carry) -> tuple[Array, Carry]:
+        """`q_learning.values` on inputs as the statistics have them."""
+        seen = normalizing.scaled_inputs(params["statistics"], inputs)
+        return q_learning.values(self, params["network"], seen, carry)
 
     def update(
         self, state: TrainState, batch: Batch, *, axis_name: str | None = None
     ) -> tuple[TrainState, UpdateOutput]:
         """Epochs of minibatches on this device's share of the round."""
-        inputs, core = common.stacked_inputs(
-            self.network, batch, reward=self.reward, stored_state=True
-        )
+        rewarded = common.transform_inputs(common.batch_inputs(batch), self.reward)
+        seen = normalizing.scaled_inputs(state.statistics, rewarded)
+        inputs, _ = self.network.stack_frames(seen, batch.carry)
+        core = batch.carry.core
         learnt, told = self.learnt(state.params, inputs, core, batch, axis_name)
+        own = common.window(rewarded, self.burn_in, -1)
+        statistics = normalizing.observed(state.statistics, own, None, learnt.valid, axis_name)
 
         def loss(params: Params, rows: Learnt, core: Any, key: Array) -> Any:
             del key
@@ -126,6 +148,7 @@ class PQN:
             axis_name=axis_name,
         )
         metrics = {**output.metrics, **common.mean_over_devices(told, axis_name)}
+        state = replace(state, statistics=statistics)
         return state, UpdateOutput(priorities=None, metrics=metrics)
 
     def learnt(

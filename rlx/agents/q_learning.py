@@ -45,17 +45,39 @@ BEGAN = "target_env_steps"  # a statistic: of the run when the period began, mod
 HEAD = "head"  # the name of an agent's only head among the parameters
 
 
-class ValueAgent(Protocol):
-    """The settings that these functions need of an agent with action values."""
+class ActingAgent(Protocol):
+    """Acting by action values needs these settings of an agent."""
 
     @property
     def network(self) -> Network: ...
     @property
+    def spec(self) -> EnvSpec: ...
+    @property
+    def reward(self) -> str: ...
+    @property
+    def samples(self) -> bool: ...
+
+    def outputs(
+        self, params: Params, features: Array, key: Array | None = None, noise: Array | None = None
+    ) -> Array:
+        """Gives what the heads say of features [..., F]: f32[..., A], or f32[..., A, K].
+
+        key: of fractions that are drawn; None: they are fixed ones. noise: key of noisy layers;
+        None: it is off.
+        """
+
+    def expected(self, outputs: Array) -> Array: ...  # the values to act by, f32[..., A]
+    def remember(self, outputs: Array, action: Array, mask: Array | None) -> Any:
+        """The record of acting time, of outputs [N, ...] and action i32[N]."""
+
+
+class ValueAgent(ActingAgent, Protocol):
+    """Learning action values needs these settings, too."""
+
+    @property
     def head(self) -> Any: ...
     @property
     def optimizer(self) -> Optimizer: ...
-    @property
-    def spec(self) -> EnvSpec: ...
     @property
     def burn_in(self) -> int: ...
     @property
@@ -68,8 +90,6 @@ class ValueAgent(Protocol):
     def block_rows(self) -> int: ...
     @property
     def discount(self) -> float: ...
-    @property
-    def reward(self) -> str: ...
     @property
     def rescale_epsilon(self) -> float | None: ...  # of h(x); None: values are not rescaled
     @property
@@ -86,27 +106,8 @@ class ValueAgent(Protocol):
     def target_rate(self) -> float | None: ...
     @property
     def loss_over_time(self) -> str: ...
-    @property
-    def samples(self) -> bool: ...
 
-    def heads(self) -> Mapping[str, Any]:
-        """The heads by their names among the parameters."""
-
-    def outputs(
-        self, params: Params, features: Array, key: Array | None = None, noise: Array | None = None
-    ) -> Array:
-        """Gives what the heads say of features [..., F]: f32[..., A], or f32[..., A, K].
-
-        key: of fractions that are drawn; None: they are fixed ones. noise: key of noisy layers;
-        None: it is off.
-        """
-
-    def expected(self, outputs: Array) -> Array:
-        """The values to act by, f32[..., A]."""
-
-    def remember(self, outputs: Array, action: Array, mask: Array | None) -> Any:
-        """The record of acting time, of outputs [N, ...] and action i32[N]."""
-
+    def heads(self) -> Mapping[str, Any]: ...  # by their names among the parameters
     def loss(self, params: Params, features: Array, replayed: Replayed) -> Loss:
         """Returns (loss, (row priorities f32[B, T] or None, metrics)) of features [T + n, B, F]."""
 
@@ -235,7 +236,7 @@ def mean(agent: Any, outputs: Array) -> Array:
 
 
 def values(
-    agent: ValueAgent, params: Params, inputs: NetInput, carry: Carry
+    agent: ActingAgent, params: Params, inputs: NetInput, carry: Carry
 ) -> tuple[Array, Carry]:
     """Maps inputs [N, ...] to (Q of every action f32[N, A], carry)."""
     features, carry = _acting_features(agent, params, inputs, carry)
@@ -243,7 +244,7 @@ def values(
 
 
 def _acting_features(
-    agent: ValueAgent, params: Params, inputs: NetInput, carry: Carry
+    agent: ActingAgent, params: Params, inputs: NetInput, carry: Carry
 ) -> tuple[Array, Carry]:
     inputs = common.transform_inputs(common.add_time(inputs), agent.reward)
     features, carry = agent.network.apply(params, inputs, carry)
@@ -256,7 +257,7 @@ def is_noisy(agent: Any) -> bool:
 
 
 def act(
-    agent: ValueAgent,
+    agent: ActingAgent,
     params: Params,
     inputs: NetInput,
     carry: Carry,

@@ -36,6 +36,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does
     },
     "rlx.agents.iqn.IQN": {"acting_draws": True, "stratified": False},
     "rlx.agents.optimizers.Optimizer": {"rule": "adam"},
+    "rlx.agents.pqn.PQN": {"normalize_observation": False},
     "rlx.agents.r2d2.R2D2": {
         "error": "squared",
         "munchausen": None,

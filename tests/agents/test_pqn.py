@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlx import trees
 from rlx.agents import common
+from rlx.agents.normalizing import OBSERVATION
 from rlx.agents.pqn import PQN
+from rlx.agents.running import Moments
 from rlx.networks.heads import Dueling, Plain
 from rlx.types import Batch
 from tests import parts
@@ -38,6 +41,7 @@ def made(net: Any, **changes: Any) -> PQN:
         "return_lambda": 0.65,
         "rescale_epsilon": None,
         "reward": "raw",
+        "normalize_observation": False,
         "head": Plain(hidden=None, noise=None),
         "optimizer": small.Plainly(),
         "network": net,
@@ -150,6 +154,53 @@ def test_nothing_of_the_next_episode_reaches_a_return():
     np.testing.assert_array_equal(before[:2], later[:2])
     np.testing.assert_array_equal(before[:2, :4], last[:2, :4])  # terminated
     assert (before[:2, 4:] != last[:2, 4:]).all()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_learner_and_actor_read_observations_by_the_statistics_of_before(devices):
+    """As an agent that normalises nothing does with observations that are scaled by hand."""
+    net = parts.network(parts.MASKED, "none")
+    agent = made(net, normalize_observation=True, epochs=1, minibatches=1)
+    plain = dataclasses.replace(agent, normalize_observation=False)
+    mean, deviation = np.float32([1.0, -2.0, 0.5]), np.float32([2.0, 3.0, 0.5])
+    moments = Moments(
+        count=jnp.float32(1000), mean=mean, spread=np.float32(1000 * deviation.astype(float) ** 2)
+    )
+    state, batch = parts.random_state(plain), small.batch(agent, 8)
+    scaling = dataclasses.replace(state, statistics={OBSERVATION: {"observation": moments}})
+
+    def by_hand(inputs: Any) -> Any:
+        seen = inputs.observation
+        x = np.clip((seen["observation"] - mean) / deviation, -10, 10).astype(np.float32)
+        return dataclasses.replace(inputs, observation={**seen, "observation": x})
+
+    scaled = dataclasses.replace(
+        batch,
+        rows=dataclasses.replace(batch.rows, inputs=by_hand(batch.rows.inputs)),
+        next=by_hand(batch.next),
+    )
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    known, _ = jax.jit(plain.update)(state, scaled)
+    if devices == 1:
+        found, _ = jax.jit(agent.update)(scaling, batch)
+    else:
+        shares = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), batch)
+        update = partial(agent.update, axis_name="devices")
+        run = jax.vmap(update, in_axes=(None, 0), axis_name="devices")
+        found = jax.tree.map(lambda x: x[1], jax.jit(run)(scaling, shares)[0])
+    jax.tree.map(close, found.params, known.params)
+    after = found.statistics[OBSERVATION]["observation"]
+    rows = batch.rows.inputs.observation["observation"][:, agent.burn_in :]
+    rows = rows[batch.rows.valid[:, agent.burn_in :]]
+    assert after.count == 1000 + len(rows)
+    close(after.mean, (1000 * mean + rows.sum(axis=0)) / (1000 + len(rows)))
+    inputs = trees.tree_map(lambda x: x[:, 0], batch.rows.inputs)
+    rest = (agent.initial_carry(8), jax.random.PRNGKey(3), np.zeros(8, np.float32))
+    acted = jax.jit(agent.act)(agent.acting_params(scaling), inputs, *rest)
+    expected = jax.jit(plain.act)(plain.acting_params(state), by_hand(inputs), *rest)
+    jax.tree.map(close, acted, expected)
+    valued = agent.values(agent.acting_params(scaling), inputs, rest[0])
+    jax.tree.map(close, valued, plain.values(plain.acting_params(state), by_hand(inputs), rest[0]))
 
 
 def test_epochs_of_minibatches_are_made():
