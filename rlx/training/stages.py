@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,6 +58,7 @@ class Stages:
         self.in_a_round = False  # of an on-policy agent: blocks are made for the next update
         self._made = Counters()  # by this process's own actors since the last `agree`
         self._ended: list[Episode] = []  # since then
+        self._collected: deque[Rollout] = deque()  # that the replay has no room for yet
         self._began = perf_counter()
         self._in_flight: InFlight | None = None  # the last update, until it is settled
         self._published: Published | None = None  # of the update in flight
@@ -98,20 +100,22 @@ class Stages:
     # --- the three stages ------------------------------------------------------------------------
 
     def act(self) -> None:
-        """Adds what the pool has ready, unless the learner is owed updates."""
+        """Adds what the pool has ready, unless the learner is owed updates.
+
+        All that Ray's actors or threads have made since comes at once; what the replay does not
+        want yet waits here, and no more is collected before it is added.
+        """
         self._settle_early()
-        pool, replay, quota = self.parts.pool, self.parts.replay, self.parts.quota
+        replay, quota = self.parts.replay, self.parts.quota
         if replay.has_enough or not quota.may_act(replay.env_steps, replay.startable):
             return
         nothing_else_to_do = not quota.may_learn(replay.env_steps, replay.startable)
-        with self.times.measure("acting"):
-            rollouts: list[Rollout] = []
-            with self.left_to_the_end():
-                rollouts = pool.collect(
-                    WAIT_S if nothing_else_to_do else 0.0, self.parts.learner.updates
-                )
+        if not self._collected:
+            with self.times.measure("acting"):
+                self._collect(WAIT_S if nothing_else_to_do else 0.0)
         with self.times.measure("replay_add"):
-            for rollout in rollouts:
+            while self._collected and not replay.has_enough:
+                rollout = self._collected.popleft()
                 replay.add(rollout)
                 self._made.env_steps += rollout.env_steps
                 self._made.frames += rollout.frames
@@ -185,6 +189,11 @@ class Stages:
         self.metrics.record("weights/age_updates", learner.updates - self._acting_version)
 
     # --- details ---------------------------------------------------------------------------------
+
+    def _collect(self, wait_s: float) -> None:
+        """Takes what has arrived from the pool, or what comes first within `wait_s`."""
+        with self.left_to_the_end():
+            self._collected.extend(self.parts.pool.collect(wait_s, self.parts.learner.updates))
 
     def note_cuts(self, cuts: Iterable[Cut]) -> None:
         """Keeps answers that were not finite; raises NonFiniteAnswer unless those are left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -211,4 +212,33 @@ def test_an_update_is_settled_as_soon_as_it_is_done(acting, early, tmp_path):
         stages.act()
         assert (stages._in_flight is None) is early
         assert (stages._acting_version == parts.learner.updates) is early
+        stages.metrics.close()
+
+
+class Arrived:
+    """A pool whose answers come 16 at a time, as those of many actors do after a long update."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def collect(self, timeout_s: float, updates: int) -> list[Any]:
+        return [row for _ in range(16) for row in self._pool.collect(timeout_s, updates)]
+
+
+def test_what_comes_at_once_waits_for_the_learner_and_none_of_it_is_dropped(tmp_path):
+    given = ["agent=impala", "network=mlp", "env=cartpole", "agent.unroll=8", "replay.max_delay=96"]
+    given += ["acting.envs_per_actor=4", "acting.env_steps_per_request=32", "learner.batch_size=4"]
+    settings = plain(rlx.compose([*given, "logging.console=off", "replay.capacity=2048"]))
+    with assemble(settings, tmp_path, resume=False) as parts:
+        stages = Stages(dataclasses.replace(parts, pool=Arrived(parts.pool)))
+        stages.publish()
+        while parts.learner.updates < 20:
+            stages.act()
+            stages.agree()
+            stages.learn()
+            assert stages.count.env_steps <= 32 * (parts.learner.updates + 3)
+        assert parts.replay.stats()["replay/dropped_sequences"] == 0
         stages.metrics.close()
