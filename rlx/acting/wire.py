@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from rlx import trees
 from rlx.types import Rollout, Weights
 
 Compression = Literal["none", "lz4"]
+STATISTICS = "statistics"  # of an agent's acting parameters
 WORTH_COMPRESSING = 4096  # bytes; smaller arrays cost more than they give
 
 
@@ -94,14 +96,20 @@ def _unpack_array(leaf: Any) -> np.ndarray:
 
 
 def narrowed(weights: Weights, dtype: str) -> Weights:
-    """The parameters as they travel: float32 leaves in `dtype`."""
+    """The parameters as they travel: float32 leaves in `dtype`, but running statistics as they are.
+
+    Statistics are what `params["statistics"]` holds: rounded means would shift what is read.
+    """
     if dtype == "float32":
         return weights
 
     def narrow(x: np.ndarray) -> np.ndarray:
         return x.astype(dtype) if x.dtype == np.float32 else x
 
-    return Weights(version=weights.version, params=trees.tree_map(narrow, weights.params))
+    params = trees.tree_map(narrow, weights.params)
+    if isinstance(params, Mapping) and STATISTICS in params:
+        params = {**params, STATISTICS: weights.params[STATISTICS]}
+    return Weights(version=weights.version, params=params)
 
 
 def widened(weights: Weights) -> Weights:

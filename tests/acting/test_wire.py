@@ -60,3 +60,13 @@ def test_weights_travel_in_half_the_bytes_and_come_back_rounded():
     )
     np.testing.assert_array_equal(got.params["n"], params["n"])
     assert narrowed(sent, "float32") is sent
+
+
+def test_running_statistics_travel_whole():
+    x = np.float32([1000.3, 0.1])
+    sent = narrowed(
+        Weights(version=5, params={"network": x, "statistics": {"mean": x}}), "bfloat16"
+    )
+    got = widened(pickle.loads(pickle.dumps(sent))).params
+    assert (got["network"] != x).all()
+    np.testing.assert_array_equal(got["statistics"]["mean"], x)
