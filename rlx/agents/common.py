@@ -15,10 +15,12 @@ import optax
 
 from rlx import ops
 from rlx.interfaces import Network
+from rlx.networks.distributions import choices, split_choices
 from rlx.networks.recurrent import zero_core
 from rlx.types import (
     Array,
     Batch,
+    BoxSpec,
     Carry,
     DiscreteSpec,
     EnvSpec,
@@ -48,12 +50,14 @@ def require_discrete(agent: str, spec: EnvSpec) -> int:
 def allowed(inputs: NetInput, spec: EnvSpec) -> Array | None:
     """The actions that the environment's mask allows, bool[..., A]; None without a mask.
 
-    Where the mask allows none (as after an episode's end) all are allowed.
+    Where the mask allows none of a choice (as after an episode's end) all of it are allowed.
     """
     if spec.action_mask is None:
         return None
     mask = inputs.observation[spec.action_mask] != 0
-    return mask | ~mask.any(axis=-1, keepdims=True)
+    assert not isinstance(spec.action, BoxSpec)
+    parts = split_choices(choices(spec.action), mask)
+    return jnp.concatenate([part | ~part.any(axis=-1, keepdims=True) for part in parts], axis=-1)
 
 
 def masked(values: Array, mask: Array | None) -> Array:

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from rlx.agents import common, targets
-from rlx.types import ArraySpec
+from rlx.types import ArraySpec, MultiDiscreteSpec
 from tests import parts
 
 N = 20_000
@@ -49,6 +49,18 @@ def test_random_actions_are_drawn_evenly_from_those_allowed():
     assert abs(found[0] - 0.5) < spread(0.5)
     greedy = common.epsilon_greedy(jax.random.PRNGKey(0), q, jnp.zeros(N), mask)
     assert (np.asarray(greedy) == 2).all()
+
+
+def test_each_choice_of_which_a_mask_allows_nothing_is_allowed_as_a_whole():
+    spec = dataclasses.replace(
+        parts.VECTOR, action=MultiDiscreteSpec(counts=(2, 3)), action_mask="can"
+    )
+    can = jnp.asarray([[1, 0, 0, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 1, 0, 1]])
+    inputs = dataclasses.replace(
+        parts.inputs(parts.VECTOR, 4, rng=np.random.default_rng(0)), observation={"can": can}
+    )
+    known = [[1, 0, 1, 1, 1], [1, 1, 0, 1, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 1]]
+    np.testing.assert_array_equal(common.allowed(inputs, spec), np.asarray(known, bool))
 
 
 def test_where_a_mask_allows_nothing_all_is_allowed():
