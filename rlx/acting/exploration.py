@@ -9,6 +9,7 @@ draws the same ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -18,6 +19,7 @@ from rlx.problems import show
 from rlx.seeding import uniforms
 from rlx.types import Range, Runtime
 
+EPISODES_ASKED = (*range(64), *(1 << bits for bits in range(6, 31)))  # for their amounts
 Amount = Annotated[float, Range(ge=0, le=1)]
 SomeAmount = Annotated[float, Range(gt=0, le=1)]
 
@@ -248,3 +250,13 @@ class Amounts:
     def restart(self, lane: np.ndarray) -> None:
         """Counts the episodes of lanes intp[n] from 0: a new chain has lost the old ones."""
         self._episode[lane] = -1
+
+
+def amounts(exploration: Exploration, lanes: int, env_steps: int) -> np.ndarray:
+    """The amounts f32[lanes, n] at a time of the run: of n episodes, where each has its own."""
+    lane, chain = np.arange(lanes), np.zeros(lanes, np.int32)
+    if not isinstance(exploration, PerEpisode):
+        return exploration.amount(lane, lanes, env_steps)[:, None]
+    ask = partial(exploration.episode_amount, lane, lanes, env_steps, chain)
+    of = [ask(np.full(lanes, number, np.int32)) for number in EPISODES_ASKED]
+    return np.stack(of, axis=1)

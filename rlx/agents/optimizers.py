@@ -47,6 +47,13 @@ class Optimizer:
                 "set decay_gradient_steps, too."
             )
 
+    @property
+    def gradient_steps_to_zero(self) -> int | None:
+        """The gradient steps after which the rate stays 0; None: it never does."""
+        if self.decay_gradient_steps is None or self.final_learning_rate > 0:
+            return None
+        return self.warmup_gradient_steps + self.decay_gradient_steps
+
     def build(self) -> optax.GradientTransformation:
         """The chain of optax, for gradients that are averaged over the devices already."""
         clips = []

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlx import ops, trees
+from rlx.acting.exploration import amounts
 from rlx.agents import common, normalizing
 from rlx.agents.optimizers import Optimizer
 from rlx.config.build import build
@@ -160,7 +160,7 @@ def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
     exploration: Exploration = build(settings["exploration"], "exploration", seed=settings["seed"])
     lanes = settings["acting"]["instances"] * settings["acting"]["envs_per_actor"]
     ends = (0, settings["total_env_steps"])
-    if min(exploration.amount(np.arange(lanes), lanes, end).min() for end in ends) >= 1:
+    if min(amounts(exploration, lanes, end).min() for end in ends) >= 1:
         return []
     says = "an agent that learns its policy needs actions that are drawn from it, an amount of 1; "
     return [Problem(path="exploration", says=says + "choose exploration=sample")]

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from rlx import trees
+from rlx.acting.exploration import amounts
 from rlx.acting.plan import carry_spec, row_spec
 from rlx.acting.recorded import Recorded
 from rlx.config.build import build, prepare
@@ -33,7 +34,6 @@ from rlx.interfaces import (
     FromRecord,
     Movable,
     Peers,
-    PerEpisode,
     PoolSettings,
     Prioritizing,
     Replay,
@@ -48,6 +48,7 @@ from rlx.training.agreement import check_agreement, takes_turns
 from rlx.training.learner import Learner, OpenLearner
 from rlx.training.parts import Alone, Parts
 from rlx.training.quota import Quota
+from rlx.training.rates import idle_ends
 from rlx.training.restoring import Restored, check_total, restore_learner, restore_replay
 from rlx.training.rounds import blocks_of_a_round
 from rlx.training.shares import share_checkpoint, share_exploration, share_folder, share_seed
@@ -59,7 +60,6 @@ log = logging.getLogger(__name__)
 
 CLOSE_S = 10.0
 OF_SPEED = ("batch_size", "threads", "vector")  # settings of environments; rows stay the same
-EPISODES_ASKED = (*range(64), *(1 << bits for bits in range(6, 31)))  # for their amounts
 
 
 def build_agent(settings: Mapping[str, Any]) -> tuple[EnvFamily, Agent]:
@@ -241,6 +241,9 @@ def _check_agent(
     if apart > trained and peers.rank == 0:
         says = "sequences start %d rows apart and train on %d: %d of %d rows are never trained on"
         log.warning(says, apart, trained, apart - trained, apart)
+    if peers.rank == 0:
+        for line in idle_ends(agent, settings, peers.count):
+            log.warning("%s", line)
 
 
 def _check_exploration(
@@ -252,7 +255,7 @@ def _check_exploration(
     if agent.samples or nobody_acts:
         return
     ends = (0, settings["total_env_steps"])
-    if min(_amounts(exploration, lanes, end).min() for end in ends) >= 1:
+    if min(amounts(exploration, lanes, end).min() for end in ends) >= 1:
         noisy = "" if agent.on_policy else ", or give it noisy layers (agent.head.noise=0.5)"
         raise refuse(
             "exploration",
@@ -260,16 +263,6 @@ def _check_exploration(
             "distribution of its own, so every action of the run would be random; choose "
             f"exploration=ladder or linear{noisy}",
         )
-
-
-def _amounts(exploration: Exploration, lanes: int, env_steps: int) -> np.ndarray:
-    """The amounts f32[lanes, n] at a time of the run: of n episodes, where each has its own."""
-    lane, chain = np.arange(lanes), np.zeros(lanes, np.int32)
-    if not isinstance(exploration, PerEpisode):
-        return exploration.amount(lane, lanes, env_steps)[:, None]
-    ask = partial(exploration.episode_amount, lane, lanes, env_steps, chain)
-    of = [ask(np.full(lanes, number, np.int32)) for number in EPISODES_ASKED]
-    return np.stack(of, axis=1)
 
 
 def _check_network(agent: Agent) -> None:

@@ -21,6 +21,7 @@ from rlx.config.targets import resolve
 from rlx.interfaces import Prioritizing
 from rlx.problems import ConfigError
 from rlx.training.assemble import build_agent
+from rlx.training.rates import idle_ends
 
 CONF = Path(__file__).parents[2] / "conf"
 SOURCE = Path(__file__).parents[2] / "rlx"
@@ -75,6 +76,32 @@ def test_every_experiment_builds_and_one_update_traces(name):
     settings, _, agent = built(f"experiment={name}")
     trace_update(agent, settings["learner"]["batch_size"])
     config.build(settings["exploration"], "exploration", seed=0)
+    assert list(idle_ends(agent, settings, 1)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("cartpole_ppo", ["optimizer"]),
+        ("cartpole_impala", ["optimizer"]),
+        ("cartpole_dqn", ["optimizer"]),
+        ("mountaincar_continuous_sac", ["actor_optimizer", "critic_optimizer"]),
+        ("pendulum_sac", []),
+    ],
+)
+def test_a_rate_that_is_0_long_before_the_end_is_told(name, names):
+    settings, _, agent = built(f"experiment={name}")
+    total = settings["total_env_steps"]
+    longer = {**settings, "total_env_steps": 2 * total}
+    lines = list(idle_ends(agent, longer, 1))
+    assert [line.split(".")[1] for line in lines] == names
+    for line in lines:
+        after = int(re.search("after about ([0-9,]+) of", line)[1].replace(",", ""))
+        assert 0.9 * total < after < 1.1 * total
+    learner, replay = settings["learner"], settings["replay"]
+    share = {"learner": {**learner, "batch_size": learner["batch_size"] // 2}}
+    share["replay"] = {**replay, "min_env_steps": (replay.get("min_env_steps") or 0) // 2}
+    assert list(idle_ends(agent, {**longer, **share}, 2)) == lines
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -120,7 +120,19 @@ def test_a_batch_that_does_not_divide_is_refused_at_the_start(tmp_path: Path):
         rlx.run(settings("ppo", 1000, "agent.minibatches=3"), tmp_path / "run")
 
 
-@pytest.mark.parametrize("exploration", ["greedy", "ladder"])
+@pytest.mark.parametrize(
+    "exploration",
+    [
+        ["exploration=greedy"],
+        ["exploration=ladder"],
+        # Its one lane draws an amount of 1 for its first episode.
+        [
+            *("exploration=redrawn", "exploration.highest=1", "exploration.count=2"),
+            *("acting.envs_per_actor=1", "seed=0"),
+        ],
+    ],
+    ids=lambda given: given[0],
+)
 def test_actions_that_are_not_drawn_from_the_policy_are_refused(tmp_path: Path, exploration):
     with pytest.raises(rlx.problems.ConfigError, match="choose exploration=sample"):
-        rlx.run(settings("ppo", 1000, f"exploration={exploration}"), tmp_path / "run")
+        rlx.run(settings("ppo", 1000, *exploration), tmp_path / "run")
