@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import mutants
+
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = {  # what a library asks us to inherit from
     "Protocol", "NamedTuple", "nn.Module", "Head", "ActionHead", "Core", "Torso",
@@ -121,3 +123,9 @@ def test_docstrings_begin_with_a_subject_or_a_verb():
     texts = {at: ast.get_docstring(node) for at, node in nodes() if isinstance(node, described)}
     wrong = {at: text for at, text in texts.items() if text and text.split()[0] in MID_CLAUSE}
     assert wrong == {}
+
+
+def test_every_planted_bug_has_its_place_in_the_code():
+    """`make mutants` is run by hand; what it would plant must not be gone by then."""
+    counts = {bug.name: (ROOT / bug.file).read_text().count(bug.before) for bug in mutants.read()}
+    assert {name: count for name, count in counts.items() if count != 1} == {}
