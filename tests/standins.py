@@ -227,7 +227,7 @@ def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
 
 
 def install() -> None:
-    """For a process of its own; tests in this one use monkeypatch."""
+    """Puts the stand-ins into a process of its own; tests in this one use monkeypatch."""
     targets.allow("tests.")
     config.ROLES.update(roles())
     api.start = start

@@ -30,8 +30,9 @@ def sources() -> list[Path]:
     return [*ROOT.glob("rlx/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]
 
 
-def nodes() -> Iterator[tuple[str, ast.AST]]:
-    for path in sources():
+def nodes(*more: str) -> Iterator[tuple[str, ast.AST]]:
+    """The nodes of the product, and of the folders that are named."""
+    for path in [*sources(), *(path for name in more for path in ROOT.glob(f"{name}/**/*.py"))]:
         for node in ast.walk(ast.parse(path.read_text())):
             yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}", node
 
@@ -120,7 +121,8 @@ MID_CLAUSE = {
 
 def test_docstrings_begin_with_a_subject_or_a_verb():
     described = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    texts = {at: ast.get_docstring(node) for at, node in nodes() if isinstance(node, described)}
+    found = nodes("tests", "experiments")
+    texts = {at: ast.get_docstring(node) for at, node in found if isinstance(node, described)}
     wrong = {at: text for at, text in texts.items() if text and text.split()[0] in MID_CLAUSE}
     assert wrong == {}
 

@@ -54,7 +54,7 @@ def run(trained) -> Any:
 
 
 def player(family: Any, seed: int = 0, **changes: Any) -> Player:
-    """Of random weights, whose actions change with all that the network reads."""
+    """A player has random weights, so its actions change with all that the network reads."""
     agent = parts.agent(parts.network(family.spec(), **changes))
     rng = np.random.default_rng(seed)
 

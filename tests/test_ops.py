@@ -32,7 +32,7 @@ def test_rescaling_keeps_float32_digits(function, exact, xp):
 
 
 def test_the_usual_inverse_would_fail_this_bar():
-    """Why `unrescale` is written as it is: rlax's form loses three digits near 0."""
+    """rlax's form of `unrescale` loses three digits near 0, so ours is another one."""
     x = MAGNITUDES.astype(np.float32)
     usual = np.asarray(rlax.signed_parabolic(jnp.asarray(x), 1e-3), np.longdouble)
     error = np.abs(usual - exact_unrescale(x)) / np.abs(exact_unrescale(x))

@@ -252,7 +252,7 @@ def test_a_lane_acts_as_it_does_in_the_process(pool, inference):
 
 @pytest.mark.parametrize("inference", ["actor", "server"])
 def test_the_action_in_a_row_is_what_its_environment_did(pool, inference):
-    """In Catch the paddle shows it: it moves by -1, 0 or 1 cells."""
+    """The paddle of Catch shows it: it moves by -1, 0 or 1 cells."""
     envs = family(id="Catch-v0")
     agent = make_agent(envs)
     actors = pool(envs, agent=agent, inference=inference, exploration=Constant(value=0.8))

@@ -38,7 +38,7 @@ print("left", sorted(key for key in os.environ if key.startswith("RAY_AUTH")))
 
 
 def environment(home: Path, **changes: str) -> dict[str, str]:
-    """Of a user whose home is `home`, with these settings of tokens and no others."""
+    """The variables of a user whose home is `home`, with these settings of tokens and no others."""
     rest = {key: value for key, value in os.environ.items() if key not in KEYS}
     return rest | {"HOME": str(home)} | changes
 

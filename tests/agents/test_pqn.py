@@ -158,7 +158,7 @@ def test_nothing_of_the_next_episode_reaches_a_return():
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_learner_and_actor_read_observations_by_the_statistics_of_before(devices):
-    """As an agent that normalises nothing does with observations that are scaled by hand."""
+    """Another agent normalises nothing and is given observations that are scaled by hand."""
     net = parts.network(parts.MASKED, "none")
     agent = made(net, normalize_observation=True, epochs=1, minibatches=1)
     plain = dataclasses.replace(agent, normalize_observation=False)

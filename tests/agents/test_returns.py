@@ -244,7 +244,7 @@ def test_lambda_returns_equal_rlax():
 
 
 def test_v_trace_equals_rlax():
-    """In rlax c is cut off at 1, and the errors are those of V; its advantages are weighted."""
+    """rlax cuts off c at 1, gives errors of V, and weights its advantages."""
     it = terminations()
     given = (it.value[:-1], it.value[1:], it.reward, GAMMA * it.discount, it.ratio)
     errors = over_sequences(lambda *x: rlax.vtrace(*x, 0.7, clip_rho_threshold=2.0), *given)

@@ -387,7 +387,7 @@ def test_quantile_loss_equals_rlaxs(kappa):
 
 
 def test_quantile_regression_finds_the_quantiles_of_a_known_distribution():
-    """Of returns that are uniform in 0 .. 1, at the fractions themselves, in their order."""
+    """Returns are uniform in 0 .. 1, so their quantiles are the fractions themselves, in order."""
     samples = np.random.default_rng(3).uniform(size=(400, 64)).astype(np.float32)
     fractions, found = midpoints(9), np.zeros(9, np.float32)
     step = jax.jit(jax.grad(lambda x, y: quantile_loss(x, fractions, y, 0.0)))

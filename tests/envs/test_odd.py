@@ -195,7 +195,7 @@ def test_what_can_be_read_is_read():
 
 
 def test_an_interrupt_of_the_environments_own_is_its_error(tmp_path):
-    """In a run, where Ctrl-C is handled, and in a thread, which no signal reaches."""
+    """It is raised in a run, where Ctrl-C is handled, and in a thread, which no signal reaches."""
     for acting in ("local", "threads"):
         settings = small("Odd", f"acting={acting}", wrong="interrupts")
         with pytest.raises(EnvironmentFailed, match="raised KeyboardInterrupt"):

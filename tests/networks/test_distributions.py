@@ -242,7 +242,7 @@ def test_gradients_flow_through_draws():
 
 @pytest.mark.parametrize("bounds", [None, (-2.0, 3.0)])
 def test_squashed_actions_equal_rlax(bounds):
-    """In rlax the mean is tanh of what it is given, and the deviation exp(tanh) of it."""
+    """rlax takes tanh of what it is given as the mean, and exp(tanh) of it as the deviation."""
     low, high = bounds or (-1.0, 1.0)
     box = BoxSpec(shape=(2,), low=(low, low), high=(high, high))
     given = np.random.default_rng(3).normal(size=(2, 5, 2)).astype(np.float32)

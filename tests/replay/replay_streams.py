@@ -118,7 +118,7 @@ def _gathered(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def all_blocks(replay: Any) -> list[list[Blocks]]:
-    """Of each ring, as a snapshot reads them, a few at a time."""
+    """The blocks of each ring, as a snapshot reads them, a few at a time."""
     return [blocks_of(ring) for ring in replay.rings]
 
 

@@ -72,7 +72,7 @@ def peak_bytes() -> int:
 
 
 def restore(folder: Path) -> None:
-    """In a process of its own, whose memory is looked at."""
+    """Restores a snapshot in a process of its own, whose memory is looked at."""
     saved = json.loads((folder / "saved.json").read_text())
     state: dict[str, Any] = saved["state"] | dict(np.load(folder / "tables.npz"))
     replay, empty = make(), peak_bytes()

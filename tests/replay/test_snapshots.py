@@ -29,7 +29,7 @@ SEQUENCE = sequence_spec(block_rows=2, length=5)
 
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch):
-    """Of three blocks."""
+    """Lets a segment hold three blocks."""
     monkeypatch.setattr(snapshots, "SEGMENT_BYTES", 3.5 * make().rings[0].block_nbytes)
 
 

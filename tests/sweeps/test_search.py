@@ -77,7 +77,7 @@ def search(folder, *arguments, **changes) -> Search:
 
 
 class Launcher:
-    """In the place of Hydra's launchers: each job's return is its n_step."""
+    """Takes the place of Hydra's launchers: each job's return is its n_step."""
 
     def __init__(self, failing: tuple[int, ...] = (), dies_at: int | None = None) -> None:
         self.numbers, self.overrides = [], []

@@ -198,7 +198,7 @@ def test_a_total_below_what_was_made_is_refused(evaluated, tmp_path):
 
 @pytest.mark.parametrize(("acting", "early"), [("threads", True), ("local", False)])
 def test_an_update_is_settled_as_soon_as_it_is_done(acting, early, tmp_path):
-    """With `acting=local` its place in the order of a turn is promised by the seed."""
+    """The seed promises its place in the order of a turn with `acting=local`."""
     settings = plain(rlx.compose([*TINY, f"acting={acting}", "learner.publish_every_updates=1"]))
     with assemble(settings, tmp_path, resume=False) as parts:
         stages = Stages(parts)

@@ -190,7 +190,7 @@ class Kept:
 
 
 class Killer(threading.Thread):
-    """Once all four actors act, sends SIGKILL to a random one's process every second."""
+    """Sends SIGKILL to a random actor's process every second, once all four act."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(daemon=True)
@@ -368,7 +368,7 @@ def test_a_signal_to_everybody_ends_the_run_with_a_checkpoint(tmp_path, number, 
 
 
 def test_a_run_inside_a_running_event_loop_as_a_notebook_has_one(tmp_path, monkeypatch):
-    """With a cluster of its own, whatever Ray's own setting says."""
+    """The run has a cluster of its own, whatever Ray's own setting says."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
 
     async def cell() -> dict[str, Any]:

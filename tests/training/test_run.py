@@ -729,7 +729,7 @@ def descriptors() -> list[str]:
 
 @pytest.fixture
 def open_environments(monkeypatch):
-    """Those that were made and not closed."""
+    """The environments that were made and are not closed."""
     alive: list[EnvPoolLanes] = []
     begin, close = EnvPoolLanes.__init__, EnvPoolLanes.close
 
