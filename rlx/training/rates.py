@@ -23,7 +23,7 @@ def idle_ends(agent: Agent, settings: Mapping[str, Any], processes: int) -> Iter
     steps_of_update = getattr(agent, "epochs", 1) * getattr(agent, "minibatches", 1)
     per_env_step = steps_of_update * (replay.get("ratio") or 1.0) / rows  # a queue's rows: once
     begin = (replay.get("min_env_steps") or 0) * processes
-    for name, own in vars(agent).items():
+    for name, own in getattr(agent, "__dict__", {}).items():  # an agent may have slots
         if (steps := getattr(own, "gradient_steps_to_zero", None)) is None:
             continue
         last = begin + steps / per_env_step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,9 @@ def test_a_rate_that_is_0_long_before_the_end_is_told(name, names):
     for line in lines:
         after = int(re.search("after about ([0-9,]+) of", line)[1].replace(",", ""))
         assert 0.9 * total < after < 1.1 * total
+    slotted = types.new_class("Slotted", (), {}, lambda own: own.update(__slots__=("sequence",)))()
+    slotted.sequence = agent.sequence
+    assert list(idle_ends(slotted, longer, 1)) == []
     learner, replay = settings["learner"], settings["replay"]
     share = {"learner": {**learner, "batch_size": learner["batch_size"] // 2}}
     share["replay"] = {**replay, "min_env_steps": (replay.get("min_env_steps") or 0) // 2}
