@@ -99,7 +99,7 @@ def test_it_waits_until_learning_may_begin_and_ends_when_closed():
     with pytest.raises(ValueError, match="have 4 sequences always"):
         replay.sample(5)
     replay.close()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def test_what_ends_the_thread_is_raised():

@@ -1088,7 +1088,8 @@ def test_runs_in_a_thread_leave_nothing_behind(base, open_environments, tmp_path
         assert open_files(tmp_path) == []
         assert open_environments == []
     assert [summary["params_sha256"] for summary in summaries] == [expected["params_sha256"]] * 3
-    assert counts[2] == counts[1]
+    # what tests before this one left may go meanwhile
+    assert all(last <= one for last, one in zip(counts[2], counts[1], strict=True)), counts
 
 
 def test_the_state_that_a_run_resumed_from_is_let_go(base, loops):
