@@ -247,7 +247,7 @@ def keep(monkeypatch: pytest.MonkeyPatch, killer: Killer) -> Kept:
 @pytest.mark.parametrize(
     ("inference", "seconds"),
     [
-        ("actor", 25.0),
+        ("actor", 12.0),
         pytest.param("actor", 60.0, marks=pytest.mark.slow),
         pytest.param("server", 60.0, marks=pytest.mark.slow),
     ],
