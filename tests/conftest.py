@@ -69,6 +69,14 @@ def _programs_are_forgotten() -> Iterator[None]:
         jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def quickly_compiled() -> Iterator[None]:
+    """For modules whose programs run once, so that compiling them is what takes their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def sweep(tmp_path_factory):
     """The folder of a real multirun (tests/multirun.py); not to be written into."""
@@ -95,7 +103,7 @@ def closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 SMALL = [
     *("agent.burn_in=2", "agent.unroll=4", "agent.n_step=2", "agent.stride=2"),
     *("agent.block_rows=2", "learner.batch_size=4"),
-    *("replay.min_sequences=4", "replay.capacity=2000"),
+    *("replay.min_sequences=4", "replay.capacity=2000", "replay.ratio=8"),
     *("acting.envs_per_actor=4", "acting.env_steps_per_request=8", "total_env_steps=500"),
     *("evaluation.final_episodes=10", "evaluation.epsilon=0.1", "checkpoint.every_env_steps=200"),
     *("logging.console=off", "logging.tensorboard=false"),

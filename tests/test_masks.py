@@ -28,6 +28,8 @@ from tests import parts, worlds
 from tests.acting.test_keystone import context
 from tests.agents.test_r2d2 import h, h_inverse, q_values, scalars_of
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 ENV_ID = "tests.worlds:rlx-test/Masked-v0"
 MASKED = Gymnasium(
     id=ENV_ID,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import flax.linen as nn
@@ -116,7 +117,7 @@ class RecurrentNetwork:
                 "stack image leaves only (a recurrent core remembers the rest)."
             )
 
-    @property
+    @cached_property  # it is asked for at each update
     def is_recurrent(self) -> bool:
         """Says whether the network remembers more than its stack of frames."""
         return bool(jax.tree.leaves(jax.eval_shape(lambda: self.core.initial_carry(1))))

@@ -17,16 +17,10 @@ from rlx.types import TrainState, record
 from tests import parts
 from tests.agents import actor_critics as small
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 ROWS, SIZE = 3, 8  # T, B
 BASE = 16  # above the minibatches of an epoch
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Each program of these tests runs once, so compiling it is what takes their time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @record

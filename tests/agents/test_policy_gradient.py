@@ -26,15 +26,9 @@ from tests import parts
 from tests.agents import actor_critics as small
 from tests.agents.actor_critics import Chained, Heard, Weights
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 KEY = jax.random.PRNGKey(0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Each program of these tests runs once, so compiling it is what takes their time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # --- the oracle ----------------------------------------------------------------------------------

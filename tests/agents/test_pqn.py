@@ -22,13 +22,7 @@ from rlx.types import Batch
 from tests import parts
 from tests.agents import actor_critics as small
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Each program of these tests runs once, so compiling it is what takes their time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def made(net: Any, **changes: Any) -> PQN:

@@ -15,6 +15,8 @@ from rlx.agents.optimizers import clip_by_average_norm
 from rlx.types import Batch, QActing, Row, TrainState
 from tests import parts
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def h(x, e=1e-3):
     return np.sign(x) * (np.sqrt(abs(x) + 1) - 1) + e * x

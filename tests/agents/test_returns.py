@@ -16,16 +16,10 @@ from rlx.agents.impala import Impala
 from rlx.agents.returns import td_sums
 from tests.agents.actor_critics import made
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 GAMMA = 0.9
 PLAIN, TERMINAL, RESET = range(3)  # a row; one whose episode terminates; an episode's last input
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Each program of these tests runs once, so compiling it is what takes their time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def may_follow(first: int, second: int) -> bool:

@@ -27,6 +27,8 @@ from rlx.problems import ConfigError
 from rlx.types import Batch, TrainState
 from tests import parts
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SOFT = Munchausen(scale=0.9, temperature=0.3, lowest=-0.5)
 OWN: dict[type, dict[str, Any]] = {
     DQN: {"error": "huber"},
@@ -69,14 +71,6 @@ def made(cls: type, net=None, **changes) -> Any:
         "spec": net.spec,
     }
     return cls(**settings | OWN[cls] | changes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Each program of these tests runs once, so compiling it is what takes their time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def one_network(agent: Any) -> TrainState:

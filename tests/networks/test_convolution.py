@@ -15,6 +15,8 @@ from rlx.networks import convolution
 from rlx.networks.convolution import CHUNK, convolve_all, layer, layer_on_cpu
 from rlx.networks.torsos import ImpalaResNet, NatureCNN
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 RNG = np.random.default_rng(0)
 NATURE = {"channels": (32, 64, 64), "kernels": (8, 4, 3), "strides": (4, 2, 1)}
 

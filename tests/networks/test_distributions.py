@@ -18,19 +18,13 @@ from rlx.networks.policies import LOG_DEVIATIONS, Policy
 from rlx.types import ArraySpec, BoxSpec, DiscreteSpec, MultiDiscreteSpec
 from tests.networks import formulas
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 KEY = jax.random.PRNGKey(0)
 UNEVEN = BoxSpec(shape=(2,), low=(-2.0, 0.5), high=(3.0, 0.75))
 FREE = BoxSpec(shape=(2,), low=(-math.inf, 0.0), high=(math.inf, math.inf))
 TABLE = BoxSpec(shape=(2, 2), low=(-2.0, 0.0, -1.0, 5.0), high=(3.0, 1.0, 1.0, 9.0))
 BOXES = [(UNEVEN, True), (UNEVEN, False), (FREE, False), (TABLE, True)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Each program of these tests runs once, so compiling it is what takes their time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def policy(**changes: Any) -> Policy:

@@ -15,6 +15,8 @@ from rlx.networks.torsos import ImpalaResNet, NatureCNN, OneHotMLP
 from rlx.types import ArraySpec, DiscreteSpec, EnvSpec, NetInput
 from tests import parts
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 def rows(inputs: NetInput, t: int) -> NetInput:
     return trees.tree_map(lambda x: x[t : t + 1], inputs)
