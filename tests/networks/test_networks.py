@@ -315,3 +315,11 @@ def test_two_whole_networks_have_parameters_of_their_own():
     assert not actor.is_recurrent
     assert critic.is_recurrent
     assert np.abs(first["head"]["q"]["kernel"] - second["head"]["q"]["kernel"]).max() > 1e-3
+
+
+def test_whether_it_remembers_is_found_out_once(monkeypatch):
+    """The training loop asks at every update, where a trace would be a tenth of a small one."""
+    net, traced, trace = parts.network(core="lstm"), [], jax.eval_shape
+    monkeypatch.setattr(jax, "eval_shape", lambda *args: traced.append(args) or trace(*args))
+    assert [net.is_recurrent, net.is_recurrent] == [True, True]
+    assert len(traced) <= 1
