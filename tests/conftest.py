@@ -71,7 +71,7 @@ def _programs_are_forgotten() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def quickly_compiled() -> Iterator[None]:
-    """For modules whose programs run once, so that compiling them is what takes their time."""
+    """Saves compiling time in modules each of whose programs runs only once."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

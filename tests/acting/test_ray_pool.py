@@ -600,6 +600,7 @@ def test_an_environment_that_cannot_be_pickled_is_refused(pool):
 # --- nodes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # half a minute; a node goes and comes back in the lost answer's test, too
 def test_a_spot_machine_goes_and_another_comes(cluster, pool):
     """The head node has 4 CPUs, room for one of these actors; the spot machine has two."""
     first = cluster.add_node(num_cpus=8)

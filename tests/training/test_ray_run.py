@@ -244,13 +244,9 @@ def keep(monkeypatch: pytest.MonkeyPatch, killer: Killer) -> Kept:
     return kept
 
 
+@pytest.mark.slow  # tests/acting and a notebook kill one actor each in every day's tests
 @pytest.mark.parametrize(
-    ("inference", "seconds"),
-    [
-        ("actor", 12.0),
-        pytest.param("actor", 60.0, marks=pytest.mark.slow),
-        pytest.param("server", 60.0, marks=pytest.mark.slow),
-    ],
+    ("inference", "seconds"), [("actor", 12.0), ("actor", 60.0), ("server", 60.0)]
 )
 def test_a_run_whose_actors_are_killed_every_second_finishes(
     tmp_path, monkeypatch, inference, seconds
