@@ -68,7 +68,7 @@ def test_every_option_builds_and_one_update_traces(option):
 
 # Every network with an agent of each kind (of action values, of a policy, of both), and every agent
 # with a network of each kind (without memory, with, of images): agents and networks know no more
-# of each other.
+# of each other. All other pairs are slow tests.
 NETWORKS = [o for o in OPTIONS if o.startswith("network=")]
 AGENTS = [o for o in OPTIONS if o.startswith("agent=")]
 OF_EACH_KIND = {
@@ -79,7 +79,10 @@ OF_EACH_KIND = {
 
 @pytest.mark.parametrize(
     ("agent", "network"),
-    [pair for pair in itertools.product(AGENTS, NETWORKS) if OF_EACH_KIND.intersection(pair)],
+    [
+        pytest.param(*pair, marks=[] if OF_EACH_KIND.intersection(pair) else pytest.mark.slow)
+        for pair in itertools.product(AGENTS, NETWORKS)
+    ],
 )
 def test_any_network_goes_with_any_agent(agent, network):
     settings, _, made = built(agent, network, *COMPANIONS.get(network, []))
