@@ -97,6 +97,7 @@ def kept(settings: Mapping[str, Any], folder: Path) -> Iterator[None]:
 
 def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
     """Builds the parts in order, each from the ones before it, and trains."""
+    log.info("loading JAX and what the run is made of")
     from rlx.training.assemble import assemble
     from rlx.training.loop import train
 

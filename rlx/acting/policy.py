@@ -12,6 +12,7 @@ import numpy as np
 
 from rlx import trees
 from rlx.interfaces import Agent, Device
+from rlx.machine import compiled
 from rlx.seeding import spawn_int
 from rlx.types import Carry, NetInput, Weights
 
@@ -127,15 +128,13 @@ def _compiled_act(agent: Any) -> Any:
     return act
 
 
-def prepare_process(*, cache: str, on_cpu: bool) -> None:
+def prepare_process(*, compile_cache: bool, on_cpu: bool) -> None:
     """Sets JAX up for a process that only acts.
 
-    cache: the folder where one actor of a machine finds what another has compiled. on_cpu: refuse
-    any other device, as an actor without GPUs of its own would take one of the learner's.
+    compile_cache: one actor of a machine finds what another has compiled. on_cpu: refuse any other
+    device, as an actor without GPUs of its own would take one of the learner's.
     """
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compiled.keep(compile_cache)
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # nothing here would overlap
     if on_cpu and jax.default_backend() != "cpu":
         raise RuntimeError(f"an actor runs on {jax.default_backend()!r}; it should be on the CPU")

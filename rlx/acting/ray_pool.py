@@ -6,10 +6,8 @@ actors (`rlx.acting.ray_actors`) or for them (`rlx.acting.ray_server`).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -28,6 +26,7 @@ from rlx.cluster.faults import Restarts
 from rlx.cluster.fleet import Deadlines, Fleet
 from rlx.cluster.pickled import pickled
 from rlx.interfaces import Agent, RunContext, ThinFamily
+from rlx.machine import compiled
 from rlx.problems import Problem
 from rlx.types import OfTheRun, Range, Rollout, Weights
 
@@ -239,13 +238,13 @@ Arguments = Callable[[int, int], Mapping[str, Any]]
 
 def _actor_arguments(plan: Plan, compression: Compression) -> Arguments:
     """(index, chain) -> the keywords of `RemoteActor`."""
-    packed, cache = pickled(plan), str(cache_folder())
+    packed, compile_cache = pickled(plan), compiled.is_kept()
     return lambda index, chain: {
         "plan": packed,
         "index": index,
         "chain": chain,
         "compression": compression,
-        "cache": cache,
+        "compile_cache": compile_cache,
     }
 
 
@@ -280,9 +279,3 @@ def row_bytes(agent: Agent) -> int:
     sizes = [int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in row]
     carries = [int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in carry]
     return sum(sizes) + sum(carries) // agent.sequence.block_rows + 1
-
-
-def cache_folder() -> Path:
-    """Names the folder in which a machine's actors keep compiled policies, from run to run."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "rlx" / "xla"

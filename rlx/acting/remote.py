@@ -20,8 +20,8 @@ from rlx.types import Request, Weights
 class RemoteActor:
     """One life of one actor.
 
-    plan: a pickled `rlx.acting.plan.Plan`, opened only in `prepare`. cache: the folder where
-    compiled policies are kept for the other actors of this machine.
+    plan: a pickled `rlx.acting.plan.Plan`, opened only in `prepare`. compile_cache: compiled
+    policies are kept for the other actors of this machine.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class RemoteActor:
         index: int,
         chain: int,
         compression: Compression,
-        cache: str,
+        compile_cache: bool,
     ) -> None:
         self._plan, self._index, self._chain = plan, index, chain
         self._compression: Compression = compression
-        self._cache = cache
+        self._compile_cache = compile_cache
         self._actor: Any = None
         self._taken_s = 0.0
 
@@ -53,7 +53,7 @@ class RemoteActor:
         from rlx.acting.policy import prepare_process  # loads JAX
 
         plan = pickle.loads(self._plan)
-        prepare_process(cache=self._cache, on_cpu=plan.device == "cpu")
+        prepare_process(compile_cache=self._compile_cache, on_cpu=plan.device == "cpu")
         plan.compile()
         with or_run_failed():
             self._actor = plan.actor(self._index, self._chain)

@@ -17,7 +17,7 @@ import numpy as np
 from rlx.acting.plan import Plan
 from rlx.acting.policy import prepare_process
 from rlx.acting.ray_actors import RayActors
-from rlx.acting.ray_pool import OpenRayPool, RayPool, cache_folder
+from rlx.acting.ray_pool import OpenRayPool, RayPool
 from rlx.bench import measuring
 from rlx.cluster.cluster import Cluster
 from rlx.cluster.faults import Restarts
@@ -42,8 +42,8 @@ NO_RESTARTS = Restarts(
 class Roofline:
     """EnvPool's own `step` and the policy, in a process like an actor's."""
 
-    def __init__(self, *, plan: bytes, index: int, cache: str) -> None:
-        self._plan, self._index, self._cache = plan, index, cache
+    def __init__(self, *, plan: bytes, index: int) -> None:
+        self._plan, self._index = plan, index
 
     def hello(self) -> Whereabouts:
         return whereabouts()
@@ -51,7 +51,7 @@ class Roofline:
     def prepare(self, cores: tuple[int, ...] | None) -> None:
         if cores is not None:
             os.sched_setaffinity(0, cores)
-        prepare_process(cache=self._cache, on_cpu=True)
+        prepare_process(compile_cache=True, on_cpu=True)
         plan: Plan = pickle.loads(self._plan)
         policy = plan.policy(self._index, 0)
         policy.take(zero_weights(plan.agent))
@@ -77,11 +77,11 @@ class Rooflines:
     """A fleet of rooflines, all measured at once."""
 
     def __init__(self, plan: Plan) -> None:
-        packed, cache = pickled(plan), str(cache_folder())
+        packed = pickled(plan)
         self._fleet = Fleet(
             check=lambda: None,
             cls=Roofline,
-            arguments=lambda index, life: {"plan": packed, "index": index, "cache": cache},
+            arguments=lambda index, life: {"plan": packed, "index": index},
             count=plan.instances,
             least=plan.instances,
             first_chain=0,

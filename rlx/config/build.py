@@ -54,6 +54,7 @@ class Root:
     stop_after_updates: Annotated[int, Range(ge=1)] | None
     resume: str | None
     deterministic: Annotated[bool, AloneOnly()]
+    compile_cache: bool
     tags: list[str]
 
 

@@ -64,6 +64,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does
         "time_scale": 1e-5,
     },
 }
+ADDED_ROOT: Mapping[str, Any] = {"compile_cache": True}  # keys that belong to no group
 
 # Settings that say nothing if one of the first of them is so, and are refused unless all are.
 IDLE: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {  # by their class
@@ -85,6 +86,7 @@ def renewed(settings: Mapping[str, Any]) -> dict[str, Any]:
     changed.
     """
     now: dict[str, Any] = {str(key): _renewed(value) for key, value in settings.items()}
+    now = {**ADDED_ROOT, **now}
     network, agent = now.get("network"), now.get("agent")
     if isinstance(network, dict) and isinstance(agent, dict) and "head" in network:
         agent.setdefault("head", network.pop("head"))  # heads became the agent's

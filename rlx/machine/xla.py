@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rlx.machine import compiled
+
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 # YNNPACK's convolutions run at two thirds the speed of Eigen's (experiments/benchmarks/learner.md).
 OWN_CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
@@ -55,13 +57,15 @@ def _name(flag: str) -> str:
 def prepare(settings: Mapping[str, Any] | None = None) -> None:
     """Sets XLA up; call it before JAX is used, as it changes nothing later.
 
-    settings: a run's, with learner.memory_fraction (of a GPU's memory) and deterministic.
+    settings: a run's, with learner.memory_fraction (of a GPU's memory), deterministic and
+    compile_cache.
     """
     for flag in fast_convolutions():
         add_flag(flag)
     if settings is None:
-        return
+        return compiled.keep()
     if (fraction := settings["learner"]["memory_fraction"]) is not None:
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(fraction)
     if settings["deterministic"]:
         add_flag(DETERMINISTIC)
+    compiled.keep(settings["compile_cache"])

@@ -203,6 +203,7 @@ def _replay(row: Mapping[str, Any]) -> list[str]:
         ("replay/fill", "replay {:.0%} full"),
         ("replay/ratio", "ratio {:.2f}"),
         ("weights/age_updates", "weights {:.3g} updates old"),
+        ("waiting_for", "learning waits for {}"),
     )
 
 

@@ -67,6 +67,7 @@ class Keeper:
 
     def begin(self) -> None:
         """Writes the status: the run runs."""
+        log.info("acting begins; the policy is compiled first")
         status.write_status(self._parts.output_dir, "running", self._row)
         self._heard_env_steps = self._stages.count.env_steps
         if resumed := self._parts.resumed:
@@ -338,4 +339,17 @@ class Keeper:
             "env_steps": self._stages.count.env_steps,
             "updates": self._parts.learner.updates,
             "wall_s": self._stages.wall_s,
+            "waiting_for": self._waiting_for(),
         }
+
+    def _waiting_for(self) -> str | None:
+        """Says what learning waits for; None where it has begun."""
+        replay = self._parts.replay
+        if self._parts.quota.is_open or self._parts.agent.on_policy:
+            return None
+        wanted = [
+            (replay.min_env_steps, replay.env_steps, "env steps"),
+            (replay.min_sequences, replay.startable, "sequences"),
+        ]
+        missing = [f"{n:,} {what}, {has:,} so far" for n, has, what in wanted if has < n]
+        return f"{' and '.join(missing)} (replay)" if missing else None
