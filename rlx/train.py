@@ -103,6 +103,8 @@ def prepare(argv: list[str]) -> list[str]:
     if resumed is not None:
         argv = _resume_argv(resumed, args)
         args = get_args_parser().parse_args(argv)
+    if sys.stderr.isatty():  # a second or two; elsewhere stderr has what went wrong, and that alone
+        print("rlx: composing and checking the settings", file=sys.stderr)
     name = args.config_name or "config"
     where = {"config_dir": args.config_path, "extra_dir": args.config_dir, "keep_hydra": True}
     if args.multirun or "hydra.mode=MULTIRUN" in args.overrides:

@@ -26,7 +26,7 @@ print(sum(hits), float(y).hex())
 
 
 def started(tmp_path: Path, keeps: bool = True, **variables: str) -> list[str]:
-    """What a new process prints that compiles the same programs."""
+    """Compiles the same programs in a new process; returns what it prints."""
     mine = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "NPROC"))}
     mine |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", **variables}
     command = [sys.executable, "-c", PROGRAM, str(keeps).lower()]
