@@ -90,7 +90,8 @@ def report_runs(folder: Path, by: Sequence[str] | None = None, out: Path | None 
     from rlx.results.figures import draw
     from rlx.results.page import markdown, page
     from rlx.results.reading import need
-    from rlx.results.study import study, tables
+    from rlx.results.study import study
+    from rlx.results.tables import tables
 
     need("matplotlib")
     given = study(folder, by)

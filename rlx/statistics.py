@@ -87,6 +87,27 @@ def stratified(
     return _estimate(value, np.concatenate(drawn), confidence)
 
 
+def stratified_means(
+    tasks: Sequence[Any],
+    statistic: Callable[[np.ndarray], Any],
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+) -> Estimate:
+    """A statistic of the tasks' mean scores, and its bootstrap interval; tasks weigh alike.
+
+    tasks: f64[runs] of each task. statistic: of f64[..., tasks] over its last axis.
+    """
+    strata = [_finite(scores) for scores in tasks]
+    value = statistic(np.array([[scores.mean() for scores in strata]]))[0]
+    drawn = [
+        statistic(np.stack([runs.mean(axis=1) for runs in d], axis=-1))
+        for d in _draws(strata, seed, resamples)
+    ]
+    return _estimate(value, np.concatenate(drawn), confidence)
+
+
 def iqm_curve(
     tasks: Sequence[Any],
     *,

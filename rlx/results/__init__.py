@@ -2,3 +2,4 @@
 
 from rlx.results.reading import load as load
 from rlx.results.reading import runs as runs
+from rlx.results.scorecard import score_card as score_card

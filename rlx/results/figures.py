@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlx.results.reading import Run, need
-from rlx.results.study import CURVES, Curve, Study, curve, plural, profiles, task_of
+from rlx.results.study import CURVES, Curve, Study, curve, human_curve, plural, profiles, task_of
 from rlx.runs.metrics import rungs_in
 from rlx.runs.times import STAGES
 from rlx.statistics import Estimate
@@ -61,6 +61,7 @@ def draw(given: Study, folder: Path) -> list[Picture]:
     makers: dict[str, Callable[[Study], tuple[Any, str, str] | None]] = {
         "curves_env_steps": lambda study: learning(study, "env_steps"),
         "curves_frames": lambda study: learning(study, "frames"),
+        "curves_human": human,
         "rungs": rungs,
         "profile": profile,
         "improvement": better,
@@ -111,9 +112,9 @@ def _colors(given: Study) -> dict[str, dict[str, Any]]:
     }
 
 
-def _name(label: str, runs: int, style: dict[str, Any]) -> str:
+def _name(label: str, runs: int, style: dict[str, Any], more: str = "") -> str:
     """Names a group's line in the legend."""
-    return FURTHER if style["color"] == GREY else f"{label} ({plural(runs)})"
+    return FURTHER if style["color"] == GREY else f"{label} ({more}{plural(runs)})"
 
 
 def _wrapped(text: str, columns: int) -> str:
@@ -164,6 +165,32 @@ def learning(given: Study, x: str) -> tuple[Any, str, str] | None:
         f"of {len(given.runs)} have values. Dashed: not all runs of the group have a value there."
     )
     return figure, f"Learning curves over {UNITS[x]}", caption
+
+
+def human(given: Study) -> tuple[Any, str, str] | None:
+    """Human-normalised returns over frames, all games of a group in one line."""
+    figure, (ax,) = _panels(1)
+    drawn, every = 0, [run for run in given.runs if task_of(run) in given.games]
+    for label, style in _colors(given).items():
+        runs = [run for run in given.groups[label] if run in every and run.state == "finished"]
+        found = human_curve(runs, given.metric)
+        if found is not None:
+            drawn += (number := len(runs))
+            games = plural(len({task_of(run) for run in runs}), "game")
+            _line(ax, found, number, _name(label, number, style, f"{games}, "), style)
+    if not drawn:
+        return None
+    ax.set(xlabel=UNITS["frames"], ylabel=f"human-normalised {TITLES[given.metric]}")
+    ax.xaxis.set_major_formatter(_short)
+    ax.margins(x=0.01)
+    _legend(figure, [ax])
+    caption = (
+        "Interquartile mean of all finished runs of all games, 0: random play, 1: the human "
+        "tester, and its pointwise 95 % bootstrap band, runs drawn anew within each game; "
+        f"{plural(drawn)} of {len(every)} on Atari. A line ends where the first run of its group "
+        "does, since games weigh differently beyond it."
+    )
+    return figure, "Human-normalised learning curves over emulator frames", caption
 
 
 def rungs(given: Study) -> tuple[Any, str, str] | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlx.results import atari
 from rlx.results.figures import Picture
 from rlx.results.reading import SCORES
+from rlx.results.scorecard import left_out
 from rlx.results.study import Study, count, plural
 
 if TYPE_CHECKING:
@@ -20,15 +21,16 @@ if TYPE_CHECKING:
 HEADINGS: Mapping[str, str] = {
     "unfinished": "Runs that did not finish",
     "scores": "Final scores",
-    "human_normalized": "Human-normalised scores over all games",
+    "human_normalized": "Atari: human-normalised scores over games",
+    "atari": "Atari: each game, beside published scores",
     "improvement": "Probability of improvement",
     "speed": "Speed",
-    "atari": "Beside published scores",
     "runs": "All runs",
 }
 # which figures stand with which table
 FIGURES: Mapping[str, tuple[str, ...]] = {
     "scores": ("curves_env_steps", "curves_frames", "rungs", "profile"),
+    "human_normalized": ("curves_human",),
     "improvement": ("improvement",),
     "speed": ("throughput", "stages"),
 }
@@ -68,17 +70,39 @@ def _notes(given: Study) -> dict[str, str]:
     interval = "IQM: the mean without the lowest and the highest quarter (of fewer than 4 runs: "
     interval += "the mean); in brackets its 95 % bootstrap interval over seeds."
     returns = ", ".join(f"{name} ({text})" for name, text in SCORES.items())
-    conditions = "; ".join(f"{title}: {text}" for title, text in atari.PUBLISHED.values())
     return {
         "unfinished": f"{plural(every - finished)} of {every}, which no final score includes.",
         "scores": f"{of_all}. Score: {SCORES[given.score]}. {interval}",
-        "human_normalized": f"{of_all}. 0: random play, 1: the human tester; {interval}",
+        "human_normalized": f"{of_all}. {_over_games(given)}",
+        "atari": f"{of_all}. {_by_game(given)}",
         "improvement": f"{of_all}. Ties count half; 0.5 is no difference.",
         "speed": f"Means over runs, from the first row of metrics to the last; {plural(every)}.",
-        "atari": f"{of_all}. Means over runs. {conditions}. Empty: not in the source; the sources "
-        "are in rlx/results/atari_scores.csv. Their budgets and protocols differ from each other.",
         "runs": f"{count(given.runs)}. Last come mean returns: {returns}.",
     }
+
+
+def _over_games(given: Study) -> str:
+    without = ", ".join(left_out(given))
+    return (
+        f"0: random play, 1: the human tester. Score: {SCORES[given.score]}. Median and mean: of "
+        "the games' means over runs; IQM: of all runs of all games; optimality gap: how far runs "
+        "stay below the human on average, those above counting as 1. In brackets: the 95 % "
+        "bootstrap interval, runs drawn anew within each game; none unless each game has two runs. "
+        "Frames: of the emulator, in a run; episodes: of all runs together. Groups compare only "
+        "over the same games." + (f" Left out, none of the 57 games: {without}." if without else "")
+    )
+
+
+def _by_game(given: Study) -> str:
+    known = "; ".join(f"{each.title}: {each.conditions}" for each in atari.PUBLISHED.values())
+    return (
+        f"Score: {SCORES[given.score]}; mean over runs, in brackets its 95 % bootstrap interval, "
+        "none for one run. Published scores are final ones at their own frames, which their "
+        f"columns name, and not at ours: {known}. Budgets and protocols differ from each other. "
+        "At equal frames: Dopamine's curves, means of training episodes with sticky actions, where "
+        f"one has a point within {atari.EQUAL:.0%} of our frames. Empty: not in the source. The "
+        "sources are in rlx/results/atari_scores.csv and atari_curves.csv."
+    )
 
 
 def page(given: Study, tables: Mapping[str, pd.DataFrame], pictures: Sequence[Picture]) -> str:

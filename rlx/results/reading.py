@@ -57,6 +57,28 @@ class Run:
             "training": number(self.summary.get("train_return")),
         }
 
+    @property
+    def episodes(self) -> dict[str, float | None]:
+        """How many episodes each of `scores` is the mean of; None where nothing tells."""
+        newest = self.evaluations[-1].get("episodes") if self.evaluations else None
+        final, usual = (
+            self.settings.get(f"evaluation.{n}") for n in ("final_episodes", "episodes")
+        )
+        counts = self._last("train/episodes"), number(self.settings.get("logging.window_episodes"))
+        return {
+            "evaluation.json": number(newest),
+            "evaluation": number(final) or number(usual),
+            "training": None if None in counts else min(n for n in counts if n is not None),
+        }
+
+    @property
+    def frames(self) -> float | None:
+        """Emulator frames of the last row of metrics, over all lanes; None where it has none."""
+        return self._last("frames")
+
+    def _last(self, name: str) -> float | None:
+        return number(self.rows[-1].get(name)) if self.rows else None
+
 
 # --- tables --------------------------------------------------------------------------------------
 

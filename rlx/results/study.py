@@ -1,4 +1,4 @@
-"""Compares groups of runs on tasks, and makes the tables that a report shows.
+"""Compares groups of runs on tasks: scores, probabilities of improvement, curves and profiles.
 
 A group is what differs in nothing but the seed and the task; a task is an environment (env.id).
 Only finished runs have a final score; all runs have curves, as far as they came.
@@ -6,39 +6,33 @@ Only finished runs have a final score; all runs have curves, as far as they came
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rlx.problems import refuse
 from rlx.results import atari
-from rlx.results.reading import SCORES, SEED, Run, need, read, run_rows, value_of, varying
-from rlx.runs.folders import number
-from rlx.runs.times import STAGES, bottleneck
+from rlx.results.reading import SCORES, SEED, Run, read, value_of, varying
 from rlx.statistics import (
     Estimate,
     iqm,
     iqm_curve,
-    optimality_gap,
     performance_profile,
     probability_of_improvement,
-    stratified,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TASK = "env.id"
 CURVES = ("evaluation/return_mean", "train/return_mean")
 POINTS = 200  # of the common grid that curves are interpolated on
 BOOTSTRAP_SEED = 0
+
+Points = tuple[np.ndarray, np.ndarray]  # f64[points] of x and of a metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +60,7 @@ class Study:
     @property
     def is_atari(self) -> bool:
         """Says whether scores can be normalised by those of the human tester."""
-        return all(atari.game(task) for task in self.tasks)
+        return len(self.games) == len(self.tasks)
 
     @cached_property
     def finished(self) -> list[Run]:
@@ -83,7 +77,7 @@ class Study:
     def metric(self) -> str:
         """Names what the curves show: evaluations, if every run that began has several."""
         began = [run for run in self.runs if run.rows]
-        several = all(len(_points(run, CURVES[0], "env_steps")[0]) >= 3 for run in began)
+        several = all(len(points(run, CURVES[0], "env_steps")[0]) >= 3 for run in began)
         return CURVES[0] if began and several else CURVES[1]
 
     @cached_property
@@ -99,10 +93,19 @@ class Study:
                 found.setdefault(task_of(run), []).append(score)
         return {task: np.array(found[task]) for task in self.tasks if task in found}
 
+    @cached_property
+    def games(self) -> dict[str, str]:
+        """task -> its game, of the tasks that are among the 57."""
+        return {task: name for task in self.tasks if (name := atari.game(task))}
+
     def normalized(self, label: str) -> dict[str, np.ndarray]:
-        """`scores`, each task's brought to one scale: human-normalised, for Atari."""
-        games = {task: atari.game(task) or "" for task in self.tasks}
-        return {t: atari.human_normalized(games[t], s) for t, s in self.scores(label).items()}
+        """`scores` of Atari's tasks on one scale: human-normalised. It has no other tasks."""
+        found = self.scores(label)
+        return {
+            task: atari.human_normalized(name, found[task])
+            for task, name in self.games.items()
+            if task in found
+        }
 
 
 def study(folder: Path, by: Sequence[str] | None = None) -> Study:
@@ -145,95 +148,17 @@ def plural(number: int, what: str = "run") -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-# --- tables --------------------------------------------------------------------------------------
+# --- comparisons ----------------------------------------------------------------------------------
 
 
-def tables(given: Study) -> dict[str, pd.DataFrame]:
-    """name -> table, without empty ones; columns X_low and X_high are the 95 % interval of X."""
-    pd = need("pandas")
-    makers: dict[str, Callable[[Study], list[dict[str, Any]]]] = {
-        "unfinished": unfinished,
-        "scores": scores,
-        "human_normalized": human_normalized,
-        "improvement": lambda given: given.improvements,
-        "speed": speed,
-        "atari": atari_table,
-        "runs": all_runs,
-    }
-    found = {name: pd.DataFrame(make(given)) for name, make in makers.items()}
-    return {name: table for name, table in found.items() if len(table)}
+iqm_of_last = partial(iqm, axis=-1)  # as `stratified` wants a statistic
 
 
-def all_runs(given: Study) -> list[dict[str, Any]]:
-    """Every run; without the columns that nobody has a value in."""
-    rows = run_rows(given.runs, given.settings)
-    empty = [name for name in rows[0] if all(row[name] is None for row in rows)]
-    return [{name: row[name] for name in row if name not in empty} for row in rows]
-
-
-def unfinished(given: Study) -> list[dict[str, Any]]:
-    """The runs without a final score, and why."""
-    return [
-        {
-            "run": run.name,
-            "state": run.state,
-            "env steps": run.rows[-1]["env_steps"] if run.rows else 0,
-            "error": run.error or "",
-        }
-        for run in given.runs
-        if run.state != "finished"
-    ]
-
-
-def scores(given: Study) -> list[dict[str, Any]]:
-    """Final returns per group and task."""
-    rows = []
-    for label, runs in given.groups.items():
-        found = given.scores(label)
-        for task in [t for t in given.tasks if any(task_of(run) == t for run in runs)]:
-            values = found.get(task, np.array([]))
-            begun = sum(task_of(run) == task for run in runs)
-            row = {
-                "group": label,
-                "task": task,
-                "runs": len(values),
-                "not counted": begun - len(values),
-            }
-            rows.append(row | _summary(values))
-    return rows
-
-
-def _summary(values: np.ndarray) -> dict[str, float | None]:
-    if not len(values):
-        return dict.fromkeys(("IQM", "IQM_low", "IQM_high", "mean", "min", "max"))
-    found = stratified([values], _iqm, seed=BOOTSTRAP_SEED)
-    bounds = {"mean": values.mean(), "min": values.min(), "max": values.max()}
-    return _columns("IQM", found, [values]) | {name: float(value) for name, value in bounds.items()}
-
-
-_iqm = partial(iqm, axis=-1)
-
-
-def _columns(name: str, found: Estimate, *groups: Sequence[np.ndarray]) -> dict[str, float | None]:
-    """The value and its interval; none where no task of a group has two runs to draw from."""
+def columns(name: str, found: Estimate, *groups: Sequence[np.ndarray]) -> dict[str, float | None]:
+    """A row's value and its interval; none where no task of a group has two runs to draw from."""
     is_told = all(any(len(scores) > 1 for scores in tasks) for tasks in groups)
     low, high = (found.low, found.high) if is_told else (None, None)
     return {name: found.value, f"{name}_low": low, f"{name}_high": high}
-
-
-def human_normalized(given: Study) -> list[dict[str, Any]]:
-    """The human-normalised scores of each group over its games, where all are Atari's."""
-    rows = []
-    for label in given.groups if given.is_atari else ():
-        if not (found := list(given.normalized(label).values())):
-            continue
-        medians = [scores.mean() for scores in found]
-        row = {"group": label, "games": len(found), "runs": sum(len(s) for s in found)}
-        row |= _columns("IQM", stratified(found, _iqm, seed=BOOTSTRAP_SEED), found)
-        row |= {"median of games": float(np.median(medians))}
-        gap = optimality_gap(found, seed=BOOTSTRAP_SEED)
-        rows.append(row | _columns("gap to human", gap, found))
-    return rows
 
 
 def improvement(given: Study) -> list[dict[str, Any]]:
@@ -256,57 +181,7 @@ def _better(given: Study, first: str, second: str) -> dict[str, Any] | None:
     found = probability_of_improvement(*pair, seed=BOOTSTRAP_SEED)
     runs = " + ".join(str(sum(len(s) for s in side)) for side in pair)
     row = {"group": first, "is better than": second, "tasks": len(shared), "runs": runs}
-    return row | _columns("probability", found, *pair)
-
-
-def speed(given: Study) -> list[dict[str, Any]]:
-    """Rates from the first row of metrics to the last: the first holds the compiling."""
-    rows = []
-    for label, runs in given.groups.items():
-        known = [run for run in runs if len(run.rows) > 1]
-        if known:
-            rates = {
-                "env steps/s": _rate(known, "env_steps"),
-                "updates/s": _rate(known, "updates"),
-            }
-            most = {f"time/{s}": _mean(known, f"time/{s}") for s in STAGES}
-            rows.append(
-                {"group": label, "runs": len(known), **rates, "most time": bottleneck(most)}
-            )
-    return rows
-
-
-def _rate(runs: Sequence[Run], name: str) -> float:
-    """The mean rate over the runs whose rows have it; NaN if none has."""
-    rates = []
-    for run in runs:
-        first, last = run.rows[0], run.rows[-1]
-        n, s = number(first.get(name)), number(first.get("wall_s"))
-        m, t = number(last.get(name)), number(last.get("wall_s"))
-        if n is not None and s is not None and m is not None and t is not None:
-            rates.append((m - n) / max(t - s, 1e-9))
-    return float(np.mean(rates)) if rates else math.nan
-
-
-def _mean(runs: Sequence[Run], name: str) -> float:
-    return float(np.mean([row.get(name) or 0.0 for run in runs for row in run.rows[1:]]))
-
-
-def atari_table(given: Study) -> list[dict[str, Any]]:
-    """Mean scores beside the published ones; for the games that were played."""
-    rows = []
-    for task in given.tasks if given.is_atari else ():
-        name = atari.game(task) or ""
-        known = atari.scores()[name]
-        row: dict[str, Any] = {"game": name}
-        for label in given.groups:
-            found = given.scores(label).get(task, np.array([]))
-            ours = float(found.mean()) if len(found) else None
-            of_human = None if ours is None else 100 * atari.human_normalized(name, ours)
-            row |= {f"{label}: runs": len(found), label: ours, f"{label}: % of human": of_human}
-        published = {title: known.get(key) for key, (title, _) in atari.PUBLISHED.items()}
-        rows.append(row | {"random": known["random"], "human": known["human"]} | published)
-    return rows
+    return row | columns("probability", found, *pair)
 
 
 # --- curves --------------------------------------------------------------------------------------
@@ -326,15 +201,43 @@ def curve(runs: Sequence[Run], metric: str, x: str) -> Curve | None:
 
     (Runs that stop at 402 and 406 env steps both have a value at 406.)
     """
-    points = [_points(run, metric, x) for run in runs]
-    points = [(steps, values) for steps, values in points if len(steps)]
-    if not points:
+    return joined([[points(run, metric, x) for run in runs]])
+
+
+def human_curve(runs: Sequence[Run], metric: str) -> Curve | None:
+    """Joins the human-normalised curves of all games over frames, where every run has a value.
+
+    Beyond the end of one run the games would weigh otherwise, and the curve would jump. None
+    where some run has no value at all, or no frames are common to all.
+    """
+    strata: dict[str, list[Points]] = {}
+    for run in runs:
+        name = atari.game(task_of(run)) or ""
+        frames, values = points(run, metric, "frames")
+        strata.setdefault(name, []).append((frames, atari.human_normalized(name, values)))
+    found = joined(list(strata.values()))
+    if found is None or not (whole := found.runs == len(runs)).any():
         return None
-    low, high = min(steps[0] for steps, _ in points), max(steps[-1] for steps, _ in points)
-    grid = np.linspace(low, high, POINTS)
-    on_grid = np.array([_on_grid(grid, steps, values) for steps, values in points])
-    found = iqm_curve([on_grid], seed=BOOTSTRAP_SEED, resamples=1000)
-    return Curve(x=grid, found=found, runs=np.isfinite(on_grid).sum(axis=0))
+    kept = (found.found.value, found.found.low, found.found.high)
+    value, low, high = (side[whole] for side in kept)
+    return Curve(
+        x=found.x[whole],
+        found=Estimate(value=value, low=low, high=high),
+        runs=found.runs[whole],
+    )
+
+
+def joined(strata: Sequence[Sequence[Points]]) -> Curve | None:
+    """One curve of all runs on a common grid; the bootstrap draws runs within their stratum."""
+    known = [[(x, y) for x, y in runs if len(x)] for runs in strata]
+    known = [runs for runs in known if runs]
+    if not known:
+        return None
+    every = [x for runs in known for x, _ in runs]
+    grid = np.linspace(min(x[0] for x in every), max(x[-1] for x in every), POINTS)
+    on_grid = [np.array([_on_grid(grid, x, y) for x, y in runs]) for runs in known]
+    found = iqm_curve(on_grid, seed=BOOTSTRAP_SEED, resamples=1000)
+    return Curve(x=grid, found=found, runs=np.isfinite(np.concatenate(on_grid)).sum(axis=0))
 
 
 def _on_grid(grid: np.ndarray, steps: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -343,7 +246,7 @@ def _on_grid(grid: np.ndarray, steps: np.ndarray, values: np.ndarray) -> np.ndar
     return np.where(is_known, np.interp(grid, steps, values), np.nan)
 
 
-def _points(run: Run, metric: str, x: str) -> tuple[np.ndarray, np.ndarray]:
+def points(run: Run, metric: str, x: str) -> Points:
     """The x and the values of the metric, without the rows that do not have it."""
     rows = [row for row in run.rows if row.get(metric) is not None and row.get(x) is not None]
     return np.array([row[x] for row in rows], float), np.array([row[metric] for row in rows], float)

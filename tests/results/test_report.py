@@ -16,7 +16,7 @@ from PIL import Image
 
 from rlx.problems import ConfigError
 from rlx.report import report_runs
-from rlx.results import atari, study
+from rlx.results import atari, study, tables
 from rlx.results import figures as report_figures
 from rlx.results import page as report_page
 from rlx.results import reading as results
@@ -191,17 +191,18 @@ def games(sweep, tmp_path):
 
 def test_atari_runs_stand_beside_published_scores(games):
     given = study.study(games, [])
-    tables = study.tables(given)
-    pong, breakout = tables["atari"].to_dict("records")[::-1]
-    assert (pong["all runs: runs"], breakout["all runs: runs"]) == (2, 1)
-    assert pong["all runs: % of human"] == pytest.approx(50.0)
-    assert breakout["all runs: % of human"] == pytest.approx(100.0)
-    assert (pong["R2D2"], pong["Ape-X"], breakout["Rainbow"]) == (21.0, 20.9, 417.5)
-    whole = tables["human_normalized"].iloc[0]
+    found = tables.tables(given)
+    breakout, pong = found["atari"].to_dict("records")
+    assert (pong["runs"], breakout["runs"]) == (2, 1)
+    assert pong["human-normalised"] == pytest.approx(0.5)
+    assert breakout["human-normalised"] == pytest.approx(1.0)
+    assert (pong["R2D2 (about 30,000M frames)"], pong["Ape-X (22,800M frames)"]) == (21.0, 20.9)
+    assert breakout["Rainbow (200M frames)"] == 417.5
+    whole = found["human_normalized"].iloc[0]
     assert (whole["games"], whole["runs"]) == (2, 3)
     assert whole["IQM"] == pytest.approx((0 + 1 + 1) / 3)
-    assert whole["gap to human"] == pytest.approx(1 / 3)
-    text = page(given, tables, [])
+    assert whole["optimality gap"] == pytest.approx(1 / 3)
+    text = page(given, found, [])
     assert "3 runs of 3 finished and count" in text
     assert "rlx/results/atari_scores.csv" in text
     assert report_runs(games, []).with_name("curves_frames.png").exists()
@@ -288,7 +289,7 @@ def test_many_groups_leave_room_for_their_curves(sweep, tmp_path):
 
 def test_a_long_table_is_cut_on_the_page_which_says_so(sweep, monkeypatch):
     given = study.study(sweep)
-    found = study.tables(given)
+    found = tables.tables(given)
     monkeypatch.setattr(report_page, "ROWS", 3)
     for text in (page(given, found, []), markdown(given, found, [])):
         assert text.count("The first 3 of 4 rows; runs.csv has them all.") == 1

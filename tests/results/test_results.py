@@ -15,7 +15,7 @@ import yaml
 
 from rlx.results import figures as report_figures
 from rlx.results import reading as results
-from rlx.results import study
+from rlx.results import study, tables
 from rlx.runs.folders import read_rows
 
 
@@ -181,7 +181,7 @@ def test_rows_of_another_version_make_tables_without_what_they_lack(
     rows = [row | {name: None} if is_there else row for row in rows]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = study.study(tmp_path)
-    (speed,) = study.speed(given)
+    (speed,) = tables.speed(given)
     assert np.isnan(speed["updates/s"]) == (name != "frames")
     assert np.isnan(speed["env steps/s"]) == (name == "wall_s")
     assert report_figures.learning(given, "frames") is None
