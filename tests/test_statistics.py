@@ -1,6 +1,8 @@
 """Statistics against scipy and brute force."""
 
 import itertools
+import statistics
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from rlx.statistics import (
     performance_profile,
     probability_of_improvement,
     stratified,
+    stratified_means,
     summarize,
 )
 
@@ -173,6 +176,20 @@ def test_the_optimality_gap_counts_what_is_above_the_target_as_the_target() -> N
     found = optimality_gap([[0.5, 2.0], [0.0]], seed=0)
     assert found.value == pytest.approx((0.5 + 0.0 + 1.0) / 3)
     assert optimality_gap([[3.0, 2.0]], target=2.0, seed=0).high == 0.0
+
+
+def test_statistics_of_means_draw_runs_within_their_task() -> None:
+    tasks = [[0.0, 1.0], [5.0, 9.0], [2.0, 2.0, 8.0]]
+
+    def median(means: np.ndarray) -> Any:
+        return np.median(means, axis=-1)
+
+    found = stratified_means(tasks, median, seed=0, resamples=50_000, confidence=0.7)
+    assert found.value == median(np.array([0.5, 7.0, 4.0]))
+    means = [[np.mean(d) for d in itertools.product(t, repeat=len(t))] for t in tasks]
+    every = [statistics.median(drawn) for drawn in itertools.product(*means)]
+    expected = np.quantile(every, [0.15, 0.85], method="inverted_cdf")
+    assert (found.low, found.high) == pytest.approx(tuple(expected))
 
 
 def test_chunks_change_nothing_and_tasks_without_runs_are_refused(monkeypatch) -> None:

@@ -59,7 +59,7 @@ class Run:
 
     @property
     def episodes(self) -> dict[str, float | None]:
-        """How many episodes each of `scores` is the mean of; None where nothing tells."""
+        """The number of episodes that each of `scores` is the mean of; None where none is told."""
         newest = self.evaluations[-1].get("episodes") if self.evaluations else None
         final, usual = (
             self.settings.get(f"evaluation.{n}") for n in ("final_episodes", "episodes")

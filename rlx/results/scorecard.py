@@ -179,7 +179,7 @@ def _at_equal_frames(name: str, ours: Row) -> dict[str, atari.Point]:
 
 
 def _beside(points: dict[str, atari.Point], agents: Sequence[str]) -> Row:
-    """What published curves say at as many frames as ours, or that none says anything."""
+    """The scores of published curves at as many frames as ours, or that there is none."""
     told = {f"{point.frames:,.0f} frames, {point.runs} runs" for point in points.values()}
     row: Row = {"published at equal frames": "; ".join(sorted(told)) or NO_CURVE}
     scores = {agent: points[agent].score if agent in points else None for agent in agents}
