@@ -106,12 +106,14 @@ def _remarks(given: Study, runs: Sequence[Run]) -> list[str]:
     said = []
     if left := [run for run in runs if run not in counted]:
         said.append(f"not counted: {_few([f'{run.name} ({run.state})' for run in left])}")
-    if without := [name for task, name in given.games.items() if task not in runs_of]:
+    if without := [task for task in given.games if task not in runs_of]:
         said.append(f"no finished run of {_few(without)}")
-    if single := [given.games[task] for task, n in runs_of.items() if n == 1]:
+    if single := [task for task, n in runs_of.items() if n == 1]:
         said.append(f"no interval: one run of {_few(single)}")
     if len(set(runs_of.values())) > 1:
         said.append("unequal numbers of runs: games with more weigh more in IQM and gap")
+    if len({given.games[task] for task in runs_of}) < len(runs_of):
+        said.append("a game under two ids counts twice")
     if len(seeds) < len(counted):
         said.append("several runs of one seed in a game")
     cut = min(map(_cut_at, counted), default=math.inf)
@@ -153,7 +155,7 @@ def by_game(given: Study) -> list[Row]:
 
 def _ours(given: Study, label: str, task: str, runs: Sequence[Run]) -> Row:
     counted, name = _counted(given, runs), given.games[task]
-    row = {"game": name, "group": label, "runs": len(counted)}
+    row = {"game": name, "task": task, "group": label, "runs": len(counted)}
     row |= {"not counted": len(runs) - len(counted)} | _basis(given, counted)
     scores = given.scores(label).get(task, np.array([]))
     for title, values in {

@@ -115,7 +115,7 @@ def test_a_single_run_has_no_interval_and_it_is_said(tmp_path):
     (row,) = card.over_games.to_dict("records")
     assert row["median_low"] is None
     assert row["IQM_high"] is None
-    assert "no interval: one run of Pong" in row["remarks"]
+    assert "no interval: one run of Pong-v5" in row["remarks"]
     games = card.by_game.set_index("game")
     assert np.isnan(games.loc["Pong", "score_low"])
     assert games.loc["Breakout", "score_low"] == 9.0
@@ -131,7 +131,7 @@ def test_unfinished_runs_are_named_and_in_no_number(tmp_path):
     (row,) = card.over_games.to_dict("records")
     assert (row["games"], row["runs"], row["not counted"]) == (1, 2, 2)
     assert "not counted: late (failed), stopped (interrupted)" in row["remarks"]
-    assert "no finished run of Breakout" in row["remarks"]
+    assert "no finished run of Breakout-v5" in row["remarks"]
     pong, breakout = (card.by_game.set_index("game").loc[g] for g in ("Pong", "Breakout"))
     assert (pong["score"], pong["not counted"], breakout["runs"]) == (4.0, 1, 0)
     assert np.isnan(breakout["score"])
@@ -146,6 +146,14 @@ def test_unequal_frames_repeated_seeds_and_cut_episodes_are_told(tmp_path):
     for remark in ("unequal frames", "several runs of one seed", "cut at 2,000 frames"):
         assert remark in row["remarks"]
     assert card.by_game.loc[0, "published at equal frames"] == scorecard.NO_CURVE
+
+
+def test_a_game_under_two_ids_is_two_tasks_and_it_is_said(tmp_path):
+    several(tmp_path, {"Pong": [3.0, 5.0], "ALE/Pong-v5": [7.0, 7.0]})
+    card = results.score_card(tmp_path)
+    assert card.by_game["task"].tolist() == ["ALE/Pong-v5", "Pong-v5"]
+    assert card.by_game["score"].tolist() == [7.0, 4.0]
+    assert card.over_games.loc[0, "remarks"] == "a game under two ids counts twice"
 
 
 def test_tasks_outside_the_57_games_are_left_out_and_named(tmp_path):
