@@ -108,7 +108,7 @@ def test_the_programs_that_were_used_last_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line, other",
+    ("line", "other"),
     [("flags : sse avx2", "flags : sse"), ("model name : A", "model name : B")],
 )
 def test_machines_with_other_cpus_share_nothing(tmp_path: Path, line: str, other: str) -> None:
