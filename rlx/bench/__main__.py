@@ -1,25 +1,37 @@
-"""Measures rlx against what this machine could do: `python -m rlx.bench what=acting seconds=10`.
+"""Measures rlx against what this machine could do: `python -m rlx.bench what=all`.
 
 Options, and the bench that each belongs to:
 
-    what=NAME          acting | learner | replay | rounds (required)
-    seconds=10         of measuring, for each setup (replay: for each storage)
+    what=NAME          acting | learner | replay | weights | end_to_end | rounds | scaling, or
+                       all, which writes one table of them into a folder (required)
+    seconds=10         of measuring, for each setup (replay: each storage; scaling: each number)
     setup=all          cartpole | pong | all: environment, network and sizes
-    acting=local       local | ray_pool (what=acting)
-    rows=100000,1000000    sizes of the replays (what=replay)
-    batch=             sequences of an update, as batch=32,64; nothing: the setup's (what=learner)
+    acting=local       local | threads | ray_pool (what=acting, end_to_end); what=scaling: local
+                       is over lanes, ray_pool over actors
+    lanes=             of the local pool, as lanes=1,8; nothing: its own 32 (what=acting), or
+                       1,8,32,128 (what=scaling)
+    actors=            of the scaling, as actors=1,2; nothing: 1,2,4,8,32 (what=all: 1,2,4,8)
+    rows=100000,1000000    sizes of the replays (what=replay; what=all takes the first)
+    batch=             sequences of an update, as batch=32,64; nothing: the setup's
+                       (what=learner; what=end_to_end and all take the first, for Pong 16)
     dtype=float32      float32 | bfloat16, or both with a comma between (what=learner)
     replay=false       true: also batches from full replays (what=learner)
     profile=false      true: a trace of three updates, and what took longest (what=learner)
     dense=null         units of the layer before the core, as dense=512 (what=learner)
     torch=null         a python with PyTorch, whose update runs beside (what=learner setup=pong)
     experiment=atari_ppo,atari_pqn    of on-policy agents (what=rounds)
-    overrides=         of these runs, as overrides=acting=threads,agent.unroll=64 (what=rounds)
+    overrides=         of runs, as overrides=agent.unroll=64,seed=1 (what=rounds, end_to_end, all)
+    groups=acting,replay,learner,weights,end_to_end,scaling    the parts of the table (what=all)
+    minutes=40         after which nothing more is measured (what=all)
+    folder=null        where bench.md, bench.csv and bench.png go; null: bench/DATE-TIME (what=all)
 
 Every variant of a bench runs in slices, one after the other and round again, so that a noisy
 machine disturbs them alike; a ratio is the median over the rounds of the ratio within a round.
 Runs where neither ray nor envpool nor hydra is installed (`what=learner`). The last line printed
-is one JSON object: {"what", "machine", "rows": [{"name", "value", "unit", "ratio"}]}.
+is one JSON object: {"what", "machine", "rows": [{"name", "value", "unit", "ratio", "roofline",
+"least", "most"}]}, with the roofline's value and the least and the largest ratio of a round.
+`what=all` runs each measurement as a command of its own: one that cannot be made says so in its
+row, and the others go on. It leaves a picture out where matplotlib is not installed.
 """
 
 from __future__ import annotations
@@ -30,52 +42,14 @@ from functools import partial
 from shutil import which
 from typing import Annotated, Any, Literal
 
-import jax
-import numpy as np
-
-from rlx.acting.local_pool import LocalPool
-from rlx.acting.policy import Policy
-from rlx.bench.measuring import (
-    SETUPS,
-    Setup,
-    Work,
-    context,
-    make_agent,
-    measure,
-    raw_stepping,
-    report,
-    rows,
-    settings,
-)
-from rlx.config.build import build
+from rlx.bench.measuring import SETUPS, Setup, report
 from rlx.config.options import command
 from rlx.machine import xla
+from rlx.machine.signals import sigterm_interrupts
 from rlx.problems import refuse
-from rlx.types import Range, Weights
+from rlx.types import Range
 
-
-def bench_acting(setup: Setup, seconds: float) -> list[dict[str, Any]]:
-    """Raw EnvPool, EnvPool with the jitted policy (the roofline), the whole local pool."""
-    agent, acting = make_agent(setup), settings("acting", "local")
-    lanes, device = acting["envs_per_actor"], acting["device"]
-    family = build(settings("env", setup.env), "env")
-    state = agent.init(jax.random.PRNGKey(0))
-    params = jax.tree.map(np.asarray, agent.acting_params(state))
-    weights = Weights(version=0, params=params)
-    policy = Policy(agent=agent, lanes=lanes, seed=0, path=("bench",), device=device)
-    policy.take(weights)
-    pool = build(acting, LocalPool).open(context(agent, family))
-    pool.publish(weights, 0)
-    variants: dict[str, Work] = {
-        "envpool": raw_stepping(family, lanes, None),
-        "envpool + policy": raw_stepping(family, lanes, policy),
-        "local pool": lambda: sum(rollout.env_steps for rollout in pool.collect(60.0, 0)),
-    }
-    prefix = f"acting/{setup.name}"
-    rates = measure(variants, seconds)
-    return rows(rates, prefix=prefix, unit="env steps/s", roofline="envpool + policy")
-
-
+Count = Annotated[int, Range(ge=1)]
 Bench = Callable[[Setup, float], list[dict[str, Any]]]
 
 
@@ -83,12 +57,16 @@ Bench = Callable[[Setup, float], list[dict[str, Any]]]
 class Options:
     """The command line takes these options; the module's docstring explains them."""
 
-    what: Literal["acting", "learner", "replay", "rounds"]
+    what: Literal[
+        "acting", "learner", "replay", "weights", "end_to_end", "rounds", "scaling", "all"
+    ]
     seconds: Annotated[float, Range(gt=0)] = 10.0
     setup: Literal["cartpole", "pong", "all"] = "all"
-    acting: Literal["local", "ray_pool"] = "local"
-    rows: tuple[Annotated[int, Range(ge=1)], ...] = (100_000, 1_000_000)
-    batch: tuple[Annotated[int, Range(ge=1)], ...] = ()
+    acting: Literal["local", "threads", "ray_pool"] = "local"
+    lanes: tuple[Count, ...] = ()
+    actors: tuple[Count, ...] = ()
+    rows: tuple[Count, ...] = (100_000, 1_000_000)
+    batch: tuple[Count, ...] = ()
     dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
     replay: bool = False
     profile: bool = False
@@ -96,21 +74,35 @@ class Options:
     torch: str | None = None
     experiment: tuple[str, ...] = ("atari_ppo", "atari_pqn")
     overrides: tuple[str, ...] = ()
+    groups: tuple[
+        Literal["acting", "replay", "learner", "weights", "end_to_end", "scaling"], ...
+    ] = ("acting", "replay", "learner", "weights", "end_to_end", "scaling")
+    minutes: Annotated[float, Range(gt=0)] = 40.0
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         if self.torch is not None and self.setup != "pong":
             raise refuse("torch", "has the paper's network; add setup=pong", given=self.torch)
         if self.torch is not None and which(self.torch) is None:
             raise refuse("torch", "no such program; give the path of a python", given=self.torch)
+        if self.what == "scaling" and self.acting == "threads":
+            says = "what=scaling accepts local (over lanes) or ray_pool (over actors)"
+            raise refuse("acting", says, given=self.acting)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`what=acting|learner|replay|rounds`; the module's docstring lists the options."""
-    command("rlx.bench", __doc__, Options, _bench, argv)
+    """`what=acting|learner|...|all`; the module's docstring lists the options."""
+    with sigterm_interrupts():
+        command("rlx.bench", __doc__, Options, _bench, argv)
 
 
 def _bench(options: Options) -> None:
     xla.prepare()
+    if options.what == "all":
+        from rlx.bench.everything import bench_everything
+
+        bench_everything(options)
+        return
     if options.what == "rounds":
         report(options.what, _rounds(options))
         return
@@ -140,11 +132,34 @@ def _benches(options: Options) -> Sequence[Bench]:
         return [partial(bench_replay, rows=size) for size in options.rows]
     if options.what == "learner":
         return _learner_benches(options)
-    if options.acting == "ray_pool":
-        from rlx.bench.actors import bench_ray
+    if options.what == "end_to_end":
+        from rlx.bench.end_to_end import bench_end_to_end
 
-        return [bench_ray]
-    return [bench_acting]
+        batch = next(iter(options.batch), None)
+        own = {"acting": options.acting, "overrides": options.overrides}
+        return [partial(bench_end_to_end, batch=batch, **own)]
+    if options.what == "weights" or options.acting == "ray_pool":
+        return _ray_benches(options)
+    return _pool_benches(options)
+
+
+def _ray_benches(options: Options) -> Sequence[Bench]:
+    from rlx.bench import actors
+
+    if options.what == "weights":
+        return [actors.bench_weights]
+    counts = options.actors or actors.SCALE
+    run = actors.bench_scaling if options.what == "scaling" else actors.bench_ray
+    return [partial(run, actors=counts)]
+
+
+def _pool_benches(options: Options) -> Sequence[Bench]:
+    from rlx.bench.pools import LANES, bench_acting, bench_lanes
+
+    if options.what == "scaling":
+        return [partial(bench_lanes, lanes=options.lanes or LANES)]
+    run = partial(bench_acting, acting=options.acting)
+    return [partial(run, lanes=each) for each in options.lanes or (None,)]
 
 
 def _learner_benches(options: Options) -> Sequence[Bench]:

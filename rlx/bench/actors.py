@@ -2,13 +2,17 @@
 
 The roofline is EnvPool with the jitted policy in as many processes, started and bound to cores in
 the same way, without rollouts, requests or a driver that takes them. It and the pool take turns.
+The roofline of weights is a bare call of as many such processes, with as many bytes.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-from time import perf_counter, sleep
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from time import perf_counter
 from typing import Any
 
 import jax
@@ -25,14 +29,18 @@ from rlx.cluster.fleet import Answered, Deadlines, Fleet
 from rlx.cluster.pickled import pickled
 from rlx.cluster.whereabouts import Whereabouts, thread_limits, whereabouts
 from rlx.config.build import build
+from rlx.problems import RunFailed
 from rlx.types import Weights
 
 ACTORS = 2  # of the comparison with the roofline
 SCALE = (1, 2, 4, 8, 32)
 WARM_S = 2.0
-SLICE_S = 5.0
+SLICE_S = 5.0  # at most
+ROUNDS = 3  # at least, where there is time for slices of half a second
 VERSIONS = 40  # of weights, for the latency
+VERSION_S = 0.4  # in which each must come to be used
 STORE_BYTES = 2_000_000_000
+CLOSE_S = 10.0
 DEADLINES = Deadlines(prepare_s=300.0, request_s=300.0, resource_s=300.0, grace_s=300.0)
 NO_RESTARTS = Restarts(
     window_s=600.0, max_raised=1, max_fruitless=1, first_wait_s=1.0, longest_wait_s=1.0
@@ -64,6 +72,10 @@ class Roofline:
         while perf_counter() - began < seconds:
             done += self._work()
         return done / (perf_counter() - began)
+
+    def take(self, packed: bytes) -> int:
+        """Bytes that have arrived."""
+        return len(packed)
 
 
 def zero_weights(agent: Any, version: int = 0) -> Weights:
@@ -103,6 +115,15 @@ class Rooflines:
             rates += [e.value for e in self._fleet.poll(0.1) if isinstance(e, Answered)]
         return sum(rates)
 
+    def hand_over(self, packed: bytes) -> float:
+        """Milliseconds until all have these bytes and have said so."""
+        began, answers = perf_counter(), 0
+        for slot in self._fleet.slots:
+            self._fleet.request(slot.index, "take", packed)
+        while answers < len(self._fleet.slots):
+            answers += sum(isinstance(event, Answered) for event in self._fleet.poll(0.1))
+        return 1000 * (perf_counter() - began)
+
     def close(self) -> None:
         self._fleet.close()
 
@@ -132,8 +153,7 @@ def make_pool(setup: measuring.Setup, agent: Any, family: Any, **changes: Any) -
     )
     pool = made.open(measuring.context(agent, family))
     pool.publish(zero_weights(agent), 0)
-    while pool.stats()["acting/actors_ready"] != pool.stats()["acting/actors_wanted"]:
-        sleep(0.2)  # those that are ready fill what may be under way and leave the cores to others
+    measuring.await_actors(pool)
     return pool
 
 
@@ -150,70 +170,132 @@ def _receive(pool: OpenRayPool, seconds: float) -> int:
     return done
 
 
-def bench_ray(setup: measuring.Setup, seconds: float) -> list[dict[str, Any]]:
+def bench_ray(
+    setup: measuring.Setup, seconds: float, *, actors: Sequence[int] = SCALE
+) -> list[dict[str, Any]]:
     """The pool against its roofline, the scaling curve, the wire and the weights' latency."""
+    with _made(setup) as (agent, family):
+        found = _against_roofline(setup, agent, family, seconds)
+        if actors:
+            found += _scaling(setup, agent, family, seconds, actors)
+        return found + _latency(setup, agent, family, seconds)
+
+
+def bench_pool(setup: measuring.Setup, seconds: float) -> list[dict[str, Any]]:
+    """The pool against its roofline alone, and the wire."""
+    with _made(setup) as (agent, family):
+        return _against_roofline(setup, agent, family, seconds)
+
+
+def bench_scaling(
+    setup: measuring.Setup, seconds: float, *, actors: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The scaling curve alone."""
+    with _made(setup) as (agent, family):
+        return _scaling(setup, agent, family, seconds, actors)
+
+
+def bench_weights(setup: measuring.Setup, seconds: float) -> list[dict[str, Any]]:
+    """The weights' latency alone."""
+    with _made(setup) as (agent, family):
+        return _latency(setup, agent, family, seconds)
+
+
+@contextmanager
+def _made(setup: measuring.Setup) -> Iterator[tuple[Any, Any]]:
+    """The setup's agent and environments, and a cluster that ends with them."""
     agent, family = measuring.make_agent(setup), build(measuring.settings("env", setup.env), "env")
-    cluster = Cluster(address=None, store_bytes=STORE_BYTES)
-    try:
-        prefix = f"acting/{setup.name}/ray_pool"
-        found = _against_roofline(setup, agent, family, seconds, prefix)
-        found += _scaling(setup, agent, family, prefix)
-        found += _latency(setup, agent, family, prefix)
-        return found
-    finally:
-        cluster.close()
+    with closing(Cluster(address=None, store_bytes=STORE_BYTES)):
+        yield agent, family
+
+
+def _slice_s(seconds: float) -> float:
+    return min(SLICE_S, max(measuring.SLICE_S, seconds / (2 * ROUNDS)))
 
 
 def _against_roofline(
-    setup: measuring.Setup, agent: Any, family: Any, seconds: float, prefix: str
+    setup: measuring.Setup, agent: Any, family: Any, seconds: float
 ) -> list[dict[str, Any]]:
-    rooflines = make_rooflines(agent, family, instances=ACTORS)
-    pool = make_pool(setup, agent, family, instances=ACTORS)
+    prefix, slice_s = f"acting/{setup.name}/ray_pool", _slice_s(seconds)
     rates: dict[str, list[float]] = {"roofline": [], "pool": []}
-    for _ in range(max(1, round(seconds / (2 * SLICE_S)))):
-        rates["roofline"].append(rooflines.rate(SLICE_S))
-        rates["pool"].append(rate(pool, SLICE_S))
-    stats = pool.stats()
-    rooflines.close()
-    pool.close(10.0)
+    with ExitStack() as ends:
+        rooflines = ends.enter_context(closing(make_rooflines(agent, family, instances=ACTORS)))
+        pool = make_pool(setup, agent, family, instances=ACTORS)
+        ends.callback(pool.close, CLOSE_S)
+        for _ in range(max(1, round(seconds / (2 * slice_s)))):
+            rates["roofline"].append(rooflines.rate(slice_s))
+            rates["pool"].append(rate(pool, slice_s))
+        stats = pool.stats()
     compared = measuring.rows(
         rates, prefix=f"{prefix}/{ACTORS} actors", unit="env steps/s", roofline="roofline"
     )
+    wire, packed = (stats[f"acting/wire_{name}"] or 0.0 for name in ("bytes_per_env_step", "ratio"))
     return [
         *compared,
-        _row(f"{prefix}/wire", stats["acting/wire_bytes_per_env_step"], "bytes/env step"),
-        _row(f"{prefix}/uncompressed over wire", stats["acting/wire_ratio"], ""),
+        measuring.alone(f"{prefix}/wire", wire, "bytes/env step"),
+        measuring.alone(f"{prefix}/uncompressed over wire", packed, ""),
     ]
 
 
-def _scaling(setup: measuring.Setup, agent: Any, family: Any, prefix: str) -> list[dict[str, Any]]:
-    """The scaling curve; ratios are to one actor."""
+def _scaling(
+    setup: measuring.Setup, agent: Any, family: Any, seconds: float, actors: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The scaling curve; ratios are to the first number of actors."""
     found: list[dict[str, Any]] = []
-    for instances in SCALE:
+    slice_s = _slice_s(seconds)
+    for instances in actors:
         pool = make_pool(setup, agent, family, instances=instances)
-        found.append(_row(f"{prefix}/{instances} actors", rate(pool, SLICE_S), "env steps/s"))
-        pool.close(10.0)
-        found[-1]["ratio"] = found[-1]["value"] / found[0]["value"]
+        try:
+            _receive(pool, WARM_S)
+            own = statistics.median(_receive(pool, slice_s) / slice_s for _ in range(ROUNDS))
+        finally:
+            pool.close(CLOSE_S)
+        first = found[0]["value"] if found else own
+        name = f"acting/{setup.name}/ray_pool/{instances} actors"
+        found.append(measuring.alone(name, own, "env steps/s", own / first if first else None))
     return found
 
 
-def _latency(setup: measuring.Setup, agent: Any, family: Any, prefix: str) -> list[dict[str, Any]]:
+def _latency(
+    setup: measuring.Setup, agent: Any, family: Any, seconds: float
+) -> list[dict[str, Any]]:
     """The time from publishing to acting, with requests of one env step a lane and no queue."""
     lanes = measuring.settings("acting", "ray_pool")["envs_per_actor"]
     changes = {"env_steps_per_request": lanes, "requests_per_actor": 1, "instances": ACTORS}
-    pool = make_pool(setup, agent, family, **changes)
-    megabytes = sum(x.nbytes for x in jax.tree.leaves(zero_weights(agent).params)) / 1e6
-    assert isinstance(pool.source, RayActors)
-    _receive(pool, WARM_S)
-    pool.source.latencies_s.clear()  # the first one is the actors' start
-    for version in range(1, VERSIONS + 1):
-        pool.publish(zero_weights(agent, version), 0)
-        _receive(pool, 0.4)
-    latencies_ms = 1000 * np.array(pool.source.latencies_s)
-    pool.close(10.0)
-    name = f"{prefix}/{megabytes:.1f} MB of weights to {ACTORS} actors"
-    return [_row(f"{name}, p{p}", float(np.percentile(latencies_ms, p)), "ms") for p in (50, 99)]
+    packed = pickle.dumps(zero_weights(agent))
+    bare_ms: list[float] = []
+    own_ms: list[list[float]] = []
+    with ExitStack() as ends:
+        rooflines = ends.enter_context(closing(make_rooflines(agent, family, instances=ACTORS)))
+        pool = make_pool(setup, agent, family, **changes)
+        ends.callback(pool.close, CLOSE_S)
+        assert isinstance(pool.source, RayActors)
+        _receive(pool, WARM_S)
+        rooflines.hand_over(packed)
+        for version in range(1, 1 + min(VERSIONS, max(5, round(seconds / VERSION_S)))):
+            bare_ms.append(rooflines.hand_over(packed))
+            pool.source.latencies_s.clear()
+            pool.publish(zero_weights(agent, version), 0)
+            _receive(pool, VERSION_S)
+            own_ms.append([1000 * latency_s for latency_s in pool.source.latencies_s])
+    prefix = f"weights/{setup.name}/{len(packed) / 1e6:.1f} MB to {ACTORS} actors"
+    return _latency_rows(prefix, bare_ms, own_ms)
 
 
-def _row(name: str, value: float | None, unit: str) -> dict[str, Any]:
-    return {"name": name, "value": 0.0 if value is None else value, "unit": unit, "ratio": 1.0}
+def _latency_rows(
+    prefix: str, bare_ms: Sequence[float], own_ms: Sequence[Sequence[float]]
+) -> list[dict[str, Any]]:
+    """Quantiles of all actors' times; a ratio is a bare call's time by the pool's, so below 1."""
+    rounds = [
+        (bare, statistics.median(own)) for bare, own in zip(bare_ms, own_ms, strict=True) if own
+    ]
+    if not rounds:
+        raise RunFailed(f"no version of the weights was used within {VERSION_S} s of publishing")
+    ratios = [bare / own for bare, own in rounds]
+    bare, every = statistics.median(bare_ms), np.concatenate([own for own in own_ms if own])
+    p50, p99 = np.percentile(every, (50, 99))
+    return [
+        measuring.alone(f"{prefix}/bare call, p50", bare, "ms"),
+        measuring.compared(f"{prefix}/p50", p50, "ms", roofline=bare, ratios=ratios),
+        measuring.alone(f"{prefix}/p99", p99, "ms"),
+    ]

@@ -85,14 +85,18 @@ def bench_learner(
     rates = {"floor": [rate / update.flops for rate in flop_rates], **rates}
     found = measuring.rows(rates, prefix=prefix, unit="updates/s", roofline="compiled update")
     trained = size * agent.sequence.unroll
-    rows = [row | {"value": row["value"] * trained, "unit": "trained rows/s"} for row in found]
     details = [
-        {"name": f"{prefix}/one product", "value": max(flop_rates) / 1e9, "unit": "GFLOP/s"},
-        {"name": f"{prefix}/update", "value": update.flops / 1e9, "unit": "GFLOP"},
+        measuring.alone(f"{prefix}/one product", max(flop_rates) / 1e9, "GFLOP/s"),
+        measuring.alone(f"{prefix}/update", update.flops / 1e9, "GFLOP"),
     ]
-    if profile:
-        details += [row | {"name": f"{prefix}/{row['name']}"} for row in _profiled(update, prefix)]
-    return [*found, *rows, *({**row, "ratio": row.get("ratio")} for row in details)]
+    rows = [_in_rows(row, trained) for row in found]
+    return [*found, *rows, *details, *(_profiled(update, prefix) if profile else ())]
+
+
+def _in_rows(row: dict[str, Any], trained: int) -> dict[str, Any]:
+    """The same in trained rows per second."""
+    more = {name: row[name] * trained for name in ("value", "roofline")}
+    return row | more | {"unit": "trained rows/s"}
 
 
 class Compiled:
@@ -217,7 +221,7 @@ def _profiled(update: Compiled, prefix: str) -> list[dict[str, Any]]:
     print(f"rlx.bench: a trace is in {folder}; open it with Perfetto or TensorBoard")
     spent = _spent_ms(max(folder.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime))
     return [
-        {"name": name, "value": ms / PROFILED_UPDATES, "unit": "ms/update", "ratio": ms / whole_ms}
+        measuring.alone(f"{prefix}/{name}", ms / PROFILED_UPDATES, "ms/update", ms / whole_ms)
         for name, ms in spent.most_common(SHOWN)
     ]
 

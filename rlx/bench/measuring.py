@@ -12,7 +12,7 @@ import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from rlx.acting.plan import row_spec
 from rlx.acting.policy import Policy
 from rlx.config.build import build
 from rlx.config.paths import config_dir
-from rlx.interfaces import Agent, EnvFamily, RunContext
+from rlx.interfaces import ActingPool, Agent, EnvFamily, RunContext
 from rlx.types import ArraySpec, Batch, DiscreteSpec, EnvSpec, NetInput, Row
 
 SLICE_S = 0.5
@@ -85,13 +85,21 @@ Settle = Callable[[], object]  # waits for what work has left running
 
 
 def measure(
-    variants: Mapping[str, Work], seconds: float, settle: Mapping[str, Settle] | None = None
+    variants: Mapping[str, Work],
+    seconds: float,
+    settle: Mapping[str, Settle] | None = None,
+    *,
+    before: Mapping[str, Settle] | None = None,
+    slice_s: float | None = None,
 ) -> dict[str, list[float]]:
     """Rates per second of each variant, one per round, within about `seconds` for all.
 
     A variant that leaves work running is settled within its own slice: not at the next one's cost.
+    before: what a variant needs before its slice begins, on nobody's time. slice_s: None: SLICE_S.
     """
     waits = {name: (settle or {}).get(name, _nothing) for name in variants}
+    prepared = {name: (before or {}).get(name, _nothing) for name in variants}
+    least_s = SLICE_S if slice_s is None else slice_s
     for name, work in variants.items():
         work()  # compiles
         waits[name]()
@@ -99,8 +107,9 @@ def measure(
     end = perf_counter() + seconds
     while perf_counter() < end or not all(rates.values()):
         for name, work in variants.items():
+            prepared[name]()
             done, began = 0.0, perf_counter()
-            while perf_counter() - began < SLICE_S or not done:
+            while perf_counter() - began < least_s or not done:
                 done += work()
             waits[name]()
             rates[name].append(done / (perf_counter() - began))
@@ -114,18 +123,34 @@ def _nothing() -> None:
 def rows(
     rates: Mapping[str, Sequence[float]], *, prefix: str, unit: str, roofline: str
 ) -> list[dict[str, Any]]:
-    """A row per variant: its median rate, and the median of its rounds' ratios to the roofline."""
+    """A row per variant: its median rate, and the median of its rounds' ratios to the roofline.
+
+    Beside them stand the roofline's median rate and the least and the largest ratio of a round.
+    """
     return [
-        {
-            "name": f"{prefix}/{name}",
-            "value": statistics.median(values),
-            "unit": unit,
-            "ratio": statistics.median(
-                value / best for value, best in zip(values, rates[roofline], strict=True)
-            ),
-        }
+        compared(
+            f"{prefix}/{name}",
+            statistics.median(values),
+            unit,
+            roofline=statistics.median(rates[roofline]),
+            ratios=[value / best for value, best in zip(values, rates[roofline], strict=True)],
+        )
         for name, values in rates.items()
     ]
+
+
+def compared(
+    name: str, value: float, unit: str, *, roofline: float, ratios: Sequence[float]
+) -> dict[str, Any]:
+    """A row beside its roofline; ratios: one of each round."""
+    found = alone(name, value, unit) | {"roofline": roofline, "ratio": statistics.median(ratios)}
+    return found | {"least": min(ratios), "most": max(ratios)}
+
+
+def alone(name: str, value: float, unit: str, ratio: float | None = None) -> dict[str, Any]:
+    """A row that has no roofline; its ratio, if it has one, is to something else."""
+    row = {"name": name, "value": float(value), "unit": unit, "ratio": ratio}
+    return row | {"roofline": None, "least": None, "most": None}
 
 
 def machine() -> dict[str, Any]:
@@ -139,14 +164,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(what: str, found: list[dict[str, Any]]) -> None:
-    """Prints a table, then the same as one line of JSON."""
+def report(what: str, found: list[dict[str, Any]], where: Mapping[str, Any] | None = None) -> None:
+    """Prints a table, then the same as one line of JSON; where: the machine, None: this one."""
     print(f"{'name':<60} {'value':>14} {'unit':<14} {'ratio':>6}")
     for row in found:
+        if row["value"] is None:
+            print(f"{row['name']:<60} {row['note']}")
+            continue
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         value = f"{row['value']:,.3f}" if row["value"] < 1 else f"{row['value']:,.1f}"
         print(f"{row['name']:<60} {value:>14} {row['unit']:<14} {ratio:>6}")
-    print(json.dumps({"what": what, "machine": machine(), "rows": found}))
+    about = machine() if where is None else where
+    print(json.dumps({"what": what, "machine": about, "rows": found}))
 
 
 # --- parts ---------------------------------------------------------------------------------------
@@ -169,6 +198,12 @@ def context(agent: Agent, family: EnvFamily) -> RunContext:
         env_steps=0,
         round_blocks=None,
     )
+
+
+def await_actors(pool: ActingPool) -> None:
+    """Waits until all actors of a pool that starts processes are ready."""
+    while (now := pool.stats()).get("acting/actors_ready") != now.get("acting/actors_wanted"):
+        sleep(0.2)  # those that are ready fill what may be under way and leave the cores to others
 
 
 def make_agent(setup: Setup, **changes: Any) -> Agent:

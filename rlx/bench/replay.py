@@ -184,10 +184,10 @@ def _measured(
     p50, p99 = np.quantile(latencies_s[1:] or latencies_s, [0.5, 0.99])
     return [
         *found,
-        _row(f"{prefix}/sample + update, p50", 1000 * p50, "ms"),
-        _row(f"{prefix}/sample + update, p99", 1000 * p99, "ms"),
-        _row(f"{prefix}/insert", replay.rows / insert_s, "rows/s"),
-        _row(f"{prefix}/all bytes", replay.nbytes / replay.capacity, "bytes/row"),
+        measuring.alone(f"{prefix}/sample + update, p50", 1000 * p50, "ms"),
+        measuring.alone(f"{prefix}/sample + update, p99", 1000 * p99, "ms"),
+        measuring.alone(f"{prefix}/insert", replay.rows / insert_s, "rows/s"),
+        measuring.alone(f"{prefix}/all bytes", replay.nbytes / replay.capacity, "bytes/row"),
     ]
 
 
@@ -253,12 +253,8 @@ def _tree_rows(prefix: str, leaves: int, size: int) -> list[dict[str, Any]]:
             tree.set(tree.find(rng.random(size) * tree.total), rng.random(size))
             times_s.append(perf_counter() - began)
         name = f"{prefix} of {n:,}, draw {size} + set {size}, p50"
-        found.append(_row(name, 1000 * float(np.median(times_s)), "ms"))
+        found.append(measuring.alone(name, 1000 * float(np.median(times_s)), "ms"))
     return found
-
-
-def _row(name: str, value: float, unit: str) -> dict[str, Any]:
-    return {"name": name, "value": float(value), "unit": unit, "ratio": None}
 
 
 # --- a peer --------------------------------------------------------------------------------------
@@ -318,9 +314,9 @@ def _flashbax(
     p50, p99 = np.quantile(latencies_s[1:] or latencies_s, [0.5, 0.99])
     (row,) = measuring.rows(rates, prefix=prefix, unit="rows/s", roofline="sample + update")
     return [
-        row | {"ratio": None},
-        _row(f"{prefix}/sample + update, p50", 1000 * p50, "ms"),
-        _row(f"{prefix}/sample + update, p99", 1000 * p99, "ms"),
-        _row(f"{prefix}/insert", rows / insert_s, "rows/s"),
-        _row(f"{prefix}/all bytes", nbytes / rows, "bytes/row"),
+        measuring.alone(row["name"], row["value"], row["unit"]),
+        measuring.alone(f"{prefix}/sample + update, p50", 1000 * p50, "ms"),
+        measuring.alone(f"{prefix}/sample + update, p99", 1000 * p99, "ms"),
+        measuring.alone(f"{prefix}/insert", rows / insert_s, "rows/s"),
+        measuring.alone(f"{prefix}/all bytes", nbytes / rows, "bytes/row"),
     ]

@@ -44,8 +44,7 @@ def bench_rounds(run: Sequence[str], seconds: float, *, name: str) -> list[dict[
             says = "its agent does not learn in rounds; give one of a2c, ppo or pqn"
             raise refuse("experiment", says, given=name)
         rates = _rates(Stages(parts), Stages(other), seconds)
-    pairs = zip(rates["acting"], rates["updates"], strict=True)
-    rates[ALLOWED] = [1 / (1 / acting + 1 / updates) for acting, updates in pairs]
+    rates[ALLOWED] = one_after_the_other(rates)
     return measuring.rows(rates, prefix=f"rounds/{name}", unit="env steps/s", roofline=ALLOWED)
 
 
@@ -69,14 +68,28 @@ def _rates(stages: Stages, other: Stages, seconds: float) -> dict[str, list[floa
         return env_steps
 
     def whole() -> float:
-        before, updated = stages.count.env_steps, stages.parts.learner.updates
-        while stages.parts.learner.updates == updated:
-            stages.act()
-            stages.agree()
-            stages.learn()
+        before = stages.count.env_steps
+        until_updated(stages)
         return stages.count.env_steps - before
 
     return measuring.measure({"acting": acting, "updates": updates, "whole": whole}, seconds)
+
+
+def until_updated(stages: Stages) -> None:
+    """Takes the loop's turns until the learner has started an update; raises what fails in one."""
+    updated = stages.parts.learner.updates
+    while stages.parts.learner.updates == updated:
+        stages.act()
+        stages.agree()
+        stages.learn()
+        if stages.failure is not None:
+            raise stages.failure
+
+
+def one_after_the_other(rates: dict[str, list[float]]) -> list[float]:
+    """Rates that acting alone and updates alone allow where they take turns, of each round."""
+    pairs = zip(rates["acting"], rates["updates"], strict=True)
+    return [1 / (1 / acting + 1 / updates) for acting, updates in pairs]
 
 
 def _round(stages: Stages) -> list[Rollout]:
