@@ -1,4 +1,4 @@
-"""Draws ray_scaling.png from what `python -m rlx.bench what=acting acting=ray_pool` printed last.
+"""Draws ray_scaling.png from what `python -m rlx.bench what=scaling acting=ray_pool` printed last.
 
 python experiments/benchmarks/figure.py FILE, with the JSON line in it
 """
@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-POINT = re.compile(r"acting/(\w+)/ray_pool/(\d+) actors$")
+POINT = re.compile(r"(?:acting|scaling)/(\w+)/ray_pool/(\d+) actors$")
 NAMES = {"cartpole": "CartPole, default network", "pong": "Pong, the paper's network"}
 
 

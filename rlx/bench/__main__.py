@@ -36,9 +36,11 @@ row, and the others go on. It leaves a picture out where matplotlib is not insta
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from shutil import which
 from typing import Annotated, Any, Literal
 
@@ -46,7 +48,7 @@ from rlx.bench.measuring import SETUPS, Setup, report
 from rlx.config.options import command
 from rlx.machine import xla
 from rlx.machine.signals import sigterm_interrupts
-from rlx.problems import refuse
+from rlx.problems import refuse, show
 from rlx.types import Range
 
 Count = Annotated[int, Range(ge=1)]
@@ -85,6 +87,8 @@ class Options:
             raise refuse("torch", "has the paper's network; add setup=pong", given=self.torch)
         if self.torch is not None and which(self.torch) is None:
             raise refuse("torch", "no such program; give the path of a python", given=self.torch)
+        if self.what == "all" and not self.rows:
+            raise refuse("rows", "give the size of the replay", given="")
         if self.what == "scaling" and self.acting == "threads":
             says = "what=scaling accepts local (over lanes) or ray_pool (over actors)"
             raise refuse("acting", says, given=self.acting)
@@ -99,9 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _bench(options: Options) -> None:
     xla.prepare()
     if options.what == "all":
-        from rlx.bench.everything import bench_everything
-
-        bench_everything(options)
+        _everything(options)
         return
     if options.what == "rounds":
         report(options.what, _rounds(options))
@@ -110,6 +112,37 @@ def _bench(options: Options) -> None:
     runs = _benches(options)
     found = [row for setup in setups for run in runs for row in run(setup, options.seconds)]
     report(options.what, found)
+
+
+def _everything(options: Options) -> None:
+    from rlx.bench.everything import Choices, bench_everything
+
+    choices = Choices(
+        groups=options.groups,
+        setup=options.setup,
+        seconds=options.seconds,
+        rows=options.rows[0],
+        batch=next(iter(options.batch), None),
+        lanes=options.lanes,
+        actors=options.actors,
+        overrides=options.overrides,
+    )
+    folder = None if options.folder is None else Path(options.folder)
+    bench_everything(choices, folder, options.minutes, _line(options))
+
+
+def _line(options: Options) -> str:
+    """The command line that gives these options."""
+    given = [
+        f"{field.name}={_text(getattr(options, field.name))}"
+        for field in fields(options)
+        if getattr(options, field.name) != field.default
+    ]
+    return shlex.join(["python", "-m", "rlx.bench", *given])
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else show(value)
 
 
 def _rounds(options: Options) -> list[dict[str, Any]]:
@@ -135,9 +168,9 @@ def _benches(options: Options) -> Sequence[Bench]:
     if options.what == "end_to_end":
         from rlx.bench.end_to_end import bench_end_to_end
 
-        batch = next(iter(options.batch), None)
-        own = {"acting": options.acting, "overrides": options.overrides}
-        return [partial(bench_end_to_end, batch=batch, **own)]
+        batch, overrides = next(iter(options.batch), None), options.overrides
+        run = partial(bench_end_to_end, acting=options.acting)
+        return [partial(run, batch=batch, overrides=overrides)]
     if options.what == "weights" or options.acting == "ray_pool":
         return _ray_benches(options)
     return _pool_benches(options)
@@ -148,9 +181,9 @@ def _ray_benches(options: Options) -> Sequence[Bench]:
 
     if options.what == "weights":
         return [actors.bench_weights]
-    counts = options.actors or actors.SCALE
-    run = actors.bench_scaling if options.what == "scaling" else actors.bench_ray
-    return [partial(run, actors=counts)]
+    if options.what == "scaling":
+        return [partial(actors.bench_scaling, actors=options.actors or actors.SCALE)]
+    return [actors.bench_pool]
 
 
 def _pool_benches(options: Options) -> Sequence[Bench]:

@@ -2,7 +2,8 @@
 
 The roofline is EnvPool with the jitted policy in as many processes, started and bound to cores in
 the same way, without rollouts, requests or a driver that takes them. It and the pool take turns.
-The roofline of weights is a bare call of as many such processes, with as many bytes.
+`what=weights` measures from publishing to acting beside a bare call with as many bytes, and
+`what=scaling acting=ray_pool` so many actors, one number after the other.
 """
 
 from __future__ import annotations
@@ -170,19 +171,8 @@ def _receive(pool: OpenRayPool, seconds: float) -> int:
     return done
 
 
-def bench_ray(
-    setup: measuring.Setup, seconds: float, *, actors: Sequence[int] = SCALE
-) -> list[dict[str, Any]]:
-    """The pool against its roofline, the scaling curve, the wire and the weights' latency."""
-    with _made(setup) as (agent, family):
-        found = _against_roofline(setup, agent, family, seconds)
-        if actors:
-            found += _scaling(setup, agent, family, seconds, actors)
-        return found + _latency(setup, agent, family, seconds)
-
-
 def bench_pool(setup: measuring.Setup, seconds: float) -> list[dict[str, Any]]:
-    """The pool against its roofline alone, and the wire."""
+    """The pool against its roofline, and the wire."""
     with _made(setup) as (agent, family):
         return _against_roofline(setup, agent, family, seconds)
 
@@ -190,13 +180,13 @@ def bench_pool(setup: measuring.Setup, seconds: float) -> list[dict[str, Any]]:
 def bench_scaling(
     setup: measuring.Setup, seconds: float, *, actors: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The scaling curve alone."""
+    """The scaling curve."""
     with _made(setup) as (agent, family):
         return _scaling(setup, agent, family, seconds, actors)
 
 
 def bench_weights(setup: measuring.Setup, seconds: float) -> list[dict[str, Any]]:
-    """The weights' latency alone."""
+    """The weights' latency."""
     with _made(setup) as (agent, family):
         return _latency(setup, agent, family, seconds)
 
@@ -251,7 +241,7 @@ def _scaling(
         finally:
             pool.close(CLOSE_S)
         first = found[0]["value"] if found else own
-        name = f"acting/{setup.name}/ray_pool/{instances} actors"
+        name = f"scaling/{setup.name}/ray_pool/{instances} actors"
         found.append(measuring.alone(name, own, "env steps/s", own / first if first else None))
     return found
 

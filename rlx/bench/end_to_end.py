@@ -32,6 +32,7 @@ from rlx.training.stages import Stages
 RATIOS = {"cartpole": 4.0, "pong": 0.8}  # trained rows per env step: both sides have work
 BATCHES = {"pong": 16}  # sequences; one update of 64 takes a CPU half a minute
 CAPACITY = 50_000  # rows
+REQUEST_ENV_STEPS = 1024  # of a Ray actor at most: what is under way is learnt from in no time
 SLICE_S = 2.0  # at most, of a pool that acts beside the learner
 
 
@@ -65,7 +66,8 @@ def bench_end_to_end(
 
 def _settings(setup: measuring.Setup, acting: str, batch: int | None) -> list[str]:
     size = batch or BATCHES.get(setup.name, setup.batch_size)
-    remote = ["acting.cpus_per_actor=0", f"acting.env_steps_per_request={setup.request_env_steps}"]
+    request = min(REQUEST_ENV_STEPS, setup.request_env_steps)
+    remote = ["acting.cpus_per_actor=0", f"acting.env_steps_per_request={request}"]
     return [
         *(f"env={setup.env}", f"network={setup.network}", f"agent={setup.agent}"),
         *(f"acting={acting}", f"learner.batch_size={size}", "replay.min_env_steps=0"),
@@ -112,6 +114,7 @@ def _rates(stages: Stages, other: Stages, seconds: float) -> dict[str, list[floa
 
 def _env_steps_of_an_update(parts: Parts) -> float:
     """Env steps for which the ratio allows one update."""
+    assert parts.replay.ratio is not None
     return parts.learner.batch_size * parts.agent.sequence.unroll / parts.replay.ratio
 
 

@@ -175,7 +175,13 @@ def report(what: str, found: list[dict[str, Any]], where: Mapping[str, Any] | No
         value = f"{row['value']:,.3f}" if row["value"] < 1 else f"{row['value']:,.1f}"
         print(f"{row['name']:<60} {value:>14} {row['unit']:<14} {ratio:>6}")
     about = machine() if where is None else where
-    print(json.dumps({"what": what, "machine": about, "rows": found}))
+    print(json.dumps({"what": what, "machine": about, "rows": found}), flush=True)
+
+
+def read_report(text: str) -> dict[str, Any] | None:
+    """The JSON that `report` printed in this output; None where there is none."""
+    lines = (line for line in reversed(text.splitlines()) if line.startswith('{"what"'))
+    return next(map(json.loads, lines), None)
 
 
 # --- parts ---------------------------------------------------------------------------------------

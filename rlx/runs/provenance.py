@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from rlx.runs.files import write_json, write_whole
 
@@ -24,16 +25,26 @@ def save(folder: Path) -> None:
     """
     number = len(list(folder.glob("env*.json")))
     suffix = f"-{number}" if number else ""
+    found = record()
+    if diff := changes():
+        write_whole(folder / f"git{suffix}.diff", diff + b"\n")
+    write_json(folder / f"env{suffix}.json", found)
+
+
+def record() -> dict[str, Any]:
+    """Versions, machine and git revision of this process; None for what is not there."""
     revision = _git("rev-parse", "HEAD")
-    record = {
+    return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in PACKAGES},
         "git": revision.decode(errors="replace") if revision else None,
     }
-    if diff := _git("diff", "--no-ext-diff", "--no-textconv", "HEAD", "--", "."):
-        write_whole(folder / f"git{suffix}.diff", diff + b"\n")
-    write_json(folder / f"env{suffix}.json", record)
+
+
+def changes() -> bytes | None:
+    """What is not committed in rlx's checkout, as git's diff; None where there is no checkout."""
+    return _git("diff", "--no-ext-diff", "--no-textconv", "HEAD", "--", ".")
 
 
 def _version(name: str) -> str | None:
