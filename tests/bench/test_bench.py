@@ -26,12 +26,53 @@ def test_the_last_line_is_the_table_as_json():
     assert set(found) == {"what", "machine", "rows"}
     names = [f"acting/cartpole/{name}" for name in ("envpool", "envpool + policy", "local pool")]
     assert [row["name"] for row in found["rows"]] == names
-    assert all(set(row) == {"name", "value", "unit", "ratio"} for row in found["rows"])
+    keys = {"name", "value", "unit", "ratio", "roofline", "least", "most"}
+    assert all(set(row) == keys for row in found["rows"])
     assert all(row["value"] > 0 and row["ratio"] > 0 for row in found["rows"])
+    assert {row["roofline"] for row in found["rows"]} == {found["rows"][1]["value"]}
+    assert all(row["least"] <= row["ratio"] <= row["most"] for row in found["rows"])
     assert len(table) == 1 + len(names)
     assert all(
         f"{row['value']:,.1f}" in line for row, line in zip(found["rows"], table[1:], strict=True)
     )
+
+
+def test_threads_and_numbers_of_lanes_are_measured_beside_the_bare_loop():
+    for arguments, names in (
+        (("what=acting", "acting=threads"), ["acting/cartpole/thread pool"]),
+        (("what=scaling", "lanes=1,3"), [f"scaling/cartpole/{n} lanes/local pool" for n in (1, 3)]),
+    ):
+        done = run(*arguments, "seconds=0.2", "setup=cartpole")
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+        assert [row["name"] for row in rows if row["name"].endswith("pool")] == names
+        assert all(row["value"] > 0 < row["ratio"] for row in rows)
+
+
+def test_a_whole_run_is_measured_beside_acting_and_updates_alone():
+    done = run("what=end_to_end", "seconds=0.5", "setup=cartpole", "batch=4", "acting=threads")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+    prefix = "end_to_end/cartpole/acting=threads/"
+    rates = {row["name"].removeprefix(prefix): row["value"] for row in rows}
+    assert list(rates) == ["acting", "updates", "whole", "acting, then updates"]
+    assert min(rates.values()) > 0
+    assert rates["acting, then updates"] < min(rates["acting"], rates["updates"])
+
+
+@pytest.mark.slow
+def test_rays_actors_are_measured_beside_bare_processes():
+    for what, name in (
+        ("acting", "acting/cartpole/ray_pool/2 actors/pool"),
+        ("weights", "weights/cartpole/0.2 MB to 2 actors/p50"),
+        ("scaling", "scaling/cartpole/ray_pool/2 actors"),
+        ("end_to_end", "end_to_end/cartpole/acting=ray_pool/whole"),
+    ):
+        done = run(f"what={what}", "acting=ray_pool", "seconds=1", "setup=cartpole", "actors=1,2")
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+        (row,) = (row for row in rows if row["name"] == name)
+        assert row["value"] > 0 < row["ratio"]
 
 
 def test_rounds_are_measured_beside_acting_and_updates_alone():
@@ -78,6 +119,11 @@ def test_updates_are_measured_beside_their_floor_and_profiled(tmp_path):
         ("what=learner batch=0", "batch=0: accepted: an int >= 1, or several with commas between"),
         ("what=learner dtype=x", "dtype=x: accepted: float32 or bfloat16, or several"),
         ("what=acting seconds=0", "seconds=0: accepted: a float > 0"),
+        ("what=scaling acting=threads", "acting=threads: what=scaling accepts local"),
+        (
+            "what=end_to_end setup=cartpole overrides=agent=ppo",
+            "overrides=agent=ppo: its agent learns in rounds",
+        ),
         ("what=acting setup=x", "setup=x: accepted: cartpole or pong or all"),
         (
             "what=rounds experiment=cartpole_impala",
