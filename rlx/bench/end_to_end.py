@@ -44,7 +44,7 @@ def bench_end_to_end(
     batch: int | None = None,
     overrides: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """The rates of the setup's agent in env steps/s; raises ConfigError for one without replay."""
+    """The rates of the setup's agent in env steps/s; raises ConfigError for one without a ratio."""
     cfg = compose([*_settings(setup, acting, batch), *overrides, *QUIET])
     check(cfg)
     with (
@@ -52,9 +52,6 @@ def bench_end_to_end(
         assemble(plain(cfg), Path(folder), resume=False) as parts,
         assemble(plain(cfg), Path(folder), resume=False) as other,  # its lanes act alone
     ):
-        if parts.agent.on_policy:
-            says = "its agent learns in rounds; what=rounds measures those"
-            raise refuse("overrides", says, given=",".join(overrides))
         if parts.replay.ratio is None:
             says = "acting and updates each have a rate of their own; give a number"
             raise refuse("replay.ratio", says, given="null")
@@ -70,7 +67,7 @@ def _settings(setup: measuring.Setup, acting: str, batch: int | None) -> list[st
     remote = ["acting.cpus_per_actor=0", f"acting.env_steps_per_request={request}"]
     return [
         *(f"env={setup.env}", f"network={setup.network}", f"agent={setup.agent}"),
-        *(f"acting={acting}", f"learner.batch_size={size}", "replay.min_env_steps=0"),
+        *(f"acting={acting}", f"learner.batch_size={size}"),
         *(f"replay.ratio={RATIOS[setup.name]}", f"replay.capacity={CAPACITY}"),
         *(remote if acting == "ray_pool" else ()),
     ]
