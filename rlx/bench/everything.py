@@ -22,7 +22,7 @@ from time import monotonic
 from typing import Any
 
 from rlx.bench.measuring import SETUPS, read_report, report
-from rlx.bench.tables import Line, as_csv, as_markdown, failed_line, read_line
+from rlx.bench.tables import FAILED, Line, as_csv, as_markdown, failed_line, read_line
 from rlx.problems import cut, refuse
 from rlx.runs import provenance
 from rlx.runs.files import write_whole
@@ -33,7 +33,7 @@ ACTORS = (1, 2, 4, 8)
 ROUNDS = {"cartpole": "cartpole_ppo", "pong": "atari_ppo"}
 BATCHES = {"pong": 16}  # sequences; one update of 64 takes a CPU half a minute
 REPLAY = ("sample + update", "when asked for", "2 ahead", "process")
-INTERRUPTED = "interrupted"
+INTERRUPTED = f"{FAILED}: interrupted"
 NOT_YET = "not measured yet"
 SAID = re.compile(r"(rlx[\w.]*: |[\w.]*(Error|Exception|Failed|Lost|Exit|Interrupt)\b)")
 STATUS_INTERRUPTED = 130
@@ -166,7 +166,9 @@ class Table:
         try:
             rows, machine = _run(part, log, ends_s, over)
         except CannotBeMade as error:
-            self._found[part] = [failed_line(part.group, part.setup, part.name, str(error))]
+            self._found[part] = [
+                failed_line(part.group, part.setup, part.name, f"{FAILED}: {error}")
+            ]
             print(f"    {self._found[part][0].note}", flush=True)
         else:
             own = part.own

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlx.bench.tables import FAILED, Line, number
+from rlx.bench.tables import FAILED, ROOFLINES, Line, number
 from rlx.results.figures import GREY, PALETTE, STYLE
 from rlx.results.reading import need
 
@@ -17,6 +17,8 @@ BAR_INCHES = 0.24
 PANEL_INCHES = 2.6
 WIDE = 1.6  # ratios beyond are cut off, and written beside their bars
 DPI = 130
+ENDINGS = ("/sample + update", "/whole", "/pool")  # that go without saying
+ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
@@ -57,23 +59,29 @@ def _bars(lines: Sequence[Line], setup: str) -> list[Line]:
 
 def _ratios(ax: Any, setup: str, bars: Sequence[Line]) -> None:
     """Horizontal bars with the least and the largest ratio of a round, coloured by part."""
-    groups = list(dict.fromkeys(line.group for line in bars))
     for place, line in enumerate(bars):
         if line.ratio is None or line.least is None or line.most is None:
             ax.text(0.02, place, FAILED, va="center", color="#888888", style="italic", size=8)
             continue
-        color = PALETTE[groups.index(line.group) % len(PALETTE)]
+        color = PALETTE[list(ROOFLINES).index(line.group) % len(PALETTE)]
         ax.barh(place, min(line.ratio, WIDE), color=color, height=0.7, alpha=0.85)
         ends = [min(end, WIDE) for end in (line.least, line.most)]
         ax.plot(ends, [place, place], color="#333333", linewidth=1)
         at = max(ends[1], min(line.ratio, WIDE)) + 0.02
-        ax.text(at, place, f"{line.ratio:.2f}", va="center", size=8)
+        ax.text(at, place, f"{line.ratio:.2f}", va="center", size=8, bbox=ON_WHITE)
     ax.axvline(1.0, color="#333333", linewidth=1, linestyle=(0, (4, 3)))
-    ax.set_yticks(range(len(bars)), [f"{line.group}: {line.name}" for line in bars], size=8)
+    ax.set_yticks(range(len(bars)), [_label(line) for line in bars], size=8)
     ax.set_ylim(len(bars) - 0.4, -0.6)
     ax.set_xlim(0, WIDE + 0.15)
     ax.grid(axis="y", visible=False)
     ax.set_title(f"{setup}: share of the roofline\n(bar: median of rounds, line: least to largest)")
+
+
+def _label(line: Line) -> str:
+    name = line.name
+    for ending in ENDINGS:
+        name = name.removesuffix(ending)
+    return f"{line.group}: {name}".replace("_", " ")
 
 
 def _over_lanes(ax: Any, setup: str, lines: Sequence[Line]) -> None:

@@ -12,14 +12,15 @@ from typing import Any, Literal
 Kind = Literal["own", "beside", "detail", "failed"]
 
 FAILED = "could not be made"
+AGAIN = "trained rows/s"  # says the same as a row of updates
 ROOFLINES: Mapping[str, str] = {
     "acting": "EnvPool's `step` and the jitted policy in a bare loop, with the same lanes; of Ray "
     "actors as many bare processes, bound to cores alike",
     "replay": "one thread's `np.copyto` of the same bytes; of batches ahead the driver without a "
     "replay",
     "learner": "the compiled update on data that lies on the device",
-    "weights": "a bare Ray call with as many bytes; the ratio is its time by the pool's, so 1 is "
-    "best and less is slower",
+    "weights": "a bare Ray call with as many bytes, there and back; the ratio is its time by that "
+    "from publishing to acting, so less than 1 is slower",
     "end_to_end": "acting alone and updates alone, one after the other; where they have cores of "
     "their own a run may be faster",
     "scaling": "over lanes: the bare loop with as many lanes; over actors the ratio is to the "
@@ -50,14 +51,16 @@ def read_line(row: Mapping[str, Any], group: str, setup: str, own: Sequence[str]
     name = name if inside == setup else f"{inside}/{name}"
     compared = row["ratio"] is not None
     kind: Kind = ("own" if name.endswith(tuple(own)) else "beside") if compared else "detail"
+    if kind == "own" and row["unit"] == AGAIN:
+        kind = "detail"
     numbers = {key: row[key] for key in ("value", "unit", "roofline", "ratio", "least", "most")}
     return Line(group=group, name=name, setup=setup, note="", kind=kind, **numbers)
 
 
-def failed_line(group: str, setup: str, name: str, why: str) -> Line:
-    """The line of a measurement that could not be made, and why."""
+def failed_line(group: str, setup: str, name: str, note: str) -> Line:
+    """The line of a measurement that is not there; the note says why."""
     return Line(
-        group=group, name=name, setup=setup, note=f"{FAILED}: {why}", kind="failed",
+        group=group, name=name, setup=setup, note=note, kind="failed",
         value=None, unit="", roofline=None, ratio=None, least=None, most=None,
     )  # fmt: skip
 

@@ -67,6 +67,10 @@ class Cluster:
         """The resources of all nodes together, used or not."""
         return ray.cluster_resources()
 
+    def put(self, value: Any) -> Any:
+        """The object store's copy of a value, for calls of actors, which are given the value."""
+        return ray.put(value)
+
     def close(self) -> None:
         """Leaves the cluster; ends it only if this run started it."""
         self._watch.close()

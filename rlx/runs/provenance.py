@@ -56,7 +56,7 @@ def _version(name: str) -> str | None:
 
 def _git(*arguments: str) -> bytes | None:
     """Git's answer, bytes of any encoding, about the checkout of rlx; None where there is none."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     tracked = ("ls-files", "--error-unmatch", "rlx/types.py")  # not merely a venv in a checkout
     try:
         for command in (tracked, arguments):

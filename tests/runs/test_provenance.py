@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +51,11 @@ def test_a_folder_counts_as_used_when_all_was_written(git, tmp_path):
     with pytest.raises(OSError, match="directory"):
         provenance.save(tmp_path)
     assert not is_used(tmp_path)
+
+
+def test_the_revision_of_the_checkout_is_known():
+    root = Path(__file__).resolve().parents[2]
+    asked = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    expected = done.stdout.strip() if (root / ".git").exists() else None
+    assert provenance.record()["git"] == expected
