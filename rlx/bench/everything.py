@@ -57,7 +57,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What `what=all` measures: options of the command line."""
+    """Options of the command line say what `what=all` measures."""
 
     groups: Sequence[str]
     setup: str
@@ -150,7 +150,7 @@ def bench_everything(choices: Choices, folder: Path | None, minutes: float, comm
 
 
 class Table:
-    """What was measured so far, and its files."""
+    """The table of what was measured so far, and its files."""
 
     def __init__(self, folder: Path, parts: Sequence[Part], command: str) -> None:
         self.folder, self.parts = folder, parts
@@ -248,7 +248,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def reason(status: int, text: str) -> str:
-    """Why a command failed, from its exit status and its output, in one line."""
+    """Says in one line why a command failed, from its exit status and its output."""
     if status == -signal.SIGKILL:
         return "it was killed by SIGKILL; there may be too little memory"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -43,7 +43,7 @@ def record() -> dict[str, Any]:
 
 
 def changes() -> bytes | None:
-    """What is not committed in rlx's checkout, as git's diff; None where there is no checkout."""
+    """Git's diff of what is not committed in rlx's checkout; None where there is no checkout."""
     return _git("diff", "--no-ext-diff", "--no-textconv", "HEAD", "--", ".")
 
 
