@@ -25,9 +25,11 @@ from rlx.acting.policy import Policy
 from rlx.config.build import build
 from rlx.config.paths import config_dir
 from rlx.interfaces import ActingPool, Agent, EnvFamily, RunContext
+from rlx.problems import RunFailed
 from rlx.types import ArraySpec, Batch, DiscreteSpec, EnvSpec, NetInput, Row
 
 SLICE_S = 0.5
+READY_S = 240.0  # for the actors of a pool to start, on a busy machine
 
 PONG = EnvSpec(
     id="Pong-v5",
@@ -207,8 +209,11 @@ def context(agent: Agent, family: EnvFamily) -> RunContext:
 
 
 def await_actors(pool: ActingPool) -> None:
-    """Waits until all actors of a pool that starts processes are ready."""
+    """Waits until all actors of a pool that starts processes are ready; raises RunFailed."""
+    end = perf_counter() + READY_S
     while (now := pool.stats()).get("acting/actors_ready") != now.get("acting/actors_wanted"):
+        if perf_counter() > end:
+            raise RunFailed(f"not all actors of the pool were ready within {READY_S:.0f} s")
         sleep(0.2)  # those that are ready fill what may be under way and leave the cores to others
 
 
