@@ -39,9 +39,10 @@ BATCH = 128  # rows of every update, of every program
 SETTLED = 10_000  # env steps after the warm-up that are left out: there all is compiled
 
 # gym 0.22 is the last one that has what rltime imports (ImageEncoder) and installs on Python 3.11;
-# it asks for no pygame, but its CartPole imports it; NumPy 1.24 took away names that it uses.
+# it asks for no pygame, but its CartPole imports it; NumPy 1.24 took away names that it uses;
+# ale-py is for Pong (recurrent.py, which has the same environment).
 RLTIME = ("rltime==0.1.2", "gym==0.22.0", "numpy==1.23.5", "pygame==2.6.1", "torch==2.13.0")
-RLTIME += ("opencv-python==4.8.1.78",)
+RLTIME += ("opencv-python==4.8.1.78", "ale-py==0.10.2")
 # gymnasium 1.0 tells of ended episodes in another way than dqn_jax.py reads.
 CLEANRL = ("jax==0.10.2", "flax==0.12.8", "optax==0.2.8", "gymnasium==0.29.1", "tyro==1.0.17")
 CLEANRL += ("stable-baselines3==2.9.2", "tensorboard==2.21.0", "torch==2.13.0")
@@ -60,13 +61,13 @@ def rltime_command(python: Path, steps: int, folder: Path) -> list[str]:
     ]
 
 
-def rltime_marks(folder: Path) -> Iterator[Mark]:
-    """Yields the rows of train.json, one every 10,000 env steps."""
+def rltime_marks(rows: int, folder: Path) -> Iterator[Mark]:
+    """Yields the rows of train.json; its trained rows are updates of so many `rows`."""
     for file in folder.glob("*/train.json"):
         for line in file.read_text().splitlines():
             total = json.loads(line)["total"]
             trained = total.get("steps_trained", 0)
-            yield Mark(int(total["steps_acted"]), trained / BATCH, total["seconds"])
+            yield Mark(int(total["steps_acted"]), trained / rows, total["seconds"])
 
 
 # --- CleanRL -------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def programs(given: Mapping[str, str], folder: Path, missing: dict[str, str]) ->
             peer="rltime",
             start=20_000 + SETTLED,
             command=partial(rltime_command, python, steps),
-            marks=rltime_marks,
+            marks=partial(rltime_marks, BATCH),
             path=None,
         )
         work = [*PLAIN, *as_rltime(steps)]
@@ -164,7 +165,7 @@ SHOWN = ("rltime", "jax", "flax", "torch", "gym", "gymnasium", "numpy", "stable_
 COMPARISON = Comparison(
     defaults=DEFAULTS,
     least={"rounds": 1, "steps": 40_000, "deadline_s": 1},
-    needs="dqn_jax.py",
+    needs={"cleanrl": "cleanrl/dqn_jax.py"},
     programs=programs,
     measures=("env steps", "updates"),
     shown={"rltime": SHOWN, "cleanrl": SHOWN},

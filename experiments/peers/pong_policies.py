@@ -17,7 +17,6 @@ from the programs' own logs, from env step 4,096 to the end (README.md says more
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,8 @@ from side_by_side import (
     Comparison,
     Failed,
     Program,
+    bound,
+    chosen,
     event_marks,
     installed,
     main,
@@ -215,15 +216,9 @@ def pairs(given: Mapping[str, str], folder: Path) -> dict[str, Pair]:
 
 def programs(given: Mapping[str, str], folder: Path, missing: dict[str, str]) -> list[Program]:
     """Returns the peers that can be installed, each followed by rlx's runs of the same work."""
-    cores, count = sorted(os.sched_getaffinity(0)), int(given["cores"])
-    if len(cores) < count:
-        raise Failed(f"cores={count}: this machine has {len(cores)}")
-    os.sched_setaffinity(0, cores[:count])  # of this process, and so of all that it starts
+    bound(int(given["cores"]))
     known, found = pairs(given, folder), []
-    chosen = list(known) if given["peers"] == "all" else given["peers"].split(",")
-    if unknown := set(chosen) - set(known):
-        raise Failed(f"peers={given['peers']}: {', '.join(unknown)} is none of {', '.join(known)}")
-    for word in chosen:
+    for word in chosen(given, "peers", known):
         name, prepared, runs = known[word]
         with noted(missing, name):
             found += with_rlx(prepared(name), int(given["steps"]), runs)
@@ -233,7 +228,7 @@ def programs(given: Mapping[str, str], folder: Path, missing: dict[str, str]) ->
 COMPARISON = Comparison(
     defaults=DEFAULTS,
     least={"rounds": 1, "steps": SETTLED + 2 * ROUND, "cores": 1, "deadline_s": 1},
-    needs="ppo_atari_envpool.py",
+    needs={"cleanrl": "cleanrl/ppo_atari_envpool.py"},
     programs=programs,
     measures=("env steps",),
     shown={

@@ -1,7 +1,8 @@
 """RLlib's recurrent DQN on masked CartPole: Ray's new API stack, PyTorch, all in one process.
 
 `recurrent.py` runs it in RLlib's own environment, with the sizes as one JSON argument.
-It writes a line of progress.jsonl after each of RLlib's iterations: env steps, and trained rows.
+It writes a line of progress.jsonl after each of RLlib's iterations: env steps, what was drawn from
+the replay, and trained rows as updates of the size that was asked for.
 """
 
 from __future__ import annotations
@@ -104,8 +105,10 @@ def main(given):
         while env_steps < given["steps"]:
             told = algorithm.train()
             env_steps = int(told["env_runners"]["num_env_steps_sampled_lifetime"])
-            row = {"env_steps": env_steps, "seconds": time.monotonic() - began}
-            log.write(json.dumps(row | algorithm.local_replay_buffer.drawn) + "\n")
+            drawn = algorithm.local_replay_buffer.drawn
+            updates = drawn["trained_rows"] / (given["batch"] * given["unroll"])
+            row = {"env_steps": env_steps, "updates": updates, "seconds": time.monotonic() - began}
+            log.write(json.dumps(row | drawn) + "\n")
             log.flush()
     algorithm.stop()
     ray.shutdown()

@@ -36,7 +36,7 @@ class Positions(gym.ObservationWrapper):
 class Pong(gym.Env):
     """Single frames of Pong by ale-py, which brings the game; rltime's wrappers skip and shrink."""
 
-    metadata = {"render.modes": []}
+    metadata = {"render.modes": []}  # noqa: RUF012
 
     def __init__(self):
         from ale_py import ALEInterface, LoggerMode, roms

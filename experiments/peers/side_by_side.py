@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -58,9 +59,9 @@ class Program:
 class Comparison:
     """A comparison is what a script of this folder gives: options, programs, and its table."""
 
-    defaults: Mapping[str, str]  # of the options; folder, cleanrl, rounds and deadline_s are needed
+    defaults: Mapping[str, str]  # of the options; folder, rounds and deadline_s are needed
     least: Mapping[str, int]  # of options that are whole numbers
-    needs: str  # a file of CleanRL's checkout
+    needs: Mapping[str, str]  # option of a checkout -> a file that it has
     programs: Callable[[Mapping[str, str], Path, dict[str, str]], list[Program]]
     measures: Sequence[str]  # columns of the table, in the order of Speed
     shown: Mapping[str, Sequence[str]]  # environment -> packages whose versions are printed
@@ -92,13 +93,20 @@ def last_line(log: Path) -> str:
     return lines[-1] if lines else "(nothing)"
 
 
-def installed(folder: Path, name: str, packages: Sequence[str], seconds: float) -> Path:
-    """Returns the Python of a peer's environment, which is made unless it has these packages."""
+def installed(
+    folder: Path, name: str, packages: Sequence[str], seconds: float, maker: str = sys.executable
+) -> Path:
+    """Returns the Python of a peer's environment, which is made unless it has these packages.
+
+    `maker` is the Python that makes it, for a peer that this one is too new for.
+    """
     home, log = folder / f"venv_{name}", folder / f"pip_{name}.log"
+    if not shutil.which(maker):
+        raise Failed(f"{maker}: there is no such Python; give the path of one")
     python, done = home / "bin" / "python", home / "packages.txt"
     if not (done.exists() and done.read_text() == "\n".join(packages)):
         print(f"{name}: installing into {home} ...", flush=True)
-        called([sys.executable, "-m", "venv", "--clear", str(home)], seconds, log)
+        called([maker, "-m", "venv", "--clear", str(home)], seconds, log)
         pip = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
         called([*pip, *packages], seconds, log)
         done.write_text("\n".join(packages))
@@ -124,8 +132,13 @@ EVENTS = """
 import json, sys
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 events = EventAccumulator(sys.argv[1], size_guidance={"scalars": 0}).Reload()
-print(json.dumps([(e.step, e.wall_time) for e in events.Scalars(sys.argv[2])]))
+print(json.dumps([(e.step, e.value, e.wall_time) for e in events.Scalars(sys.argv[2])]))
 """
+
+
+def scalars(python: Path, run: Path, tag: str) -> list[tuple[int, float, float]]:
+    """Returns step, value and time in seconds of a run's events with this tag."""
+    return [(*event,) for event in json.loads(answer(python, EVENTS, str(run), tag))]
 
 
 def event_marks(
@@ -133,18 +146,39 @@ def event_marks(
 ) -> Iterator[Mark]:
     """Yields TensorBoard's events with this tag, of the runs in `folder` that the pattern finds."""
     for run in folder.glob(runs):
-        for step, seconds in json.loads(answer(python, EVENTS, str(run), tag)):
+        for step, _, seconds in scalars(python, run, tag):
             yield Mark(step, step / env_steps_per_update, seconds)
 
 
-def rlx_marks(folder: Path) -> Iterator[Mark]:
-    """Yields the rows of metrics.jsonl."""
-    for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
+def json_marks(rows: str, seconds: str, folder: Path) -> Iterator[Mark]:
+    """Yields the rows of a file of JSON lines with env_steps, updates, and seconds by that name."""
+    for line in (folder / rows).read_text().splitlines():
         row = json.loads(line)
-        yield Mark(row["env_steps"], row["updates"], row["wall_s"])
+        yield Mark(row["env_steps"], row["updates"], row[seconds])
+
+
+rlx_marks = partial(json_marks, "run/metrics.jsonl", "wall_s")
 
 
 # --- the comparison ------------------------------------------------------------------------------
+
+
+def chosen(given: Mapping[str, str], option: str, known: Iterable[str]) -> list[str]:
+    """Returns the words of an option, which are some of the known ones, or "all"."""
+    words = list(known) if given[option] == "all" else given[option].split(",")
+    if unknown := set(words) - set(known):
+        raise Failed(
+            f"{option}={given[option]}: {', '.join(unknown)} is none of {', '.join(known)}"
+        )
+    return words
+
+
+def bound(count: int) -> None:
+    """Binds this process, and so all that it starts, to so many CPU cores."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < count:
+        raise Failed(f"cores={count}: this machine has {len(cores)}")
+    os.sched_setaffinity(0, cores[:count])
 
 
 def rlx_command(overrides: Sequence[str], steps: int, folder: Path) -> list[str]:
@@ -224,6 +258,14 @@ def rounds(
     return [(program, speeds[program.name]) for program in whole]
 
 
+def ratio(of_rounds: Sequence[tuple[float, float]]) -> str:
+    """Returns the median of the rounds' ratios with their range; nothing where a peer has 0."""
+    if not all(other for _, other in of_rounds):
+        return ""
+    found = sorted(one / other for one, other in of_rounds)
+    return f"{median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
+
+
 def table(results: Results, measures: Sequence[str]) -> Iterator[str]:
     """Yields lines: medians over the rounds, and of the rounds' own ratios, with their range."""
     columns = [f"{measure}/s" for measure in measures]
@@ -236,9 +278,7 @@ def table(results: Results, measures: Sequence[str]) -> Iterator[str]:
         cells = [text for _, text in told(measures, medians)]
         for which in range(len(measures)) if program.name != program.peer else ():
             own = peers[program.peer]
-            of_rounds = sorted(a[which] / b[which] for a, b in zip(speeds, own, strict=True))
-            least, most = of_rounds[0], of_rounds[-1]
-            cells += [f"{median(of_rounds):.2f} ({least:.2f} to {most:.2f})"]
+            cells += [ratio([(a[which], b[which]) for a, b in zip(speeds, own, strict=True)])]
         cells += [""] * (2 * len(measures) - len(cells))
         yield f"| {program.name} | {' | '.join(cells)} |"
 
@@ -270,8 +310,9 @@ def options(arguments: Sequence[str], this: Comparison) -> dict[str, str]:
             sys.exit(f"{name}={given[name]}: give a whole number of at least {lowest:,}")
     if not given["folder"] or Path(given["folder"]).resolve().is_relative_to(ROOT):
         sys.exit(f"folder={given['folder']}: give a folder outside the repository, {ROOT}")
-    if given["cleanrl"] and not (Path(given["cleanrl"]) / "cleanrl" / this.needs).is_file():
-        sys.exit(f"cleanrl={given['cleanrl']}: no cleanrl/{this.needs}; give CleanRL's checkout")
+    for name, file in this.needs.items():
+        if given[name] and not (Path(given[name]) / file).is_file():
+            sys.exit(f"{name}={given[name]}: no {file}; give the checkout of {name}")
     return given
 
 
