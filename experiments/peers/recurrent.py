@@ -11,7 +11,7 @@ deep_rl_zoo     a checkout of deep_rl_zoo, which PyPI has not; not given: left o
 rounds          3: each program runs so often, one after the other, round by round
 cartpole_steps  60_000: env steps of a run on CartPole
 pong_steps      12_800: env steps (of four frames) of a run on Pong
-seen_steps      400_000: env steps of a run beside deep_rl_zoo, which logs each 100 updates
+seen_steps      1_000_000: env steps of deep_rl_zoo, whose logs reach the disk each two minutes
 cores           2: CPU cores that all programs are bound to
 deadline_s      1_200: seconds that a run may take, and twice as many that an installation may
 
@@ -47,7 +47,7 @@ from side_by_side import (
 
 DEFAULTS = {"folder": "", "work": "all", "peers": "all", "acme_python": "python3.10"}
 DEFAULTS |= {"deep_rl_zoo": "", "rounds": "3", "cartpole_steps": "60_000", "pong_steps": "12_800"}
-DEFAULTS |= {"seen_steps": "400_000", "cores": "2", "deadline_s": "1_200"}
+DEFAULTS |= {"seen_steps": "1_000_000", "cores": "2", "deadline_s": "1_200"}
 
 # Acme's own pins for its replay and TensorFlow; JAX 0.4.13 is the oldest that PyPI has for it.
 ACME: tuple[str, ...] = ("dm-acme==0.4.0", "dm-launchpad==0.5.0", "dm-reverb==0.7.0")
@@ -57,8 +57,8 @@ ACME += ("dm-haiku==0.0.10", "optax==0.1.5", "chex==0.1.8", "rlax==0.1.6", "dist
 ACME += ("dm-tree==0.1.8", "numpy==1.23.5", "scipy==1.10.1", "protobuf==3.20.3", "gym==0.22.0")
 ACME += ("pygame==2.6.1",)
 RLLIB = ("ray[rllib]==2.60.0", "torch==2.13.0", "gymnasium==1.2.2", "numpy==2.4.6")
-# What its requirements.txt names, where Python 3.11 has it.
-ZOO: tuple[str, ...] = ("gym==0.25.2", "numpy==1.24.3", "torch==2.13.0", "tensorboard==2.21.0")
+# What its requirements.txt names, where Python 3.11 has it; some of its versions call np.bool.
+ZOO: tuple[str, ...] = ("gym==0.25.2", "numpy==1.23.5", "torch==2.13.0", "tensorboard==2.21.0")
 ZOO += ("absl-py==1.4.0", "opencv-python==4.8.0.76", "python-snappy==0.7.3", "pygame==2.6.1")
 ZOO += ("setuptools==80.9.0",)
 
@@ -166,7 +166,8 @@ def zoo_marks(python: Path, folder: Path) -> Iterator[Mark]:
         python, learner, "learner_statistics(learner_steps)/updates"
     ):
         ends = [bisect_right(events, (seconds,)) for events in actors]
-        if all(ends):  # each of them has told of an episode
+        last = min(events[-1][0] for events in actors if events) if all(ends) else 0.0
+        if seconds <= last:  # each of them had told of an episode, and told of more later
             acted = sum(events[end - 1][1] for events, end in zip(actors, ends, strict=True))
             yield Mark(int(acted), updates, seconds)
 
@@ -262,6 +263,7 @@ PAIRS: Mapping[str, Sequence[str]] = {
 }
 STEPS = {"cartpole": "cartpole_steps", "pong": "pong_steps", "pong_acting": "pong_steps"}
 STEPS |= {"cartpole_seen": "seen_steps"}
+RLX_STEPS = 200_000  # env steps at most: rlx's log needs no flush of two minutes
 
 
 def programs(given: Mapping[str, str], folder: Path, missing: dict[str, str]) -> list[Program]:
@@ -274,9 +276,9 @@ def programs(given: Mapping[str, str], folder: Path, missing: dict[str, str]) ->
         for peer in (word for word in PAIRS[work] if word in peers):
             name = f"{work}: {peer}"
             with noted(missing, name):
-                runs = beside(work, peer, sizes)
+                runs = {f"{work}: rlx, {n}": run for n, run in beside(work, peer, sizes).items()}
                 program = PEERS[peer](name, sizes, given, folder)
-                found += with_rlx(program, steps, {f"{work}: rlx, {n}": r for n, r in runs.items()})
+                found += with_rlx(program, min(steps, RLX_STEPS), runs)
     return found
 
 
