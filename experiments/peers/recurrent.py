@@ -237,10 +237,12 @@ def beside(work: str, peer: str, sizes: Sizes) -> dict[str, list[str]]:
     whole = partial(r2d2, work, sizes)
     if peer == "rltime":
         saves = f"checkpoint.every_env_steps={sizes['log_every']}"
-        return {
+        runs = {
             "as rltime": whole(saves, *turn(sizes)),
             "acting in a thread": whole(saves, *turn(sizes, "acting=threads")),
         }
+        own = {"its own turn": whole(saves)}
+        return runs | (own if work == "cartpole" else {})
     if peer == "deep_rl_zoo":
         two = ("acting=ray_pool", f"acting.instances={ZOO_ACTORS}", ONE, SILENT)
         return {"two Ray actors, 1 lane each": whole(*two), "its own turn, 32 lanes": whole(SILENT)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -101,11 +100,13 @@ def installed(
     `maker` is the Python that makes it, for a peer that this one is too new for.
     """
     home, log = folder / f"venv_{name}", folder / f"pip_{name}.log"
-    if not shutil.which(maker):
-        raise Failed(f"{maker}: there is no such Python; give the path of one")
     python, done = home / "bin" / "python", home / "packages.txt"
     if not (done.exists() and done.read_text() == "\n".join(packages)):
         print(f"{name}: installing into {home} ...", flush=True)
+        try:
+            answer(maker, "")
+        except (Failed, OSError):
+            raise Failed(f"{maker}: no Python that runs; give the path of one") from None
         called([maker, "-m", "venv", "--clear", str(home)], seconds, log)
         pip = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
         called([*pip, *packages], seconds, log)
