@@ -230,18 +230,20 @@ RLLIB_LOSS = ("agent.n_step=1", "agent.rescale_epsilon=null", "agent.error=huber
 RLLIB_LOSS += ("replay=uniform", "exploration=linear", "exploration.final=0.02")
 SILENT = f"checkpoint.every_env_steps={NEVER}"
 ONE = "acting.envs_per_actor=1"
+REST = ("replay.ratio=0.001", "replay.min_env_steps=0")  # an update in 1,280,000 env steps
 
 
 def beside(work: str, peer: str, sizes: Sizes) -> dict[str, list[str]]:
     """Returns rlx's runs beside a peer, by name."""
     whole = partial(r2d2, work, sizes)
     if peer == "rltime":
-        saves = f"checkpoint.every_env_steps={sizes['log_every']}"
+        saves = [f"checkpoint.every_env_steps={sizes['log_every']}"]
+        saves += REST if work == "pong_acting" else ()
         runs = {
-            "as rltime": whole(saves, *turn(sizes)),
-            "acting in a thread": whole(saves, *turn(sizes, "acting=threads")),
+            "as rltime": whole(*saves, *turn(sizes)),
+            "acting in a thread": whole(*saves, *turn(sizes, "acting=threads")),
         }
-        own = {"its own turn": whole(saves)}
+        own = {"its own turn": whole(*saves)}
         return runs | (own if work == "cartpole" else {})
     if peer == "deep_rl_zoo":
         two = ("acting=ray_pool", f"acting.instances={ZOO_ACTORS}", ONE, SILENT)
