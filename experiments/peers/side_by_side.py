@@ -21,7 +21,7 @@ from statistics import median
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-DIGITS = (0, 1)  # after the point, of env steps and of updates
+DIGITS = (0, 2)  # after the point, of env steps and of updates
 NEVER = "1_000_000_000"  # as many env steps as no run here makes
 
 
