@@ -66,6 +66,13 @@ class Study:
     lowest: dict[str, float] = field(default_factory=dict)  # returns, where curves are flat
     default_goal: float | None = None  # of the tasks without one, in the table
     evaluated: str = "evaluation.every_env_steps=10000"
+    episodes: int = 20  # of an evaluation during training
+    seeds: dict[str, int] = field(default_factory=dict)  # of the tasks that have others than SEEDS
+    goes_on: bool = False  # a run that was stopped goes on from its checkpoint, else it begins anew
+
+    def seeds_of(self, task: str) -> range:
+        """The seeds of a task's runs."""
+        return range(self.seeds.get(task, len(SEEDS)))
 
 
 def each(experiment: str, agents: Sequence[str], *more: str) -> Variants:
@@ -91,7 +98,7 @@ def train(study: Study, folder: Path, wanted: Sequence[str]) -> None:
         runs = [
             pool.submit(make, study, folder, task, variant, seed, free)
             for task in study.tasks
-            for seed in SEEDS
+            for seed in study.seeds_of(task)
             for variant in study.tasks[task]
             if not wanted or {task, f"{task}/{variant}"} & set(wanted)
         ]
@@ -105,10 +112,14 @@ def make(
     """(task, variant, seed, greedy return) of a run, which is made on a free core if need be."""
     run = folder / task / variant.replace(" ", "_") / str(seed)
     if not is_finished(run, study.tasks[task][variant]):
-        shutil.rmtree(run, ignore_errors=True)  # what a stopped study left
         core = free.get()
         command = [sys.executable, "-m", "rlx.train", *study.tasks[task][variant], study.evaluated]
-        quiet = ["logging.console=off", "checkpoint.replay=false"]
+        quiet = ["logging.console=off", f"evaluation.episodes={study.episodes}"]
+        if study.goes_on:
+            quiet += ["resume=auto"]
+        else:
+            shutil.rmtree(run, ignore_errors=True)  # what a stopped study left
+            quiet += ["checkpoint.replay=false"]
         where = [f"seed={seed}", f"hydra.run.dir={run}"]
         bind = partial(os.sched_setaffinity, 0, {core})
         try:
@@ -156,7 +167,10 @@ def write(study: Study, folder: Path) -> None:
     kept = [run for run in written(study) if run.key[:2] not in replaced]
     found = {run.key: run for run in (*kept, *new)}
     order = [
-        (t, variant, seed) for t in study.tasks for variant in study.tasks[t] for seed in SEEDS
+        (task, variant, seed)
+        for task in study.tasks
+        for variant in study.tasks[task]
+        for seed in study.seeds_of(task)
     ]
     runs = [found[key] for key in order if key in found]
     save(study, "scores.csv", COLUMNS, ((*run.key, *run.numbers.values()) for run in runs))
@@ -272,7 +286,8 @@ def draw(study: Study, name: str, tasks: Sequence[str], runs: Sequence[Run]) -> 
         if task in study.goals:
             axes.axhline(study.goals[task], color="0.6", ls=":", lw=1)
         axes.set_ylim(bottom=study.lowest.get(task))
-        axes.set(title=task, xlabel="env steps", ylabel="greedy return, mean of 20 episodes")
+        axes.set(title=task, xlabel="env steps")
+        axes.set_ylabel(f"greedy return, mean of {study.episodes} episodes")
         axes.legend(fontsize="small")
     for axes in panels.flat[len(tasks) :]:
         axes.remove()

@@ -152,14 +152,28 @@ def stacked_inputs(
 
 
 def features_after(
-    network: Network, params: Params, inputs: NetInput, core: Any, burn_in: int
+    network: Network,
+    params: Params,
+    inputs: NetInput,
+    core: Any,
+    burn_in: int,
+    trained: int | None = None,
 ) -> Array:
-    """The features of the rows after the burn-in; no gradient flows into the burn-in."""
+    """The features of the rows after the burn-in; no gradient flows into the burn-in.
+
+    trained: of so many rows after it a loss may ask for a gradient, and of the later ones, which
+    only choose actions of targets, for none; None: of all rows. The features are the same.
+    """
     if burn_in:
         _, core = network.unroll(params, window(inputs, 0, burn_in), core)
         core = jax.lax.stop_gradient(core)
-    features, _ = network.unroll(params, window(inputs, burn_in, None), core)
-    return features
+    if trained is None:
+        return network.unroll(params, window(inputs, burn_in, None), core)[0]
+    end = burn_in + trained
+    features, core = network.unroll(params, window(inputs, burn_in, end), core)
+    params, core = jax.lax.stop_gradient((params, core))
+    later, _ = network.unroll(params, window(inputs, end, None), core)
+    return jnp.concatenate([features, later])
 
 
 # --- gradients, optimisers, targets --------------------------------------------------------------

@@ -321,10 +321,11 @@ def update(
     agent: ValueAgent, state: TrainState, batch: Batch, *, axis_name: str | None = None
 ) -> tuple[TrainState, UpdateOutput]:
     """One gradient step of `agent.loss` on this device's share of the batch."""
+    net = agent.network
     inputs, core = common.stacked_inputs(
-        agent.network, batch, reward=agent.reward, stored_state=agent.stored_state
+        net, batch, reward=agent.reward, stored_state=agent.stored_state
     )
-    target_features, _ = agent.network.unroll(state.target_params, inputs, core)
+    target_features, _ = net.unroll(state.target_params, inputs, core)
     key, next_key = common.keys(state, axis_name)
     replayed = Replayed(
         rows=common.window(common.time_major(batch.rows), agent.burn_in, None),
@@ -336,7 +337,7 @@ def update(
     )
 
     def loss(params: Params) -> Loss:
-        features = common.features_after(agent.network, params, inputs, core, agent.burn_in)
+        features = common.features_after(net, params, inputs, core, agent.burn_in, agent.unroll)
         return agent.loss(params, features, replayed)
 
     state, output = common.gradient_step(loss, agent.optimizer.build(), state, axis_name)

@@ -656,3 +656,39 @@ def test_acting_and_unrolling_agree(cls):
         row = trees.tree_map(lambda x, t=t: x[t], inputs)
         q, carry = values(state.params, row, carry)
         np.testing.assert_allclose(q, whole[t], atol=1e-5)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("cls", list(OWN))
+def test_rows_that_only_choose_actions_of_targets_need_no_gradient(cls, soft, monkeypatch):
+    """An update that keeps nothing of them for a gradient equals one that has theirs, too."""
+    agent = made(cls, munchausen=SOFT if soft else None, double_q=not soft)
+    batch, state = parts.batch(agent, 4), parts.random_state(agent)
+    found, said = jax.jit(agent.update)(state, batch)
+    asked, features_after = [], common.features_after
+
+    def with_all_gradients(*given):
+        *given, trained = given
+        asked.append(trained)
+        return features_after(*given)
+
+    monkeypatch.setattr(common, "features_after", with_all_gradients)
+    whole, says = jax.jit(agent.update)(state, batch)
+    assert asked == [agent.unroll]
+    np.testing.assert_allclose(said.priorities, says.priorities, atol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), found.params, whole.params)
+
+
+def test_later_rows_have_the_same_features_and_no_gradient():
+    agent = parts.agent()
+    batch, state = parts.batch(agent, 4), parts.random_state(agent)
+    inputs, _ = agent.network.stack_frames(common.batch_inputs(batch), batch.carry)
+    after = partial(common.features_after, agent.network)
+    given = (inputs, batch.carry.core, agent.burn_in)
+    whole = after(state.params, *given)
+    np.testing.assert_allclose(after(state.params, *given, agent.unroll), whole, atol=1e-6)
+
+    def later(params):
+        return jnp.square(after(params, *given, agent.unroll)[agent.unroll :]).sum()
+
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(jax.grad(later)(state.params)))
