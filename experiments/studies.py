@@ -58,6 +58,7 @@ class Study:
     """The tasks of a study, and how they are drawn."""
 
     here: Path  # the folder of README.md, raw numbers and figures
+    measured: str  # the commit that recorded the numbers, and its day
     tasks: dict[str, Variants]  # task -> variant -> overrides of its run
     goals: dict[str, float]  # of the tasks that have one
     figures: dict[str, Sequence[str]]  # tasks of each figure, by its file's name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -123,3 +124,12 @@ def test_the_import_rows_are_those_of_the_test():
     part = text[text.index("### Imports point one way") :]
     block = part.split("```")[1]
     assert [set(re.findall(r"\w+", row)) for row in block.split("<-")] == ROWS
+
+
+def test_the_table_of_claims_is_that_of_the_raw_numbers():
+    claims = runpy.run_path(str(ROOT / "experiments" / "claims.py"))
+    page = ROOT / "experiments" / "README.md"
+    assert page.read_text() == claims["page"](), "run python experiments/claims.py"
+    assert missing_links(page) == []
+    names = {path.parent.name for path in (ROOT / "experiments").glob("*/study.py")}
+    assert names == set(claims["STUDIES"])

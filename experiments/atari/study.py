@@ -19,6 +19,7 @@ SHORTER = "total_env_steps=1_000_000"
 
 STUDY = Study(
     here=Path(__file__).parent,
+    measured="not run yet",
     tasks={
         "pong": {"r2d2": [SMALL, "env.id=Pong-v5"]},
         "breakout": {"r2d2": [SMALL, "env.id=Breakout-v5", SHORTER]},

@@ -63,6 +63,7 @@ PUBLISHED = {
 COLOURS = {"a2c": "C0", "ppo": "C1", "impala": "C2", "pqn": "C3", "sac": "C4", "r2d2": "C5"}
 STUDY = Study(
     here=Path(__file__).parent,
+    measured="3855761, 2026-11-30",
     tasks=TASKS,
     goals=GOALS,
     figures={

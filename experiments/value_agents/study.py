@@ -79,6 +79,7 @@ COLOURS = {"dqn": "C0", "c51": "C1", "qr_dqn": "C2", "iqn": "C3", "r2d2": "C4", 
 LOWEST = {"catch": -1, "minigrid_empty": 0}  # returns that there are, where curves are flat
 STUDY = Study(
     here=Path(__file__).parent,
+    measured="d6e9ae1, 2026-11-29",
     tasks=TASKS,
     goals=GOALS,
     figures={"curves": list(GOALS), "ablations": ["ablations"]},
