@@ -15,15 +15,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from studies import Study, command
 
 SMALL = "experiment=atari_r2d2_small"
-SHORTER = "total_env_steps=1_000_000"
+SHORTER = ("total_env_steps=1_000_000", "agent.optimizer.decay_gradient_steps=49_500")
 
 STUDY = Study(
     here=Path(__file__).parent,
-    measured="not run yet",
+    measured="not run to its end yet",
     tasks={
         "pong": {"r2d2": [SMALL, "env.id=Pong-v5"]},
-        "breakout": {"r2d2": [SMALL, "env.id=Breakout-v5", SHORTER]},
-        "freeway": {"r2d2": [SMALL, "env.id=Freeway-v5", SHORTER]},
+        "breakout": {"r2d2": [SMALL, "env.id=Breakout-v5", *SHORTER]},
+        "freeway": {"r2d2": [SMALL, "env.id=Freeway-v5", *SHORTER]},
     },
     goals={"pong": 18},
     figures={"curves": ("pong", "breakout", "freeway")},
