@@ -175,6 +175,7 @@ stop_after_s: null
 stop_after_updates: null
 resume: null
 deterministic: false
+compile_cache: true
 tags: []
 hydra:
   run: {dir: 'outputs/${now:%H-%M-%S-%f}'}

@@ -197,7 +197,7 @@ def test_a_share_of_a_gpus_memory_is_asked_for_before_jax_starts(monkeypatch):
     name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
     monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-    settings = {"learner": {"memory_fraction": None}, "deterministic": False}
+    settings = {"learner": {"memory_fraction": None}, "deterministic": False, "compile_cache": True}
     xla.prepare(settings)
     assert name not in os.environ
     xla.prepare(settings | {"learner": {"memory_fraction": 0.3}})
