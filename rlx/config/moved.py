@@ -86,7 +86,8 @@ def renewed(settings: Mapping[str, Any]) -> dict[str, Any]:
     changed.
     """
     now: dict[str, Any] = {str(key): _renewed(value) for key, value in settings.items()}
-    now = {**ADDED_ROOT, **now}
+    if "total_env_steps" in now:  # those of a whole run
+        now = {**ADDED_ROOT, **now}
     network, agent = now.get("network"), now.get("agent")
     if isinstance(network, dict) and isinstance(agent, dict) and "head" in network:
         agent.setdefault("head", network.pop("head"))  # heads became the agent's

@@ -98,3 +98,9 @@ def test_todays_settings_stay_as_they_are():
     }
     assert moved.renewed(settings) == settings
     assert moved.renewed(moved.renewed(settings)) == settings
+
+
+def test_a_whole_run_of_an_earlier_rlx_keeps_its_programs():
+    assert moved.renewed({"total_env_steps": 5}) == {"total_env_steps": 5, "compile_cache": True}
+    off = {"total_env_steps": 5, "compile_cache": False}
+    assert moved.renewed(off) == off

@@ -23,6 +23,7 @@ from rlx.config.documents import parse_yaml
 from rlx.problems import ConfigError
 from rlx.results import reading as results
 from rlx.results.live import LiveRuns
+from rlx.config import moved
 from rlx.runs.folders import (
     RunFolder,
     find,
@@ -234,7 +235,7 @@ def test_the_tenth_resume_is_newer_than_the_second_and_odd_names_are_none(run):
         folder.mkdir()
         if steps is not None:
             (folder / "config.yaml").write_text(f"total_env_steps: {steps}\n")
-    assert settings_now(run) == {"total_env_steps": 1010}
+    assert settings_now(run) == {"total_env_steps": 1010, **moved.ADDED_ROOT}
     assert next_resume(run).name == "resume-13"
 
 
