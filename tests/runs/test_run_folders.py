@@ -19,11 +19,11 @@ from omegaconf import OmegaConf
 
 import rlx
 from rlx import diff
+from rlx.config import moved
 from rlx.config.documents import parse_yaml
 from rlx.problems import ConfigError
 from rlx.results import reading as results
 from rlx.results.live import LiveRuns
-from rlx.config import moved
 from rlx.runs.folders import (
     RunFolder,
     find,
