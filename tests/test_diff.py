@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlx import diff
+from rlx.config import moved
 from rlx.problems import ConfigError
 from tests.training.test_run import ROOT, TINY
 
@@ -74,7 +75,7 @@ def test_the_tenth_resume_is_newer_than_the_second(copied, runs):
         folder = copied / ".hydra" / f"resume-{number}"
         folder.mkdir()
         (folder / "config.yaml").write_text(f"total_env_steps: {steps}\n")
-    assert diff.read_settings(copied) == {"total_env_steps": 1010}
+    assert diff.read_settings(copied) == {"total_env_steps": 1010, **moved.ADDED_ROOT}
 
 
 def test_code_versions_and_machine(copied, runs):
