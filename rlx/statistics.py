@@ -100,11 +100,12 @@ def stratified_means(
     tasks: f64[runs] of each task. statistic: of f64[..., tasks] over its last axis.
     """
     strata = [_finite(scores) for scores in tasks]
-    value = statistic(np.array([[scores.mean() for scores in strata]]))[0]
-    drawn = [
-        statistic(np.stack([runs.mean(axis=1) for runs in d], axis=-1))
-        for d in _draws(strata, seed, resamples)
-    ]
+
+    def of_means(draws: Sequence[np.ndarray]) -> Any:  # f64[times, runs] of each task
+        return statistic(np.stack([runs.mean(axis=1) for runs in draws], axis=-1))
+
+    drawn = [of_means(draws) for draws in _draws(strata, seed, resamples)]
+    value = of_means([scores[None] for scores in strata])[0]
     return _estimate(value, np.concatenate(drawn), confidence)
 
 

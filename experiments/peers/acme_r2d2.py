@@ -18,29 +18,13 @@ jax.xla.Device, jax.xla.DeviceArray = jax.Device, jax.Array
 jax.pxla.ShardedDeviceArray = jax.Array
 
 import acme  # noqa: E402
-import gym  # noqa: E402
 import haiku as hk  # noqa: E402
-import numpy as np  # noqa: E402
+import masked_cartpole  # noqa: E402
 from acme import specs, wrappers  # noqa: E402
 from acme.agents.jax import r2d2  # noqa: E402
 from acme.jax import networks as networks_lib  # noqa: E402
 from acme.jax.layouts.local_layout import LocalLayout  # noqa: E402
 from acme.utils import counting, loggers  # noqa: E402
-
-KEPT = np.array([0, 2])  # cart position and pole angle
-SCALE = np.array([1.0, 10.0], np.float32)  # the angle is ten times smaller than the position
-
-
-class Positions(gym.ObservationWrapper):
-    """CartPole without its velocities."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        limit = np.full(2, np.inf, np.float32)
-        self.observation_space = gym.spaces.Box(-limit, limit, dtype=np.float32)
-
-    def observation(self, observation):
-        return observation[KEPT].astype(np.float32) * SCALE
 
 
 class Network(hk.RNNCore):
@@ -109,7 +93,7 @@ def layout(given, spec, counter):
 
 
 def main(given):
-    environment = wrappers.GymWrapper(Positions(gym.make("CartPole-v1")))
+    environment = wrappers.GymWrapper(masked_cartpole.make())
     environment = wrappers.SinglePrecisionWrapper(environment)
     acted, learnt = counting.Counter(), counting.Counter()
     agent = layout(given, specs.make_environment_spec(environment), learnt)

@@ -100,41 +100,35 @@ def driver(python: Path, file: str, sizes: Sizes, folder: Path) -> list[str]:
     return [str(python), str(Path(__file__).resolve().parent / file), json.dumps(sizes)]
 
 
+Marks = Callable[[Path], Iterator[Mark]]  # of a run in this folder
+Command = Callable[[Path], list[str]]
+
+
+def peer(name: str, sizes: Sizes, command: Command, marks: Marks, path: Path | None) -> Program:
+    return Program(
+        name=name, peer=name, start=sizes["settled"], command=command, marks=marks, path=path
+    )
+
+
 def rltime(name: str, sizes: Sizes, given: Mapping[str, str], folder: Path) -> Program:
     python = installed(folder, "rltime", RLTIME, 2 * float(given["deadline_s"]))
-    return Program(
-        name=name,
-        peer=name,
-        start=sizes["settled"],
-        command=partial(driver, python, "rltime_r2d2.py", sizes),
-        marks=partial(rltime_marks, sizes["batch"] * sizes["unroll"]),
-        path=None,
-    )
+    marks = partial(rltime_marks, sizes["batch"] * sizes["unroll"])
+    return peer(name, sizes, partial(driver, python, "rltime_r2d2.py", sizes), marks, None)
+
+
+TOLD: Marks = partial(json_marks, "progress.jsonl", "seconds")  # by our drivers
 
 
 def acme(name: str, sizes: Sizes, given: Mapping[str, str], folder: Path) -> Program:
     seconds = 2 * float(given["deadline_s"])
     python = installed(folder, "acme", ACME, seconds, given["acme_python"])
-    return Program(
-        name=name,
-        peer=name,
-        start=sizes["settled"],
-        command=partial(driver, python, "acme_r2d2.py", sizes),
-        marks=partial(json_marks, "progress.jsonl", "seconds"),
-        path=None,
-    )
+    return peer(name, sizes, partial(driver, python, "acme_r2d2.py", sizes), TOLD, None)
 
 
 def rllib(name: str, sizes: Sizes, given: Mapping[str, str], folder: Path) -> Program:
     python = installed(folder, "rllib", RLLIB, 2 * float(given["deadline_s"]))
-    return Program(
-        name=name,
-        peer=name,
-        start=sizes["settled"],
-        command=partial(driver, python, "rllib_dqn.py", sizes | {"n_step": 1}),
-        marks=partial(json_marks, "progress.jsonl", "seconds"),
-        path=None,
-    )
+    command = partial(driver, python, "rllib_dqn.py", sizes | {"n_step": 1})
+    return peer(name, sizes, command, TOLD, None)
 
 
 ZOO_ACTORS = 2  # processes; deep_rl_zoo logs its first and its last actor
@@ -176,14 +170,8 @@ def zoo(name: str, sizes: Sizes, given: Mapping[str, str], folder: Path) -> Prog
     if not given["deep_rl_zoo"]:
         raise Failed("not given; say deep_rl_zoo=PATH of a checkout")
     python = installed(folder, "deep_rl_zoo", ZOO, 2 * float(given["deadline_s"]))
-    return Program(
-        name=name,
-        peer=name,
-        start=sizes["settled"],
-        command=partial(zoo_command, python, sizes),
-        marks=partial(zoo_marks, python),
-        path=Path(given["deep_rl_zoo"]).resolve(),
-    )
+    command, marks = partial(zoo_command, python, sizes), partial(zoo_marks, python)
+    return peer(name, sizes, command, marks, Path(given["deep_rl_zoo"]).resolve())
 
 
 # --- rlx -----------------------------------------------------------------------------------------

@@ -10,27 +10,13 @@ import json
 import sys
 
 import gym
+import masked_cartpole
 import numpy as np
 import torch
 from rltime.env_wrappers.common import ExtraFeaturesEnvWrapper
 from rltime.general.config import load_config
 from rltime.train import train_from_config
 from rltime.training.torch.dqn import DQN
-
-KEPT = np.array([0, 2])  # cart position and pole angle
-SCALE = np.array([1.0, 10.0], np.float32)  # the angle is ten times smaller than the position
-
-
-class Positions(gym.ObservationWrapper):
-    """CartPole without its velocities."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        limit = np.full(2, np.inf, np.float32)
-        self.observation_space = gym.spaces.Box(-limit, limit, dtype=np.float32)
-
-    def observation(self, observation):
-        return observation[KEPT].astype(np.float32) * SCALE
 
 
 class Pong(gym.Env):
@@ -69,10 +55,6 @@ class Pong(gym.Env):
         return self.ale.getScreenRGB(), float(reward), self.ale.game_over(), {}
 
 
-def cartpole():
-    return Positions(gym.make("CartPole-v1"))
-
-
 def trainer(threads: int):
     """Returns rltime's DQN trainer, with so many threads of PyTorch instead of its one."""
 
@@ -91,7 +73,7 @@ def features(env):
 
 WORKS = {
     "cartpole": {
-        "env": cartpole,
+        "env": masked_cartpole.make,
         "env_args": {"wrappers": [{"type": features}]},
         "model": {
             "type": "sequential",

@@ -49,7 +49,6 @@ class Keeper:
         self._evaluating: Evaluating | None = None  # beside the training
         self._owes_evaluation = False  # one was due, and the run was stopped before its end
         self._heard_env_steps = 0  # up to which the clocks were heard
-        self._first_update = parts.learner.updates  # of this process
         self._row: dict[str, Any] = stages.metrics.last_row or {}
         self._checkpoints = Checkpointer(parts.output_dir, parts.checkpoint)
         self._snapshots = Snapshots(
@@ -147,7 +146,7 @@ class Keeper:
 
     def _say_if_nothing_was_learnt(self) -> None:
         replay, learner = self._parts.replay, self._parts.learner
-        if learner.updates == self._first_update:
+        if learner.updates == self._stages.first_update:
             says = "no update was made: the replay got %d env steps and has %d sequences to draw; "
             says += "learning begins at replay.min_env_steps=%d and replay.min_sequences=%d"
             if replay.ratio is not None:

@@ -60,7 +60,7 @@ class Stages:
         self._ended: list[Episode] = []  # since then
         self._collected: deque[Rollout] = deque()  # that the replay has no room for yet
         self._began = perf_counter()
-        self._first_update = parts.learner.updates  # of this process
+        self.first_update = parts.learner.updates  # of this process
         self._in_flight: InFlight | None = None  # the last update, until it is settled
         self._published: Published | None = None  # of the update in flight
         self._prioritized = _prioritized(parts.replay)
@@ -166,7 +166,7 @@ class Stages:
             made = np.full(learner.batch_size, self.count.env_steps % 2**32, np.uint32)
             batch = learner.put(replace(sample.batch, env_steps=made))
         self.metrics.record("learner/device_busy", float(learner.is_busy))
-        if learner.updates == self._first_update:
+        if learner.updates == self.first_update:
             log.info("learning begins; the update is compiled first")
         with self.times.measure("learner_update"):
             output = learner.update(batch, self._largest_importance(sample))
