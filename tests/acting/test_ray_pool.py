@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import sys
 import threading
@@ -53,9 +52,18 @@ RESTARTS = Restarts(
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what the head's actors compile; other tests run meanwhile, and have another."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def cluster(programs: Path) -> Iterator[Cluster]:
     """A head with room for the actors of one pool; tests add nodes and take them away."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    head = {"num_cpus": 4, "include_dashboard": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(programs))  # its processes inherit it
+        made = Cluster(initialize_head=True, head_node_args=head)
     made.connect()
     yield made
     ray.shutdown()
@@ -325,16 +333,18 @@ def test_weights_may_travel_as_bfloat16(pool):
 # --- processes -----------------------------------------------------------------------------------
 
 
-def test_each_actor_has_a_core_of_its_own_and_finds_what_the_first_one_compiled(pool):
-    folder, lanes = Path(os.environ["JAX_COMPILATION_CACHE_DIR"]), LANES + 3  # as no other test has
-    before = set(folder.glob("jit_act-*-cache"))
+def test_each_actor_has_a_core_of_its_own_and_finds_what_the_first_one_compiled(
+    pool, programs
+):
+    lanes = LANES + 3  # as no other test has
+    before = set(programs.glob("jit_act-*-cache"))
     actors = pool(envs_per_actor=lanes)
     actors.publish(weights_of(make_agent(family(**CARTPOLE))), 0)
     collect(actors, 60, lanes=2 * lanes)
     cores = [process.cpu_affinity() for process in actor_processes()]
     assert sorted(len(each) for each in cores) == [1, 1]
     assert cores[0] != cores[1]
-    assert len(set(folder.glob("jit_act-*-cache")) - before) == 1
+    assert len(set(programs.glob("jit_act-*-cache")) - before) == 1
 
 
 # --- back-pressure -------------------------------------------------------------------------------
