@@ -23,10 +23,7 @@ TASKS: dict[str, dict[str, list[str]]] = {
     "cartpole": each("cartpole_{}", FEEDFORWARD),
     "cartpole_memory": {
         **each("cartpole_memory_{}", (*FEEDFORWARD, "r2d2")),
-        "default run": [
-            "total_env_steps=100000",
-            "agent.optimizer.decay_gradient_steps=7500",
-        ],
+        "default run": [],
     },
     "acrobot": each("acrobot_{}", ["qr_dqn"]),
     "mountaincar": each("mountaincar_{}", ["dqn", "qr_dqn"]),

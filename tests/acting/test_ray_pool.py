@@ -333,9 +333,7 @@ def test_weights_may_travel_as_bfloat16(pool):
 # --- processes -----------------------------------------------------------------------------------
 
 
-def test_each_actor_has_a_core_of_its_own_and_finds_what_the_first_one_compiled(
-    pool, programs
-):
+def test_each_actor_has_a_core_of_its_own_and_finds_what_the_first_one_compiled(pool, programs):
     lanes = LANES + 3  # as no other test has
     before = set(programs.glob("jit_act-*-cache"))
     actors = pool(envs_per_actor=lanes)
