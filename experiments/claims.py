@@ -41,7 +41,7 @@ def study_rows(name: str) -> Iterator[list[str]]:
                 drawn = f", [figure]({name}/{figure}.png)" if figure else ""
                 yield [
                     f"{task}, {variant}",
-                    f"`python -m rlx.train {shlex.join(overrides)}`",
+                    f"`{shlex.join(['python', '-m', 'rlx.train', *overrides])}`",
                     "1 core",
                     *numbers(mine),
                     study.measured,

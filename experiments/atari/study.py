@@ -19,7 +19,7 @@ SHORTER = ("total_env_steps=1_000_000", "agent.optimizer.decay_gradient_steps=49
 
 STUDY = Study(
     here=Path(__file__).parent,
-    measured="not run to its end yet",
+    measured="ad5ae2b, 2026-11-30",
     tasks={
         "pong": {"r2d2": [SMALL, "env.id=Pong-v5"]},
         "breakout": {"r2d2": [SMALL, "env.id=Breakout-v5", *SHORTER]},

@@ -44,7 +44,7 @@ TINY = [
     "agent.stride=2",
     "agent.block_rows=2",
     "agent.n_step=2",
-    "agent.target_period_updates=5",
+    *("agent.target_period_updates=5", "agent.target_rate=null"),
     "learner.batch_size=4",
     "learner.publish_every_updates=2",
     "replay.min_sequences=4",
