@@ -44,7 +44,7 @@ def study_rows(name: str) -> Iterator[list[str]]:
                     f"`{shlex.join(['python', '-m', 'rlx.train', *overrides])}`",
                     "1 core",
                     *numbers(mine),
-                    study.measured,
+                    study.again.get(f"{task}/{variant}", study.measured),
                     f"[{name}]({name}/README.md){drawn}",
                 ]
 

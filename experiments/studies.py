@@ -62,6 +62,7 @@ class Study:
     tasks: dict[str, Variants]  # task -> variant -> overrides of its run
     goals: dict[str, float]  # of the tasks that have one
     figures: dict[str, Sequence[str]]  # tasks of each figure, by its file's name
+    again: dict[str, str] = field(default_factory=dict)  # task/variant -> measured since then
     colours: dict[str, str] = field(default_factory=dict)  # of variants
     published: dict[str, dict[str, Points]] = field(default_factory=dict)  # task -> whose -> curve
     lowest: dict[str, float] = field(default_factory=dict)  # returns, where curves are flat

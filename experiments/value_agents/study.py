@@ -37,7 +37,13 @@ TASKS: dict[str, dict[str, list[str]]] = {
             "agent.highest=1",
             *SLOWLY,
         ],
-        "r2d2_small": ["experiment=minigrid_empty", "agent=r2d2_small", *SLOWLY],
+        "r2d2_small": [
+            "experiment=minigrid_empty",
+            "agent=r2d2_small",
+            "agent.n_step=5",
+            "agent.discount=0.99",
+            "agent.optimizer.decay_gradient_steps=15000",
+        ],
     },
     "ablations": {
         "dqn": ["experiment=cartpole_dqn"],
@@ -73,10 +79,12 @@ GOALS = {
     "minigrid_empty": 0.9,
 }
 COLOURS = {"dqn": "C0", "c51": "C1", "qr_dqn": "C2", "iqn": "C3", "r2d2": "C4", "r2d2_small": "C4"}
+AGAIN = ("cartpole_memory/default run", "catch/r2d2_small")
 LOWEST = {"catch": -1, "minigrid_empty": 0}  # returns that there are, where curves are flat
 STUDY = Study(
     here=Path(__file__).parent,
     measured="d6e9ae1, 2026-11-29",
+    again=dict.fromkeys(AGAIN, "4ca1058, 2026-11-30"),
     tasks=TASKS,
     goals=GOALS,
     figures={"curves": list(GOALS), "ablations": ["ablations"]},
