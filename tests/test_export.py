@@ -89,7 +89,7 @@ def test_the_documented_lines_run_it_without_rlx(run, trained, tmp_path, capsys)
     export.main([f"run={copy}"])
     path = capsys.readouterr().out.strip()
     assert path == str(copy / "agent.zip")
-    given = episode(np.random.default_rng(0), 20, 3)
+    given = episode(np.random.default_rng(0), 300, 3)  # the second action is rare
     np.savez(tmp_path / "given.npz", **given)
     code = WITHOUT_RLX + textwrap.dedent(documented()) + AFTERWARDS
     done = subprocess.run(
