@@ -25,6 +25,8 @@ ERRORS = {"Exception", "RuntimeError", "ValueError", "RunFailed", "CheckpointErr
     "FloatingPointError", "KeyboardInterrupt",
 }  # fmt: skip
 
+LARGEST = 500_000  # bytes of a file in the repository
+
 
 def sources() -> list[Path]:
     return [*ROOT.glob("rlx/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]
@@ -117,6 +119,19 @@ MID_CLAUSE = {
     "For", "With", "As", "To", "If", "In", "By", "Else", "Then", "Whose", "From", "Once", "While",
     "Whether",
 }  # fmt: skip
+
+
+def test_no_file_is_large_and_none_is_one_that_git_ignores():
+    """A trace or a run's folder is easily added by accident, and a history keeps it for ever."""
+
+    def listed(*more: str) -> list[str]:
+        git = ["git", "ls-files", "-z", *more]
+        names = subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        return [name for name in names.split("\0") if name]
+
+    assert listed("--cached", "--ignored", "--exclude-standard") == []
+    sizes = {name: path.stat().st_size for name in listed() if (path := ROOT / name).is_file()}
+    assert {name: size for name, size in sizes.items() if size > LARGEST} == {}
 
 
 def test_docstrings_begin_with_a_subject_or_a_verb():
