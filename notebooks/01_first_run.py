@@ -43,7 +43,7 @@ except Exception as error:
 
 # %% [markdown]
 # The default task hides CartPole's velocities: without memory it cannot be solved. On two CPU cores this
-# takes one to two minutes. The stop button (or Ctrl-C) ends the run with a checkpoint;
+# takes about a minute. The stop button (or Ctrl-C) ends the run with a checkpoint;
 # `rlx.compose([..., "resume=auto"])` in the same folder goes on from there.
 
 # %%

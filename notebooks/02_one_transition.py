@@ -205,6 +205,7 @@ reward, discount, valid = (
     np.asarray(x)[4:, 0] for x in (time_major.reward, time_major.discount, time_major.valid)
 )
 bootstrap = np.asarray(trained_q(every.observation["observation"]))
+gamma = cfg.agent.discount
 
 
 def by_hand(t):
@@ -213,12 +214,12 @@ def by_hand(t):
     for k in range(t, t + n):
         if not valid[k]:
             return target + factor * bootstrap[k], k
-        target, factor = target + factor * reward[k], factor * 0.99 * discount[k]
+        target, factor = target + factor * reward[k], factor * gamma * discount[k]
     return target + factor * bootstrap[t + n], t + n
 
 
 targets = ops.n_step_return(
-    *(x[:, None] for x in (reward, discount, valid, bootstrap)), n=n, gamma=0.99, xp=np
+    *(x[:, None] for x in (reward, discount, valid, bootstrap)), n=n, gamma=gamma, xp=np
 )[:, 0]
 np.testing.assert_allclose(targets, [by_hand(t)[0] for t in range(T)], rtol=1e-5)
 

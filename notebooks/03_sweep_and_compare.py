@@ -30,8 +30,8 @@ folder = Path(tempfile.mkdtemp(prefix="rlx-")) / "sweep"
 
 # %% [markdown]
 # The question: what is a memory worth where velocities are hidden? A sweep is a command line; each run
-# gets a process of its own, so that one which dies takes no other with it. Full size: six runs of one to
-# two minutes each, two at once.
+# gets a process of its own, so that one which dies takes no other with it. Full size: six runs of about
+# a minute each, two at once.
 
 # %%
 size = ["total_env_steps=1500", "seed=0,1", "logging.every_env_steps=250"]
