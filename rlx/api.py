@@ -296,8 +296,8 @@ def load(run_dir: Path | str, *, allow: Sequence[str] = ()) -> Loaded:
     It is only data: a module that it names (`env.id=module:Name`) is not imported for its sake.
     allow: packages that may be. One that is imported already needs no permission.
     """
-    xla.prepare()
     saved, settings = config_file(find_run(run_dir, "run")), settings_now(run_dir)
+    xla.prepare(compile_cache=settings.get("compile_cache", True))
     refuse_modules(settings, str(saved), allow)
     cfg = OmegaConf.create(settings)
     names = {key: str(saved) for key in map(str, cfg)}

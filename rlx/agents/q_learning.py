@@ -131,7 +131,7 @@ Loss = tuple[Array, tuple[Array | None, common.Metrics]]
 
 @dataclass(frozen=True, kw_only=True)
 class Replayed:
-    """Sequences after their burn-in, time-major, as a loss reads them."""
+    """Sequences after their burn-in, time-major; the last n rows' features have no gradient."""
 
     rows: Row  # [T + n - 1 or more, B], inputs included
     mask: Array | None  # bool[T + n, B, A]: allowed actions; None: all

@@ -20,7 +20,8 @@ Options, and the bench that each belongs to:
     dense=null         units of the layer before the core, as dense=512 (what=learner)
     torch=null         a python with PyTorch, whose update runs beside (what=learner setup=pong)
     experiment=atari_ppo,atari_pqn    of on-policy agents (what=rounds)
-    overrides=         of runs, as overrides=agent.unroll=64,seed=1 (what=rounds, end_to_end, all)
+    overrides=         of runs, as overrides=agent.unroll=64,seed=1 (what=rounds, end_to_end;
+                       what=all: of its runs with replay)
     groups=acting,replay,learner,weights,end_to_end,scaling    the parts of the table (what=all)
     minutes=40         after which nothing more is measured (what=all)
     folder=null        where bench.md, bench.csv and bench.png go; null: bench/DATE-TIME (what=all)
@@ -89,6 +90,8 @@ class Options:
             raise refuse("torch", "no such program; give the path of a python", given=self.torch)
         if self.what == "all" and not self.rows:
             raise refuse("rows", "give the size of the replay", given="")
+        if self.what == "all" and not self.groups:
+            raise refuse("groups", "give one at least", given="")
         if self.what == "scaling" and self.acting == "threads":
             says = "what=scaling accepts local (over lanes) or ray_pool (over actors)"
             raise refuse("acting", says, given=self.acting)

@@ -13,7 +13,7 @@ import pickle
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from rlx.acting.plan import Plan
 from rlx.acting.policy import prepare_process
 from rlx.acting.ray_actors import RayActors
 from rlx.acting.ray_pool import OpenRayPool, RayPool
-from rlx.bench import measuring
+from rlx.bench import measuring, pools
 from rlx.cluster.cluster import Cluster
 from rlx.cluster.faults import Restarts
 from rlx.cluster.fleet import Answered, Deadlines, Fleet
@@ -214,8 +214,9 @@ def _against_roofline(
         pool = make_pool(setup, agent, family, instances=ACTORS)
         ends.callback(pool.close, CLOSE_S)
         for _ in range(max(1, round(seconds / (2 * slice_s)))):
-            rates["roofline"].append(rooflines.rate(slice_s))
             rates["pool"].append(rate(pool, slice_s))
+            sleep(_under_way_s(setup, rates["pool"][-1]))  # else they would take the cores
+            rates["roofline"].append(rooflines.rate(slice_s))
         stats = pool.stats()
     compared = measuring.rows(
         rates, prefix=f"{prefix}/{ACTORS} actors", unit="env steps/s", roofline="roofline"
@@ -226,6 +227,12 @@ def _against_roofline(
         measuring.alone(f"{prefix}/wire", wire, "bytes/env step"),
         measuring.alone(f"{prefix}/uncompressed over wire", packed, ""),
     ]
+
+
+def _under_way_s(setup: measuring.Setup, env_steps_per_s: float) -> float:
+    """Seconds in which a pool that nobody collects from has made what it was asked for."""
+    requests = ACTORS * measuring.settings("acting", "ray_pool")["requests_per_actor"]
+    return pools.QUIET_S + requests * setup.request_env_steps / max(1.0, env_steps_per_s)
 
 
 def _scaling(

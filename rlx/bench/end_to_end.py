@@ -30,7 +30,6 @@ from rlx.training.parts import Parts
 from rlx.training.stages import Stages
 
 RATIOS = {"cartpole": 4.0, "pong": 0.8}  # trained rows per env step: both sides have work
-BATCHES = {"pong": 16}  # sequences; one update of 64 takes a CPU half a minute
 CAPACITY = 50_000  # rows
 REQUEST_ENV_STEPS = 1024  # of a Ray actor at most: what is under way is learnt from in no time
 SLICE_S = 2.0  # at most, of a pool that acts beside the learner
@@ -62,7 +61,7 @@ def bench_end_to_end(
 
 
 def _settings(setup: measuring.Setup, acting: str, batch: int | None) -> list[str]:
-    size = batch or BATCHES.get(setup.name, setup.batch_size)
+    size = batch or measuring.CPU_BATCHES.get(setup.name, setup.batch_size)
     request = min(REQUEST_ENV_STEPS, setup.request_env_steps)
     remote = ["acting.cpus_per_actor=0", f"acting.env_steps_per_request={request}"]
     return [
@@ -98,7 +97,7 @@ def _rates(stages: Stages, other: Stages, seconds: float) -> dict[str, list[floa
     before: Mapping[str, Callable[[], object]] = {
         "acting": partial(pools.warm, other.parts.pool),
         "updates": pools.quiet,
-        "whole": partial(_warm, whole),
+        "whole": partial(_warm, stages, whole),
     }
     return measuring.measure(
         variants,
@@ -125,8 +124,9 @@ def _some_batch(parts: Parts) -> Any:
     return learner.put(replace(replay.sample(learner.batch_size).batch, env_steps=made))
 
 
-def _warm(whole: measuring.Work) -> None:
-    """Goes on until what was made before is learnt from."""
+def _warm(stages: Stages, whole: measuring.Work) -> None:
+    """Goes on until what was made before is learnt from, and its last update has ended."""
     began = perf_counter()
     while perf_counter() - began < pools.QUIET_S:
         whole()
+    stages.settle()  # else the slice would pay for an update that it does not count

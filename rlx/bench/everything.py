@@ -21,7 +21,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from rlx.bench.measuring import SETUPS, read_report, report
+from rlx.bench.measuring import CPU_BATCHES, SETUPS, read_report, report
 from rlx.bench.tables import FAILED, Line, as_csv, as_markdown, failed_line, read_line
 from rlx.problems import cut, refuse
 from rlx.runs import provenance
@@ -31,7 +31,6 @@ START_S = 300.0  # of a command, to import, compile and start actors on a busy m
 STOP_S = 30.0  # for a command that was asked to end, and for Ray with it
 ACTORS = (1, 2, 4, 8)
 ROUNDS = {"cartpole": "cartpole_ppo", "pong": "atari_ppo"}
-BATCHES = {"pong": 16}  # sequences; one update of 64 takes a CPU half a minute
 REPLAY = ("sample + update", "when asked for", "2 ahead", "process")
 INTERRUPTED = f"{FAILED}: interrupted"
 NOT_YET = "not measured yet"
@@ -93,7 +92,7 @@ Command = tuple[str, tuple[str, ...], tuple[str, ...], int]  # name, arguments, 
 def _commands(choices: Choices, group: str, setup: str) -> Iterator[Command]:
     """The commands of a group; the number is how often each measures for `seconds`."""
     what, given = f"what={group}", ",".join(choices.overrides)
-    size = choices.batch or BATCHES.get(setup)
+    size = choices.batch or CPU_BATCHES.get(setup)
     batch = () if size is None else (f"batch={size}",)
     pools = ("local", "threads", "ray_pool")
     if group == "acting":
@@ -109,8 +108,8 @@ def _commands(choices: Choices, group: str, setup: str) -> Iterator[Command]:
         for name in pools:
             run = (what, f"acting={name}", *batch, f"overrides={given}")
             yield f"acting={name}", run, ("/whole",), 2
-        own = ROUNDS[setup]
-        yield own, ("what=rounds", f"experiment={own}", f"overrides={given}"), ("/whole",), 1
+        own = ROUNDS[setup]  # an agent of another kind, with settings of its own
+        yield own, ("what=rounds", f"experiment={own}"), ("/whole",), 1
     elif group == "scaling":
         lanes = (f"lanes={_list(choices.lanes)}",) if choices.lanes else ()
         yield "over lanes", (what, *lanes), ("local pool",), 4
@@ -300,6 +299,6 @@ def _draw(lines: Sequence[Line], path: Path) -> str:
         from rlx.bench.picture import draw
 
         draw(lines, path)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return f"There is no picture: {error}."
     return ""

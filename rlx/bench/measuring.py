@@ -78,6 +78,7 @@ SETUPS = (
         spec=PONG,
     ),
 )
+CPU_BATCHES = {"pong": 16}  # sequences; one update of 64 takes a CPU half a minute
 
 Work = Callable[[], float]  # does a little and answers how much, in the bench's unit
 Settle = Callable[[], object]  # waits for what work has left running
@@ -212,6 +213,8 @@ def await_actors(pool: ActingPool) -> None:
     """Waits until all actors of a pool that starts processes are ready; raises RunFailed."""
     end = perf_counter() + READY_S
     while (now := pool.stats()).get("acting/actors_ready") != now.get("acting/actors_wanted"):
+        if now.get("acting/restarts"):
+            pool.collect(0.0, 0)  # raises what went wrong, if no other actor is tried
         if perf_counter() > end:
             raise RunFailed(f"not all actors of the pool were ready within {READY_S:.0f} s")
         sleep(0.2)  # those that are ready fill what may be under way and leave the cores to others

@@ -24,7 +24,7 @@ from rlx.types import Weights
 NAMES = {"local": "local pool", "threads": "thread pool"}
 LANES = (1, 8, 32, 128)  # of the scaling
 ROOFLINE = "envpool + policy"
-QUIET_S = 0.5  # in which requests that are under way come to their end
+QUIET_S = 1.0  # in which requests that are under way come to their end
 THREADS_SLICE_S = 1.0
 WAIT_S = 60.0  # for rollouts
 CLOSE_S = 10.0

@@ -23,6 +23,7 @@ from rlx.cluster.whereabouts import (
 )
 from rlx.evaluation.playing import Evaluation
 from rlx.interfaces import Agent, EnvFamily
+from rlx.machine import compiled
 from rlx.types import Cut, Evaluated, Weights
 
 POLL_EVERY_S = 0.2
@@ -36,8 +37,8 @@ DEADLINES = Deadlines(prepare_s=300.0, request_s=3600.0, resource_s=float("inf")
 class RemoteEvaluator:
     """Plays episodes in a process of its own; nothing here knows Ray."""
 
-    def __init__(self, *, made_of: bytes) -> None:
-        self._made_of = made_of
+    def __init__(self, *, made_of: bytes, compile_cache: bool) -> None:
+        self._made_of, self._compile_cache = made_of, compile_cache
 
     def hello(self) -> Whereabouts:
         """Tells where the process runs; its answer says that it lives."""
@@ -47,6 +48,7 @@ class RemoteEvaluator:
         """Builds its parts, which loads JAX."""
         if cores is not None:
             os.sched_setaffinity(0, cores)
+        compiled.keep(self._compile_cache)
         self._evaluation, self._family, self._agent, self._seed = pickle.loads(self._made_of)
         lower_priority()
 
@@ -83,12 +85,15 @@ class RayEvaluator:
         address: str | None,
     ) -> None:
         """`address`: the cluster's, as in `acting.address`."""
-        made_of = pickled((evaluation, family, agent, seed))
+        made_of = {
+            "made_of": pickled((evaluation, family, agent, seed)),
+            "compile_cache": compiled.is_kept(),
+        }
         self._cluster = Cluster(address=address, store_bytes=STORE_BYTES)
         self._fleet = Fleet(
             check=self._cluster.check,
             cls=RemoteEvaluator,
-            arguments=lambda index, life: {"made_of": made_of},
+            arguments=lambda index, life: made_of,
             count=1,
             least=1,
             first_chain=0,

@@ -14,7 +14,7 @@ import os
 import platform
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +22,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 MOST_BYTES = 1 << 30  # of all folders together; the programs that were used last stay
+PROGRAMS = "*-cache"  # JAX's names for them; its other files are not ours to judge
 CHECKED = ".checked"  # its time: up to it all programs of a folder were found whole
 ZSTD = b"\x28\xb5\x2f\xfd"  # how a file in that format begins
 
@@ -101,8 +102,8 @@ def _threads() -> str:
 def own_folder(base: Path, kind: str) -> Path:
     """Makes a folder that nobody else may write into: who writes programs there runs them here."""
     folder = base / kind
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for path in (base, folder):
+    for path in (base, folder):  # one by one: parents get the mode that the umask leaves them
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = path.stat()
         if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             says = f"{path} must be this user's, and nobody else's to write; chmod go-w it"
@@ -115,32 +116,39 @@ def remove_broken(folder: Path) -> None:
 
     JAX would complain of such a file at each start and never write it anew.
     """
-    stamp = folder / CHECKED
+    stamp, begun = folder / CHECKED, folder / f"{CHECKED}-{os.getpid()}"
     since = stamp.stat().st_mtime_ns if stamp.exists() else 0
-    stamp.touch()
-    for path, found in _files(folder):
-        if found.st_mtime_ns >= since and path != stamp and not _is_whole(path):
+    begun.touch()
+    for path, found in _programs(folder):
+        if found.st_mtime_ns >= since and _is_cut_short(path):
             path.unlink(missing_ok=True)
+    begun.replace(stamp)  # only now, and with the time of the beginning: a kill leaves the old one
 
 
-def _is_whole(path: Path) -> bool:
+def _is_cut_short(path: Path) -> bool:
+    """Says so of a program that is surely broken: not of one that cannot be read."""
     try:
         data = path.read_bytes()
-        if data.startswith(ZSTD):  # JAX writes so where this package is installed
-            import_module("zstandard").ZstdDecompressor().decompress(data)
-        else:
-            zlib.decompress(data)
-    except (FileNotFoundError, ImportError):
-        return True  # another process has removed it, or only others read this format
-    except Exception:  # each format has errors of its own
-        return False
-    return True
+        if not data.startswith(ZSTD):
+            return _fails(zlib.decompress, data, zlib.error)
+        zstandard = import_module("zstandard")  # JAX writes so where it is installed
+    except (OSError, ImportError):
+        return False  # another process has removed it, or only others read this format
+    return _fails(zstandard.ZstdDecompressor().decompress, data, zstandard.ZstdError)
+
+
+def _fails(decompress: Callable[[bytes], bytes], data: bytes, error: type[Exception]) -> bool:
+    try:
+        decompress(data)
+    except error:
+        return True
+    return False
 
 
 def remove_oldest(base: Path, most_bytes: int) -> None:
     """Removes the programs that were longest unused, until the rest is small enough."""
     total = 0
-    for path, found in sorted(_files(base), key=lambda file: -_used_ns(file[1])):
+    for path, found in sorted(_programs(base), key=lambda file: -_used_ns(file[1])):
         total += found.st_size
         if total > most_bytes:
             path.unlink(missing_ok=True)
@@ -150,8 +158,8 @@ def _used_ns(found: os.stat_result) -> int:
     return max(found.st_atime_ns, found.st_mtime_ns)  # not every file system notes the reading
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in folder.rglob("*"):
+def _programs(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in folder.rglob(PROGRAMS):
         with suppress(FileNotFoundError):  # another process has removed it
             if path.is_file():
                 yield path, path.stat()

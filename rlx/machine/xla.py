@@ -54,16 +54,16 @@ def _name(flag: str) -> str:
     return flag.partition("=")[0]
 
 
-def prepare(settings: Mapping[str, Any] | None = None) -> None:
+def prepare(settings: Mapping[str, Any] | None = None, *, compile_cache: bool = True) -> None:
     """Sets XLA up; call it before JAX is used, as it changes nothing later.
 
-    settings: a run's, with learner.memory_fraction (of a GPU's memory), deterministic and
-    compile_cache.
+    settings: a run's that begins, with learner.memory_fraction (of a GPU's memory), deterministic
+    and compile_cache. compile_cache: of a process that trains nothing.
     """
     for flag in fast_convolutions():
         add_flag(flag)
     if settings is None:
-        return compiled.keep()
+        return compiled.keep(compile_cache)
     if (fraction := settings["learner"]["memory_fraction"]) is not None:
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(fraction)
     if settings["deterministic"]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 JSON = dict[str, Any]
 
 SEED = "seed"
-IGNORED = ("resume",)  # settings that say nothing about what was learnt
+IGNORED = ("resume", "compile_cache")  # settings that say nothing about what was learnt
 COUNTS = ("env_steps", "frames", "updates", "wall_s")
 # Where a run's score may come from, the best first.
 SCORES: Mapping[str, str] = {

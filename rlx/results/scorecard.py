@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NO_CURVE = "no published curve at this many frames"
 NAMED = 3  # runs or games that a remark names
+LIMITS = ("evaluation.max_env_steps_per_episode", "env.max_episode_steps")  # env steps
 WHOLE = 108_000  # emulator frames after which an episode ends in the papers (30 minutes of play)
 
 Row = dict[str, Any]
@@ -127,9 +128,11 @@ def _remarks(given: Study, runs: Sequence[Run]) -> list[str]:
 
 def _cut_at(run: Run) -> float:
     """The emulator frames after which an evaluated episode is ended; infinity: none."""
-    limit = number(run.settings.get("evaluation.max_env_steps_per_episode"))
-    skip = number(run.settings.get("env.options.frame_skip")) or 1
-    return math.inf if limit is None else limit * skip
+    limits = (number(run.settings.get(name)) for name in LIMITS)
+    row = run.rows[-1] if run.rows else {}
+    frames, env_steps = number(row.get("frames")), number(row.get("env_steps"))
+    skip = frames / env_steps if frames and env_steps else 1
+    return min((limit * skip for limit in limits if limit is not None), default=math.inf)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -66,7 +66,8 @@ class Keeper:
 
     def begin(self) -> None:
         """Writes the status: the run runs."""
-        log.info("acting begins; the policy is compiled first")
+        if not (self._stages.finished() or getattr(self._parts.replay, "is_recorded", False)):
+            log.info("acting begins; the policy is compiled first")
         status.write_status(self._parts.output_dir, "running", self._row)
         self._heard_env_steps = self._stages.count.env_steps
         if resumed := self._parts.resumed:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 from rlx.bench import __main__ as bench
+from rlx.bench import end_to_end
 from rlx.bench import measuring as bench_measuring
 from rlx.bench.learner import REPLAYS
+from rlx.bench.rounds import until_updated
+from rlx.config.build import plain
+from rlx.config.composing import compose
+from rlx.training.assemble import assemble
+from rlx.training.stages import Stages
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -58,6 +65,16 @@ def test_a_whole_run_is_measured_beside_acting_and_updates_alone():
     assert list(rates) == ["acting", "updates", "whole", "acting, then updates"]
     assert min(rates.values()) > 0
     assert rates["acting, then updates"] < min(rates["acting"], rates["updates"])
+
+
+def test_a_slice_of_a_whole_run_pays_for_no_update_before_it(tmp_path):
+    cfg = compose(end_to_end._settings(bench_measuring.SETUPS[0], "threads", 4))
+    with assemble(plain(cfg), tmp_path, resume=False) as parts:
+        stages = Stages(parts)
+        stages.publish()
+        end_to_end._warm(stages, partial(until_updated, stages))
+        assert parts.learner.updates > 0
+        assert stages._in_flight is None
 
 
 @pytest.mark.slow
@@ -124,6 +141,7 @@ def test_updates_are_measured_beside_their_floor_and_profiled(tmp_path):
             "what=end_to_end setup=cartpole acting=threads overrides=replay.ratio=null",
             "replay.ratio=null: acting and updates each have a rate of their own",
         ),
+        ("what=all groups=", "groups: give one at least"),
         ("what=acting setup=x", "setup=x: accepted: cartpole or pong or all"),
         (
             "what=rounds experiment=cartpole_impala",

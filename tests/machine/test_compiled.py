@@ -1,15 +1,18 @@
 """Compiled programs that are kept from one start to the next."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zlib
 from pathlib import Path
+from time import time
 
 import pytest
 
 from rlx.machine import compiled
 
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "run"
 # Compiles two programs and says how many of them were found, and what one gives.
 PROGRAM = """
 import sys
@@ -25,12 +28,14 @@ print(sum(hits), float(y).hex())
 """
 
 
-def started(tmp_path: Path, keeps: bool = True, **variables: str) -> list[str]:
+def started(tmp_path: Path, keeps: bool = True, umask: int = -1, **variables: str) -> list[str]:
     """Compiles the same programs in a new process; returns what it prints."""
     mine = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "NPROC"))}
     mine |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", **variables}
     command = [sys.executable, "-c", PROGRAM, str(keeps).lower()]
-    done = subprocess.run(command, env=mine, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=mine, capture_output=True, text=True, timeout=300, umask=umask
+    )
     assert done.returncode == 0, done.stderr
     return [*done.stdout.split(), done.stderr]
 
@@ -73,6 +78,11 @@ def test_a_folder_that_others_may_write_into_is_not_used(tmp_path: Path) -> None
     assert not programs(tmp_path)
 
 
+def test_a_umask_that_lets_the_group_write_hinders_nothing(tmp_path: Path) -> None:
+    started(tmp_path, umask=0o002)
+    assert int(started(tmp_path, umask=0o002)[0]) == len(programs(tmp_path)) > 1
+
+
 def test_a_program_that_was_cut_short_is_compiled_anew(tmp_path: Path) -> None:
     started(tmp_path)
     broken = max(programs(tmp_path), key=lambda path: path.stat().st_size)
@@ -94,6 +104,53 @@ def test_only_new_programs_are_looked_into(tmp_path: Path) -> None:
     compiled.remove_broken(tmp_path)
     assert old.exists()
     assert not new.exists()
+
+
+def test_a_check_that_was_interrupted_is_made_again(tmp_path: Path, monkeypatch) -> None:
+    def interrupted(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    broken = tmp_path / "0-cache"
+    broken.write_bytes(b"cut short")
+    with monkeypatch.context() as changed:
+        changed.setattr(compiled, "_programs", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compiled.remove_broken(tmp_path)
+    os.utime(broken, (time() - 1, time() - 1))  # it was there when the check began
+    compiled.remove_broken(tmp_path)
+    assert not broken.exists()
+
+
+def test_files_of_jax_that_are_no_programs_are_left_alone(tmp_path: Path) -> None:
+    others = [tmp_path / "0-atime", tmp_path / ".lockfile", tmp_path / "autotune" / "0.textproto"]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no program")
+    compiled.remove_broken(tmp_path)
+    compiled.remove_oldest(tmp_path, 0)
+    assert all(path.exists() for path in others)
+
+
+LOAD = """
+import sys, rlx
+rlx.load(sys.argv[1])
+import jax
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_run_that_is_loaded_keeps_programs_as_it_was_told(tmp_path: Path, keeps: bool) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(GOLDEN, run)
+    saved = run / ".hydra" / "config.yaml"
+    saved.write_text(f"{saved.read_text()}\ncompile_cache: {str(keeps).lower()}\n")
+    mine = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    mine |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", LOAD, str(run)]
+    done = subprocess.run(command, env=mine, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout.strip() != "None") == keeps
 
 
 def test_the_programs_that_were_used_last_stay(tmp_path: Path) -> None:

@@ -138,6 +138,12 @@ def test_settings_are_those_of_the_last_resume(tmp_path):
     assert found.settings["total_env_steps"] == 10
 
 
+def test_settings_that_change_nothing_that_is_learnt_make_no_groups(tmp_path):
+    for number, kept in enumerate((True, False)):
+        begun(tmp_path / str(number), seed=number, compile_cache=kept, resume=str(number))
+    assert results.varying(results.read(tmp_path)) == ["seed"]
+
+
 def test_settings_that_follow_from_a_choice_are_left_out_unless_named(tmp_path):
     for number, name in enumerate(("mlp", "gru")):
         run = begun(tmp_path / name, network={"core": {"units": number}}, rate=number, seed=number)

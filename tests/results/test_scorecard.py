@@ -24,9 +24,10 @@ HUMAN = {"Pong": (-20.7, 14.6), "Breakout": (1.7, 30.5), "Seaquest": (68.4, 4205
 
 def played(folder: Path, game: str, score: float | None, *, frames=40_000_000, **more) -> Path:
     """Makes what a run leaves that finished with this score, at so many emulator frames."""
+    name = game if "-" in game else f"{game}-v5"
     settings = {
         "seed": more.get("seed", 0),
-        "env": {"id": game if "-" in game else f"{game}-v5", "options": {"frame_skip": 4}},
+        "env": {"id": name, "max_episode_steps": more.get("limit")},
         "agent": {"n_step": more.get("n_step", 1)},
         "evaluation": {"final_episodes": 100, "max_env_steps_per_episode": more.get("cut")},
     }
@@ -146,6 +147,16 @@ def test_unequal_frames_repeated_seeds_and_cut_episodes_are_told(tmp_path):
     for remark in ("unequal frames", "several runs of one seed", "cut at 2,000 frames"):
         assert remark in row["remarks"]
     assert card.by_game.loc[0, "published at equal frames"] == scorecard.NO_CURVE
+
+
+@pytest.mark.parametrize(
+    ("limits", "frames"),
+    [({"cut": 500}, "2,000"), ({"limit": 600}, "2,400"), ({"cut": 500, "limit": 400}, "1,600")],
+)
+def test_cut_episodes_are_told_in_frames_whatever_cuts_them(tmp_path, limits, frames):
+    played(tmp_path / "a", "ALE/Pong-v5", 1.0, **limits)
+    (row,) = results.score_card(tmp_path).over_games.to_dict("records")
+    assert f"evaluated episodes are cut at {frames} frames" in row["remarks"]
 
 
 def test_a_game_under_two_ids_is_two_tasks_and_it_is_said(tmp_path):
