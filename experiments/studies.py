@@ -37,7 +37,8 @@ import numpy as np
 import yaml
 from matplotlib.axes import Axes
 
-from rlx.runs.folders import read_rows
+from rlx.machine.signals import sigterm_interrupts
+from rlx.runs.folders import RunFolder, read_rows
 from rlx.statistics import summarize
 
 METRIC = "evaluation/return_mean"
@@ -96,47 +97,98 @@ def train(study: Study, folder: Path, wanted: Sequence[str]) -> None:
     cores = os.sched_getaffinity(0)
     for core in cores:
         free.put(core)
+    started: set[subprocess.Popen[bytes]] = set()
     with ThreadPoolExecutor(len(cores)) as pool:
         runs = [
-            pool.submit(make, study, folder, task, variant, seed, free)
+            pool.submit(make, study, folder, (task, variant, seed), free, started)
             for task in study.tasks
             for seed in study.seeds_of(task)
             for variant in study.tasks[task]
             if not wanted or {task, f"{task}/{variant}"} & set(wanted)
         ]
-        for run in as_completed(runs):
-            print(*run.result(), flush=True)
+        try:
+            for run in as_completed(runs):
+                print(*(run.result() if run.exception() is None else [run.exception()]), flush=True)
+        except BaseException:  # a signal: the runs end with a checkpoint, and no other begins
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(started):
+                process.terminate()
+            raise
+    if failed := sum(run.exception() is not None for run in runs):
+        sys.exit(f"{failed} of {len(runs)} runs did not come to their end")
+
+
+Key = tuple[str, str, int]  # task, variant, seed
 
 
 def make(
-    study: Study, folder: Path, task: str, variant: str, seed: int, free: SimpleQueue[int]
+    study: Study,
+    folder: Path,
+    key: Key,
+    free: SimpleQueue[int],
+    started: set[subprocess.Popen[bytes]],
 ) -> tuple[str, str, int, float]:
-    """(task, variant, seed, greedy return) of a run, which is made on a free core if need be."""
-    run = folder / task / variant.replace(" ", "_") / str(seed)
-    if not is_finished(run, study.tasks[task][variant]):
+    """(task, variant, seed, greedy return) of a run, which is made on a free core if need be.
+
+    started: holds its process while it runs.
+    """
+    run = folder_of(folder, key)
+    if not is_finished(study, folder, key):
+        clear(study, run, key)
         core = free.get()
-        command = [sys.executable, "-m", "rlx.train", *study.tasks[task][variant], study.evaluated]
-        quiet = ["logging.console=off", f"evaluation.episodes={study.episodes}"]
-        if study.goes_on:
-            quiet += ["resume=auto"]
-        else:
-            shutil.rmtree(run, ignore_errors=True)  # what a stopped study left
-            quiet += ["checkpoint.replay=false"]
-        where = [f"seed={seed}", f"hydra.run.dir={run}"]
+        resumes = ["resume=auto"] if study.goes_on else ["checkpoint.replay=false"]
+        where = [f"seed={key[2]}", f"hydra.run.dir={run}"]
+        command = [sys.executable, "-m", "rlx.train", *overrides(study, key), *resumes, *where]
         bind = partial(os.sched_setaffinity, 0, {core})
         try:
-            subprocess.run([*command, *quiet, *where], check=True, preexec_fn=bind)
+            with subprocess.Popen(command, preexec_fn=bind) as process:
+                started.add(process)
+                process.wait()
+            started.discard(process)
         finally:
             free.put(core)
-    return task, variant, seed, summary(run)["evaluation_return"]
+        if not is_finished(study, folder, key):
+            raise RuntimeError(f"{run} did not come to its end; exit status {process.returncode}")
+    return *key, summary(run)["evaluation_return"]
 
 
-def is_finished(run: Path, overrides: Sequence[str]) -> bool:
+def clear(study: Study, run: Path, key: Key) -> None:
+    """Removes what a stopped study left, if the run is to begin anew."""
+    if RunFolder(run).state()[0] in ("running", "silent"):
+        raise RuntimeError(f"{run}: a process holds it; wait for it, or end it")
+    if not study.goes_on:
+        shutil.rmtree(run, ignore_errors=True)
+    elif not is_of(study, run, key):
+        raise RuntimeError(f"{run} was made with other settings; move it away")
+
+
+def folder_of(folder: Path, key: Key) -> Path:
+    task, variant, seed = key
+    return folder / task / variant.replace(" ", "_") / str(seed)
+
+
+def overrides(study: Study, key: Key) -> list[str]:
+    """Returns what is learnt and how it is evaluated: the overrides that tell runs apart."""
+    quiet = ["logging.console=off", f"evaluation.episodes={study.episodes}"]
+    return [*study.tasks[key[0]][key[1]], study.evaluated, *quiet]
+
+
+def is_of(study: Study, run: Path, key: Key) -> bool:
+    """True if the run was begun, and last resumed, with the study's own overrides."""
+    wanted = set(overrides(study, key))
+    ours = ("resume=", "checkpoint.replay=", "seed=", "hydra.run.dir=")
+    for file in run.glob(".hydra/**/overrides.yaml"):
+        given = yaml.safe_load(file.read_text())
+        if {each for each in given if not each.startswith(ours)} != wanted:
+            return False
+    return True
+
+
+def is_finished(study: Study, folder: Path, key: Key) -> bool:
     """True if the variant's run came to its end; one that was interrupted writes a summary, too."""
-    if not (run / "summary.json").exists() or summary(run)["state"] != "finished":
-        return False
-    given = yaml.safe_load((run / ".hydra/overrides.yaml").read_text())
-    return set(overrides) <= set(given)
+    run = folder_of(folder, key)
+    done = (run / "summary.json").exists() and summary(run)["state"] == "finished"
+    return done and is_of(study, run, key)
 
 
 def summary(run: Path) -> Any:
@@ -192,12 +244,15 @@ def write(study: Study, folder: Path) -> None:
 def ended(study: Study, folder: Path) -> Iterator[Run]:
     """Reads the runs of a folder that came to their end."""
     for task, variants in study.tasks.items():
-        for variant, overrides in variants.items():
+        for variant in variants:
             for path in sorted((folder / task / variant.replace(" ", "_")).glob("*/summary.json")):
-                if is_finished(path.parent, overrides):
-                    said = summary(path.parent)
+                run, key = path.parent, (task, variant, int(path.parent.name))
+                if is_finished(study, folder, key):
+                    said = summary(run)
                     numbers = {name: said[name] for name in COLUMNS}
-                    yield Run(task, variant, int(path.parent.name), numbers, curve(path.parent))
+                    yield Run(*key, numbers, curve(run))
+                else:
+                    print(f"{run} is left out: not finished, or made with other settings")
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
@@ -313,6 +368,7 @@ def command(study: Study, arguments: Sequence[str]) -> None:
         sys.exit("give: run FOLDER [TASK ...], or: write FOLDER")
     action, folder, *tasks = arguments
     if action == "run":
-        train(study, Path(folder), tasks)
+        with sigterm_interrupts():
+            train(study, Path(folder), tasks)
     else:
         write(study, Path(folder))

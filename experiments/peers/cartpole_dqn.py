@@ -114,7 +114,10 @@ def as_cleanrl(steps: int) -> list[str]:
 
 
 def turn(env_steps: int, *more: str) -> list[str]:
-    """Returns the peer's turn: updates as often as it makes them, acting by the newest weights."""
+    """Returns the peer's turn: updates as often as it makes them, weights published after each.
+
+    An update may run while rlx acts with the weights of the one before (README.md).
+    """
     return [f"acting.env_steps_per_request={env_steps}", "learner.publish_every_updates=1", *more]
 
 

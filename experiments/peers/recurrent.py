@@ -208,12 +208,17 @@ def r2d2(work: str, sizes: Sizes, *more: str) -> list[str]:
 
 
 def turn(sizes: Sizes, *more: str) -> list[str]:
-    """Returns the peer's turn: updates as often as it makes them, acting by the newest weights."""
+    """Returns the peer's turn: updates as often as it makes them, weights published after each.
+
+    An update may run while rlx acts with the weights of the one before (README.md).
+    """
     env_steps = env_steps_per_update(sizes)
     return [f"acting.env_steps_per_request={env_steps}", "learner.publish_every_updates=1", *more]
 
 
 BLIND = ("network.prev_action=false", "network.prev_reward=false")
+ACME_LADDER = ("exploration=redrawn", "exploration.count=8")
+ACME_LADDER += ("exploration.highest=0.4", f"exploration.lowest={0.4**8:.8f}")
 RLLIB_LOSS = ("agent.n_step=1", "agent.rescale_epsilon=null", "agent.error=huber", *BLIND)
 RLLIB_LOSS += ("replay=uniform", "exploration=linear", "exploration.final=0.02")
 SILENT = f"checkpoint.every_env_steps={NEVER}"
@@ -236,7 +241,8 @@ def beside(work: str, peer: str, sizes: Sizes) -> dict[str, list[str]]:
     if peer == "deep_rl_zoo":
         two = ("acting=ray_pool", f"acting.instances={ZOO_ACTORS}", ONE, SILENT)
         return {"two Ray actors, 1 lane each": whole(*two), "its own turn, 32 lanes": whole(SILENT)}
-    like = BLIND if peer == "acme" else RLLIB_LOSS
+    falls = f"exploration.decay_env_steps={sizes['steps']}"
+    like = (*BLIND, *ACME_LADDER) if peer == "acme" else (*RLLIB_LOSS, falls)
     return {
         f"as {peer}, 1 lane": whole(*like, SILENT, *turn(sizes, ONE)),
         f"its own turn, 32 lanes, as {peer}": whole(*like, SILENT),

@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from rlx.problems import first_line
+
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = (0, 2)  # after the point, of env steps and of updates
 NEVER = "1_000_000_000"  # as many env steps as no run here makes
@@ -246,8 +248,8 @@ def rounds(
             load = os.getloadavg()[0]
             try:
                 speed = measured(program, at, given)
-            except (Failed, OSError, ValueError, KeyError) as error:
-                missing[program.name] = f"{error}".splitlines()[0]
+            except (Failed, OSError, ValueError, KeyError, ArithmeticError) as error:
+                missing[program.name] = first_line(error)
                 continue
             speeds[program.name].append(speed)
             text = ", ".join(f"{value} {measure}/s" for measure, value in told(measures, speed))
@@ -322,12 +324,17 @@ def compare(this: Comparison) -> None:
     folder = Path(given["folder"]).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     found = this.programs(given, folder, missing)
+    if not found and not missing:
+        raise Failed("none of the peers that are chosen does the work that is chosen")
     results = rounds(found, given, folder, missing, this.measures)
     print()
-    for line in (*table(results, this.measures), "", *versions(folder, this.shown)):
+    for line in table(results, this.measures):
         print(line)
     for name, why in missing.items():
         print(f"missing: {name}: {why}")
+    print()
+    for line in versions(folder, this.shown):
+        print(line)
 
 
 def main(this: Comparison) -> None:
