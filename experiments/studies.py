@@ -368,7 +368,10 @@ def command(study: Study, arguments: Sequence[str]) -> None:
         sys.exit("give: run FOLDER [TASK ...], or: write FOLDER")
     action, folder, *tasks = arguments
     if action == "run":
-        with sigterm_interrupts():
-            train(study, Path(folder), tasks)
+        try:
+            with sigterm_interrupts():
+                train(study, Path(folder), tasks)
+        except KeyboardInterrupt:
+            sys.exit("interrupted; the same command goes on")
     else:
         write(study, Path(folder))

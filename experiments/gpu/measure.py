@@ -1,40 +1,49 @@
 """The questions that only a GPU answers: updates/s, replay, frames/s, and Pong to 20.
 
     python experiments/gpu/measure.py folder=/scratch/gpu
+    python experiments/gpu/measure.py folder=/scratch/gpu what=frames pools=local
     python experiments/gpu/measure.py folder=/scratch/gpu what=pong    # goes on from its checkpoint
 
 Options:
 
     folder=DIR     where runs, logs and the table go; another call adds to them (required)
     what=updates,replay,frames,pong    the parts, one after the other
-    minutes=9      that a command may take; it is stopped by then, a run with a checkpoint
+    pools=threads,local,ray_pool,server    that `frames` is measured with, a command each
+    minutes=9.5    that a command may take; it is told to stop before, a run with a checkpoint
     platform=gpu   cpu tries the script out at small sizes; its figures are worth nothing
 
-Each part is a command of rlx in a process of its own, which the table names. A part that cannot be
-measured says why there. EnvPool is needed by `frames` and `pong` alone, and Ray by one row.
+Each part is one or more commands of rlx, each in a process of its own, which the table names; the
+table is written after each. What cannot be measured says why there, and its former figures stay.
+EnvPool is needed by `frames` and `pong` alone, and Ray by two pools.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from rlx.bench.measuring import read_report
 from rlx.config.options import command
+from rlx.machine.signals import sigterm_interrupts
 from rlx.problems import refuse
 from rlx.runs.files import write_whole
 from rlx.runs.folders import METRICS_FILE, read_rows
 from rlx.types import Range
 
 Part = Literal["updates", "replay", "frames", "pong"]
-GRACE_S = 120.0  # that a command has to end by itself after it was told to
+Pool = Literal["threads", "local", "ray_pool", "server"]
+GRACE_S = 60.0  # at most, of its minutes, that a command has to end after it was told to
+ROOT = Path(__file__).resolve().parents[2]
 PONG = 20.0  # of 21: the mean return of 100 episodes at which that part is done
 
 
@@ -44,7 +53,8 @@ class Options:
 
     folder: str
     what: tuple[Part, ...] = ("updates", "replay", "frames", "pong")
-    minutes: Annotated[float, Range(gt=0)] = 9.0
+    pools: tuple[Pool, ...] = ("threads", "local", "ray_pool", "server")
+    minutes: Annotated[float, Range(gt=0)] = 9.5
     platform: Literal["gpu", "cpu"] = "gpu"
 
 
@@ -64,33 +74,29 @@ class Figure:
 # --- updates and replay: benches -----------------------------------------------------------------
 
 
-def updates(options: Options) -> Iterator[Figure]:
+def updates(options: Options) -> Iterator[list[Figure]]:
     """The paper's batch and network, from resident data and from replays, in both dtypes."""
     given = ["what=learner", "setup=pong", "replay=true", "profile=true"]
-    small = ["batch=2", "dtype=float32", "seconds=1"]
-    large = ["batch=64", "dtype=float32,bfloat16", "seconds=40"]
-    yield from benched(
-        "updates", [*given, *(small if options.platform == "cpu" else large)], "50", options
-    )
+    size = ["batch=2", "seconds=1"] if options.platform == "cpu" else ["batch=64", "seconds=40"]
+    for dtype in ("float32", "bfloat16"):
+        yield benched(f"updates, {dtype}", [*given, *size, f"dtype={dtype}"], "50", options)
 
 
-def replay(options: Options) -> Iterator[Figure]:
+def replay(options: Options) -> Iterator[list[Figure]]:
     """The paper's 4 million rows, on the device and in the host's memory."""
     sizes = ["rows=2000", "seconds=1"] if options.platform == "cpu" else ["rows=4000000"]
-    yield from benched("replay", ["what=replay", "setup=pong", *sizes], "", options)
+    yield benched("replay", ["what=replay", "setup=pong", *sizes], "", options)
 
 
-def benched(part: str, given: list[str], goal: str, options: Options) -> Iterator[Figure]:
+def benched(part: str, given: list[str], goal: str, options: Options) -> list[Figure]:
     """The rows of a bench, which prints them as its last line."""
     argv = [sys.executable, "-m", "rlx.bench", *given]
-    text, why = run(part, argv, options)
-    try:
-        rows = json.loads(text.strip().splitlines()[-1])["rows"]
-    except (IndexError, ValueError, TypeError, KeyError):
-        yield missing(part, argv, why or "it printed no figures; see its log")
-        return
-    for row in rows:
-        yield Figure(
+    ended = run(part, argv, options)
+    said = read_report(ended.text)
+    if said is None:
+        return [missing(part, argv, ended.why or "it printed no figures; see its log")]
+    return [
+        Figure(
             part=part,
             name=row["name"],
             value=row["value"],
@@ -99,6 +105,8 @@ def benched(part: str, given: list[str], goal: str, options: Options) -> Iterato
             note="" if row.get("ratio") is None else f"{row['ratio']:.2f} of its roofline",
             command=shown(argv),
         )
+        for row in said["rows"]
+    ]
 
 
 # --- frames and Pong: runs -----------------------------------------------------------------------
@@ -113,54 +121,56 @@ SMALL = (
     *("acting.envs_per_actor=8", "logging.every_env_steps=1_000", "learner.platform=cpu"),
     *("checkpoint.replay=false", "evaluation.final_episodes=0"),
 )
-POOLS = {
+POOLS: dict[Pool, tuple[str, ...]] = {
     "threads": ("acting=threads", "acting.instances=8", "acting.envs_per_actor=128"),
     "local": ("acting=local", "acting.device=learner", "acting.envs_per_actor=512"),
     "ray_pool": ("acting=ray_pool", "acting.instances=14", "acting.envs_per_actor=64"),
-    "ray_pool with a server": (
+    "server": (
         *("acting=ray_pool", "acting.inference=server", "acting.instances=14"),
         "acting.envs_per_actor=64",
     ),
 }
 
 
-def frames(options: Options) -> Iterator[Figure]:
+def frames(options: Options) -> Iterator[list[Figure]]:
     """Acting and learning at once, with the replay of the paper's size on the device."""
-    for pool, settings in POOLS.items():
-        folder = Path(options.folder) / f"frames-{pool.replace(' ', '-')}"
+    for pool in options.pools:
+        folder = Path(options.folder) / f"frames-{pool}"
         about = "64,000; stretch 100,000"
-        yield from trained(f"frames, {pool}", folder, settings, about, options)
+        yield trained(f"frames, {pool}", folder, POOLS[pool], about, options)
 
 
 def trained(
     part: str, folder: Path, settings: Sequence[str], goal: str, options: Options
-) -> Iterator[Figure]:
+) -> list[Figure]:
     """Rates of a run's second half, in which nothing is compiled any more."""
     base = SMALL if options.platform == "cpu" else (*PAPER, "learner.platform=gpu")
-    pool = settings[:1] if options.platform == "cpu" else settings
+    kinds = ("acting=", "acting.inference=")
+    pool = [each for each in settings if options.platform == "gpu" or each.startswith(kinds)]
     argv = train_argv(folder, (*base, *pool))
-    _, why = run(part, argv, options)
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier call's run of this measurement
+    ended = run(part, argv, options)
     rows = rows_of(folder)
     late = rows[len(rows) // 2 :]
-    if len(late) < 2:
-        yield missing(part, argv, why or "it wrote fewer than two rows of metrics")
-        return
+    if ended.failed or len(late) < 2:
+        return [missing(part, argv, ended.why or "it wrote fewer than two rows of metrics")]
     seconds = late[-1]["wall_s"] - late[0]["wall_s"]
     said = f"{late[-1]['env_steps']:,} env steps, replay {late[-1]['replay/fill']:.0%} full"
-    for name in ("frames", "updates"):
-        rate = (late[-1][name] - late[0][name]) / seconds
-        yield Figure(
+    return [
+        Figure(
             part=part,
             name=name,
-            value=rate,
+            value=(late[-1][name] - late[0][name]) / seconds,
             unit=f"{name}/s",
             goal=goal if name == "frames" else "",
             note=said,
             command=shown(argv),
         )
+        for name in ("frames", "updates")
+    ]
 
 
-def pong(options: Options) -> Iterator[Figure]:
+def pong(options: Options) -> Iterator[list[Figure]]:
     """Pong until an evaluation of 100 episodes has a mean of 20; called again, it goes on."""
     folder = Path(options.folder) / "pong"
     base = SMALL if options.platform == "cpu" else (*PAPER, "learner.platform=gpu")
@@ -171,24 +181,28 @@ def pong(options: Options) -> Iterator[Figure]:
     )
     if options.platform == "gpu":
         more += ("replay.ratio=4.0", "checkpoint.every_env_steps=2_000_000")
-    argv = train_argv(folder, (*base, *more))
+    argv, why = train_argv(folder, (*base, *more)), ""
     if not any(is_solved(row) for row in rows_of(folder)):
-        run("pong", argv, options)
+        ended = run("pong", argv, options)
+        why = f"; {ended.why}" if ended.failed else ""
     rows = rows_of(folder)
-    if not rows:
-        yield missing("pong", argv, "it wrote no row of metrics; see its log")
+    scores = [score for row in rows if (score := row.get("evaluation/return_mean")) is not None]
+    if not scores:
+        yield [missing("pong", argv, f"no evaluation yet; see its log{why}")]
         return
-    best = max((row["evaluation/return_mean"] or -21.0 for row in rows), default=-21.0)
     done = next((row for row in rows if is_solved(row)), rows[-1])
-    yield Figure(
-        part="pong",
-        name="best greedy mean of 100 episodes",
-        value=best,
-        unit="of 21",
-        goal=f"{PONG:g}",
-        note=f"{done['frames']:,} frames, {done['updates']:,} updates, {done['wall_s']:.0f} s",
-        command=shown(argv),
-    )
+    about = f"{done['frames']:,} frames, {done['updates']:,} updates, {done['wall_s']:.0f} s"
+    yield [
+        Figure(
+            part="pong",
+            name="best greedy mean of 100 episodes",
+            value=max(scores),
+            unit="of 21",
+            goal=f"{PONG:g}",
+            note=f"{about}{why}",
+            command=shown(argv),
+        )
+    ]
 
 
 def is_solved(row: dict[str, Any]) -> bool:
@@ -211,25 +225,44 @@ def train_argv(folder: Path, settings: Sequence[str]) -> list[str]:
 # --- commands ------------------------------------------------------------------------------------
 
 
-def run(part: str, argv: Sequence[str], options: Options) -> tuple[str, str]:
-    """(what it printed, why it ended early or ""); at the deadline it is told to stop."""
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """What a command printed, and why it ended early: "" if it did not."""
+
+    text: str
+    why: str
+    failed: bool  # by itself, or it did not end when it was told to
+
+
+def run(part: str, argv: Sequence[str], options: Options) -> Ended:
+    """Runs a command in the folder; near the deadline it is told to stop, then it is killed."""
     log = Path(options.folder) / f"{part.replace(' ', '-').replace(',', '')}.log"
     print(f"{part}: {shown(argv)}", flush=True)
+    grace_s = min(GRACE_S, 30 * options.minutes)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    why, failed = "", True
     with log.open("w") as file:
-        process = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            argv, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            cwd=options.folder, env=env,
+        )  # fmt: skip
         try:
-            status = process.wait(timeout=60 * options.minutes)
+            failed = process.wait(timeout=60 * options.minutes - grace_s) != 0
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # a run ends with a checkpoint
-            try:
-                process.wait(timeout=GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            return log.read_text(errors="replace"), f"stopped after {options.minutes:g} minutes"
+            why = f"stopped near {options.minutes:g} minutes"
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=grace_s)
+                failed = False
+        finally:  # whatever ends this script, too, so that nothing keeps the GPU
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     text = log.read_text(errors="replace")
     last = (text.strip().splitlines() or ["nothing was printed"])[-1]
-    return text, "" if status == 0 else f"it ended with {status}: {last[:200]}"
+    if failed:
+        why = f"{why} it ended with {process.returncode}: {last[:200]}".strip()
+    return Ended(text=text, why=why, failed=failed)
 
 
 def missing(part: str, argv: Sequence[str], why: str) -> Figure:
@@ -256,13 +289,21 @@ def platform_problem(wanted: str) -> str | None:
 
 
 def write(figures: Sequence[Figure], folder: Path) -> None:
-    """Writes gpu.csv and gpu.md; rows of parts that were not measured now are kept."""
+    """Writes gpu.csv and gpu.md; rows of parts that were not measured now are kept.
+
+    A part that could not be measured again keeps its figures beside the row that says why.
+    """
     path, names = folder / "gpu.csv", [field.name for field in fields(Figure)]
     kept: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:
-            now = {figure.part for figure in figures}
-            kept = [row for row in csv.DictReader(file) if row["part"] not in now]
+            tried = {figure.part for figure in figures}
+            now = {figure.part for figure in figures if figure.value is not None}
+            kept = [
+                row
+                for row in csv.DictReader(file)
+                if row["part"] not in now and (row["value"] or row["part"] not in tried)
+            ]
     rows = [*kept, *map(asdict, figures)]
     raw = io.StringIO()
     writer = csv.DictWriter(raw, names, lineterminator="\n")
@@ -281,9 +322,10 @@ def write(figures: Sequence[Figure], folder: Path) -> None:
 
 
 def measure(options: Options) -> None:
-    """Measures the parts one after the other; each adds its rows to the table at once."""
-    folder = Path(options.folder)
+    """Measures the parts one after the other; each command adds its rows to the table at once."""
+    folder = Path(options.folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    options = replace(options, folder=str(folder))
     if problem := platform_problem(options.platform):
         says = (
             f"{problem}; install JAX for the GPU (pip install 'jax[cuda12]'), or say platform=cpu"
@@ -291,8 +333,10 @@ def measure(options: Options) -> None:
         raise refuse("platform", says, given=options.platform)
     parts = {"updates": updates, "replay": replay, "frames": frames, "pong": pong}
     for name in options.what:
-        write(list(parts[name](options)), folder)
+        for figures in parts[name](options):
+            write(figures, folder)
 
 
 if __name__ == "__main__":
-    command("measure.py", __doc__, Options, measure)
+    with sigterm_interrupts():
+        command("measure.py", __doc__, Options, measure)
