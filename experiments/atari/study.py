@@ -20,6 +20,7 @@ SHORTER = ("total_env_steps=1_000_000", "agent.optimizer.decay_gradient_steps=49
 STUDY = Study(
     here=Path(__file__).parent,
     measured="ad5ae2b, 2026-11-30",
+    again=dict.fromkeys(("breakout/r2d2", "freeway/r2d2"), "a53644c, 2026-11-30"),
     tasks={
         "pong": {"r2d2": [SMALL, "env.id=Pong-v5"]},
         "breakout": {"r2d2": [SMALL, "env.id=Breakout-v5", *SHORTER]},

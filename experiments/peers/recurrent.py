@@ -79,7 +79,7 @@ CARTPOLE: Sizes = {
     "target_updates": 100,
     "threads": 1,  # of PyTorch
     "processes": False,  # one for each of rltime's environments
-    "log_every": 2_560,  # env steps
+    "log_every": 10_000,  # env steps, rltime's own; it saves its network as often, and so does rlx
 }
 PONG = CARTPOLE | {"work": "pong", "burn_in": 20, "unroll": 40, "stride": 20, "capacity": 20_000}
 PONG |= {"warm_up": 3_200, "settled": 5_120, "target_env_steps": 32_000, "log_every": 1_280}
@@ -221,6 +221,7 @@ ACME_LADDER = ("exploration=redrawn", "exploration.count=8")
 ACME_LADDER += ("exploration.highest=0.4", f"exploration.lowest={0.4**8:.8f}")
 RLLIB_LOSS = ("agent.n_step=1", "agent.rescale_epsilon=null", "agent.error=huber", *BLIND)
 RLLIB_LOSS += ("replay=uniform", "exploration=linear", "exploration.final=0.02")
+REMOTE = ("acting=ray_pool", "acting.instances=1", "acting.env_steps_per_request=640")
 SILENT = f"checkpoint.every_env_steps={NEVER}"
 ONE = "acting.envs_per_actor=1"
 REST = ("replay.ratio=0.001", "replay.min_env_steps=0")  # an update in 1,280,000 env steps
@@ -234,7 +235,7 @@ def beside(work: str, peer: str, sizes: Sizes) -> dict[str, list[str]]:
         saves += REST if work == "pong_acting" else ()
         runs = {
             "as rltime": whole(*saves, *turn(sizes)),
-            "acting in a thread": whole(*saves, *turn(sizes, "acting=threads")),
+            "a Ray actor beside the learner": whole(*saves, *REMOTE),
         }
         own = {"its own turn": whole(*saves)}
         return runs | (own if work == "cartpole" else {})
