@@ -227,7 +227,7 @@ def train_argv(folder: Path, settings: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """What a command printed, and why it ended early: "" if it did not."""
+    """A command's end: what it printed, and why it ended early, or ""."""
 
     text: str
     why: str
