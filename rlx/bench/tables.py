@@ -6,11 +6,13 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from textwrap import fill
 from typing import Any, Literal
 
 # What a line is: rlx beside a roofline, what was measured beside it, a figure without one, none.
 Kind = Literal["own", "beside", "detail", "failed"]
 
+WIDTH = 120  # columns of a line of prose
 FAILED = "could not be made"
 AGAIN = "trained rows/s"  # says the same as a row of updates
 ROOFLINES: Mapping[str, str] = {
@@ -84,20 +86,28 @@ def as_markdown(lines: Sequence[Line], about: Mapping[str, str], picture: str) -
     groups = dict.fromkeys(line.group for line in shown)
     parts = [
         "# The speed of rlx beside what this machine could do",
-        "\n".join(f"- {key}: {value}" for key, value in about.items()),
-        "The ratio is the median over rounds of the ratio within a round, in which both took "
-        "turns; beside it are the least and the largest of a round.",
+        "\n".join(_item(key, value) for key, value in about.items()),
+        "The ratio is the median over rounds of the ratio within a round, in which both took turns."
+        "\nBeside it are the least and the largest of a round.",
         _table(
             ("part", "setup", "measured", "value", "roofline", "ratio", "note"), map(_row, shown)
         ),
         picture,
         "The rooflines:",
-        "\n".join(f"- {group}: {ROOFLINES[group]}." for group in groups),
+        "\n".join(_item(group, f"{ROOFLINES[group]}.") for group in groups),
     ]
     if more:
         detail = ("part", "setup", "measured", "value")
         parts += ["## Further figures", _table(detail, (_row(line)[:4] for line in more))]
     return "\n\n".join(parts) + "\n"
+
+
+def _item(name: str, text: str) -> str:
+    """An item of a list, in lines of WIDTH columns at most; a command stays on one."""
+    item = f"- {name}: {text}"
+    if text.startswith("`"):
+        return item
+    return fill(item, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
 
 
 def _row(line: Line) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from time import monotonic
 
 import pytest
 
-from rlx.bench import everything
+from rlx.bench import everything, tables
 from rlx.bench.everything import Choices, Part, Table, plan
 from rlx.bench.tables import Line, as_markdown, failed_line, read_line
 
@@ -68,6 +68,8 @@ def test_what_fails_is_named_and_the_others_go_on(tmp_path):
         assert float(line["value"]) > 0 < float(line["roofline"])
     page = (tmp_path / "bench.md").read_text()
     assert "GFLOP/s at best" in page
+    prose = [line for line in page.splitlines() if not line.startswith(("|", "- command: "))]
+    assert max(map(len, prose)) <= tables.WIDTH
     assert first["note"] in page
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
