@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,12 @@ def test_its_parameters_are_read_bit_for_bit(folder):
     loaded = rlx.load(folder)
     assert params_sha256(loaded.params()) == SUMMARY["params_sha256"]
     assert params_sha256(loaded.params("best")) == SUMMARY["params_sha256"]
+
+
+def test_its_state_is_read_without_log_lines_of_orbax(folder, caplog):
+    with caplog.at_level(logging.INFO, "absl"), caplog.at_level(logging.INFO):
+        rlx.load(folder).params()
+    assert not [record for record in caplog.records if record.name == "absl"]
 
 
 def test_it_acts_and_evaluates_from_python(folder):

@@ -1,7 +1,7 @@
 """Checkpoints: a folder per checkpoint, in place as a whole or not at all, checked when read.
 
     <run>/checkpoints/000000050000/     named after its env steps
-        state/          the training state, written by orbax as host arrays
+        state.npz       the training state as host arrays
         leaves.json     path -> dtype, shape and key kind of every leaf of the state
         meta.json       the run's counters, generators and metrics, as given
         replay.json     the replay's tables; their arrays lie in replay/*.npy

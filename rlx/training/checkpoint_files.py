@@ -38,7 +38,7 @@ JSON = dict[str, Any]
 DISCARDED = "discarded"
 SEGMENTS = "segments"
 SEGMENT_KEYS = {"file", "nbytes", "last_key", "ring"}
-FORMAT = 2
+FORMAT, FORMATS = 3, (2, 3)  # that is written, that are read
 MAP_BYTES = 1 << 20  # arrays from this size on are mapped, not read, when restored
 
 
@@ -199,9 +199,9 @@ def read_manifest(folder: Path) -> JSON:
         manifest = read_json(path)
         body = manifest["body"]
         whole = manifest["sha256"] == _body_sha256(body)
-        if whole and body["format"] != FORMAT:
-            says = f"{folder}: format {body['format']}, this rlx reads {FORMAT}; use the rlx it is "
-            raise CheckpointError(says + "from.")
+        if whole and body["format"] not in FORMATS:
+            says = f"{folder}: format {body['format']}, this rlx reads {FORMATS};"
+            raise CheckpointError(f"{says} use the rlx it is from.")
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole or not _is_manifest(body):

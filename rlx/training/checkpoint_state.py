@@ -1,20 +1,19 @@
-"""The training state in a checkpoint: written by orbax as host arrays, and read by it.
+"""The training state in a checkpoint, as host arrays.
 
-    state/          orbax's own files
+    state.npz       every leaf that has elements, by its path, as NumPy stores it
+    state/          the same, written by orbax, in checkpoints of format 2; these are only read
     leaves.json     path -> dtype, shape and key kind of every leaf of the state
 
-orbax and JAX are imported when they are needed, so that importing this module is cheap.
+JAX and orbax are imported when they are needed, so that importing this module is cheap.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ from rlx.config.documents import read_json
 from rlx.problems import RunFailed, cut, first_line
 
 JSON = dict[str, Any]
-STATE, LEAVES = "state", "leaves.json"
+STATE, LEAVES = "state.npz", "leaves.json"
+FORMER = "state"  # orbax's folder
 ADDED = {"gradient_steps": "updates"}  # leaves that older checkpoints lack: equal to these then
 LEAF_KEYS = {"dtype", "shape", "key"}
-ROOM_BYTES = 256 << 10  # that orbax takes for its tables
 SHOWN = 5  # differing leaves named in an error
 
 
@@ -44,6 +43,7 @@ class Damaged(CheckpointError):
 
 
 def write_state(folder: Path, state: Any) -> None:
+    """Writes the state's files and reads them back; raises CheckpointError if that fails."""
     import jax
 
     arrays: dict[str, np.ndarray] = {}
@@ -51,71 +51,14 @@ def write_state(folder: Path, state: Any) -> None:
     for path, leaf in _flatten(state)[0].items():
         kind = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
         leaves[path] = _describe(leaf) | {"key": kind}
-        arrays[path] = np.asarray(jax.random.key_data(leaf) if kind else leaf)
+        if _size(leaves[path]):
+            arrays[path] = np.asarray(jax.random.key_data(leaf) if kind else leaf)
     write_text(folder / LEAVES, json.dumps(leaves, indent=1))
-    # orbax refuses arrays without elements; leaves.json says all there is to know of them.
-    if some := {k: v for k, v in arrays.items() if v.size}:
-        _check_room(folder, sum(v.nbytes for v in some.values()))
-        with _orbax(folder, "written") as (orbax, place):
-            orbax.save(place, some)
-        _check_written(folder, some)
-
-
-def _check_room(folder: Path, nbytes: int) -> None:
-    """Raises OSError where so much cannot be written, which orbax says in hundreds of lines."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, nbytes + ROOM_BYTES)
-
-
-def _check_written(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises CheckpointError unless the state can be read and is that which was written."""
-    found = _read_orbax(folder, [*arrays])
+    np.savez(folder / STATE, allow_pickle=False, **arrays)
+    found = _read_arrays(folder, [*arrays])
     for name, array in arrays.items():
         if found[name].tobytes() != array.tobytes():
             raise CheckpointError(f"{folder / STATE}: {name} is read as another than was written.")
-
-
-@contextlib.contextmanager
-def _orbax(folder: Path, done: str) -> Iterator[tuple[Any, Path]]:
-    """An orbax checkpointer and the path of the state in a checkpoint's folder.
-
-    The checkpointer waits for its files and keeps its log lines to itself. Whatever it raises
-    becomes Damaged: the state cannot be `done`. orbax takes a path for a pattern, in which brackets
-    mean something: the path that it gets is made of the folder's descriptor.
-    """
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        import orbax.checkpoint as ocp
-
-        options = _alone()
-        handler = ocp.PyTreeCheckpointHandler(
-            use_ocdbt=True, use_zarr3=True, multiprocessing_options=options
-        )
-        with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
-            yield checkpointer, Path(f"/proc/self/fd/{handle}") / STATE
-    except Exception as error:
-        why = first_line(error).replace(f"/proc/self/fd/{handle}", str(folder))
-        raise Damaged(f"{folder / STATE}: cannot be {done} ({cut(why)}).") from error
-    finally:
-        os.close(handle)
-        logger.setLevel(level)
-
-
-def _alone() -> Any:
-    """One of several learner processes by itself; orbax would wait for the others to join in.
-
-    Only the first one can write.
-    """
-    import jax
-    from orbax.checkpoint.options import MultiprocessingOptions
-
-    own = jax.process_index()
-    return MultiprocessingOptions(
-        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
-    )
 
 
 def _flatten(state: Any) -> tuple[dict[str, Any], Callable[[list[Any]], Any]]:
@@ -159,7 +102,6 @@ def read_object(path: Path) -> JSON:
 
 
 def read_state(folder: Path, like_state: Any) -> Any:
-    import jax
 
     saved = read_object(folder / LEAVES)
     if not all(isinstance(about, dict) and about.keys() >= LEAF_KEYS for about in saved.values()):
@@ -168,30 +110,79 @@ def read_state(folder: Path, like_state: Any) -> Any:
     same_as = {path: old for path, old in ADDED.items() if path in expected and path not in saved}
     saved |= {path: saved[old] for path, old in same_as.items() if old in saved}
     _compare(folder, saved, {path: _describe(leaf) for path, leaf in expected.items()})
-    there = [k for k, leaf in saved.items() if _size(leaf) and k not in same_as]
-    stored = _read_orbax(folder, there)
+    there = [path for path, leaf in saved.items() if _size(leaf) and path not in same_as]
+    read = _read_orbax if (folder / FORMER).is_dir() else _read_arrays
+    stored = read(folder, there)
     stored |= {path: stored[old] for path, old in same_as.items()}
-    leaves = []
-    for path in expected:
-        about = saved[path]
-        leaf: Any = stored.get(path)
-        if leaf is None:
-            leaf = np.zeros(about["shape"], about["dtype"])
-        if about["key"]:
-            leaf = jax.random.wrap_key_data(jax.numpy.asarray(leaf), impl=about["key"])
-        leaves.append(leaf)
-    return rebuild(leaves)
+    return rebuild([_leaf(folder, path, saved[path], stored.get(path)) for path in expected])
+
+
+def _leaf(folder: Path, path: str, about: JSON, array: np.ndarray | None) -> Any:
+    """The leaf that was saved: bfloat16 and its like, which .npz has as nameless bytes, and keys.
+
+    array: None of a leaf without elements.
+    """
+    import jax
+
+    if array is None:
+        array = np.zeros(about["shape"], None if about["key"] else about["dtype"])
+    if about["key"]:
+        return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=about["key"])
+    if array.dtype.kind == "V":
+        array = array.view(jax.numpy.dtype(about["dtype"]))
+    if _describe(array) != {name: about[name] for name in ("dtype", "shape")}:
+        raise Damaged(f"{folder}: damaged: {path} is not as {LEAVES} describes it.")
+    return array
+
+
+def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
+    path = folder / STATE
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names}
+    except Exception as error:  # zipfile and NumPy have a dozen kinds for files of other content
+        raise Damaged(f"{path}: cannot be read ({first_line(error)}).") from error
 
 
 def _read_orbax(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
-    if not names:
-        return {}
-    # Read as host arrays: how many devices wrote them does not matter.
-    with _orbax(folder, "read") as (orbax, path):
+    """Reads a checkpoint of format 2. orbax keeps its log lines to itself.
+
+    orbax takes a path for a pattern, in which brackets mean something: the path that it gets is
+    made of the folder's descriptor.
+    """
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
         import orbax.checkpoint as ocp
 
-        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-        return orbax.restore(path, restore_args=as_numpy)
+        options = _alone()
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=True, use_zarr3=True, multiprocessing_options=options
+        )
+        with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
+            as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+            return checkpointer.restore(
+                Path(f"/proc/self/fd/{handle}") / FORMER, restore_args=as_numpy
+            )
+    except Exception as error:
+        why = first_line(error).replace(f"/proc/self/fd/{handle}", str(folder))
+        raise Damaged(f"{folder / FORMER}: cannot be read ({cut(why)}).") from error
+    finally:
+        os.close(handle)
+        logger.setLevel(level)
+
+
+def _alone() -> Any:
+    """One of several learner processes by itself; orbax would wait for the others to join in."""
+    import jax
+    from orbax.checkpoint.options import MultiprocessingOptions
+
+    own = jax.process_index()
+    return MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
+    )
 
 
 def _size(leaf: JSON) -> int:
