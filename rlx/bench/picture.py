@@ -42,7 +42,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
             _over_lanes(panels[2 * number_], setup, lines)
             _over_actors(panels[2 * number_ + 1], setup, lines)
         whole = path.with_name(f".{path.name}")
-        figure.savefig(whole, format="png", dpi=DPI)
+        figure.savefig(whole, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1)
         whole.replace(path)
 
 

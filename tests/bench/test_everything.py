@@ -151,6 +151,15 @@ def test_the_page_has_what_is_rlxs_own_and_what_failed():
     assert "Further figures" not in page
 
 
+def test_nothing_is_cut_at_the_borders_of_the_picture(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    lines = [own_line("a setup of a rather long name"), own_line("pong", name="a name " * 9)]
+    assert everything._draw(lines, tmp_path / "a.png") == ""
+    pixels = image.imread(tmp_path / "a.png")[..., :3]
+    for border in (pixels[:5], pixels[-5:], pixels[:, :5], pixels[:, -5:]):
+        assert border.min() == 1.0
+
+
 def test_without_matplotlib_there_is_no_picture_and_it_is_said(tmp_path, monkeypatch):
     assert everything._draw([own_line(), own_line("pong")], tmp_path / "a.png") == ""
     assert (tmp_path / "a.png").stat().st_size > 10_000
