@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import rlx
+from rlx.problems import ConfigError
 from rlx.results import reading as results
 from rlx.runs.status import params_sha256
 from rlx.watch import open_server
@@ -58,6 +59,17 @@ def test_its_state_is_read_without_log_lines_of_orbax(folder, caplog):
     with caplog.at_level(logging.INFO, "absl"), caplog.at_level(logging.INFO):
         rlx.load(folder).params()
     assert not [record for record in caplog.records if record.name == "absl"]
+
+
+def test_its_state_is_read_from_a_folder_of_any_name_and_damage_is_named(tmp_path):
+    run = tmp_path / "seed=[1,2] back\\slash"
+    shutil.copytree(GOLDEN, run)
+    assert params_sha256(rlx.load(run).params()) == SUMMARY["params_sha256"]
+    (checkpoint,) = (run / "checkpoints").glob("0*")
+    data = max((checkpoint / "state").glob("**/d/*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=rf"{data.name}: damaged"):
+        rlx.load(run).params()
 
 
 def test_it_acts_and_evaluates_from_python(folder):

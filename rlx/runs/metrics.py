@@ -265,8 +265,8 @@ class _Mean:
         """Converts the oldest pending values (all: None); their copies to the host overlap."""
         oldest = len(self.pending) if oldest is None else oldest
         ready, self.pending = self.pending[:oldest], self.pending[oldest:]
-        for value in ready:
-            if hasattr(value, "copy_to_host_async"):
+        if ready and _is_elsewhere(ready[0]):
+            for value in ready:
                 value.copy_to_host_async()
         for value in ready:
             if math.isfinite(number := as_float(value)):
@@ -280,6 +280,11 @@ class _Mean:
     def state(self) -> list[Any]:
         self.fold()
         return [self.total, self.count]
+
+
+def _is_elsewhere(value: Any) -> bool:
+    """Says whether a value is an array of an accelerator; all values of a name are of one kind."""
+    return hasattr(value, "devices") and any(x.platform != "cpu" for x in value.devices())
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -23,6 +23,7 @@ from rlx.replay.files.segments import SegmentError, check_segment
 from rlx.replay.files.snapshots import read_blocks
 from rlx.training.checkpoint_state import (
     LEAVES,
+    STATE,
     CheckpointError,
     Damaged,
     read_object,
@@ -212,6 +213,7 @@ def read_manifest(folder: Path) -> JSON:
 def _is_manifest(body: JSON) -> bool:
     """Says whether all is of the kind that is written: anybody can compute a sum."""
     files, segments, score = (body.get(name) for name in ("files", "segments", "score"))
+    needed = {LEAVES, "meta.json"} | ({STATE} if body["format"] == FORMAT else set())
     return (
         type(body.get("env_steps")) is int
         and (score is None or isinstance(score, float))
@@ -219,7 +221,7 @@ def _is_manifest(body: JSON) -> bool:
         and isinstance(segments, list)
         and all(isinstance(about, dict) and "bytes" in about for about in files.values())
         and all(isinstance(about, dict) and _is_segment(about) for about in segments)
-        and {LEAVES, "meta.json"} <= files.keys()
+        and needed <= files.keys()
     )
 
 
@@ -260,7 +262,8 @@ def verify(folder: Path, with_replay: bool) -> JSON:
 
 def read_all(folder: Path, manifest: JSON, like_state: Any, with_replay: bool) -> Restored:
     replay_state = None
-    state, meta = read_state(folder, like_state), read_object(folder / "meta.json")
+    state = read_state(folder, like_state, has_segment=STATE in manifest["files"])
+    meta = read_object(folder / "meta.json")
     if with_replay and "replay.json" in manifest["files"]:
         replay_state = _read_arrays(folder, read_object(folder / "replay.json"), manifest["files"])
     return Restored(

@@ -1,6 +1,6 @@
 """The training state in a checkpoint, as host arrays.
 
-    state.npz       every leaf that has elements, by its path, as NumPy stores it
+    state.npz       every leaf by its path, in a segment (rlx.replay.files.segments)
     state/          the same, written by orbax, in checkpoints of format 2; these are only read
     leaves.json     path -> dtype, shape and key kind of every leaf of the state
 
@@ -13,7 +13,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import numpy as np
 from rlx import trees
 from rlx.config.documents import read_json
 from rlx.problems import RunFailed, cut, first_line
+from rlx.replay.files.segments import SegmentError, read_segment, write_segment
+from rlx.types import ArraySpec
 
 JSON = dict[str, Any]
 STATE, LEAVES = "state.npz", "leaves.json"
@@ -51,14 +53,13 @@ def write_state(folder: Path, state: Any) -> None:
     for path, leaf in _flatten(state)[0].items():
         kind = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
         leaves[path] = _describe(leaf) | {"key": kind}
-        if _size(leaves[path]):
-            arrays[path] = np.asarray(jax.random.key_data(leaf) if kind else leaf)
+        arrays[path] = np.asarray(jax.random.key_data(leaf) if kind else leaf)
     write_text(folder / LEAVES, json.dumps(leaves, indent=1))
-    np.savez(folder / STATE, allow_pickle=False, **arrays)
-    found = _read_arrays(folder, [*arrays])
-    for name, array in arrays.items():
-        if found[name].tobytes() != array.tobytes():
-            raise CheckpointError(f"{folder / STATE}: {name} is read as another than was written.")
+    write_segment(folder / STATE, arrays, {})
+    found = _read_arrays(folder, leaves)
+    for path, array in arrays.items():
+        if found[path].tobytes() != array.tobytes():
+            raise CheckpointError(f"{folder / STATE}: {path} is read as another than was written.")
 
 
 def _flatten(state: Any) -> tuple[dict[str, Any], Callable[[list[Any]], Any]]:
@@ -101,55 +102,77 @@ def read_object(path: Path) -> JSON:
     return found
 
 
-def read_state(folder: Path, like_state: Any) -> Any:
-
-    saved = read_object(folder / LEAVES)
-    if not all(isinstance(about, dict) and about.keys() >= LEAF_KEYS for about in saved.values()):
-        raise Damaged(f"{folder / LEAVES}: damaged: a leaf is not described.")
+def read_state(folder: Path, like_state: Any, has_segment: bool) -> Any:
+    """The state with the structure of `like_state`; has_segment: it is not of format 2."""
+    saved = _read_leaves(folder)
     expected, rebuild = _flatten(like_state)
     same_as = {path: old for path, old in ADDED.items() if path in expected and path not in saved}
     saved |= {path: saved[old] for path, old in same_as.items() if old in saved}
     _compare(folder, saved, {path: _describe(leaf) for path, leaf in expected.items()})
-    there = [path for path, leaf in saved.items() if _size(leaf) and path not in same_as]
-    read = _read_orbax if (folder / FORMER).is_dir() else _read_arrays
-    stored = read(folder, there)
+    there = {path: about for path, about in saved.items() if path not in same_as}
+    stored = (_read_arrays if has_segment else _read_orbax)(folder, there)
     stored |= {path: stored[old] for path, old in same_as.items()}
-    return rebuild([_leaf(folder, path, saved[path], stored.get(path)) for path in expected])
+    return rebuild([_leaf(folder, path, saved[path], stored[path]) for path in expected])
 
 
-def _leaf(folder: Path, path: str, about: JSON, array: np.ndarray | None) -> Any:
-    """The leaf that was saved: bfloat16 and its like, which .npz has as nameless bytes, and keys.
+def _read_leaves(folder: Path) -> dict[str, JSON]:
+    leaves = read_object(folder / LEAVES)
+    for path, about in leaves.items():
+        if not _is_description(about):
+            raise Damaged(f"{folder / LEAVES}: damaged: {cut(path)} is not described.")
+    return leaves
 
-    array: None of a leaf without elements.
-    """
+
+def _is_description(about: Any) -> bool:
+    if not isinstance(about, dict) or not about.keys() >= LEAF_KEYS:
+        return False
+    shape, kinds = about["shape"], (about["dtype"], about["key"] or "")
+    is_shape = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    return is_shape and all(isinstance(kind, str) for kind in kinds)
+
+
+def _leaf(folder: Path, path: str, about: JSON, array: np.ndarray) -> Any:
+    """The leaf of an array, which of a PRNG key is its data."""
     import jax
 
-    if array is None:
-        array = np.zeros(about["shape"], None if about["key"] else about["dtype"])
+    leaf: Any = array
     if about["key"]:
-        return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=about["key"])
-    if array.dtype.kind == "V":
-        array = array.view(jax.numpy.dtype(about["dtype"]))
-    if _describe(array) != {name: about[name] for name in ("dtype", "shape")}:
+        try:
+            leaf = jax.random.wrap_key_data(jax.numpy.asarray(array), impl=about["key"])
+        except Exception as error:  # JAX has several kinds for data that are no key's
+            raise Damaged(f"{folder}: damaged: {path} is no key ({first_line(error)}).") from error
+    if _describe(leaf) != {name: about[name] for name in ("dtype", "shape")}:
         raise Damaged(f"{folder}: damaged: {path} is not as {LEAVES} describes it.")
-    return array
+    return leaf
 
 
-def _read_arrays(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
-    path = folder / STATE
+def _read_arrays(folder: Path, leaves: Mapping[str, JSON]) -> dict[str, np.ndarray]:
+    def check(found: Mapping[str, ArraySpec]) -> None:
+        """Raises ValueError unless the file has the arrays of these leaves, and no others."""
+        if found.keys() != leaves.keys():
+            raise ValueError(f"it has other arrays than {LEAVES}")
+
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
-    except Exception as error:  # zipfile and NumPy have a dozen kinds for files of other content
-        raise Damaged(f"{path}: cannot be read ({first_line(error)}).") from error
+        return read_segment(folder / STATE, check)[0]
+    except SegmentError as error:
+        raise Damaged(cut(str(error))) from error
 
 
-def _read_orbax(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
-    """Reads a checkpoint of format 2. orbax keeps its log lines to itself.
+def _read_orbax(folder: Path, leaves: Mapping[str, JSON]) -> dict[str, np.ndarray]:
+    """Reads a checkpoint of format 2, which has no leaf without elements.
 
-    orbax takes a path for a pattern, in which brackets mean something: the path that it gets is
+    orbax keeps its log lines to itself.
+    It takes some characters of a path for others (brackets, backslashes): the path that it gets is
     made of the folder's descriptor.
     """
+    arrays = {
+        path: np.zeros(about["shape"], about["dtype"])
+        for path, about in leaves.items()
+        if 0 in about["shape"]
+    }
+    there = [path for path in leaves if path not in arrays]
+    if not there:  # as in the folder of a learner process other than the first
+        return arrays
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -162,10 +185,9 @@ def _read_orbax(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
             use_ocdbt=True, use_zarr3=True, multiprocessing_options=options
         )
         with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
-            as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-            return checkpointer.restore(
-                Path(f"/proc/self/fd/{handle}") / FORMER, restore_args=as_numpy
-            )
+            as_numpy = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in there}
+            place = Path(f"/proc/self/fd/{handle}") / FORMER
+            return arrays | checkpointer.restore(place, restore_args=as_numpy)
     except Exception as error:
         why = first_line(error).replace(f"/proc/self/fd/{handle}", str(folder))
         raise Damaged(f"{folder / FORMER}: cannot be read ({cut(why)}).") from error
@@ -183,10 +205,6 @@ def _alone() -> Any:
     return MultiprocessingOptions(
         primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
     )
-
-
-def _size(leaf: JSON) -> int:
-    return int(np.prod(leaf["shape"], dtype=np.int64))
 
 
 def _compare(folder: Path, saved: dict[str, JSON], expected: dict[str, JSON]) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import optax
 import pytest
 import yaml
 
+from rlx.replay.files.segments import write_segment
 from rlx.replay.files.snapshots import Snapshots
 from rlx.replay.uniform import Uniform
 from rlx.training import checkpoint as c
@@ -125,16 +127,18 @@ def test_a_state_that_is_not_read_as_it_was_written_is_no_checkpoint(
 ) -> None:
     checkpointer = save_some(tmp_path, 5)
 
-    # A disk that loses what it was given: the state's file is there, and it is cut.
-    def lost(folder: Path, names: list[str]) -> Any:
-        path = folder / "state.npz"
+    # A disk that loses what it was given: the state's file is there, and it is cut, or older.
+    def lost(path: Path, arrays: Any, about: Any) -> None:
+        write_segment(path, arrays, about)
         path.write_bytes(path.read_bytes()[:-1000])
-        return read(folder, names)
 
-    read = state_files._read_arrays
-    monkeypatch.setattr(state_files, "_read_arrays", lost)
-    with pytest.raises(c.CheckpointError, match=r"state\.npz: cannot be read \("):
-        checkpointer.save(6, state=train_state(6), meta={})
+    def older(path: Path, arrays: Any, about: Any) -> None:
+        shutil.copy(checkpointer.paths()[0] / "state.npz", path)
+
+    for write, says in ((lost, "no segment"), (older, ".* is read as another than was written")):
+        monkeypatch.setattr(state_files, "write_segment", write)
+        with pytest.raises(c.CheckpointError, match=rf"state\.npz: {says}"):
+            checkpointer.save(6, state=train_state(6), meta={})
     assert [path.name for path in checkpointer.paths()] == ["000000000005"]
 
 
@@ -143,14 +147,12 @@ def test_an_unreadable_state_is_passed_over_and_named_where_it_is_the_last(
 ) -> None:
     checkpointer = save_some(tmp_path, 1, 2)
     for path in checkpointer.paths()[::-1]:
-        (path / "state.npz").unlink()  # and a manifest that says so
-        body = json.loads((path / "manifest.json").read_text())["body"]
-        kept = {k: v for k, v in body["files"].items() if k != "state.npz"}
-        forge(path, files=kept)
+        (path / "state.npz").write_bytes(b"")
+        forge(path)
         if path.name.endswith("2"):
             assert checkpointer.restore(train_state()).env_steps == 1
-            assert "000000000002/state.npz: cannot be read" in caplog.text
-    with pytest.raises(c.CheckpointError, match=r"state\.npz: cannot be read .*No other"):
+            assert "000000000002/state.npz: no segment" in caplog.text
+    with pytest.raises(c.CheckpointError, match=r"state\.npz: no segment .*No other"):
         checkpointer.restore(train_state())
 
 
@@ -195,27 +197,69 @@ def test_files_of_a_checkpoint_that_hold_anything_are_damaged(tmp_path, name, co
     assert checkpointer.restore(train_state()).env_steps == 1
 
 
+KEY = np.zeros(2, np.uint32)
+
+
 @pytest.mark.parametrize(
-    "changed",
+    "changes",
     [
-        np.zeros((3, 2), np.float32),
-        np.zeros((2, 3)),
-        np.zeros(6, "V4"),
-        np.array([{"evil": 1}]),
-        None,
+        {"w": np.zeros((3, 2), "f")}, {"w": np.zeros((2, 3))}, {"w": np.zeros(6, "V4")},
+        {"more": KEY}, {"key": KEY[:1]}, {"key": KEY.astype("f")}, {"key": np.zeros((5, 2), "u4")},
+        {"key": np.array("text")}, {"w": None},
     ],
-    ids=["shape", "dtype", "bytes", "pickle", "missing"],
-)
-def test_a_state_of_other_arrays_is_damaged_whatever_its_sum(tmp_path, changed) -> None:
-    state = {"w": np.ones((2, 3), np.float32), "v": np.ones(2)}
+    ids=str,
+)  # fmt: skip
+def test_a_state_of_other_arrays_is_damaged_whatever_its_sum(tmp_path, changes) -> None:
+    state = {"w": np.ones((2, 3), "f"), "key": jax.random.key(3)}
     checkpointer = c.Checkpointer(tmp_path, SETTINGS)
     for n in (1, 2):
         checkpointer.save(n, state=state, meta={})
     path = checkpointer.paths()[1]
-    kept = {} if changed is None else {"w": changed}
-    np.savez(path / "state.npz", v=state["v"], **kept)
+    arrays = {"w": state["w"], "key": KEY} | changes
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    write_segment(path / "state.npz", arrays, {})
     forge(path)
     assert checkpointer.restore(state).env_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("leaf", "changes"),
+    [
+        ("key", {"key": "nonsense"}), ("key", {"key": 5}), ("key", {"key": None}),
+        ("w", {"key": "fry"}), ("w", {"shape": "[2, 3]"}), ("w", {"shape": [-2, -3]}),
+        ("w", {"dtype": "", "shape": "float32[2, 3]"}), ("w", {"dtype": 5}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_leaves_that_are_described_as_others_are_refused(tmp_path, leaf, changes) -> None:
+    state = {"w": np.ones((2, 3), "f"), "key": jax.random.key(3)}
+    checkpointer = c.Checkpointer(tmp_path, SETTINGS)
+    path = checkpointer.save(1, state=state, meta={}) / "leaves.json"
+    leaves = json.loads(path.read_text())
+    path.write_text(json.dumps(leaves | {leaf: leaves[leaf] | changes}))
+    forge(path.parent)
+    with pytest.raises(c.CheckpointError, match=r"damaged|expected"):
+        checkpointer.restore(state)
+
+
+def test_a_state_that_is_not_listed_is_not_read(tmp_path, caplog) -> None:
+    checkpointer = save_some(tmp_path, 1, 2)
+    first, second = checkpointer.paths()
+    (second / "state").mkdir()  # as in a checkpoint of format 2
+    assert checkpointer.restore(train_state()).env_steps == 2
+    body = json.loads((second / "manifest.json").read_text())["body"]
+    del body["files"]["state.npz"]
+    forge(second, files=body["files"])
+    assert checkpointer.restore(train_state()).path == first
+    assert f"{second}/manifest.json: missing or damaged" in caplog.text
+
+
+def test_a_part_of_format_2_without_a_state_is_read(tmp_path) -> None:
+    checkpointer = c.Checkpointer(tmp_path, SETTINGS)  # of a learner process other than the first
+    path = checkpointer.save(1, state={}, meta={"n": 1})
+    (path / "state.npz").unlink()
+    forge(path, format=2, files={"leaves.json": {"bytes": 0}, "meta.json": {"bytes": 0}})
+    assert checkpointer.restore({}).meta == {"n": 1}
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"checkpoint": [1]}', '{"checkpoint": 5}', "[" * 9999,

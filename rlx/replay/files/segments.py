@@ -1,7 +1,8 @@
-"""Blocks in files: the one format of a replay's snapshots and of recorded experience.
+"""Arrays in files: of a replay's snapshots, of recorded experience and of the training state.
 
-A segment is a .npz file, which `np.load` opens: a zip of one array [M, ...] per leaf for M blocks,
-each with its checksum, and `about`, a JSON object as text. Written whole, then renamed; no pickle.
+A segment is a .npz file, which `np.load` opens: a zip of one array for each leaf (of M blocks
+[M, ...]), each with its checksum, and `about`, a JSON object as text. It is written whole, then
+renamed; no pickle.
 """
 
 from __future__ import annotations
