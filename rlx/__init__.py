@@ -13,6 +13,10 @@ if _is_module or (_program.startswith("rlx-") and not _program.endswith(".py")):
     from rlx.machine.signals import interrupts_in_a_line
 
     interrupts_in_a_line()
+    if _program == "rlx-train" or {"rlx.train", "rlx.bench"} & {*sys.orig_argv[1:4]}:
+        from rlx.machine.memory import begin_with_huge_pages
+
+        begin_with_huge_pages()
 
 if TYPE_CHECKING:
     from rlx.api import compose as compose
