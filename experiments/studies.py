@@ -93,6 +93,10 @@ def train(study: Study, folder: Path, wanted: Sequence[str]) -> None:
         sys.exit(
             f"{', '.join(sorted(unknown))}: no such task; accepted: {', '.join(sorted(names))}"
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"{folder}: it cannot be made ({error.strerror}); give another folder")
     free = SimpleQueue[int]()
     cores = os.sched_getaffinity(0)
     for core in cores:
@@ -217,6 +221,8 @@ def write(study: Study, folder: Path) -> None:
     Of variants that the folder has no run of, the numbers that are written already stay.
     """
     new = list(ended(study, folder))
+    if not new:
+        sys.exit(f"{folder}: no run of this study has ended there; give the folder that `run` got")
     replaced = {run.key[:2] for run in new}
     kept = [run for run in written(study) if run.key[:2] not in replaced]
     found = {run.key: run for run in (*kept, *new)}

@@ -324,7 +324,11 @@ def write(figures: Sequence[Figure], folder: Path) -> None:
 def measure(options: Options) -> None:
     """Measures the parts one after the other; each command adds its rows to the table at once."""
     folder = Path(options.folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        says = f"it cannot be made ({error.strerror}); give another folder"
+        raise refuse("folder", says, given=options.folder) from error
     options = replace(options, folder=str(folder))
     if problem := platform_problem(options.platform):
         says = (

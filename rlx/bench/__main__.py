@@ -120,6 +120,11 @@ def _bench(options: Options) -> None:
 def _everything(options: Options) -> None:
     from rlx.bench.everything import Choices, bench_everything
 
+    if options.overrides and "end_to_end" in options.groups:
+        from rlx.bench.end_to_end import refuse_overrides
+
+        setups = [setup.name for setup in SETUPS if options.setup in (setup.name, "all")]
+        refuse_overrides(setups, options.overrides)
     choices = Choices(
         groups=options.groups,
         setup=options.setup,

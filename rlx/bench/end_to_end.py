@@ -10,7 +10,7 @@ not, as on a GPU or with actors elsewhere, a run may be faster. The three take t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,13 @@ def bench_end_to_end(
     rates[ALLOWED] = one_after_the_other(rates)
     prefix = f"end_to_end/{setup.name}/acting={acting}"
     return measuring.rows(rates, prefix=prefix, unit="env steps/s", roofline=ALLOWED)
+
+
+def refuse_overrides(setups: Iterable[str], overrides: Sequence[str]) -> None:
+    """Raises ConfigError for overrides that the runs of these setups could not have."""
+    for setup in measuring.SETUPS:
+        if setup.name in setups:
+            compose([*_settings(setup, "local", None), *overrides, *QUIET])
 
 
 def _settings(setup: measuring.Setup, acting: str, batch: int | None) -> list[str]:

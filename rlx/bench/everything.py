@@ -269,7 +269,7 @@ def _about(command: str) -> dict[str, str]:
     versions = {name: known for name, known in found["versions"].items() if known}
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     return {
-        "machine": f"{found['platform']}, {os.cpu_count()} cores, {_model()}",
+        "machine": f"{found['platform']}, {len(os.sched_getaffinity(0))} cores, {_model()}",
         "load before": f"{load} (processes that wanted a core, over 1, 5 and 15 minutes)",
         "versions": f"Python {found['python']}, {', '.join(map(' '.join, versions.items()))}",
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",

@@ -160,7 +160,7 @@ def machine() -> dict[str, Any]:
     """The machine that the figures were measured on."""
     return {
         "platform": platform.platform(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "devices": [str(device.device_kind) for device in jax.local_devices()],
         "jax": jax.__version__,
         "python": platform.python_version(),

@@ -76,7 +76,8 @@ def _opened() -> str | None:
 
 def base_folder() -> Path:
     """Names the folder with a folder for each kind of machine: $XDG_CACHE_HOME/rlx/xla."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    given = os.environ.get("XDG_CACHE_HOME", "")  # its specification says to ignore relative paths
+    base = given if os.path.isabs(given) else os.path.expanduser("~/.cache")
     return Path(base) / "rlx" / "xla"
 
 

@@ -12,7 +12,7 @@ from rlx.results import atari
 from rlx.results.figures import Picture
 from rlx.results.reading import SCORES
 from rlx.results.scorecard import left_out
-from rlx.results.study import Study, count, plural
+from rlx.results.study import Study, count, plural, task_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,12 +73,18 @@ def _notes(given: Study) -> dict[str, str]:
     return {
         "unfinished": f"{plural(every - finished)} of {every}, which no final score includes.",
         "scores": f"{of_all}. Score: {SCORES[given.score]}. {interval}",
-        "human_normalized": f"{of_all}. {_over_games(given)}",
-        "atari": f"{of_all}. {_by_game(given)}",
+        "human_normalized": f"{_on_atari(given)}. {_over_games(given)}",
+        "atari": f"{_on_atari(given)}. {_by_game(given)}",
         "improvement": f"{of_all}. Ties count half; 0.5 is no difference.",
         "speed": f"Means over runs, from the first row of metrics to the last; {plural(every)}.",
         "runs": f"{count(given.runs)}. Last come mean returns: {returns}.",
     }
+
+
+def _on_atari(given: Study) -> str:
+    every = [run for run in given.runs if task_of(run) in given.games]
+    finished = [run for run in every if run in given.finished]
+    return f"{plural(len(finished))} of {len(every)} on Atari finished and count"
 
 
 def _over_games(given: Study) -> str:

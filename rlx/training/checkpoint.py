@@ -29,6 +29,7 @@ from rlx.problems import Problem
 from rlx.runs.folders import is_number
 from rlx.training.agreement import takes_turns
 from rlx.training.checkpoint_files import (
+    BEST,
     DISCARDED,
     JSON,
     SEGMENTS,
@@ -47,7 +48,6 @@ log = logging.getLogger(__name__)
 
 
 FOLDER = "checkpoints"
-BEST = "best-"  # begins the name of the folder with the best score
 
 _TEMPORARY = ".tmp-"
 _ASIDE = ".old-"
@@ -206,16 +206,27 @@ class Checkpointer:
                     f"folder such as <run>/{FOLDER}/{_name(50_000)}."
                 )
             return [path]
-        newest_first = self.paths()[::-1]
-        if not newest_first:
+        best = self._best_or_why_not() if which == "best" else None
+        first = [] if best is None else [best]
+        found = [*first, *(path for path in self.paths()[::-1] if path not in first)]
+        if not found:
             raise CheckpointError(
-                f"{self.run}: no checkpoint of a run is there ({FOLDER}/ is missing or empty); "
+                f"{self.run}: no checkpoint of a run is there ({FOLDER}/ has none to go on from); "
                 "give the folder of a run that has saved one."
             )
-        best = self.best() if which == "best" else None
-        if which == "best" and best is None:
+        return found
+
+    def _best_or_why_not(self) -> Path | None:
+        """The checkpoint with the best score; None, and a warning, if there is none."""
+        for path in self._bests():
+            try:
+                read_manifest(path)
+            except Damaged as damage:
+                log.warning("%s", damage)
+        best = self.best()
+        if best is None:
             log.warning("%s: no checkpoint has a score; taking the latest.", self.run)
-        return newest_first if best is None else [best, *(p for p in newest_first if p != best)]
+        return best
 
     def _clear_leftovers(self) -> None:
         if not self.folder.is_dir():

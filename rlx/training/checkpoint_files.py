@@ -21,6 +21,7 @@ from rlx.config.documents import read_json
 from rlx.problems import first_line
 from rlx.replay.files.segments import SegmentError, check_segment
 from rlx.replay.files.snapshots import read_blocks
+from rlx.runs.folders import is_number
 from rlx.training.checkpoint_state import (
     LEAVES,
     STATE,
@@ -36,9 +37,10 @@ from rlx.types import Blocks
 log = logging.getLogger(__name__)
 
 JSON = dict[str, Any]
+BEST = "best-"  # begins the name of the folder with the best score
 DISCARDED = "discarded"
 SEGMENTS = "segments"
-SEGMENT_KEYS = {"file", "nbytes", "last_key", "ring"}
+SEGMENT_KEYS = {"file", "nbytes", "last_key"}  # and "ring", where a replay has several
 FORMAT, FORMATS = 3, (2, 3)  # that is written, that are read
 MAP_BYTES = 1 << 20  # arrays from this size on are mapped, not read, when restored
 
@@ -207,6 +209,9 @@ def read_manifest(folder: Path) -> JSON:
         whole = False
     if not whole or not _is_manifest(body):
         raise Damaged(f"{path}: missing or damaged.")
+    name = folder.name.removeprefix(BEST)
+    if is_number(name) and int(name) != body["env_steps"]:
+        raise Damaged(f"{path}: it is of env step {body['env_steps']}, as its folder is not.")
     return body
 
 
@@ -232,7 +237,7 @@ def _is_segment(about: JSON) -> bool:
     return (
         isinstance(file, str)
         and Path(file).name == file
-        and about.keys() <= SEGMENT_KEYS
+        and SEGMENT_KEYS <= about.keys() <= SEGMENT_KEYS | {"ring"}
         and all(type(count) is int for count in counts)
     )
 
@@ -245,7 +250,7 @@ def verify(folder: Path, with_replay: bool) -> JSON:
         if name.startswith("replay") and not with_replay:
             continue
         if not path.is_file():
-            raise Damaged(f"{path}: missing.")
+            raise Damaged(f"{path}: missing, or no ordinary file.")
         if path.stat().st_size != expected["bytes"]:
             raise Damaged(
                 f"{path}: damaged: {path.stat().st_size} bytes, {expected['bytes']} were written."

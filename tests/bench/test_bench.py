@@ -142,6 +142,7 @@ def test_updates_are_measured_beside_their_floor_and_profiled(tmp_path):
             "replay.ratio=null: acting and updates each have a rate of their own",
         ),
         ("what=all groups=", "groups: give one at least"),
+        ("what=all overrides=replay.rtio=8", "replay.rtio=8 (command line): no such setting"),
         ("what=acting setup=x", "setup=x: accepted: cartpole or pong or all"),
         (
             "what=rounds experiment=cartpole_impala",

@@ -44,6 +44,13 @@ def programs(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*-cache") if path.is_file()]
 
 
+@pytest.mark.parametrize("given", ["", "here", "./here"])
+def test_a_relative_folder_for_caches_is_ignored(monkeypatch, given) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    monkeypatch.setenv("HOME", "/home/of")
+    assert compiled.base_folder() == Path("/home/of/.cache/rlx/xla")
+
+
 def test_a_second_process_finds_what_the_first_one_compiled(tmp_path: Path) -> None:
     first, second = started(tmp_path), started(tmp_path)
     assert first[0] == "0"

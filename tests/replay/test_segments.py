@@ -68,6 +68,12 @@ def test_a_file_cut_short_foreign_or_missing_is_refused_by_name(tmp_path):
             read(tmp_path / "absent.npz")
 
 
+def test_a_pipe_is_no_segment_whatever_its_size_is_said_to_be(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(SegmentError, match=r"pipe\.npz: damaged"):
+        check_segment(tmp_path / "pipe.npz", 0)
+
+
 def test_another_format_is_refused(tmp_path):
     path = tmp_path / "later.npz"
     np.savez(path, about=np.array(json.dumps({"format": 99})))

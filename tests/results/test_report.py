@@ -203,7 +203,7 @@ def test_atari_runs_stand_beside_published_scores(games):
     assert whole["IQM"] == pytest.approx((0 + 1 + 1) / 3)
     assert whole["optimality gap"] == pytest.approx(1 / 3)
     text = page(given, found, [])
-    assert "3 runs of 3 finished and count" in text
+    assert "3 runs of 3 on Atari finished and count" in text
     assert "rlx/results/atari_scores.csv" in text
     assert report_runs(games, []).with_name("curves_frames.png").exists()
 

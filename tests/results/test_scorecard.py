@@ -176,6 +176,8 @@ def test_tasks_outside_the_57_games_are_left_out_and_named(tmp_path):
     said = "Left out, none of the 57 games: Adventure-v5, CartPole-v1."
     assert said in notes(given, found)["human_normalized"]
     assert said in page(given, found, [])
+    assert "2 runs of 2 on Atari finished and count" in notes(given, found)["atari"]
+    assert "4 runs of 4 finished and count" in notes(given, found)["scores"]
 
 
 def test_runs_without_atari_have_no_score_card(tmp_path):

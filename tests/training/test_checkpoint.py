@@ -169,13 +169,16 @@ def forge(checkpoint: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     "changes",
     [{"files": []}, {"files": {}}, {"files": {"x": 1}}, {"segments": {}}, {"segments": [1]},
-     {"segments": [{"file": "../../x", "nbytes": 1}]}, {"env_steps": "1"}, {"score": "best"}],
+     {"segments": [{"file": "../../x", "nbytes": 1, "last_key": 1}]},
+     {"segments": [{"file": "x", "nbytes": 1}]}, {"segments": [{"file": "x", "last_key": 1}]},
+     {"env_steps": "1"}, {"env_steps": 1}, {"score": "best"}],
     ids=str,
 )  # fmt: skip
 def test_a_manifest_of_other_kinds_is_damaged_whatever_its_sum(tmp_path, changes) -> None:
     checkpointer = save_some(tmp_path, 1, 2)
-    forge(checkpointer.paths()[1], **changes)
-    assert checkpointer.restore(train_state()).env_steps == 1
+    first, second = checkpointer.paths()
+    forge(second, **changes)
+    assert checkpointer.restore(train_state()).path == first
     checkpointer.save(3, state=train_state(), meta={})
     checkpointer.keep_best(train_state(), {"env_steps": 3}, 1.0)
     assert checkpointer.best().name.endswith("3")
@@ -633,6 +636,24 @@ def test_an_error_when_no_good_checkpoint_is_left(tmp_path: Path) -> None:
         flip_a_bit(path / "meta.json")
     with pytest.raises(c.CheckpointError, match=r"000001/meta\.json: damaged.*No other checkpoint"):
         checkpointer.restore(train_state())
+
+
+def test_the_best_is_found_where_no_other_is_left(tmp_path: Path) -> None:
+    checkpointer = save_some(tmp_path, 1)
+    checkpointer.keep_best(train_state(3), {"env_steps": 3}, 1.0)
+    shutil.rmtree(checkpointer.paths()[0])
+    assert checkpointer.restore(train_state(), "best").env_steps == 3
+    with pytest.raises(c.CheckpointError, match="no checkpoint of a run is there"):
+        checkpointer.restore(train_state())
+
+
+def test_a_best_with_a_damaged_manifest_is_named(tmp_path: Path, caplog) -> None:
+    checkpointer = save_some(tmp_path, 1)
+    checkpointer.keep_best(train_state(3), {"env_steps": 3}, 1.0)
+    (manifest,) = (tmp_path / "checkpoints").glob("best-*/manifest.json")
+    manifest.write_text(manifest.read_text()[:100])
+    assert checkpointer.restore(train_state(), "best").env_steps == 1
+    assert f"{manifest}: missing or damaged" in caplog.text
 
 
 def test_a_damaged_best_falls_back_to_the_latest(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def check_segment(path: Path, nbytes: int) -> None:
         size = path.stat().st_size
         if size != nbytes:
             raise SegmentError(f"{path}: damaged: {size} bytes, {nbytes} were written.")
-        with zipfile.ZipFile(path) as file:
+        with open_file(path) as raw, zipfile.ZipFile(raw) as file:
             damaged = file.testzip()
     except FileNotFoundError:
         raise SegmentError(f"{path}: missing.") from None
