@@ -313,8 +313,10 @@ def test_evaluation_in_an_actor_of_its_own_lets_training_go_on(tmp_path, monkeyp
     rows = read_rows(tmp_path / "metrics.jsonl")
     found = [row for row in rows if row["evaluation/return_mean"] is not None]
     assert len(found) >= 2
-    assert all(row["evaluation/of_env_steps"] < row["env_steps"] for row in found)
-    assert all(row["evaluation/weights_version"] < row["updates"] for row in found)
+    # The run ends as soon as the second is found, be there new env steps by then or not.
+    assert all(row["evaluation/of_env_steps"] <= row["env_steps"] for row in found)
+    assert found[0]["evaluation/of_env_steps"] < found[0]["env_steps"]
+    assert found[0]["evaluation/weights_version"] < found[0]["updates"]
     assert all(row["time/evaluation"] == 0 for row in rows if "time/evaluation" in row)
     assert rows[-1]["evaluation/skipped"] >= 0
 

@@ -29,6 +29,7 @@ from rlx.replay.files.snapshots import Snapshots
 from rlx.replay.process.client import ReplayLost
 from rlx.runs.folders import read_rows
 from rlx.runs.metrics import Metrics, without_wall_clock
+from rlx.training import checkpoint_files
 from rlx.training.agreement import check_agreement
 from rlx.training.assemble import assemble
 from rlx.training.keeper import Keeper
@@ -343,8 +344,9 @@ def test_segments_stay_as_long_as_a_checkpoint_cannot_be_read(tmp_path, readable
     shutil.copytree(checkpoints(tmp_path)[-1], older := folder / "000000000001")
     some = folder / "segments" / min(segments_on_disk(tmp_path))
     shutil.copy(some, other := some.with_name("000000000000-aaaaaaaa.npz"))
-    if not readable:
-        (older / "manifest.json").write_text("{")
+    body = json.loads((older / "manifest.json").read_text())["body"] | {"env_steps": 1}
+    whole = json.dumps({"sha256": checkpoint_files._body_sha256(body), "body": body})
+    (older / "manifest.json").write_text(whole if readable else "{")
     run(None, "checkpoint.keep=99", f"resume={tmp_path}")
     assert older.is_dir()
     assert other.exists() == (not readable)
