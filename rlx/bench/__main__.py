@@ -111,10 +111,13 @@ def _bench(options: Options) -> None:
     if options.what == "rounds":
         report(options.what, _rounds(options))
         return
-    setups = [setup for setup in SETUPS if options.setup in (setup.name, "all")]
-    runs = _benches(options)
+    setups, runs = _setups(options), _benches(options)
     found = [row for setup in setups for run in runs for row in run(setup, options.seconds)]
     report(options.what, found)
+
+
+def _setups(options: Options) -> list[Setup]:
+    return [setup for setup in SETUPS if options.setup in (setup.name, "all")]
 
 
 def _everything(options: Options) -> None:
@@ -123,8 +126,7 @@ def _everything(options: Options) -> None:
     if options.overrides and "end_to_end" in options.groups:
         from rlx.bench.end_to_end import refuse_overrides
 
-        setups = [setup.name for setup in SETUPS if options.setup in (setup.name, "all")]
-        refuse_overrides(setups, options.overrides)
+        refuse_overrides(_setups(options), options.overrides)
     choices = Choices(
         groups=options.groups,
         setup=options.setup,

@@ -60,11 +60,10 @@ def bench_end_to_end(
     return measuring.rows(rates, prefix=prefix, unit="env steps/s", roofline=ALLOWED)
 
 
-def refuse_overrides(setups: Iterable[str], overrides: Sequence[str]) -> None:
+def refuse_overrides(setups: Iterable[measuring.Setup], overrides: Sequence[str]) -> None:
     """Raises ConfigError for overrides that the runs of these setups could not have."""
-    for setup in measuring.SETUPS:
-        if setup.name in setups:
-            compose([*_settings(setup, "local", None), *overrides, *QUIET])
+    for setup in setups:
+        compose([*_settings(setup, "local", None), *overrides, *QUIET])
 
 
 def _settings(setup: measuring.Setup, acting: str, batch: int | None) -> list[str]:
