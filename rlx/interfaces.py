@@ -389,11 +389,12 @@ class Served(Protocol):
 class InRounds(Protocol):
     """The settings of a pool of which some suit an on-policy agent only, or no such agent."""
 
-    def round_problems(self, *, on_policy: bool, publish_every_updates: int) -> Sequence[Problem]:
+    def round_problems(
+        self, *, on_policy: bool, publish_every_updates: int | None
+    ) -> Sequence[Problem]:
         """Gives the problems of these settings with such an agent.
 
-        The weights of an on-policy agent are published after each update, whatever
-        `publish_every_updates` is.
+        publish_every_updates: of agents that are not on-policy; None: by env steps.
         """
 
 
@@ -439,8 +440,8 @@ class Peers(Protocol):
 class Evaluator(Protocol):
     """Evaluates beside the training."""
 
-    def submit(self, weights: Weights, env_steps: int) -> bool:
-        """Asks for an evaluation; dropped, counted and False while another is being made."""
+    def submit(self, weights: Weights, env_steps: int, name: str = "") -> bool:
+        """Asks for an evaluation; False, and counted, while another of that name is not done."""
 
     def poll(self) -> list[Evaluated]:
         """The evaluations finished since the last call; it never waits."""

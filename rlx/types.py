@@ -251,16 +251,21 @@ class Episode:
     chain: int = 0  # this and what follows is the actor's to fill in
     epsilon: float = 0.0
     weights_version: int = -1
+    task: str = ""  # of a run with several; set by the environment
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """An answer with a number that is not finite; its episode was cut before it, uncounted."""
+    """An answer with a number that is not finite; its episode was cut before it, uncounted.
+
+    Or an environment that raised, and was opened anew.
+    """
 
     lane: int  # the environment's own index; the actor makes it the global id
     env_step: int  # of its episode that was answered; 0: the first observation
     says: str  # 'the reward is nan'
     answer: Mapping[str, Array]  # reward and observation leaves, of this lane
+    reopened: bool = False  # it raised: there is no answer
 
     def __str__(self) -> str:
         return f"lane {self.lane}, env step {self.env_step} of its episode: {self.says}"
@@ -372,6 +377,7 @@ class News:
     is_writing: bool  # a snapshot of its replay
     wall_s: float  # seconds of the run, by its clock
     stop: bool  # it was asked to stop
+    finish: bool  # one of its hooks wants the run to end here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,6 +387,8 @@ class Evaluated:
     returns: tuple[float, ...]  # unclipped, one per episode
     weights_version: int  # it was played with
     env_steps: int  # of the run when those weights were taken
+    name: str = ""  # of one of evaluation.others; '' is the run's own
+    tasks: tuple[str, ...] = ()  # one per episode, of a run with several
     cuts: tuple[Cut, ...] = ()  # answers that were not finite; those episodes were played anew
 
 
@@ -396,6 +404,7 @@ class Batch:
     carry: Carry  # [B, ...]: before each sequence's first row
     importance: Array  # f32[B]: correction factors of non-uniform sampling, at most 1
     env_steps: Array | None = None  # u32[B]: of the run so far, mod 2^32; the loop's
+    scheduled: Mapping[str, Array] | None = None  # f32[B] each: settings that change; the loop's
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ READING: dict[str, Any] = {
     "scale": None,
     "action_mask": None,
     "image": "auto",
+    "per_actor": {},
 }
 
 
@@ -52,7 +53,7 @@ def pooled(env_id: str, **settings: Any) -> EnvPool:
 
 def registered(env_id: str, **settings: Any) -> Gymnasium:
     own = {"max_episode_steps": 6, "vector": "sync", "kwargs": {}, "frames_per_env_step": None}
-    own["wrappers"] = []
+    own |= {"wrappers": [], "restarts": 0}
     return Gymnasium(id=env_id, **READING | own | settings)
 
 

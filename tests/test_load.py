@@ -33,6 +33,8 @@ CARTPOLE = Gymnasium(
     wrappers=[],
     frames_per_env_step=None,
     max_episode_steps=60,
+    restarts=0,
+    per_actor={},
 )
 BREAKOUT = EnvPool(
     id="Breakout-v5",
@@ -45,6 +47,7 @@ BREAKOUT = EnvPool(
     batch_size=None,
     threads=1,
     options={},
+    per_actor={},
 )
 
 
@@ -197,6 +200,7 @@ def test_leaves_of_a_dict_are_found_by_name_and_others_left():
         batch_size=None,
         threads=1,
         options={},
+        per_actor={},
     )
     assert "direction" in family.raw_spaces().ignored
     act = player(family, torso=parts.mlp(8), stack={})

@@ -43,6 +43,8 @@ MASKED = Gymnasium(
     wrappers=[],
     frames_per_env_step=None,
     max_episode_steps=None,
+    restarts=0,
+    per_actor={},
 )
 SNAKE = EnvPool(
     id="Snake-v1",
@@ -55,6 +57,7 @@ SNAKE = EnvPool(
     batch_size=2,
     threads=1,
     options={},
+    per_actor={},
 )
 
 

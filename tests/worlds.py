@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -103,5 +105,72 @@ class Ends(gymnasium.Env):
         return np.float32([self.episode, self.time])
 
 
-for _entry in (Choices, Ends, Masked):
+class Flaky(gymnasium.Env):
+    """Shows how many environments of its key have begun in this process, and its env steps.
+
+    The n-th of them raises in its `fails[n - 1]`-th step (0: in its first reset; None: never);
+    those after the list never do. Episodes have `length` env steps of reward 1.
+    """
+
+    action_space = spaces.Discrete(2)
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    begun: ClassVar[Counter[str]] = Counter()
+
+    def __init__(self, key: str, fails: Sequence[int | None] = (), length: int = 5) -> None:
+        self.key, self.fails, self.length = key, fails, length
+        self.number, self.total, self.seed = 0, 0, None
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.time = 0
+        if not self.number:
+            Flaky.begun[self.key] += 1
+            self.number = Flaky.begun[self.key]
+            self._fail_at(0)
+        return self._show(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self.time += 1
+        self.total += 1
+        self._fail_at(self.total)
+        return self._show(), 1.0, self.time == self.length, False, {}
+
+    def _fail_at(self, step: int) -> None:
+        if self.number <= len(self.fails) and self.fails[self.number - 1] == step:
+            raise RuntimeError(f"simulator {self.number} has crashed")
+
+    def _show(self) -> np.ndarray:
+        return np.array([self.number, self.time], np.float32)
+
+
+class Sized(gymnasium.Env):
+    """Episodes of `length` env steps of reward `reward`; it shows both, in `size` numbers."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, length: int = 4, reward: float = 1.0, size: int = 2) -> None:
+        self.length, self.reward, self.size = length, reward, size
+        self.observation_space = spaces.Box(-np.inf, np.inf, (size,), np.float32)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.time = 0
+        return self._show(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self.time += 1
+        return self._show(), self.reward, self.time == self.length, False, {}
+
+    def _show(self) -> np.ndarray:
+        return np.resize(np.array([self.length, self.reward], np.float32), self.size)
+
+
+for _entry in (Choices, Ends, Flaky, Masked, Sized):
     gymnasium.register(f"rlx-test/{_entry.__name__}-v0", _entry)
+for _name, _kwargs in {
+    "Short": {"length": 3, "reward": 1.0},
+    "Middle": {"length": 4, "reward": 2.0},
+    "Long": {"length": 7, "reward": 5.0},
+    "Wide": {"size": 3},
+}.items():
+    gymnasium.register(f"rlx-test/{_name}-v0", Sized, kwargs=_kwargs)

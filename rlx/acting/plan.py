@@ -12,8 +12,17 @@ import numpy as np
 from rlx import trees
 from rlx.acting.actor import Actor
 from rlx.acting.policy import Policy
-from rlx.interfaces import Agent, Asynchronous, Device, Env, EnvFamily, Exploration, RunContext
-from rlx.problems import Problem
+from rlx.envs.per_actor import PerActor
+from rlx.interfaces import (
+    Agent,
+    Asynchronous,
+    Device,
+    Env,
+    EnvFamily,
+    Exploration,
+    RunContext,
+)
+from rlx.problems import EnvironmentFailed, Problem
 from rlx.seeding import spawn_int
 from rlx.types import ArraySpec, Carry, EnvSpec, NetInput, Row
 
@@ -41,9 +50,22 @@ class Plan:
         lanes = range(first, first + self.envs_per_actor)
         return [spawn_int(self.seed, "env", lane, chain) for lane in lanes]
 
+    def family_of(self, index: int) -> EnvFamily:
+        """The family of one actor's lanes."""
+        if isinstance(self.family, PerActor):
+            return self.family.of_actor(index, self.envs_per_actor)
+        return self.family
+
     def env(self, index: int, chain: int) -> Env:
-        """Makes the lanes of one actor's life."""
-        return self.family.make(lanes=self.envs_per_actor, seeds=self.seeds(index, chain))
+        """Makes the lanes of one actor's life; raises EnvironmentFailed if they are of others."""
+        seeds = self.seeds(index, chain)
+        made = self.family_of(index).make(lanes=self.envs_per_actor, seeds=seeds)
+        if not same_spaces(made.spec, self.agent.spec):
+            made.close()
+            says = f"actor {index} has other observations or actions (env.per_actor) than the run: "
+            says += f"{spaces_of(made.spec)}, not {spaces_of(self.agent.spec)}"
+            raise EnvironmentFailed(made.spec.id, says)
+        return made
 
     def policy(self, index: int, chain: int) -> Policy:
         return Policy(
@@ -77,6 +99,16 @@ class Plan:
             policy.compile(zero_inputs(self.agent, some), np.arange(some, dtype=np.int32))
 
 
+def spaces_of(spec: EnvSpec) -> tuple[Any, ...]:
+    """Lists what lanes must have alike, to be read by one network."""
+    return dict(spec.observation), spec.action, spec.action_mask, spec.frames_per_env_step
+
+
+def same_spaces(first: EnvSpec, second: EnvSpec) -> bool:
+    """Says whether one network reads and acts in both."""
+    return spaces_of(first) == spaces_of(second)
+
+
 def make_plan(context: RunContext, *, instances: int, envs_per_actor: int, device: Device) -> Plan:
     """The plan of a run's pool."""
     return Plan(
@@ -90,12 +122,18 @@ def make_plan(context: RunContext, *, instances: int, envs_per_actor: int, devic
     )
 
 
-def age_problems(oldest: int | None, every: int) -> list[Problem]:
-    """Checks that weights of at most `oldest` updates exist if they are published every so many."""
-    if oldest is None or oldest >= every:
+def age_problems(oldest: int | None, every: int | None) -> list[Problem]:
+    """Checks that weights of at most `oldest` updates exist if they are published every so many.
+
+    every: None, where weights are published by env steps.
+    """
+    if oldest is None or (every is not None and oldest >= every):
         return []
     says = f"weights are published every {every} updates (learner.publish_every_updates): "
     says += f"actors would wait for ever; accepted: null or an int >= {every}"
+    if every is None:
+        says = "weights are published by env steps (learner.publish_every_env_steps), of which "
+        says += "actors that wait make none; accepted: null"
     return [Problem(path="acting.max_weight_age_updates", given=str(oldest), says=says)]
 
 

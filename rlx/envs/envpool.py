@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import envpool
@@ -45,6 +45,7 @@ from rlx.envs.observations import (
     raw_spaces,
     select,
 )
+from rlx.envs.per_actor import chosen, per_actor_problems
 from rlx.problems import Problem
 from rlx.types import (
     Cut,
@@ -87,6 +88,7 @@ class EnvPool:
     batch_size: Annotated[int, Range(ge=1)] | None
     threads: Annotated[int, Range(ge=0, le=1024)]
     options: dict[str, Any]
+    per_actor: dict[str, list[Any]]  # options -> an element for each actor
     needs_jax: ClassVar[bool] = False
 
     def problems(self, *, lanes: int | None = None) -> list[str]:
@@ -98,6 +100,10 @@ class EnvPool:
         except (ImportError, RuntimeError) as error:
             return [f"env.id={self.id!r} does not load here: {_first_line(error)}"]
         found = option_problems(self.id, self.options, defaults)
+        found += per_actor_problems(self.per_actor, {})
+        for actor in range(max(map(len, self.per_actor.values()), default=0) if not found else 0):
+            own = self.of_actor(actor, 1).options
+            found = found or option_problems(self.id, own, defaults)
         found += _batch_problems(self.batch_size, lanes)
         if not found:
             try:
@@ -131,6 +137,11 @@ class EnvPool:
         """The raw spaces of one environment, without our adapter; frames are single there, too."""
         sources = read_sources(self._raw_spec())
         return raw_spaces(sources, self._select(sources), 0)
+
+    def of_actor(self, index: int, lanes: int) -> EnvPool:
+        """The settings of one actor's lanes (a `per_actor.PerActor`)."""
+        own = self.options | chosen(self.per_actor, index)
+        return replace(self, options=own, per_actor={})
 
     def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> EnvPoolLanes:
         """`lanes` copies, seeded one by one (int32 each); `render` allows `render(lane)`.

@@ -8,10 +8,9 @@ mode is theirs to choose, and SAME_STEP would hide the last observation.
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -31,12 +30,13 @@ from rlx.envs.observations import (
     RawSpaces,
     Source,
     env_spec,
-    nearest,
     raw_spaces,
     select,
 )
-from rlx.envs.one_lane import OneLane
-from rlx.envs.true_episodes import TOLD, Beneath, ToldEpisodes
+from rlx.envs.one_lane import REOPENED, OneLane
+from rlx.envs.opening import Opening, by_module, id_problems, made, open_lane
+from rlx.envs.per_actor import chosen, per_actor_problems
+from rlx.envs.true_episodes import TOLD, ToldEpisodes
 from rlx.problems import EnvironmentFailed
 from rlx.types import (
     Cut,
@@ -86,10 +86,12 @@ class Gymnasium:
     image: Image | None
     frames_per_env_step: Annotated[int, Range(ge=1)] | None
     max_episode_steps: Annotated[int, Range(ge=1, le=2**31 - 1)] | None
+    restarts: Annotated[int, Range(ge=0)]  # of a lane that fails, without an episode that ends
+    per_actor: dict[str, list[Any]]  # keywords of the constructor -> an element for each actor
 
     def problems(self, *, lanes: int | None = None) -> list[str]:
         """Says what is wrong with the settings, a line each; allocates no environment."""
-        found = _id_problems(self.id, sent=vars(self).get(SENT, False))
+        found = id_problems(self.id, sent=vars(self).get(SENT, False))
         if self.vector not in VECTOR:
             found.append(
                 f"env.vector={self.vector!r}; accepted: sync, async (both reset by NEXT_STEP; "
@@ -100,6 +102,7 @@ class Gymnasium:
             for name in self.kwargs
             if name in RESERVED
         ]
+        found += per_actor_problems(self.per_actor, RESERVED)
         return found if vars(self).get(SENT, False) else found + wrapping.problems(self.wrappers)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,8 +124,13 @@ class Gymnasium:
         """One environment in its wrappers and without rlx's lanes, for agents in use."""
         if problems := self.problems():
             raise ValueError("; ".join(problems))
-        env: gymnasium.Env = _made(self._opening(render=False).open, self.id)[0]
+        env: gymnasium.Env = made(self._opening(render=False).open, self.id)[0]
         return env
+
+    def of_actor(self, index: int, lanes: int) -> Gymnasium:
+        """The settings of one actor's lanes (a `per_actor.PerActor`)."""
+        own = self.kwargs | chosen(self.per_actor, index)
+        return replace(self, kwargs=own, per_actor={})
 
     def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> GymnasiumLanes:
         """`lanes` copies, seeded one by one (int32 each); `render` allows `render(lane)`."""
@@ -130,8 +138,10 @@ class Gymnasium:
         spec, own = self._describe()
         sources = tuple(leaf.source for leaf in own.leaves)
         how = self._opening(render)
-        opened = [partial(open_lane, how, lane, sources) for lane in range(lanes)]
-        vector = _made(lambda: self._vector(opened), self.id)
+        opened = [
+            partial(open_lane, how, lane, sources, restarts=self.restarts) for lane in range(lanes)
+        ]
+        vector = made(lambda: self._vector(opened), self.id)
         named = [replace(x, source=replace(x.source, path=(x.source.name,))) for x in own.leaves]
         return GymnasiumLanes(
             vector=vector,
@@ -158,7 +168,7 @@ class Gymnasium:
         except (EOFError, ConnectionError) as error:
             says = f"a process of env.vector=async ended at its start; {GUARD}"
             if ":" not in self.id:
-                says += f". What the script registers is not known there: {_by_module(self.id)}"
+                says += f". What the script registers is not known there: {by_module(self.id)}"
             raise ValueError(says) from error
 
     def _select(self, sources: list[Source]) -> tuple[Leaf, ...]:
@@ -190,7 +200,7 @@ class Gymnasium:
         if problems := self.problems():
             raise ValueError("; ".join(problems))
         how = self._opening(render=False)
-        env, beneath = _made(how.open, self.id)
+        env, beneath = made(how.open, self.id)
         try:
             action, start = action_spec(self.id, env.action_space)
             sources = read_sources(env.observation_space)
@@ -206,31 +216,6 @@ class Gymnasium:
         spec = env_spec(self.id, leaves, action, frames, self.action_mask)
         spec = replace(spec, said=(*spec.said, *wrapping.said(how.wrappers)))
         return spec, raw_spaces(sources, leaves, start)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Opening:
-    """Opens one environment; it travels to the process of its lane."""
-
-    env_id: str
-    kwargs: dict[str, Any]
-    wrappers: tuple[wrapping.Wrapping, ...]
-    limit: int | None  # env steps of an episode, around the wrappers
-
-    def open(self) -> tuple[Any, Beneath | None]:
-        """(the environment in its wrappers, what counts beneath them), None without wrappers."""
-        env = gymnasium.make(self.env_id, **self.kwargs)
-        if not self.wrappers:
-            return env, None
-        beneath = Beneath(env)
-        try:
-            whole = wrapping.wrapped(beneath, self.wrappers)
-        except ValueError:
-            env.close()
-            raise
-        if self.limit is not None:
-            whole = gymnasium.wrappers.TimeLimit(whole, self.limit)
-        return whole, beneath
 
 
 class GymnasiumLanes:
@@ -270,7 +255,8 @@ class GymnasiumLanes:
         """Starts every lane and answers all; only the first reset uses the seeds."""
         with self._one_thread:
             self._tracker.restart()
-            raw, _ = self._vector.reset(seed=self._seeds, options={"uncounted": True})
+            raw, info = self._vector.reset(seed=self._seeds, options={"uncounted": True})
+            self._note_reopened(info)
             self._seeds = None  # a second reset goes on with other episodes, as EnvPool's does
             no = np.zeros(self.lanes, bool)
             return self._answer(raw, np.zeros(self.lanes), no, no.copy(), self._all)
@@ -295,8 +281,14 @@ class GymnasiumLanes:
                 raise RuntimeError("recv() without send(): the lanes wait for actions")
             (ordered, lane), self._sent = self._sent, None
             self._tracker.count()
-            raw, reward, terminated, truncated, _ = self._vector.step(ordered)
+            raw, reward, terminated, truncated, info = self._vector.step(ordered)
+            self._note_reopened(info)
             return self._answer(raw, reward, terminated, truncated, lane)
+
+    def _note_reopened(self, info: Mapping[str, Any]) -> None:
+        if REOPENED in info:
+            lane = np.flatnonzero(info[f"_{REOPENED}"])
+            self._tracker.reopened(lane, info[REOPENED][lane].tolist())
 
     def _observed(self, raw: Any) -> dict[str, np.ndarray]:
         try:
@@ -324,7 +316,7 @@ class GymnasiumLanes:
         check_lane(lane, self.lanes)
         with self._one_thread:
             if self._pictures is None:
-                self._pictures = _made(self._vector.render, self.spec.id)
+                self._pictures = made(self._vector.render, self.spec.id)
             picture = np.asarray(self._pictures[lane])
         if picture.ndim != 3 or picture.dtype != np.uint8:
             raise ValueError(f"{self.spec.id!r} draws {picture.dtype}{list(picture.shape)}, no RGB")
@@ -346,7 +338,9 @@ class GymnasiumLanes:
         self._pictures = None
         observation = self._observed(raw)
         while (anew := self._tracker.begin_anew(self._all, observation, reward)) is not None:
-            raw, _ = self._vector.reset(options={"reset_mask": anew, "uncounted": True})
+            options = {"reset_mask": anew, "uncounted": True}
+            raw, info = self._vector.reset(options=options)
+            self._note_reopened(info)
             observation = self._observed(raw)
             reward = np.where(anew, 0.0, reward)
             terminated, truncated = terminated & ~anew, truncated & ~anew
@@ -366,45 +360,6 @@ class GymnasiumLanes:
         )
 
 
-def _id_problems(env_id: str, *, sent: bool) -> list[str]:
-    """None for a registered id, or 'module:id' after importing that module.
-
-    sent: whether another process gave the id, where it was registered.
-    """
-    module, _, name = env_id.rpartition(":")
-    try:
-        if module:
-            importlib.import_module(module)
-    except (ImportError, ValueError) as error:  # the latter: an empty name
-        return [f"env.id={env_id!r}: {error}; install the package that registers {name!r}"]
-    if name in gymnasium.registry:
-        return []
-    if sent and not module:
-        return [
-            f"env.id={env_id!r} was registered where the run was started, not in this process of "
-            f"its actors; {_by_module(name)}"
-        ]
-    return [
-        f"env.id={env_id!r} is not registered with gymnasium; "
-        f"{nearest(name, gymnasium.registry)} ('module:id' imports the module that registers it)"
-    ]
-
-
-def _by_module(name: str) -> str:
-    return f"give env.id=module:{name}, with the module that registers it"
-
-
-def _made(make: Callable[[], Any], env_id: str) -> Any:
-    """Calls `make`; raises one line that names the id if something (a package) is missing."""
-    try:
-        return make()
-    except EnvironmentFailed:
-        raise
-    except (Exception, SystemExit) as error:  # it is anybody's code
-        line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"env.id={env_id!r} does not work here: {line}") from error
-
-
 def _told_episodes(lanes: int, spec: EnvSpec) -> ToldEpisodes:
     return ToldEpisodes(lanes=lanes, frames_per_env_step=spec.frames_per_env_step)
 
@@ -418,11 +373,3 @@ def _try(lane: OneLane, steps: bool) -> None:
             lane.step(lane.action_space.sample())
     except EnvironmentFailed as error:
         raise ValueError(f"{error} (tried with env.wrappers)") from error
-
-
-def open_lane(how: Opening, lane: int, sources: Sequence[Source]) -> Any:
-    """One environment of a vector, in whatever process it is."""
-    if problems := _id_problems(how.env_id, sent=multiprocessing.parent_process() is not None):
-        raise EnvironmentFailed(how.env_id, problems[0], lane)
-    env, beneath = how.open()
-    return OneLane(env, env_id=how.env_id, lane=lane, sources=sources, beneath=beneath)

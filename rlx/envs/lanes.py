@@ -250,6 +250,16 @@ class LaneTracker:
             raise EnvironmentFailed(self._env_id, says, int(lane[0]))
         self._later.update(lane.tolist())
 
+    def reopened(self, lane: np.ndarray, says: Sequence[str]) -> None:
+        """Notes lanes intp[n] whose environments failed, and answer as the first of an episode."""
+        self.count()
+        for own, text in zip(lane.tolist(), says, strict=True):
+            env_step = 0 if self._done[own] else self._counter.env_steps(own) + 1
+            cut_ = Cut(lane=own, env_step=env_step, says=text, answer={}, reopened=True)
+            self._cuts.append(cut_)
+        self._done[lane] = True
+        self._counter.forget(lane)
+
     def end(self, lane: np.ndarray) -> None:
         """Ends the episodes of lanes i32[n] that wait: they count as they are."""
         self.count()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import gymnasium
@@ -20,13 +21,19 @@ from rlx.envs.observations import Source
 from rlx.envs.true_episodes import TOLD, Beneath
 from rlx.machine import signals
 from rlx.problems import EnvironmentFailed
+from rlx.seeding import spawn_int
 
+REOPENED = "opened anew, as it had failed"  # the name of an info
 STEP = "(observation, reward, terminated, truncated, info)"
 RESET = "(observation, info)"
 
 
 class OneLane:
-    """Gives {leaf: array} of the sources that are read, each as declared, and empty infos."""
+    """Gives {leaf: array} of the sources that are read, each as declared, and empty infos.
+
+    An environment that fails may be opened anew. Its lane then answers with a first observation,
+    and the info REOPENED says what was wrong.
+    """
 
     def __init__(
         self,
@@ -36,9 +43,17 @@ class OneLane:
         lane: int,
         sources: Sequence[Source],
         beneath: Beneath | None = None,
+        reopen: Callable[[], tuple[Any, Beneath | None]] | None = None,
+        restarts: int = 0,
     ) -> None:
-        """beneath: what counts under wrappers; the observation then has its TOLD, too."""
+        """beneath: what counts under wrappers; the observation then has its TOLD, too.
+
+        reopen: makes the environment anew, at most `restarts` times in a row without an episode
+        that ends.
+        """
         self._env, self._beneath = env, beneath
+        self._reopen, self._restarts = reopen, restarts
+        self._seed, self._reopened, self._in_a_row = 0, 0, 0
         self._env_id, self._lane, self._sources = env_id, lane, sources
         parts = {s.name: _space(s) for s in sources}
         if beneath is not None:
@@ -53,15 +68,49 @@ class OneLane:
 
         The environment gets no options; with any the episode so far is not to be counted.
         """
-        given = {} if seed is None else {"seed": seed}
+        self._seed = self._seed if seed is None else seed
         if self._beneath is not None and options:
             self._beneath.forget()
+        try:
+            return self._reset(seed), {}
+        except EnvironmentFailed as error:
+            return self._anew(error)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        """Steps; an environment that fails, and may be opened anew, gives no reward and no end."""
+        try:
+            answer = self._step(action)
+        except EnvironmentFailed as error:
+            observation, info = self._anew(error)
+            return observation, 0.0, False, False, info
+        if answer[2] or answer[3]:
+            self._in_a_row = 0
+        return answer
+
+    def _anew(self, error: EnvironmentFailed) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Opens the environment anew: (its first observation, an info); else raises the error."""
+        first = error
+        while self._reopen is not None and self._in_a_row < self._restarts:
+            self._in_a_row += 1
+            self._reopened += 1
+            with suppress(Exception):  # it is broken
+                self._env.close()
+            self._env, self._beneath = self._reopen()
+            try:
+                seed = spawn_int(self._seed, "opened anew", self._reopened)
+                return self._reset(seed), {REOPENED: first.says}
+            except EnvironmentFailed as again:
+                error = again
+        raise error
+
+    def _reset(self, seed: int | None) -> dict[str, np.ndarray]:
+        given = {} if seed is None else {"seed": seed}
         answer = self._call("reset", lambda: self._env.reset(**given))
         if not isinstance(answer, tuple) or len(answer) != 2:
             self._fail("reset", f"returned {_shown(answer)}; return {RESET}")
-        return self._observed("reset", answer[0]), {}
+        return self._observed("reset", answer[0])
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+    def _step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
         if self._beneath is not None:
             self._beneath.begin_env_step()
         answer = self._call("step", lambda: self._env.step(action))

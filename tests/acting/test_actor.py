@@ -42,6 +42,8 @@ def ends(**kwargs: Any) -> Gymnasium:
         wrappers=[],
         frames_per_env_step=None,
         max_episode_steps=None,
+        restarts=0,
+        per_actor={},
     )
 
 

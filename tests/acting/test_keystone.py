@@ -45,6 +45,7 @@ def family(**changes: Any) -> EnvPool:
         "batch_size": None,
         "threads": 1,
         "options": {},
+        "per_actor": {},
     }
     return EnvPool(**settings | changes)
 

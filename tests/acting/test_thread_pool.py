@@ -191,7 +191,7 @@ def test_other_environments_than_envpools_act_in_threads_too(pool):
     envs: Any = Gymnasium(
         id="CartPole-v1", vector="sync", max_episode_steps=None, kwargs={},
         observe=None, components=None, scale=None, action_mask=None, image="auto",
-        wrappers=[],
+        wrappers=[], restarts=0, per_actor={},
         frames_per_env_step=None,
     )  # fmt: skip
     actors = pool(envs)

@@ -23,6 +23,7 @@ SETTINGS = {
     "batch_size": None,
     "threads": 2,
     "options": {},
+    "per_actor": {},
 }
 ATARI = {"noop_max": 30, "use_fire_reset": True, "episodic_life": False, "reward_clip": False}
 

@@ -24,6 +24,8 @@ SETTINGS = {
     "wrappers": [],
     "frames_per_env_step": None,
     "max_episode_steps": None,
+    "restarts": 0,
+    "per_actor": {},
 }
 
 
@@ -147,6 +149,7 @@ POOL = {
     "batch_size": None,
     "threads": 1,
     "options": {},
+    "per_actor": {},
 }
 
 

@@ -457,7 +457,7 @@ def main():
     gymnasium.register("Mine-v0", Mine)
     env = Gymnasium(id="Mine-v0", kwargs={}, vector="async", observe=None, components=None,
         scale=None, action_mask=None, image="auto", frames_per_env_step=None, wrappers=[],
-        max_episode_steps=None)
+        max_episode_steps=None, restarts=0, per_actor={})
     env.make(lanes=2, seeds=[1, 2]).reset()
 
 """

@@ -44,6 +44,7 @@ CARTPOLE = EnvPool(
     batch_size=None,
     threads=1,
     options={},
+    per_actor={},
 )
 # With these weights the greedy policy drops the pole after 8 steps or after 90, as it starts.
 INIT_KEY, SCALE = 11, 3

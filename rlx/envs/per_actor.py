@@ -1,0 +1,37 @@
+"""Settings of environments that differ from actor to actor (`env.per_actor`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from rlx.interfaces import EnvFamily
+
+
+@runtime_checkable
+class PerActor(Protocol):
+    """An environment family whose lanes may differ from actor to actor."""
+
+    def of_actor(self, index: int, lanes: int) -> EnvFamily:
+        """The family of the lanes index * lanes .. of the run."""
+
+
+def chosen(per_actor: Mapping[str, list[Any]], actor: int) -> dict[str, Any]:
+    """The settings of an actor: of each list its element, counted round and round."""
+    return {name: values[actor % len(values)] for name, values in per_actor.items()}
+
+
+def per_actor_problems(
+    per_actor: Mapping[str, list[Any]], reserved: Mapping[str, str]
+) -> list[str]:
+    """Says what is wrong with them, a line each; reserved: names that are set elsewhere."""
+    found = [
+        f"env.per_actor.{name} is not set here: {reserved[name]}"
+        for name in per_actor
+        if name in reserved
+    ]
+    return found + [
+        f"env.per_actor.{name}=[] has no element; give a list with one for each actor"
+        for name, values in per_actor.items()
+        if not values
+    ]
