@@ -46,6 +46,10 @@ class Priorities:
         leaves = (priority + self.priority_epsilon) ** self.priority_exponent
         return np.maximum(leaves, np.finfo(np.float64).tiny)
 
+    def of_leaves(self, leaves: np.ndarray) -> np.ndarray:
+        """The priorities f64[n] that gave these leaves; of an exponent above 0."""
+        return np.maximum(0.0, leaves ** (1.0 / self.priority_exponent) - self.priority_epsilon)
+
     def check(self, initial_priorities: InitialPriorities | None) -> None:
         """Raises ValueError if the agent has none of the initial priorities that are needed."""
         needed = self.initial_priority == "acting" and self.priority_exponent > 0
@@ -171,6 +175,21 @@ class Prioritized:
             **self._held.stats(),
             "replay/stale_updates": float(self._stale_updates),
             "replay/importance_exponent": self.importance_exponent,
+            **self._spread(),
+        }
+
+    def _spread(self) -> dict[str, float]:
+        """Metrics of the priorities of all sequences that can be drawn now."""
+        leaves = np.concatenate([ring.all_leaves for ring in self._ring.rings])
+        leaves = leaves[leaves > 0]
+        if not (len(leaves) and self.needs_priorities):
+            return {}
+        priorities = self._priorities.of_leaves(leaves)
+        return {
+            "replay/priority_mean": float(priorities.mean()),
+            "replay/priority_std": float(priorities.std()),
+            "replay/priority_min": float(priorities.min()),
+            "replay/priority_max": float(priorities.max()),
         }
 
     def state(self) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""Demonstrations beside new experience: shares, keys, priorities, state, and whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rlx
+from rlx import trees
+from rlx.config.build import plain
+from rlx.problems import ConfigError
+from rlx.replay.files.experience import rollouts
+from rlx.runs.folders import read_rows
+from rlx.training.assemble import build_agent, make_replay, replay_context
+from tests.training.test_run import TINY, run
+
+OWN = [s.replace("replay.", "replay.own.") if s.startswith("replay.") else s for s in TINY]
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recorded experience of a small run."""
+    folder = tmp_path_factory.mktemp("record")
+    run(folder / "run", f"replay.record={folder / 'rows'}")
+    return folder / "rows"
+
+
+def settings(record: Path, *overrides: str) -> list[str]:
+    own = ["replay=demonstrations", f"replay.demonstrations.path={record}"]
+    return [*OWN, *own, "replay.demonstrations.min_sequences=4", *overrides]
+
+
+@pytest.fixture
+def replay(record):
+    """A replay whose own part has the same rows, their rewards raised by 1000."""
+    given = plain(rlx.compose(settings(record, "learner.batch_size=8")))
+    _, agent = build_agent(given)
+    context = replay_context(agent, given["env"], 4, 0, ())
+    made = make_replay(given["replay"], context, BATCH)
+    for rollout in rollouts(record, context.row_spec, context.carry_spec):
+        rows = rollout.rows
+        made.add(trees.rebuild(rollout, trees.children(rollout) | {
+            "rows": trees.rebuild(rows, trees.children(rows) | {"reward": rows.reward + 1000})
+        }))  # fmt: skip
+    yield made
+    made.close()
+
+
+def test_a_batch_has_its_share_of_each_and_says_which_is_which(replay):
+    for _ in range(20):
+        sample = replay.sample(BATCH)
+        is_own = sample.keys >= 0
+        assert is_own.tolist() == [True] * 6 + [False] * 2
+        reward = sample.batch.rows.reward
+        assert (reward[is_own] >= 999).all()
+        assert (reward[~is_own] < 999).all()
+        assert reward.shape[0] == len(sample.batch.importance) == BATCH
+        assert sample.batch.next.first.shape == (BATCH,)
+        assert all(leaf.shape[0] == BATCH for leaf in trees.flatten(sample.batch.carry).values())
+
+
+def test_a_batch_is_overwritten_no_earlier_than_after_two_more(replay):
+    first = replay.sample(BATCH).batch.rows.reward
+    kept = first.copy()
+    replay.sample(BATCH)
+    replay.sample(BATCH)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_priorities_reach_the_replay_that_the_sequence_is_of(replay):
+    """Sequences that were given a high priority are drawn from then on, in each part alone."""
+    sample = replay.sample(BATCH)
+    trained = sample.batch.rows.reward.shape[1]
+    chosen = {False: int(sample.keys[0]), True: int(sample.keys[-1])}
+    priorities = np.full((BATCH, trained), 1e-6, np.float32)
+    for part in (0, -1):
+        priorities[part] = 1e6
+    replay.update_priorities(sample.keys, priorities)
+    drawn = [replay.sample(BATCH).keys for _ in range(10)]
+    own = np.concatenate([keys[keys >= 0] for keys in drawn])
+    recorded = np.concatenate([keys[keys < 0] for keys in drawn])
+    assert np.mean(own == chosen[False]) > 0.9
+    assert np.mean(recorded == chosen[True]) > 0.9
+    stats = replay.stats()
+    assert stats["replay/priority_max"] > 1e5
+    assert stats["replay/demonstrations_priority_max"] > 1e5
+
+
+def test_counts_are_those_of_the_run_s_own(replay, record):
+    rows, before = replay.rows, replay.env_steps
+    assert before > 0
+    assert replay.nbytes > replay._own.nbytes
+    assert replay.startable == replay._own.startable
+    assert len(replay.rings) == 1
+    assert rows == replay._own.rows
+
+
+@pytest.mark.parametrize(("share", "size"), [(0.01, 0), (0.99, 8)])
+def test_a_share_that_gives_none_or_all_is_refused(share, size, record, tmp_path):
+    with pytest.raises(ConfigError, match=rf"replay\.share={share}.*gives {size} of the 8"):
+        rlx.run(
+            rlx.compose(settings(record, f"replay.share={share}", "learner.batch_size=8")), tmp_path
+        )
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["replay.own.prefetch=1"], "replay.own.prefetch=1: both replays give their part"),
+        (["replay.own.where=process"], "replay"),
+        (["replay.own.min_env_steps=9999"], "replay.own.min_env_steps=9999: learning would never"),
+        (["replay.demonstrations.path=/nowhere"], "/nowhere"),
+        (["replay.demonstrations.path=null"], "replay.demonstrations: set replay.path"),
+        (["network.core.units=6"], "recorded with another environment, network or agent"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_starts(given, says, record, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        rlx.run(rlx.compose(settings(record, *given)), tmp_path)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("own", ["prioritized", "uniform"])
+def test_a_run_learns_from_both_and_resumes(own, record, tmp_path):
+    more = [f"replay@replay.own={own}"]
+    first = rlx.run(rlx.compose(settings(record, *more)), tmp_path)
+    assert first["updates"] > 0
+    again = settings(record, *more, f"resume={tmp_path}", "total_env_steps=1600")
+    last = rlx.run(rlx.compose(again), tmp_path)
+    assert last["updates"] > first["updates"]
+    row = read_rows(tmp_path / "metrics.jsonl")[-1]
+    assert row["replay/demonstrations_priority_mean"] > 0
+
+
+def test_the_same_seed_gives_the_same_bits(record, tmp_path):
+    sums = [
+        rlx.run(rlx.compose(settings(record)), tmp_path / name)["params_sha256"] for name in "ab"
+    ]
+    assert sums[0] == sums[1]
+
+
+def test_another_dataset_at_a_resume_is_refused(record, tmp_path):
+    rlx.run(rlx.compose(settings(record)), tmp_path / "run")
+    run(tmp_path / "more", f"replay.record={tmp_path / 'rows'}", "seed=3")
+    resume = [f"resume={tmp_path / 'run'}", "total_env_steps=1600"]
+    with pytest.raises(ConfigError, match="the dataset has changed since"):
+        rlx.run(rlx.compose(settings(tmp_path / "rows", *resume)), tmp_path / "run")
