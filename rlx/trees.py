@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,31 @@ def unflatten(like: Any, flat: Mapping[str, Any], prefix: str = "") -> Any:
         like,
         {k: unflatten(v, flat, f"{prefix}/{k}" if prefix else k) for k, v in parts.items()},
     )
+
+
+# --- names by patterns ---------------------------------------------------------------------------
+
+
+def matches_any(name: str, patterns: Sequence[str]) -> bool:
+    """Says whether the last pattern that fits the name chooses it.
+
+    `*` and `?` fit any characters, `/` among them; a pattern that begins with `!` takes names out.
+    """
+    chosen = False
+    for pattern in patterns:
+        if fnmatchcase(name, pattern.removeprefix("!")):
+            chosen = not pattern.startswith("!")
+    return chosen
+
+
+def check_patterns(patterns: Sequence[str], names: Iterable[str], key: str) -> None:
+    """Raises ValueError for a pattern that fits no name; key: of the setting they stand in."""
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in names):
+            parts = sorted({name.partition("/")[0] for name in names})
+            says = f"no parameter has such a name; accepted: patterns such as {parts[0]}/*"
+            raise ValueError(f"{key}: {pattern!r}: {says} (the parts are {', '.join(parts)}).")
 
 
 _registered: set[type] = set()

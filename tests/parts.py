@@ -92,6 +92,7 @@ def network(spec: EnvSpec = VECTOR, core: str = "lstm", **changes: Any) -> Recur
         "time": False,
         "time_scale": 1e-5,
         "orthogonal": False,
+        "frozen": [],
         "compute_dtype": "float32",
         "spec": spec,
     }

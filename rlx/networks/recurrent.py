@@ -14,11 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlx import trees
 from rlx.networks.actions import encode_categories, encode_previous
 from rlx.networks.cores import Core, initial_frames, stack_frames
 from rlx.networks.heads import Head
 from rlx.networks.layers import orthogonal
 from rlx.networks.torsos import Torso
+from rlx.trees import check_patterns, matches_any
 from rlx.types import Array, Carry, EnvSpec, NetInput, Params, Range, Runtime
 
 
@@ -100,6 +102,7 @@ class RecurrentNetwork:
     time: bool  # env steps since the episode's first observation, into the core
     time_scale: Annotated[float, Range(gt=0)]  # factor of the time
     orthogonal: bool  # the body's dense and convolutional weights begin orthogonal, gain sqrt 2
+    frozen: list[str]  # patterns of names: no gradient reaches these parameters
     compute_dtype: Literal["float32", "bfloat16"]  # state, parameters and outputs stay float32
     spec: Runtime[EnvSpec]
 
@@ -141,6 +144,7 @@ class RecurrentNetwork:
         stacked, _ = self.stack_frames(row, carry)
         whole = _Whole(settings=self, heads=dict(heads))
         params = whole.init(key, stacked, carry.core, further)["params"]
+        check_patterns(self.frozen, trees.flatten(params), "network.frozen")
         if not self.orthogonal:
             return params
         body = {name: part for name, part in params.items() if name not in heads}
@@ -163,12 +167,13 @@ class RecurrentNetwork:
 
     def unroll(self, params: Params, stacked: NetInput, core: Any) -> tuple[Array, Any]:
         """`apply` without the frames: rows that are unrolled twice are stacked once."""
-        return _Body(settings=self).apply({"params": params}, stacked, core)
+        return _Body(settings=self).apply({"params": self._held(params)}, stacked, core)
 
     def read(self, params: Params, name: str, head: Head, features: Array, *further: Array) -> Any:
         """The output of a head for features [..., F] and its further inputs."""
         dtype = jnp.dtype(self.compute_dtype)
-        return head.apply({"params": params[name]}, features, self.spec.action, dtype, *further)
+        own = self._held({name: params[name]})[name]
+        return head.apply({"params": own}, features, self.spec.action, dtype, *further)
 
     def initial_carry(self, batch: int) -> Carry:
         """The carry before an episode's first row: zeros, for `batch` lanes."""
@@ -177,6 +182,17 @@ class RecurrentNetwork:
             core=self.core.initial_carry(batch),
             frames=initial_frames(self._depths(), shapes, batch),
         )
+
+    def _held(self, params: Params) -> Params:
+        """The parameters, those that are frozen without a gradient."""
+        if not self.frozen:
+            return params
+        flat = trees.flatten(params)
+        held = {
+            name: jax.lax.stop_gradient(leaf) if matches_any(name, self.frozen) else leaf
+            for name, leaf in flat.items()
+        }
+        return trees.unflatten(params, held)
 
     def _depths(self) -> dict[str, int]:
         return {leaf: depth for leaf, depth in self.stack.items() if depth > 1}

@@ -19,11 +19,13 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
 
 from rlx.problems import Problem
 from rlx.runs.folders import is_number
@@ -42,7 +44,10 @@ from rlx.training.checkpoint_files import (
     verify,
     write_all,
 )
+from rlx.training.checkpoint_state import STATE, read_leaves
 from rlx.types import AloneOnly, Range
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -155,10 +160,27 @@ class Checkpointer:
         A damaged checkpoint is passed over for the newest whole one, with a warning; one that
         was named by its folder is an error. with_replay=False leaves the replay unread.
         """
+        return self._first_whole(
+            which,
+            with_replay,
+            lambda path, manifest: read_all(path, manifest, like_state, with_replay),
+        )
+
+    def leaves(self, which: str | Path = "latest") -> tuple[Path, dict[str, np.ndarray]]:
+        """(the checkpoint's folder, every leaf of its state by path), as `restore` finds it."""
+        return self._first_whole(
+            which,
+            False,
+            lambda path, manifest: (path, read_leaves(path, STATE in manifest["files"])),
+        )
+
+    def _first_whole(
+        self, which: str | Path, with_replay: bool, read: Callable[[Path, JSON], T]
+    ) -> T:
         candidates = self._candidates(which)
         for path in candidates:
             try:
-                return read_all(path, verify(path, with_replay), like_state, with_replay)
+                return read(path, verify(path, with_replay))
             except Damaged as damage:
                 if path == candidates[-1]:
                     raise CheckpointError(f"{damage} No other checkpoint is left.") from damage

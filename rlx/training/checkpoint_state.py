@@ -115,6 +115,11 @@ def read_state(folder: Path, like_state: Any, has_segment: bool) -> Any:
     return rebuild([_leaf(folder, path, saved[path], stored[path]) for path in expected])
 
 
+def read_leaves(folder: Path, has_segment: bool) -> dict[str, np.ndarray]:
+    """Every leaf by its path, whatever the state is of; of a PRNG key its data."""
+    return (_read_arrays if has_segment else _read_orbax)(folder, _read_leaves(folder))
+
+
 def _read_leaves(folder: Path) -> dict[str, JSON]:
     leaves = read_object(folder / LEAVES)
     for path, about in leaves.items():

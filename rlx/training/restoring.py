@@ -91,10 +91,8 @@ def _tell_of_other_envs(state: Mapping[str, Any], env: Mapping[str, Any]) -> Non
             log.warning(says + "environment; checkpoint.replay=false fills it anew", found)
 
 
-def check_total(total_env_steps: int, resumed: Restored | None) -> None:
+def check_total(total_env_steps: int, resumed: Restored) -> None:
     """Raises ConfigError for a total that was lowered below what the run has made already."""
-    if resumed is None:
-        return
     before = resumed.meta.get("total_env_steps", total_env_steps)
     if total_env_steps < min(before, resumed.env_steps):
         says = f"the run has made {resumed.env_steps:,} env steps already; give at least as many"
