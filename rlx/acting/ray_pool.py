@@ -22,7 +22,7 @@ from rlx.acting.remote import RemoteActor
 from rlx.acting.remote_env import RemoteEnv
 from rlx.acting.wire import Compression
 from rlx.cluster.cluster import Cluster
-from rlx.cluster.faults import Restarts
+from rlx.cluster.faults import Replaced, Restarts
 from rlx.cluster.fleet import Deadlines, Fleet
 from rlx.cluster.pickled import pickled
 from rlx.interfaces import Agent, RunContext, ThinFamily
@@ -63,7 +63,9 @@ class RayPool:
     grace_s: Annotated[float, Range(gt=0)]
     restarts: Restarts
 
-    def round_problems(self, *, on_policy: bool, publish_every_updates: int) -> Sequence[Problem]:
+    def round_problems(
+        self, *, on_policy: bool, publish_every_updates: int | None
+    ) -> Sequence[Problem]:
         """An on-policy agent acts in rounds, with its newest weights as they are."""
         if on_policy:
             accepted = {"sync": True, "inference": "actor", "weights_dtype": "float32"}
@@ -216,6 +218,10 @@ class OpenRayPool:
     def reopen(self) -> None:
         raise RuntimeError("checkpoint.exact needs acting=local")
 
+    def replaced(self) -> list[Replaced]:
+        """Gives the actors that act again, since the last call."""
+        return self._fleet.replaced()
+
     def stats(self) -> dict[str, float | None]:
         """Actors, restarts by cause, and what the way of acting says of itself."""
         failures = self._fleet.failures()
@@ -250,10 +256,11 @@ def _actor_arguments(plan: Plan, compression: Compression) -> Arguments:
 
 def _env_arguments(plan: Plan) -> Arguments:
     """(index, chain) -> the keywords of `RemoteEnv`."""
-    packed, family = pickled(plan.family), plan.family
+    family = plan.family
     needs_jax = family.needs_jax if isinstance(family, ThinFamily) else True
+    packed = [pickled(plan.family_of(index)) for index in range(plan.instances)]
     return lambda index, chain: {
-        "family": packed,
+        "family": packed[index],
         "seeds": plan.seeds(index, chain),
         "without_jax": not needs_jax,
     }

@@ -82,3 +82,12 @@ def same_error(histories: list[History]) -> str:
     """The exception that every one of at least two actors raised last; '' if there is none."""
     errors = {history.last_error for history in histories}
     return errors.pop() if len(histories) > 1 and len(errors) == 1 else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replaced:
+    """An actor that was lost acts again."""
+
+    actor: int
+    chain: int  # that its lanes begin
+    cause: Cause  # of the loss

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import ray
 from ray import exceptions as ray_errors
 
-from rlx.cluster.faults import ActingFailed, Cause, History, Restarts, same_error
+from rlx.cluster.faults import ActingFailed, Cause, History, Replaced, Restarts, same_error
 from rlx.cluster.logs import LastLines, last_lines_of
 from rlx.cluster.whereabouts import Whereabouts
 from rlx.problems import ConfigError, RunFailed, refuse
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 SILENCE_S = 15.0  # between two lines that say who is still awaited
 FIRST_ALONE_S = 20.0  # the others wait so long for what the first actor compiles
 FETCH_S = 30.0  # for an answer that is there
+MOST_REPLACED = 1000  # that nobody asks for
 AWAY_S = 1.0  # between two polls; more of it is not held against the actors
 
 State = Literal["pending", "preparing", "ready", "resting"]
@@ -140,6 +141,7 @@ class Fleet:
         self._was_enough = False
         self._said_s = monotonic()
         self._events: deque[Event] = deque()
+        self._replaced: deque[Replaced] = deque(maxlen=MOST_REPLACED)
         self._last_lines = LastLines()
 
     # --- what the owner calls --------------------------------------------------------------------
@@ -152,6 +154,10 @@ class Fleet:
         """The number of ended lives, by cause."""
         causes: tuple[Cause, ...] = ("raised", "died", "hung", "lost_object")
         return {c: sum(slot.history.counts[c] for slot in self.slots) for c in causes}
+
+    def replaced(self) -> list[Replaced]:
+        """Gives the actors that act again, since the last call; for any one thread."""
+        return [self._replaced.popleft() for _ in range(len(self._replaced))]
 
     def request(self, index: int, method: str, *arguments: Any) -> None:
         """Sends a request to a ready actor; it is answered after those before it."""
@@ -231,6 +237,9 @@ class Fleet:
         elif slot.state == "preparing":
             slot.state, slot.ready_s = "ready", monotonic()
             self._events.append(Ready(index=slot.index, chain=slot.chain))
+            if slot.history.failures:
+                cause = slot.history.failures[-1][1]
+                self._replaced.append(Replaced(actor=slot.index, chain=slot.chain, cause=cause))
         else:
             slot.due_s = monotonic() + self._deadlines.request_s
             slot.answers += 1

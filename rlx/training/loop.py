@@ -7,7 +7,7 @@ waits for the update it has just started, only for the one before.
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import Any
 
 from rlx.machine.signals import stop_on_signals
@@ -31,12 +31,13 @@ def train(parts: Parts, stop: threading.Event | None = None) -> dict[str, Any]:
                 stages.act()
                 stages.agree(is_writing=keeper.is_writing)
                 stages.learn()
-            if stages.failure is not None:
-                raise stages.failure
-            with suppress(Stopped):
-                if stages.finished():
-                    return keeper.end("finished")
-            return keeper.end("interrupted")
+            stages.raise_failure()
+            try:
+                summary = keeper.end("finished" if stages.finished() else "interrupted")
+            except Stopped:
+                summary = keeper.end("interrupted")
+            stages.raise_failure()  # of a hook, at the end
+            return summary
         except BaseException as error:
             keeper.fail(error)
             raise
