@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Annotated, Any, Literal
@@ -18,12 +18,13 @@ import numpy as np
 from rlx.acting.actor import InputTracker
 from rlx.acting.policy import Policy
 from rlx.envs.finite import TRIES, Ending
+from rlx.envs.tasks import SeveralTasks
 from rlx.evaluation.video import GridRecorder, VideoRecorder, not_recorded, with_values
 from rlx.interfaces import Agent, Asynchronous, Env, EnvFamily
 from rlx.problems import EnvironmentFailed
 from rlx.seeding import spawn_int
 from rlx.statistics import summarize
-from rlx.types import Cut, Episode, Range, Timestep, Weights
+from rlx.types import Cut, Episode, Evaluated, Range, Timestep, Weights
 
 JSON = dict[str, Any]
 
@@ -42,6 +43,16 @@ TELL_S = 10.0  # between two lines that say how many episodes have ended
 
 
 @dataclass(frozen=True, kw_only=True)
+class Other:
+    """An evaluation beside the run's own: it is told of, and never makes a checkpoint the best."""
+
+    env: dict[str, Any]  # settings of the environment that differ from the training's
+    every_env_steps: Annotated[int, Range(ge=1)]
+    episodes: Annotated[int, Range(ge=1)]
+    epsilon: Annotated[float, Range(ge=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """These settings of conf/evaluation say when and how a run is evaluated."""
 
@@ -52,37 +63,61 @@ class Evaluation:
     envs: Annotated[int, Range(ge=1)]
     max_env_steps_per_episode: Annotated[int, Range(ge=1)] | None
     where: Literal["inline", "actor"]  # actor: in a Ray actor, beside the training
+    env: dict[str, Any]  # settings of the environment that differ from the training's
+    others: dict[str, Other]  # further evaluations, by name
 
-    def returns(
+    def play(
         self,
         *,
         agent: Agent,
         weights: Weights,
-        family: EnvFamily,
+        families: Mapping[str, EnvFamily],
+        name: str = "",
         episodes: int,
         seed: int,
         purpose: Purpose,
         watch: Watch | None = None,
         cut: OnCut | None = None,
-    ) -> list[float]:
-        """The unclipped returns of `episodes` episodes."""
-        finished = run_episodes(
+    ) -> list[Episode]:
+        """`episodes` episodes or, of several tasks, as many of each as make no fewer.
+
+        families: of each evaluation, by name; name: of one of `others`, '' is the run's own.
+        """
+        return play_tasks(
             agent=agent,
             weights=weights,
-            family=family,
+            family=families[name],
             episodes=episodes,
-            lanes=min(self.envs, episodes),
-            epsilon=self.epsilon,
+            lanes=self.envs,
+            epsilon=self.others[name].epsilon if name else self.epsilon,
             seed=seed,
             purpose=purpose,
+            name=name,
             most_env_steps=self.max_env_steps_per_episode,
             watch=watch,
             cut=cut,
         )
-        return [episode.return_ for episode in finished]
 
 
 # --- playing -------------------------------------------------------------------------------------
+
+
+def play_tasks(*, family: EnvFamily, episodes: int, lanes: int, **given: Any) -> list[Episode]:
+    """`run_episodes` in at most so many lanes; of several tasks each is played by itself.
+
+    All tasks have equally many episodes, together no fewer than `episodes`.
+    """
+    if not isinstance(family, SeveralTasks):
+        lanes = min(lanes, episodes)
+        return run_episodes(family=family, episodes=episodes, lanes=lanes, **given)
+    tasks = family.tasks()
+    each = -(-episodes // len(tasks))
+    found = []
+    for name, own in tasks.items():
+        for episode in run_episodes(family=own, episodes=each, lanes=min(lanes, each), **given):
+            episode.task = name
+            found.append(episode)
+    return found
 
 
 def run_episodes(
@@ -95,6 +130,7 @@ def run_episodes(
     epsilon: float,
     seed: int,
     purpose: Purpose,
+    name: str = "",
     most_env_steps: int | None = None,
     watch: Watch | None = None,
     acted: Acted | None = None,
@@ -106,9 +142,9 @@ def run_episodes(
     `watch` sees the environment, its answer and who started what, after every step; `acted` then
     sees the actions [n, *] chosen for that answer and the agent's record of them. An episode ends
     after `most_env_steps`. One that is cut, as an answer was not finite, is told to `cut` and
-    played anew from another start.
+    played anew from another start. Evaluations of different names share no start.
     """
-    branch = BRANCHES[purpose]
+    branch = (*BRANCHES[purpose], *([name] if name else []))
     seeds = [spawn_int(seed, *branch, lane) for lane in range(lanes)]
     env = _open(family, seeds, render)
     policy = Policy(agent=agent, lanes=lanes, seed=seed, path=(*branch, "policy"), device="cpu")
@@ -232,6 +268,35 @@ class Starts:
         return [self._ended[number] for number in sorted(self._ended)]
 
 
+def told(
+    played: Sequence[Episode],
+    *,
+    weights_version: int,
+    env_steps: int,
+    name: str = "",
+    cuts: Sequence[Cut] = (),
+) -> Evaluated:
+    """The record of an evaluation of these episodes; env_steps: of the run, at its weights."""
+    return Evaluated(
+        returns=tuple(episode.return_ for episode in played),
+        weights_version=weights_version,
+        env_steps=env_steps,
+        name=name,
+        tasks=tuple(episode.task for episode in played if episode.task),
+        cuts=tuple(cuts),
+    )
+
+
+def of_tasks(episodes: list[Episode], seed: int) -> JSON:
+    """{"tasks": the statistics of each task's episodes}, where there are several."""
+    names = dict.fromkeys(episode.task for episode in episodes if episode.task)
+    found = {
+        name: summarize([e.return_ for e in episodes if e.task == name], seed=seed)
+        for name in names
+    }
+    return {"tasks": found} if found else {}
+
+
 def evaluate(
     *,
     agent: Agent,
@@ -245,8 +310,9 @@ def evaluate(
     recorder: VideoRecorder | GridRecorder | None = None,
 ) -> JSON:
     """Plays episodes; returns their statistics, returns and settings, ready for JSON."""
-    lanes = min(lanes, episodes)
-    finished = run_episodes(
+    if recorder is not None and isinstance(family, SeveralTasks):
+        raise not_recorded("the run has several tasks, whose pictures may differ")
+    finished = play_tasks(
         agent=with_values(agent) if isinstance(recorder, GridRecorder) else agent,
         weights=weights,
         family=family,
@@ -265,8 +331,9 @@ def evaluate(
         "env_id": agent.spec.id,
         "seed": seed,
         "epsilon": epsilon,
-        "envs": lanes,
+        "envs": min(lanes, episodes),
         **summarize(returns, seed=seed),
+        **of_tasks(finished, seed),
         "max_env_steps_per_episode": most_env_steps,
         "length_mean": sum(episode.env_steps for episode in finished) / len(finished),
         "returns": returns,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Mapping
 from time import monotonic
 from typing import Any
 
@@ -21,7 +22,7 @@ from rlx.cluster.whereabouts import (
     thread_limits,
     whereabouts,
 )
-from rlx.evaluation.playing import Evaluation
+from rlx.evaluation.playing import Evaluation, told
 from rlx.interfaces import Agent, EnvFamily
 from rlx.machine import compiled
 from rlx.types import Cut, Evaluated, Weights
@@ -49,27 +50,25 @@ class RemoteEvaluator:
         if cores is not None:
             os.sched_setaffinity(0, cores)
         compiled.keep(self._compile_cache)
-        self._evaluation, self._family, self._agent, self._seed = pickle.loads(self._made_of)
+        self._evaluation, self._families, self._agent, self._seed = pickle.loads(self._made_of)
         lower_priority()
 
-    def evaluate(self, weights: Weights, env_steps: int) -> Evaluated:
+    def evaluate(self, weights: Weights, env_steps: int, name: str) -> Evaluated:
         """Evaluates these weights as the training process would."""
         cuts: list[Cut] = []
-        returns = self._evaluation.returns(
+        own = self._evaluation
+        played = own.play(
             agent=self._agent,
             weights=weights,
-            family=self._family,
-            episodes=self._evaluation.episodes,
+            families=self._families,
+            name=name,
+            episodes=own.others[name].episodes if name else own.episodes,
             seed=self._seed,
             purpose="selection",
             cut=cuts.append,
         )
-        return Evaluated(
-            returns=tuple(returns),
-            weights_version=weights.version,
-            env_steps=env_steps,
-            cuts=tuple(cuts),
-        )
+        version = weights.version
+        return told(played, weights_version=version, env_steps=env_steps, name=name, cuts=cuts)
 
 
 class RayEvaluator:
@@ -79,14 +78,14 @@ class RayEvaluator:
         self,
         *,
         evaluation: Evaluation,
-        family: EnvFamily,
+        families: Mapping[str, EnvFamily],
         agent: Agent,
         seed: int,
         address: str | None,
     ) -> None:
         """`address`: the cluster's, as in `acting.address`."""
         made_of = {
-            "made_of": pickled((evaluation, family, agent, seed)),
+            "made_of": pickled((evaluation, families, agent, seed)),
             "compile_cache": compiled.is_kept(),
         }
         self._cluster = Cluster(address=address, store_bytes=STORE_BYTES)
@@ -104,16 +103,16 @@ class RayEvaluator:
             deadlines=DEADLINES,
         )
         self._is_ready, self._skipped = False, 0
-        self._wanted: tuple[Weights, int] | None = None  # submitted before it was ready
-        self._busy = False
+        self._wanted: dict[str, tuple[Weights, int]] = {}  # submitted, and not begun
+        self._busy: str | None = None  # the name of the one that is being made
         self._polled_s = 0.0
 
-    def submit(self, weights: Weights, env_steps: int) -> bool:
-        """Asks for an evaluation; while another is being made it is dropped, counted, and False."""
-        if self._busy or self._wanted is not None:
+    def submit(self, weights: Weights, env_steps: int, name: str = "") -> bool:
+        """Asks for an evaluation; while another of the name is there it is dropped, and False."""
+        if name == self._busy or name in self._wanted:
             self._skipped += 1
             return False
-        self._wanted = weights, env_steps
+        self._wanted[name] = weights, env_steps
         self._send()
         return True
 
@@ -145,9 +144,10 @@ class RayEvaluator:
         else:
             self._is_ready = False
             self._skipped += event.requests
-        self._busy = False
+        self._busy = None
 
     def _send(self) -> None:
-        if self._wanted is not None and self._is_ready and not self._busy:
-            self._fleet.request(0, "evaluate", *self._wanted)
-            self._busy, self._wanted = True, None
+        if self._wanted and self._is_ready and self._busy is None:
+            name = next(iter(self._wanted))  # the one that has waited longest
+            self._fleet.request(0, "evaluate", *self._wanted.pop(name), name)
+            self._busy = name

@@ -1,0 +1,70 @@
+"""Evaluations in other environments than the training's (`evaluation.env`, `evaluation.others`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from rlx.acting.plan import same_spaces, spaces_of
+from rlx.config.build import build
+from rlx.evaluation.playing import Evaluation
+from rlx.interfaces import EnvFamily
+from rlx.problems import ConfigError, refuse
+from rlx.types import EnvSpec
+
+Families = Mapping[str, EnvFamily]  # by the name of the evaluation; '' is the run's own
+
+
+def families(
+    evaluation: Evaluation, env: Mapping[str, Any], training: EnvFamily, spec: EnvSpec
+) -> Families:
+    """The families of all evaluations; raises ConfigError where the agent cannot act in one.
+
+    env: the settings of the group; training: the family that they made, and spec its own.
+    """
+    found = {"": _changed(env, evaluation.env, training, spec, "evaluation.env")}
+    for name, other in evaluation.others.items():
+        where = f"evaluation.others.{name}"
+        if not re.fullmatch(r"\w+", name):
+            raise refuse(where, "a name of letters, digits and _ is needed", given=name)
+        found[name] = _changed(env, other.env, training, spec, f"{where}.env")
+    return found
+
+
+def _changed(
+    env: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    training: EnvFamily,
+    spec: EnvSpec,
+    where: str,
+) -> EnvFamily:
+    """The family of changed settings, or the training's where nothing changes."""
+    if not changes:
+        return training
+    try:
+        family: EnvFamily = build(merged(env, changes), "env")
+        own = family.spec()
+    except ConfigError as error:
+        raise ConfigError([_named(problem, where) for problem in error.problems]) from error
+    except ValueError as error:
+        raise refuse(where, str(error)) from error
+    if not same_spaces(own, spec):
+        says = f"the agent cannot act there: it has {spaces_of(own)}, the run {spaces_of(spec)}"
+        raise refuse(where, says)
+    return family
+
+
+def _named(problem: Any, where: str) -> Any:
+    path = problem.path
+    return replace(problem, path=f"{where}{path[3:]}" if path.startswith("env") else where)
+
+
+def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with these changes; mappings in both are merged in turn."""
+    found = dict(settings)
+    for name, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(found.get(name), Mapping)
+        found[name] = merged(found[name], value) if both else value
+    return found
