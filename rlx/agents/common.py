@@ -217,6 +217,12 @@ def mean_over_devices(metrics: Metrics, axis_name: str | None) -> Metrics:
     return metrics if axis_name is None else jax.lax.pmean(metrics, axis_name)
 
 
+def grad_norms(grads: Params) -> Metrics:
+    """The global norm of gradients, and that of each part: what stands at the top of the tree."""
+    parts = {f"learner/grad_norm/{name}": optax.tree.norm(part) for name, part in grads.items()}
+    return {"learner/grad_norm": optax.tree.norm(grads), **parts}
+
+
 def step_optimizer(
     optimizer: optax.GradientTransformation, params: Params, opt_state: Any, grads: Params
 ) -> tuple[Params, Any]:
@@ -240,7 +246,7 @@ def gradient_step(
     metrics = {
         **mean_over_devices(metrics, axis_name),
         "learner/loss": value,
-        "learner/grad_norm": optax.tree.norm(grads),
+        **grad_norms(grads),
     }
     state = replace(
         state,

@@ -158,7 +158,7 @@ def _step(
     metrics = {
         **common.mean_over_devices(told, plan.axis_name),
         "learner/loss": value,
-        "learner/grad_norm": optax.tree.norm(grads),
+        **common.grad_norms(grads),
     }
     new = common.step_optimizer(plan.optimizer, made.params, made.opt_state, grads)
     if plan.most_kl is None:

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from rlx import ops, trees
 from rlx.agents import common, normalizing, q_learning, targets
@@ -252,7 +251,7 @@ class SAC:
         metrics = {
             **common.mean_over_devices(told, axis_name),
             "learner/loss": value,
-            "learner/grad_norm": optax.tree.norm(grads),
+            **common.grad_norms(grads),
         }
         own = common.window(rewarded, self.burn_in, self.burn_in + self.unroll)
         state = replace(

@@ -1,7 +1,8 @@
 """Metrics of a run: rows of metrics.jsonl and events for TensorBoard and Weights & Biases.
 
-A row of metrics.jsonl is written every so many env steps, by count and never by time, so that two
-runs of one seed write the same rows, aside from the names that `is_wall_clock` knows. Counts are
+A row of metrics.jsonl is written every so many env steps, by count and not by time, so that two
+runs of one seed write the same rows, aside from the names that `is_wall_clock` knows; only
+`logging.every_s` adds rows by time. Counts are
 env steps, frames and updates, as the names say; `_s` is seconds, `_per_s` per second.
 """
 
@@ -12,18 +13,20 @@ import logging
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
 from rlx.machine.packages import is_installed
+from rlx.runs.actions import Actions
 from rlx.runs.boards import open_boards
 from rlx.runs.files import as_float, clean, write_whole
 from rlx.runs.folders import METRICS_FILE, parse_row
-from rlx.types import Episode, Range
+from rlx.types import ActionSpec, Episode, Range, Row
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,24 @@ NAMES: Mapping[str, str] = {
     "replay/ratio": "rows trained / env steps added since the account was opened",
     "replay/age_updates": "updates between a sampled sequence's weights and the learner's",
     "weights/age_updates": "updates between the acting weights and the learner's",
+    "weights/age_env_steps": "env steps of the run since the acting weights were taken",
 }
+
+# Of the same episodes as train/return_mean, and of each evaluation; where there are any.
+SPREADS: Mapping[str, str] = {
+    "train/return_min": "least unclipped return of the last logging.window_episodes episodes",
+    "train/return_max": "largest return of those episodes",
+    "train/return_std": "standard deviation of their returns, over n and not n - 1",
+    "train/return_mean_last_10": "mean return of the last ten of them",
+    "train/length_min": "least length of those episodes, env steps",
+    "train/length_max": "largest length of those episodes, env steps",
+    "evaluation/return_min": "least unclipped return of the evaluation",
+    "evaluation/return_max": "largest return of the evaluation",
+    "evaluation/return_std": "standard deviation of its returns, over n and not n - 1",
+    "evaluation/episodes": "episodes of the evaluation",
+}
+TASK_RETURN = "task/*/return_mean"  # of a run with several tasks
+LAST = 10  # episodes of train/return_mean_last_10
 
 # The window's episodes again, by how much their lane explored when they ended (Episode.epsilon):
 # a mean over a ladder tells little of any rung. A row has the rungs that have episodes.
@@ -76,6 +96,7 @@ class Logging:
     """These settings of conf/logging say what is written and shown, and how often."""
 
     every_env_steps: Annotated[int, Range(ge=1)]
+    every_s: Annotated[float, Range(gt=0)] | None  # a row by time, too; None: by count alone
     window_episodes: Annotated[int, Range(ge=1)]
     tensorboard: bool
     wandb: str | None
@@ -107,10 +128,15 @@ class Metrics:
     """Gathers values between two rows and writes the rows. For one thread."""
 
     def __init__(
-        self, output_dir: Path | str, settings: Logging, resume_env_steps: int | None
+        self,
+        output_dir: Path | str,
+        settings: Logging,
+        resume_env_steps: int | None,
+        action: ActionSpec | None = None,
     ) -> None:
         """`resume_env_steps`: env steps of the checkpoint continued from; None: a new run.
 
+        action: of the environment, whose actions are counted; None: they are not.
         Rows of a later time (all rows, in a new run) move to metrics.discarded.jsonl.
         """
         folder = Path(output_dir)
@@ -120,7 +146,9 @@ class Metrics:
         self._file = (folder / METRICS_FILE).open("ab", buffering=0)  # one row is one write
         self._means: dict[str, _Mean] = {}
         self._window: deque[_Ended] = deque(maxlen=settings.window_episodes)
+        self._tasks: dict[str, deque[_Ended]] = {}  # the window of each task
         self._episodes = (self.last_row or {}).get("train/episodes") or 0
+        self._actions = Actions(action)
         self._boards = open_boards(
             folder,
             tensorboard=settings.tensorboard,
@@ -132,8 +160,16 @@ class Metrics:
         """Takes finished episodes, in the order in which they ended."""
         for episode in episodes:
             env_steps, epsilon = int(episode.env_steps), float(episode.epsilon)
-            self._window.append(_Ended(float(episode.return_), env_steps, epsilon))
+            ended = _Ended(float(episode.return_), env_steps, epsilon)
+            self._window.append(ended)
             self._episodes += 1
+            if episode.task:
+                window: deque[_Ended] = deque(maxlen=self._window.maxlen)
+                self._tasks.setdefault(episode.task, window).append(ended)
+
+    def actions(self, rows: Row) -> None:
+        """Takes the actions of rows [M, K, ...] that were acted; those of no env step are none."""
+        self._actions.add(rows.action[rows.valid])
 
     def record(self, name: str, value: Any) -> None:
         """Adds a number, or an array of which the mean counts, to the interval's mean.
@@ -163,7 +199,8 @@ class Metrics:
             )
         counts = {"env_steps": env_steps, "frames": frames, "updates": updates, "wall_s": wall_s}
         means = {name: mean.take() for name, mean in self._means.items()}
-        found = counts | self._train() | self._rates(counts) | means | dict(extra or {})
+        found = counts | self._train() | self._rates(counts) | means | self._actions.take()
+        found |= dict(extra or {})
         row = dict.fromkeys(NAMES) | {name: found[name] for name in sorted(found)}
         self.last_row = clean(row)
         self._means.clear()
@@ -177,8 +214,10 @@ class Metrics:
         """
         return {
             "episodes": self._episodes,
-            "window": [[v for v in episode if v is not None] for episode in self._window],
+            "window": _saved(self._window),
+            "tasks": {task: _saved(window) for task, window in self._tasks.items()},
             "means": {name: mean.state() for name, mean in self._means.items()},
+            "actions": self._actions.state(),
         }
 
     def restore(self, state: JSON) -> None:
@@ -186,7 +225,12 @@ class Metrics:
         self._episodes = state["episodes"]
         self._window.clear()
         self._window.extend(_Ended(*episode) for episode in state["window"])
+        self._tasks = {
+            task: deque((_Ended(*episode) for episode in window), self._window.maxlen)
+            for task, window in state.get("tasks", {}).items()
+        }
         self._means = {name: _Mean(*mean) for name, mean in state["means"].items()}
+        self._actions.restore(state.get("actions", []))
 
     def close(self) -> None:
         """Closes the files; may be called twice."""
@@ -205,12 +249,23 @@ class Metrics:
         for ended in self._window:
             if ended.epsilon is not None:
                 rungs.setdefault(rung_of(ended.epsilon), []).append(ended.return_)
+        returns = [ended.return_ for ended in self._window]
+        lengths = [ended.env_steps for ended in self._window]
         return {
-            "train/return_mean": _mean(ended.return_ for ended in self._window),
-            "train/length_mean": _mean(ended.env_steps for ended in self._window),
+            **spread(returns, "train/return"),
+            "train/length_mean": _mean(lengths),
             "train/episodes": self._episodes,
-            **{name: _mean(returns) for name, returns in rungs.items()},
+            **{name: _mean(of_rung) for name, of_rung in rungs.items()},
+            **(_of_some(returns, lengths) if returns else {}),
+            **{name: value for each in sorted(self._tasks) for name, value in self._of(each)},
         }
+
+    def _of(self, task: str) -> list[tuple[str, float]]:
+        window = self._tasks[task]
+        return [
+            (TASK_RETURN.replace("*", task), _mean(ended.return_ for ended in window)),
+            (f"task/{task}/length_mean", _mean(ended.env_steps for ended in window)),
+        ]
 
     def _rates(self, counts: JSON) -> JSON:
         last = self.last_row or {"env_steps": 0, "updates": 0, "wall_s": 0.0}
@@ -233,6 +288,16 @@ class _Ended(NamedTuple):
     return_: float
     env_steps: int
     epsilon: float | None = None  # None: an earlier rlx saved it
+
+
+def _saved(window: Iterable[_Ended]) -> list[list[float]]:
+    return [[value for value in ended if value is not None] for ended in window]
+
+
+def tasks_in(names: Iterable[str]) -> list[str]:
+    """The tasks whose returns are among these names of metrics, in alphabetical order."""
+    start, end = TASK_RETURN.split("*")
+    return sorted({n[len(start) : -len(end)] for n in names if fnmatchcase(n, TASK_RETURN)})
 
 
 def rung_of(epsilon: float) -> str:
@@ -285,6 +350,26 @@ class _Mean:
 def _is_elsewhere(value: Any) -> bool:
     """Says whether a value is an array of an accelerator; all values of a name are of one kind."""
     return hasattr(value, "devices") and any(x.platform != "cpu" for x in value.devices())
+
+
+def spread(returns: Sequence[float], name: str) -> dict[str, float]:
+    """The mean of these returns and, where there are any, least, largest and deviation.
+
+    name: 'train/return', to which `_mean` and the others are added.
+    """
+    found = {f"{name}_mean": _mean(returns)}
+    if returns:
+        found[f"{name}_min"], found[f"{name}_max"] = min(returns), max(returns)
+        found[f"{name}_std"] = float(np.std(returns))
+    return found
+
+
+def _of_some(returns: Sequence[float], lengths: Sequence[float]) -> dict[str, float]:
+    return {
+        "train/return_mean_last_10": _mean(returns[-LAST:]),
+        "train/length_min": min(lengths),
+        "train/length_max": max(lengths),
+    }
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from time import monotonic
 from typing import Any, Literal, NoReturn, TextIO
 
-from rlx.runs.metrics import Logging
+from rlx.runs.metrics import TASK_RETURN, Logging, tasks_in
 from rlx.runs.times import bottleneck
 
 REDRAW_S = 0.25  # s: the live block is drawn at most so often; drawing takes about 2 ms
+TASKS_SHOWN = 8
 SMOOTHING = 0.7  # weight of the past in the rate that the remaining time is told from
 
 Mode = Literal["rich", "plain", "off"]
@@ -153,6 +154,7 @@ def line(row: Mapping[str, Any], total_env_steps: int, rate: float | None) -> st
     parts = [
         f"env steps {env_steps:,}/{total_env_steps:,} ({_percent(env_steps, total_env_steps)})",
         *_acting(row),
+        *_tasks(row),
         *_learner(row),
         *_replay(row),
         f"left {remaining(total_env_steps - env_steps, rate)}",
@@ -186,6 +188,17 @@ def _acting(row: Mapping[str, Any]) -> list[str]:
         ("train/return_mean", "return {:.4g}"),
         ("evaluation/return_mean", "evaluation {:.4g}"),
     )
+
+
+def _tasks(row: Mapping[str, Any]) -> list[str]:
+    """The return of each task by the last part of its id, where a run has several."""
+    found = tasks_in(row)
+    shown = [
+        f"{task.rpartition('/')[2]} {row[TASK_RETURN.replace('*', task)]:.4g}"
+        for task in found[:TASKS_SHOWN]
+        if row[TASK_RETURN.replace("*", task)] is not None
+    ]
+    return shown + ([f"and {len(found) - TASKS_SHOWN} more"] if len(found) > TASKS_SHOWN else [])
 
 
 def _learner(row: Mapping[str, Any]) -> list[str]:
@@ -225,6 +238,7 @@ def _block(row: Mapping[str, Any], total_env_steps: int, rate: float | None) -> 
     body = Table.grid(padding=(0, 2))
     for title, parts in (
         ("acting", _acting(row)),
+        *([("tasks", tasks)] if (tasks := _tasks(row)) else []),
         ("learner", _learner(row)),
         ("replay", _replay(row)),
         ("time", [bottleneck(row)]),

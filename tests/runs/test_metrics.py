@@ -26,6 +26,7 @@ from rlx.types import Episode
 
 SETTINGS = m.Logging(
     every_env_steps=100,
+    every_s=None,
     window_episodes=3,
     tensorboard=False,
     wandb=None,
@@ -337,8 +338,8 @@ def test_state_continues_the_window_and_the_open_interval(tmp_path: Path) -> Non
 WRITER = """
 import sys, time
 from rlx.runs import metrics as m, status
-settings = m.Logging(every_env_steps=1, window_episodes=3, tensorboard=False, wandb=None,
-                     console="off", console_every_s=1.0)
+settings = m.Logging(every_env_steps=1, every_s=None, window_episodes=3,
+                     tensorboard=False, wandb=None, console="off", console_every_s=1.0)
 metrics = m.Metrics(sys.argv[1], settings, 0)
 for n in range(10**9):
     metrics.row(n, n, n, float(n), {"x" * 2000: 1})
@@ -484,8 +485,8 @@ def test_params_sha256_sees_names_dtypes_shapes_and_bits() -> None:
 WANDB = """
 import sys
 from rlx.runs import metrics as m, status
-settings = m.Logging(every_env_steps=1, window_episodes=3, tensorboard=False, wandb="mine",
-                     console="off", console_every_s=1.0)
+settings = m.Logging(every_env_steps=1, every_s=None, window_episodes=3,
+                     tensorboard=False, wandb="mine", console="off", console_every_s=1.0)
 resumed = int(sys.argv[2]) if len(sys.argv) > 2 else None
 with m.Metrics(sys.argv[1], settings, resumed) as metrics:
     metrics.record("mine/number", 4.25)

@@ -32,8 +32,8 @@ ROW = {
 
 def settings(console: Any, every_s: float = 0.0) -> Logging:
     return Logging(
-        every_env_steps=1, window_episodes=1, tensorboard=False, wandb=None, console=console,
-        console_every_s=every_s,
+        every_env_steps=1, every_s=None, window_episodes=1, tensorboard=False, wandb=None,
+        console=console, console_every_s=every_s,
     )  # fmt: skip
 
 
@@ -137,8 +137,8 @@ import logging, sys, time
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="LOG %(message)s")
 from rlx.runs.metrics import Logging
 from rlx.runs.progress import Progress
-settings = Logging(every_env_steps=1, window_episodes=1, tensorboard=False, wandb=None, 
-    console="auto",
+settings = Logging(every_env_steps=1, every_s=None, window_episodes=1, tensorboard=False,
+    wandb=None, console="auto",
                    console_every_s=10.0)
 with Progress(100, settings) as progress:
     progress.update({"env_steps": 1})
