@@ -168,6 +168,15 @@ class Loaded:
         """The environment's settings, which make lanes of it."""
         return self._built[0]
 
+    @cached_property
+    def evaluated(self) -> EnvFamily:
+        """The environment of the run's own evaluations: with what evaluation.env changes."""
+        from rlx.evaluation.elsewhere import families
+
+        settings = plain(self.cfg)
+        evaluation = build(settings["evaluation"], "evaluation")
+        return families(evaluation, settings["env"], self.family, self.agent.spec)[""]
+
     @property
     def agent(self) -> Agent:
         """The agent, with its network."""
@@ -267,7 +276,7 @@ class Loaded:
             result = evaluate(
                 agent=self.agent,
                 weights=Weights(version=version, params=self.agent.acting_params(restored.state)),
-                family=self.family,
+                family=self.evaluated,
                 episodes=episodes,
                 lanes=lanes,
                 epsilon=settings["epsilon"] if epsilon is None else epsilon,

@@ -176,6 +176,10 @@ stop_after_updates: null
 resume: null
 deterministic: false
 compile_cache: true
+hooks: []
+init_from: null
+init_params: ['*']
+schedules: []
 tags: []
 hydra:
   run: {dir: 'outputs/${now:%H-%M-%S-%f}'}

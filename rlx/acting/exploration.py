@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Annotated
 
 import numpy as np
@@ -103,6 +104,25 @@ class Linear:
         progress = _progress(env_steps, self.decay_env_steps)
         value = self.start + (self.final - self.start) * progress
         return np.full(lane.shape, value, np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piecewise:
+    """Every lane goes linearly from point to point; beyond the ends it stays as there."""
+
+    points: list[tuple[Annotated[int, Range(ge=0)], Amount]]  # (env steps of the run, amount)
+
+    def __post_init__(self) -> None:
+        places = [place for place, _ in self.points]
+        if not places or any(a >= b for a, b in pairwise(places)):
+            raise ValueError(
+                f"exploration.points={[list(point) for point in self.points]}: give one or more "
+                "pairs of env steps and an amount, in ascending order of env steps."
+            )
+
+    def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
+        places, values = zip(*self.points, strict=True)
+        return np.full(lane.shape, np.interp(env_steps, places, values), np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)

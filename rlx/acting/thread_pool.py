@@ -42,7 +42,9 @@ class ThreadPool:
         """Requests that may wait for the loop, of each thread."""
         return self.max_pending if self.realtime else self.requests_per_actor
 
-    def round_problems(self, *, on_policy: bool, publish_every_updates: int) -> Sequence[Problem]:
+    def round_problems(
+        self, *, on_policy: bool, publish_every_updates: int | None
+    ) -> Sequence[Problem]:
         """An on-policy agent's environments wait for its newest weights."""
         if on_policy:
             return newest_only({"realtime": self.realtime}, {"realtime": False})

@@ -132,7 +132,7 @@ class LoopPath:
         if self._published:
             self._published.pop().weights()
         self._waiting.append((sample.keys, output))
-        if learner.updates % learner.publish_every_updates == 0:
+        if learner.publishes(updates=learner.updates, env_steps=0, published_env_steps=0):
             self._published.append(learner.publish())
         return 1
 

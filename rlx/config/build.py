@@ -14,7 +14,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -26,7 +26,7 @@ from rlx.config.hints import choices, describe, is_class, marker, matches, split
 from rlx.config.targets import fits, full_name, lacks, load, resolve
 from rlx.interfaces import Checked
 from rlx.problems import ConfigError, Problem, Sources, did_you_mean, refuse, show
-from rlx.types import AloneOnly, FromRun, Gathered, Range
+from rlx.types import AloneOnly, FromRun, Gathered, IsPath, Range
 
 ROLES = {  # group -> the Protocol or class that its target must be
     "env": "rlx.interfaces.EnvFamily",
@@ -40,6 +40,8 @@ ROLES = {  # group -> the Protocol or class that its target must be
     "checkpoint": "rlx.training.checkpoint.Checkpoint",
     "logging": "rlx.runs.metrics.Logging",
 }
+NO_HOOK = "rlx.training.hooks.no_hook"  # says why a class is none of `hooks`
+SCHEDULE = "rlx.training.schedules.Schedule"  # what each of `schedules` sets, without a `_target_`
 MISSING = "???"
 NO_DEFAULT = inspect.Parameter.empty
 
@@ -53,8 +55,12 @@ class Root:
     stop_after_s: Annotated[float, Range(gt=0)] | None
     stop_after_updates: Annotated[int, Range(ge=1)] | None
     resume: str | None
+    init_from: Annotated[str, IsPath()] | None
+    init_params: list[str]
     deterministic: Annotated[bool, AloneOnly()]
     compile_cache: bool
+    hooks: list[Any]  # each a node whose class has some of the methods of a hook
+    schedules: list[dict[str, Any]]  # each the settings of SCHEDULE
     tags: list[str]
 
 
@@ -74,16 +80,31 @@ def check(cfg: DictConfig | Mapping[str, Any], sources: Sources | None = None) -
 
 def _problems(tree: Mapping[str, Any]) -> list[Problem]:
     out: list[Problem] = []
+    found: list[Problem] = []
     root = {key: value for key, value in tree.items() if key not in ROLES}
     _read_settings(Root, root, "", out, also=ROLES)
+    for number, node in enumerate(_items(root.get("hooks"))):
+        found = []
+        call = _read_node(node, (object,), f"hooks.{number}", found)
+        if call is not None and (why := load(NO_HOOK)(call.cls)):
+            path = f"hooks.{number}._target_"
+            found.append(Problem(path=path, given=show(node["_target_"]), says=why))
+        out += found if found or call is None else call.problems()
+    for number, node in enumerate(_items(root.get("schedules"))):
+        if isinstance(node, Mapping):
+            _read_settings(load(SCHEDULE), node, f"schedules.{number}", out)
     for group, role in ROLES.items():
         if group not in tree:
             out.append(Problem(path=group, says=f"missing; choose one with {group}=NAME"))
             continue
-        found: list[Problem] = []
+        found = []
         call = _read_node(tree[group], (load(role),), group, found)
         out += found if found or call is None else call.problems()
     return out
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()
 
 
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -125,13 +146,25 @@ def build(node: DictConfig | Mapping[str, Any], role: str | type, **runtime: Any
     return prepare(node, role).make(runtime)
 
 
-def prepare(node: DictConfig | Mapping[str, Any], role: str | type) -> Call:
-    """The call that a node describes, checked; `make` it here or, pickled, elsewhere."""
-    path = role if isinstance(role, str) else role.__name__
+def prepare(node: DictConfig | Mapping[str, Any], role: str | type, path: str = "") -> Call:
+    """The call that a node describes, checked; `make` it here or, pickled, elsewhere.
+
+    path: of the node in the configuration, where it is no group's.
+    """
+    path = path or (role if isinstance(role, str) else role.__name__)
     out: list[Problem] = []
     wanted = load(ROLES[role]) if isinstance(role, str) else role
     call = _read_node(plain(node), (wanted,), path, out)
     if out or call is None:
+        raise ConfigError(out)
+    return call
+
+
+def prepare_as(cls: type, settings: Mapping[str, Any], path: str) -> Call:
+    """The call of a class whose settings need no `_target_`, checked; path: of the settings."""
+    out: list[Problem] = []
+    call = Call(cls=cls, settings=_read_settings(cls, plain(settings), path, out), path=path)
+    if out:
         raise ConfigError(out)
     return call
 

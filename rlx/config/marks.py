@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlx.config.build import ROLES, setting_hints
+from rlx.config.build import ROLES, Root, setting_hints
 from rlx.config.hints import marker
 from rlx.config.targets import may_import, resolve
 from rlx.problems import ConfigError, Problem
@@ -20,14 +20,17 @@ from rlx.types import IsPath, NamesModule
 class Marked:
     """A setting that is marked so: node[name], at its path in the configuration."""
 
-    node: dict[str, Any]
+    node: Any  # a dict
     name: str
     path: str
     marker: Any
 
 
 def marked(settings: Mapping[str, Any], kind: type) -> Iterator[Marked]:
-    """The settings that carry a mark of this kind."""
+    """The settings that carry a mark of this kind; settings may lack keys that are in no group."""
+    for name, hint in setting_hints(Root).items():
+        if name in settings and (found := marker(hint, kind)) is not None:
+            yield Marked(node=settings, name=name, path=name, marker=found)
     for group in ROLES:
         yield from _marked_in(settings.get(group), group, kind)
 
@@ -65,13 +68,14 @@ def refuse_modules(settings: Mapping[str, Any], source: str, named: Collection[s
     """
     problems = []
     for found in marked(settings, NamesModule):
-        given = str(found.node[found.name])
-        module = given.rpartition(":")[0]
-        package = module.partition(".")[0]
-        if module and not may_import(module) and not {found.path, package} & {*named}:
-            says = f"these settings came with a run, so {module} is not imported; if you trust it, "
-            says += f"import it first (Python), write allow={package} (evaluate, export), "
-            says += f"or {found.path}={given} (resume)"
-            problems.append(Problem(path=found.path, given=given, says=says, source=source))
+        value = found.node[found.name]
+        for given in map(str, value if isinstance(value, list) else [value]):
+            module = given.rpartition(":")[0]
+            package = module.partition(".")[0]
+            if module and not may_import(module) and not {found.path, package} & {*named}:
+                says = f"these settings came with a run, so {module} is not imported; if you trust "
+                says += f"it, import it first (Python), write allow={package} (evaluate, export), "
+                says += f"or {found.path}={given} (resume)"
+                problems.append(Problem(path=found.path, given=given, says=says, source=source))
     if problems:
         raise ConfigError(problems)

@@ -49,22 +49,37 @@ ADDED: Mapping[str, Mapping[str, Any]] = {  # settings, with the value that does
     "rlx.networks.cores.Feedforward": {"activation": "relu", "layer_norm": False},
     "rlx.networks.torsos.MLP": {"activation": "relu", "layer_norm": False},
     "rlx.networks.torsos.NatureCNN": {"layer_norm": False},
-    "rlx.envs.envpool.EnvPool": {"action_mask": None, "image": None},
+    "rlx.envs.envpool.EnvPool": {"action_mask": None, "image": None, "per_actor": {}},
     "rlx.envs.gymnasium.Gymnasium": {
         "action_mask": None,
         "image": None,
         "frames_per_env_step": 1,
+        "per_actor": {},
+        "restarts": 0,
         "wrappers": [],
     },
-    "rlx.evaluation.playing.Evaluation": {"max_env_steps_per_episode": None},
+    "rlx.runs.metrics.Logging": {"every_s": None},
+    "rlx.training.learner.Learner": {"publish_every_env_steps": None},
+    "rlx.evaluation.playing.Evaluation": {
+        "env": {},
+        "max_env_steps_per_episode": None,
+        "others": {},
+    },
     "rlx.networks.recurrent.RecurrentNetwork": {
         "discrete": "number",
+        "frozen": [],
         "orthogonal": False,
         "time": False,
         "time_scale": 1e-5,
     },
 }
-ADDED_ROOT: Mapping[str, Any] = {"compile_cache": True}  # keys that belong to no group
+ADDED_ROOT: Mapping[str, Any] = {  # keys that belong to no group
+    "compile_cache": True,
+    "hooks": [],
+    "init_from": None,
+    "init_params": ["*"],
+    "schedules": [],
+}
 
 # Settings that say nothing if one of the first of them is so, and are refused unless all are.
 IDLE: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {  # by their class

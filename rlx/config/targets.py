@@ -97,8 +97,8 @@ def _near_module(name: str) -> str:
     return f"; did you mean {parent}.{near}?" if near else ""
 
 
-def load(name: str) -> type:
-    """A class of rlx's own by its dotted name; never one from a configuration."""
+def load(name: str) -> Any:
+    """A class or function of rlx's own by its dotted name; never one from a configuration."""
     module, _, cls = name.rpartition(".")
     return getattr(importlib.import_module(module), cls)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from rlx.results.reading import Run, need
 from rlx.results.study import CURVES, Curve, Study, curve, human_curve, plural, profiles, task_of
-from rlx.runs.metrics import rungs_in
+from rlx.runs.metrics import TASK_RETURN, rungs_in, tasks_in
 from rlx.runs.times import STAGES
 from rlx.statistics import Estimate
 
@@ -62,6 +62,7 @@ def draw(given: Study, folder: Path) -> list[Picture]:
         "curves_env_steps": lambda study: learning(study, "env_steps"),
         "curves_frames": lambda study: learning(study, "frames"),
         "curves_human": human,
+        "tasks": each_task,
         "rungs": rungs,
         "profile": profile,
         "improvement": better,
@@ -191,6 +192,27 @@ def human(given: Study) -> tuple[Any, str, str] | None:
         "does, since games weigh differently beyond it."
     )
     return figure, "Human-normalised learning curves over emulator frames", caption
+
+
+def each_task(given: Study) -> tuple[Any, str, str] | None:
+    """Training returns of each task, a panel for each, where a run has several."""
+    every = tasks_in(name for run in given.runs for row in run.rows for name in row)
+    if not every:
+        return None
+    shown = every[:PANELS]
+    figure, axes = _panels(len(shown))
+    drawn = 0
+    for ax, task in zip(axes, shown, strict=True):
+        name = TASK_RETURN.replace("*", task)
+        drawn = max(drawn, _group_lines(ax, given, None, name, "env_steps"))
+        ax.set(title=task, xlabel=f"{UNITS['env_steps']} of all tasks", ylabel=TITLES[CURVES[1]])
+    _legend(figure, axes)
+    caption = (
+        f"Interquartile mean and 95 % band over {plural(drawn)} of {len(given.runs)} at most; "
+        "training episodes of the task alone. "
+        + (f"The first {PANELS} of {len(every)} tasks." if len(every) > PANELS else "")
+    ).strip()
+    return figure, "Training returns of each task", caption
 
 
 def rungs(given: Study) -> tuple[Any, str, str] | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 HEADINGS: Mapping[str, str] = {
     "unfinished": "Runs that did not finish",
     "scores": "Final scores",
+    "tasks": "Each task of runs with several",
     "human_normalized": "Atari: human-normalised scores over games",
     "atari": "Atari: each game, beside published scores",
     "improvement": "Probability of improvement",
@@ -30,6 +31,7 @@ HEADINGS: Mapping[str, str] = {
 # which figures stand with which table
 FIGURES: Mapping[str, tuple[str, ...]] = {
     "scores": ("curves_env_steps", "curves_frames", "rungs", "profile"),
+    "tasks": ("tasks",),
     "human_normalized": ("curves_human",),
     "improvement": ("improvement",),
     "speed": ("throughput", "stages"),
@@ -73,6 +75,7 @@ def _notes(given: Study) -> dict[str, str]:
     return {
         "unfinished": f"{plural(every - finished)} of {every}, which no final score includes.",
         "scores": f"{of_all}. Score: {SCORES[given.score]}. {interval}",
+        "tasks": f"{of_all}. Score: mean return of the task's last training episodes. {interval}",
         "human_normalized": f"{_on_atari(given)}. {_over_games(given)}",
         "atari": f"{_on_atari(given)}. {_by_game(given)}",
         "improvement": f"{of_all}. Ties count half; 0.5 is no difference.",

@@ -28,6 +28,7 @@ from rlx.statistics import (
 )
 
 TASK = "env.id"
+TASKS = "env.ids"  # of a run with several
 CURVES = ("evaluation/return_mean", "train/return_mean")
 POINTS = 200  # of the common grid that curves are interpolated on
 BOOTSTRAP_SEED = 0
@@ -122,8 +123,9 @@ def study(folder: Path, by: Sequence[str] | None = None) -> Study:
 
 
 def task_of(run: Run) -> str:
-    """The id of the run's environment."""
-    return str(value_of(run, TASK))
+    """The id of the run's environment; of several tasks all of them."""
+    ids = run.settings.get(TASKS)
+    return ", ".join(map(str, ids)) if isinstance(ids, list) else str(value_of(run, TASK))
 
 
 def _label(run: Run, by: Iterable[str]) -> str:

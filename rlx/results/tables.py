@@ -12,6 +12,7 @@ from rlx.results.reading import Run, need, run_rows
 from rlx.results.scorecard import by_game, over_games
 from rlx.results.study import BOOTSTRAP_SEED, Study, columns, iqm_of_last, task_of
 from rlx.runs.folders import number
+from rlx.runs.metrics import TASK_RETURN, tasks_in
 from rlx.runs.times import STAGES, bottleneck
 from rlx.statistics import stratified
 
@@ -25,6 +26,7 @@ def tables(given: Study) -> dict[str, pd.DataFrame]:
     makers: dict[str, Callable[[Study], list[dict[str, Any]]]] = {
         "unfinished": unfinished,
         "scores": scores,
+        "tasks": each_task,
         "human_normalized": over_games,
         "atari": by_game,
         "improvement": lambda given: given.improvements,
@@ -71,6 +73,19 @@ def scores(given: Study) -> list[dict[str, Any]]:
                 "not counted": begun - len(values),
             }
             rows.append(row | _summary(values))
+    return rows
+
+
+def each_task(given: Study) -> list[dict[str, Any]]:
+    """Last training returns of each task of the finished runs that have several."""
+    rows = []
+    for label, runs in given.groups.items():
+        own = [run for run in runs if run in given.finished and run.rows]
+        for task in tasks_in(name for run in own for name in run.rows[-1]):
+            name = TASK_RETURN.replace("*", task)
+            found = [number(run.rows[-1].get(name)) for run in own]
+            values = np.array([value for value in found if value is not None])
+            rows.append({"group": label, "task": task, "runs": len(values), **_summary(values)})
     return rows
 
 

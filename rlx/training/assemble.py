@@ -22,8 +22,9 @@ from rlx import trees
 from rlx.acting.exploration import amounts
 from rlx.acting.plan import carry_spec, row_spec
 from rlx.acting.recorded import Recorded
-from rlx.config.build import build, prepare
+from rlx.config.build import build, prepare, prepare_as
 from rlx.config.targets import fits, full_name, lacks, resolve
+from rlx.evaluation.elsewhere import Families, families
 from rlx.evaluation.playing import Evaluation
 from rlx.interfaces import (
     ActingPool,
@@ -51,7 +52,9 @@ from rlx.training.quota import Quota
 from rlx.training.rates import idle_ends
 from rlx.training.restoring import Restored, check_total, restore_learner, restore_replay
 from rlx.training.rounds import blocks_of_a_round
+from rlx.training.schedules import Following, Schedule, check_schedules
 from rlx.training.shares import share_checkpoint, share_exploration, share_folder, share_seed
+from rlx.training.warm_start import warm
 from rlx.types import DiscreteSpec, EnvSpec, Rollout
 
 T = TypeVar("T")
@@ -59,6 +62,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 CLOSE_S = 10.0
+KEPT = ("evaluation", "checkpoint", "logging")  # groups that say what a run keeps
+AS_GIVEN = ("seed", "total_env_steps", "stop_after_s", "stop_after_updates")  # settings of parts
 OF_SPEED = ("batch_size", "threads", "vector")  # settings of environments; rows stay the same
 
 
@@ -82,57 +87,90 @@ def assemble(
     (`rlx.training.shares`); output_dir is the run's all the same.
     """
     peers = peers or Alone()
-    groups = ("evaluation", "checkpoint", "logging")
-    evaluation, checkpoint, logging_ = (build(settings[group], group) for group in groups)
+    evaluation, checkpoint, logging_ = (build(settings[group], group) for group in KEPT)
     acting: PoolSettings = build(settings["acting"], "acting")
     exploration = build(settings["exploration"], "exploration", seed=settings["seed"])
     check_agreement(settings)
     family, agent = build_agent(settings)
     _check_agent(settings, agent, exploration, peers)
-    blocks = blocks_of_a_round(settings, agent)
-    learner = _open_learner(settings, agent)
+    evaluated = families(evaluation, settings["env"], family, agent.spec)
+    schedules = make_schedules(settings["schedules"])
+    learner = _open_learner(settings, Following(agent=agent) if schedules else agent)
     resumed = restore_learner(output_dir, learner, peers, checkpoint.replay) if resume else None
-    check_total(settings["total_env_steps"], resumed)
+    _go_on_or_begin_warm(learner, settings, resumed)
     context = RunContext(
+        **_how_far(resumed),
         family=family,
         agent=agent,
         exploration=share_exploration(exploration, peers),
         seed=share_seed(settings["seed"], peers),
         output_dir=output_dir if peers.count == 1 else None,
-        chain=resumed.meta["chain"] + 1 if resumed else 0,
-        env_steps=resumed.env_steps if resumed else 0,
-        round_blocks=blocks,
+        round_blocks=blocks_of_a_round(settings, agent),
     )
+    given = replay_context(agent, settings["env"], _lanes_of(acting), context.seed, learner.devices)
+    check_schedules(schedules, agent, given)
     with ExitStack() as undo:  # closes what there is, if something cannot be had
-        lanes = acting.instances * acting.envs_per_actor
-        given = replay_context(agent, settings["env"], lanes, context.seed, learner.devices)
         replay = _open_replay(settings["replay"], given, learner, resumed, peers)
         undo.callback(replay.close)
         pool = _open_pool(acting, replay, context)
         undo.callback(pool.close, CLOSE_S)
-        quota = _make_quota(replay, pool, learner, agent, resumed)
-        evaluator = _build_evaluator(settings, evaluation, context) if peers.rank == 0 else None
+        evaluator = _build_evaluator(settings, evaluation, evaluated, context, peers)
+        undo.callback(evaluator.close if evaluator else lambda: None)
+        hooks = make_hooks(settings["hooks"], context.seed)
         undo.pop_all()
     return Parts(
+        **{name: settings[name] for name in AS_GIVEN},
         evaluator=evaluator,
         output_dir=share_folder(output_dir, peers.rank),
         peers=peers,
-        seed=settings["seed"],
-        total_env_steps=settings["total_env_steps"],
-        stop_after_s=settings["stop_after_s"],
-        stop_after_updates=settings["stop_after_updates"],
         family=family,
         agent=agent,
         pool=pool,
         takes_turns=takes_turns(settings),
         replay=replay,
-        quota=quota,
+        quota=_make_quota(replay, pool, learner, agent, resumed),
         learner=learner,
         evaluation=evaluation,
+        evaluated=evaluated,
         checkpoint=share_checkpoint(checkpoint, peers),
         logging=logging_,
+        hooks=hooks,
+        schedules=schedules,
         resumed=resumed and dataclasses.replace(resumed, state=None),  # which may be large
     )
+
+
+def _lanes_of(acting: PoolSettings) -> int:
+    return acting.instances * acting.envs_per_actor
+
+
+def _how_far(resumed: Restored | None) -> dict[str, int]:
+    """The chain that lanes begin, and the env steps that the run has made."""
+    if resumed is None:
+        return {"chain": 0, "env_steps": 0}
+    return {"chain": resumed.meta["chain"] + 1, "env_steps": resumed.env_steps}
+
+
+def make_schedules(nodes: Sequence[Mapping[str, Any]]) -> list[Schedule]:
+    """The schedules of a run; their settings are checked by `check_schedules`."""
+    calls = [prepare_as(Schedule, node, f"schedules.{i}") for i, node in enumerate(nodes)]
+    return [call.make({}) for call in calls]
+
+
+def _go_on_or_begin_warm(
+    learner: OpenLearner, settings: Mapping[str, Any], resumed: Restored | None
+) -> None:
+    """Checks what a resumed run is to do; gives a fresh learner another run's weights, if any."""
+    if resumed is not None:
+        check_total(settings["total_env_steps"], resumed)
+    elif (folder := settings["init_from"]) is not None:
+        learner.restore(warm(learner.state(), folder, settings["init_params"]))
+
+
+def make_hooks(nodes: Sequence[Mapping[str, Any]], seed: int) -> list[Any]:
+    """The hooks of a run, in their order; each may take `seed: Runtime[int]`."""
+    calls = [prepare(node, object, f"hooks.{number}") for number, node in enumerate(nodes)]
+    return [call.make({"seed": seed}) for call in calls]
 
 
 def _opened(group: str, open_: Callable[..., T], *given: Any) -> T:
@@ -211,16 +249,21 @@ def _nobody_acts(want: int, agent: Agent, chain: int) -> Recorded:
 
 
 def _build_evaluator(
-    settings: Mapping[str, Any], evaluation: Evaluation, run: RunContext
+    settings: Mapping[str, Any],
+    evaluation: Evaluation,
+    evaluated: Families,
+    run: RunContext,
+    peers: Peers,
 ) -> Evaluator | None:
     """Makes what evaluates beside the training; it joins the actors' cluster if they have one."""
-    if evaluation.where == "inline" or evaluation.every_env_steps is None:
+    has_none = evaluation.every_env_steps is None and not evaluation.others
+    if evaluation.where == "inline" or has_none or peers.rank != 0:
         return None
     from rlx.evaluation.ray_evaluator import RayEvaluator
 
     return RayEvaluator(
         evaluation=evaluation,
-        family=run.family,
+        families=evaluated,
         agent=run.agent,
         seed=run.seed,
         address=settings["acting"].get("address"),
@@ -237,6 +280,7 @@ def _check_agent(
     acting = settings["acting"]
     lanes = acting["instances"] * acting["envs_per_actor"] * peers.count
     _check_exploration(settings, agent, exploration, lanes)
+    blocks_of_a_round(settings, agent)  # raises ConfigError where rounds cannot be made
     apart, trained = agent.sequence.stride, agent.sequence.unroll
     if apart > trained and peers.rank == 0:
         says = "sequences start %d rows apart and train on %d: %d of %d rows are never trained on"

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlx.evaluation.playing import Purpose
+from rlx.evaluation.playing import Purpose, told
 from rlx.problems import RunFailed
 from rlx.replay.files.snapshots import Snapshots
 from rlx.runs import status
+from rlx.runs.metrics import spread
 from rlx.runs.progress import Progress
 from rlx.training.checkpoint import Checkpointer
 from rlx.training.stages import Stages
-from rlx.types import TrainState
+from rlx.types import Evaluated, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Keeper:
             self._checkpoints.segments_folder, parts.resumed.segments if parts.resumed else ()
         )
         self._save_due = False
+        self._has_ended = False  # what fails now is saved already
         self._progress = Progress(parts.total_env_steps, parts.logging)
 
     @property
@@ -72,6 +74,7 @@ class Keeper:
         self._heard_env_steps = self._stages.count.env_steps
         if resumed := self._parts.resumed:
             self._owes_evaluation = resumed.meta.get("owes_evaluation", False)
+        self._stages.hooks.call("on_begin")
         if self._parts.checkpoint.exact and self._parts.resumed is None:
             self.save()  # so that a run stopped before its first checkpoint has one, too
 
@@ -85,9 +88,12 @@ class Keeper:
             return
         if self._evaluation_is_due():
             self._begin_to_evaluate()
+        for name, other in parts.evaluation.others.items():
+            if self._is_due(other.every_env_steps) and parts.peers.rank == 0:
+                self._begin_another(name)
         with stages.left_to_the_end():
             self._take_evaluations()
-        if self._is_due(parts.logging.every_env_steps):
+        if self._is_due(parts.logging.every_env_steps) or self._row_is_late():
             self._write_row()
         if self._save_due and not any(news.is_writing for news in stages.news):
             self.save()
@@ -102,6 +108,14 @@ class Keeper:
         now = self._stages.count.env_steps
         return every is not None and self._heard_env_steps // every != now // every
 
+    def _row_is_late(self) -> bool:
+        """Says whether a row is due by time: the last one is old, and something was done since."""
+        every_s, stages = self._parts.logging.every_s, self._stages
+        if every_s is None or stages.wall_s - self._row.get("wall_s", 0.0) < every_s:
+            return False
+        counts = ("env_steps", stages.count.env_steps), ("updates", self._parts.learner.updates)
+        return any(self._row.get(name, 0) != now for name, now in counts)
+
     def _evaluation_is_due(self) -> bool:
         due = self._owes_evaluation or self._is_due(self._parts.evaluation.every_env_steps)
         return due and self._parts.peers.rank == 0
@@ -112,9 +126,10 @@ class Keeper:
         """The last evaluation (not of an interrupted run), row, checkpoint and summary."""
         stages, learner = self._stages, self._parts.learner
         saved = self._finished_before() or self._end(state)
+        self._has_ended = True
         self._progress.update(self._live())
         status.write_status(self._parts.output_dir, state, self._row)
-        return status.write_summary(
+        summary = status.write_summary(
             self._parts.output_dir,
             state=state,
             env_steps=stages.count.env_steps,
@@ -126,6 +141,8 @@ class Keeper:
             params_sha256=status.params_sha256(learner.state().params),
             checkpoint=saved,
         )
+        stages.hooks.call("on_end", summary)
+        return summary
 
     def _end(self, state: status.State) -> Path:
         """Evaluates, writes the last row and saves; returns the checkpoint."""
@@ -137,6 +154,8 @@ class Keeper:
                 self.evaluate(evaluation.final_episodes, "final")
             elif self._evaluation_is_due():
                 self.evaluate(evaluation.episodes, "selection")
+            for name in evaluation.others:
+                self.evaluate_another(name, "final")
         if state == "interrupted":
             self._owes_evaluation = self._evaluation_is_due()
         self._write_row()
@@ -165,7 +184,7 @@ class Keeper:
 
     def fail(self, error: BaseException) -> None:
         """Writes what went wrong where `status.json` is read; keeps what was learnt."""
-        if isinstance(error, RunFailed) and error.is_worth_saving:
+        if isinstance(error, RunFailed) and error.is_worth_saving and not self._has_ended:
             log.error("%s; saving a checkpoint", error)
             with suppress(Exception):
                 self.save()
@@ -214,6 +233,7 @@ class Keeper:
         if peers.rank != 0:
             peers.exchange(None)
         peers.exchange(None)  # nobody goes on, or fails, before the first one's is in place
+        self._stages.hooks.call("on_checkpoint", saved)
         return saved
 
     def _write_checkpoint(self, finished: bool) -> Path:
@@ -246,6 +266,7 @@ class Keeper:
             "quota": parts.quota.state(),
             "evaluation_return": self._evaluated,
             "owes_evaluation": self._owes_evaluation,
+            "hooks": stages.hooks.states(),
             "total_env_steps": parts.total_env_steps,
             "processes": parts.peers.count,
         }
@@ -271,37 +292,76 @@ class Keeper:
 
     def evaluate(self, episodes: int, purpose: Purpose) -> None:
         """Evaluates; the update in flight stays so: evaluating changes no bit of training."""
-        parts = self._parts
         with self._stages.times.measure("evaluation"):
-            weights, now = parts.learner.publish().weights(), self._now()
-            returns = parts.evaluation.returns(
-                agent=parts.agent,
-                weights=weights,
-                family=parts.family,
-                episodes=episodes,
-                seed=parts.seed,
-                purpose=purpose,
-                watch=self._leave_if_stopped,
-                cut=lambda cut: self._stages.note_cuts([cut]),
-            )
-        self._note(returns, now)
+            now = self._now()
+            found = self._play("", episodes, purpose)
+        self._note(found, now)
+
+    def evaluate_another(self, name: str, purpose: Purpose) -> None:
+        """Makes one of evaluation.others, which only the metrics tell of."""
+        with self._stages.times.measure("evaluation"):
+            found = self._play(name, self._parts.evaluation.others[name].episodes, purpose)
+        self._note_another(found)
+
+    def _begin_another(self, name: str) -> None:
+        """Makes one of evaluation.others now, or has an evaluator do so beside the training."""
+        parts = self._parts
+        if parts.evaluator is not None:
+            weights = parts.learner.publish().weights()
+            parts.evaluator.submit(weights, self._stages.count.env_steps, name)
+            return
+        with suppress(Stopped):  # it is left out: `agree` will hear of the stop
+            self.evaluate_another(name, "selection")
+
+    def _play(self, name: str, episodes: int, purpose: Purpose) -> Evaluated:
+        parts, count = self._parts, self._stages.count
+        weights = parts.learner.publish().weights()
+        played = parts.evaluation.play(
+            agent=parts.agent,
+            weights=weights,
+            families=parts.evaluated,
+            name=name,
+            episodes=episodes,
+            seed=parts.seed,
+            purpose=purpose,
+            watch=self._leave_if_stopped,
+            cut=lambda cut: self._stages.note_cuts([cut]),
+        )
+        version, env_steps = weights.version, count.env_steps
+        return told(played, weights_version=version, env_steps=env_steps, name=name)
 
     def _take_evaluations(self) -> None:
         """Notes what an evaluator beside the training has found."""
         for found in self._parts.evaluator.poll() if self._parts.evaluator else ():
+            if found.name:
+                self._stages.note_cuts(found.cuts)
+                self._note_another(found)
+                continue
             if self._evaluating is None or self._evaluating.updates != found.weights_version:
                 continue  # of an evaluator that was lost meanwhile
             self._stages.note_cuts(found.cuts)
-            self._note(found.returns, self._evaluating)
+            self._note(found, self._evaluating)
             self._stages.metrics.record("evaluation/of_env_steps", found.env_steps)
 
-    def _note(self, returns: Any, of: Evaluating) -> None:
+    def _note(self, found: Evaluated, of: Evaluating) -> None:
         """Notes the mean return, and keeps what was evaluated if nothing before it was better."""
-        self._evaluated = score = sum(returns) / len(returns)
-        self._stages.metrics.record("evaluation/return_mean", score)
-        self._stages.metrics.record("evaluation/weights_version", of.updates)
+        metrics = self._stages.metrics
+        self._evaluated = score = sum(found.returns) / len(found.returns)
+        metrics.record_all(spread(found.returns, "evaluation/return"))
+        metrics.record("evaluation/episodes", len(found.returns))
+        metrics.record("evaluation/weights_version", of.updates)
+        for task, return_ in zip(found.tasks, found.returns, strict=False):
+            metrics.record(f"task/{task}/evaluation_return_mean", return_)
         with self._stages.times.measure("checkpoint"):
             self._checkpoints.keep_best(of.state, of.meta, score)
+        self._stages.hooks.call("on_evaluation", found)
+
+    def _note_another(self, found: Evaluated) -> None:
+        metrics, group = self._stages.metrics, f"evaluation/{found.name}"
+        metrics.record_all(spread(found.returns, f"{group}/return"))
+        metrics.record(f"{group}/episodes", len(found.returns))
+        metrics.record(f"{group}/of_env_steps", found.env_steps)
+        self._stages.hooks.call("on_evaluation", found)
 
     def _leave_if_stopped(self, *_: object) -> None:
         if self._stages.stop.is_set():
@@ -328,6 +388,7 @@ class Keeper:
             **parts.pool.stats(),
             **(parts.evaluator.stats() if parts.evaluator else {}),
             "acting/cut_episodes": float(self._stages.cut_episodes),
+            "acting/env_restarts": float(self._stages.env_restarts),
             "replay/ratio": parts.quota.ratio_so_far(parts.replay.env_steps),
             "learner/gradient_steps": float(parts.learner.gradient_steps),
             **({"learner/restarts": float(parts.peers.restarts)} if parts.peers.count > 1 else {}),

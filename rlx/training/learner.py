@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlx import trees
 from rlx.interfaces import Agent, SharesBatches
+from rlx.problems import show
 from rlx.seeding import spawn_int
 from rlx.types import (
     Array,
@@ -71,8 +72,25 @@ class Learner:
     platform: Literal["cpu", "gpu"] | None
     devices: Annotated[int, Range(ge=1)] | None
     memory_fraction: Annotated[float, Range(gt=0, le=1)] | None  # read by rlx.machine.xla.prepare
-    publish_every_updates: Annotated[int, Range(ge=1)]
+    publish_every_updates: Annotated[int, Range(ge=1)] | None
+    publish_every_env_steps: Annotated[int, Range(ge=1)] | None  # of the whole run
     on_nonfinite: Literal["stop", "skip"]
+
+    def __post_init__(self) -> None:
+        if (self.publish_every_updates is None) == (self.publish_every_env_steps is None):
+            raise ValueError(
+                f"publish_every_updates={show(self.publish_every_updates)} and "
+                f"publish_every_env_steps={show(self.publish_every_env_steps)}: one of them says "
+                "when actors get new weights; set the other to null."
+            )
+
+    def publishes(self, *, updates: int, env_steps: int, published_env_steps: int) -> bool:
+        """Says whether actors get the weights of now, the last ones being of that env step."""
+        if self.publish_every_updates is not None:
+            return updates % self.publish_every_updates == 0
+        assert self.publish_every_env_steps is not None
+        every = self.publish_every_env_steps
+        return env_steps // every != published_env_steps // every
 
     def open(self, agent: Agent, seed: int) -> OpenLearner:
         """The learner of an agent; raises ValueError for devices that are not there."""
@@ -88,7 +106,7 @@ class OpenLearner:
         settings.batch_size is of this process; all processes share the gradients.
         """
         self.batch_size = settings.batch_size
-        self.publish_every_updates = settings.publish_every_updates
+        self.publishes = settings.publishes
         self.on_nonfinite: Literal["stop", "skip"] = settings.on_nonfinite
         self.updates = 0
         self._agent = agent

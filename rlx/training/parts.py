@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from rlx.training.checkpoint import Checkpoint
 from rlx.training.checkpoint_files import Restored
 from rlx.training.learner import OpenLearner
 from rlx.training.quota import Quota
+from rlx.training.schedules import Schedule
 from rlx.types import Batch
 
 T = TypeVar("T")
@@ -41,9 +42,12 @@ class Parts:
     quota: Quota
     learner: OpenLearner
     evaluation: Evaluation
+    evaluated: Mapping[str, EnvFamily]  # the environments of each evaluation, by its name
     evaluator: Evaluator | None  # beside the training; None: evaluations interrupt it
     checkpoint: Checkpoint
     logging: Logging
+    hooks: Sequence[Any]  # objects with some of the methods of hooks.Points
+    schedules: Sequence[Schedule]
     peers: Peers
     resumed: Restored | None  # applied to learner, replay, quota and pool already
 
@@ -54,8 +58,11 @@ class Parts:
         self.close()
 
     def close(self) -> None:
-        """Ends the evaluator, the actors, whose cluster it may be in, and the replay."""
+        """Ends the evaluator, the actors, whose cluster it may be in, the replay and the hooks."""
         with ExitStack() as ends:  # all of them, the last one first, whatever one may raise
+            for hook in self.hooks:
+                if hasattr(hook, "close"):
+                    ends.callback(hook.close)
             ends.callback(self.replay.close)
             ends.callback(self.pool.close, CLOSE_TIMEOUT_S)
             if self.evaluator is not None:

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rlx.config.build import Root, build, setting_hints
-from rlx.config.hints import marker
+from rlx.config.build import build
 from rlx.config.marks import marked
 from rlx.interfaces import Exploration, Peers, PerEpisode, Served
 from rlx.problems import ConfigError, Problem, refuse
@@ -58,9 +57,7 @@ def _divided(value: int, path: str, count: int) -> int:
 
 def _refuse_alone_only(settings: Mapping[str, Any], count: int) -> None:
     """Raises ConfigError for what only a run in one process can have."""
-    hints = {name: hint for name, hint in setting_hints(Root).items() if name in settings}
-    found = {name: settings[name] for name, hint in hints.items() if marker(hint, AloneOnly)}
-    found |= {s.path: s.node[s.name] for s in marked(settings, AloneOnly)}
+    found = {s.path: s.node[s.name] for s in marked(settings, AloneOnly)}
     problems = [
         Problem(path=key, says=f"needs learner.processes=1 (it is {count})")
         for key, value in found.items()

@@ -20,8 +20,10 @@ from rlx.runs.metrics import Metrics
 from rlx.runs.times import StageTimes
 from rlx.training import nonfinite
 from rlx.training.checkpoint_files import Restored
+from rlx.training.hooking import HookedRun, Hooks, Replaces
 from rlx.training.learner import Published
 from rlx.training.parts import Counters, InFlight, Parts
+from rlx.training.schedules import GROUP, scheduled
 from rlx.types import Cut, Episode, News, Rollout, Sample
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,13 @@ def _without_priorities(agent: Agent) -> str:
     )
 
 
+def _spread_of(importance: Any) -> dict[str, Any]:
+    """Metrics of the importance f32[B] of a batch; {} where it lies on a device."""
+    if not isinstance(importance, np.ndarray):
+        return {}
+    return {"replay/importance_mean": importance.mean(), "replay/importance_min": importance.min()}
+
+
 class Stages:
     """A run in progress: its stages, and what they share."""
 
@@ -51,9 +60,11 @@ class Stages:
         self.stop = stop or threading.Event()
         self.count = Counters()
         resumed_at = parts.resumed.env_steps if parts.resumed else None
-        self.metrics = Metrics(parts.output_dir, parts.logging, resumed_at)
+        action = parts.agent.spec.action
+        self.metrics = Metrics(parts.output_dir, parts.logging, resumed_at, action)
         self.times = StageTimes()
-        self.failure: RunFailed | None = None  # of the actors or the evaluator
+        self.failure: RunFailed | None = None  # of the actors, the evaluator or a hook
+        self._finish = threading.Event()  # set by a hook
         self.news: Sequence[News] = ()  # everybody's, of the last `agree`
         self.in_a_round = False  # of an on-policy agent: blocks are made for the next update
         self._made = Counters()  # by this process's own actors since the last `agree`
@@ -65,8 +76,12 @@ class Stages:
         self._published: Published | None = None  # of the update in flight
         self._prioritized = _prioritized(parts.replay)
         self._acting_version = 0
+        self._taken_env_steps = 0  # when the weights that actors have, or get, were taken
+        self._given_env_steps = 0  # when those that they have were
         self._settles_early = not parts.takes_turns
         self.cut_episodes = 0  # by answers that were not finite
+        self.env_restarts = 0  # of environments that raised, within their actors
+        self.hooks = Hooks(parts.hooks, self._seen_by_hooks(), self._fail)
         if parts.resumed:
             self._resume(parts.resumed)
 
@@ -81,6 +96,7 @@ class Stages:
         wall_s = max((news.wall_s for news in self.news), default=self.count.wall_s)
         return (
             self.count.env_steps >= parts.total_env_steps
+            or any(news.finish for news in self.news)
             or (parts.stop_after_s is not None and wall_s >= parts.stop_after_s)
             or (
                 parts.stop_after_updates is not None
@@ -118,6 +134,9 @@ class Stages:
             while self._collected and not replay.has_enough:
                 rollout = self._collected.popleft()
                 replay.add(rollout)
+                self.metrics.actions(rollout.rows)
+                if self.hooks.wants("on_rollout"):
+                    self.hooks.call("on_rollout", rollout)
                 self._made.env_steps += rollout.env_steps
                 self._made.frames += rollout.frames
                 self._ended.extend(rollout.episodes)
@@ -142,6 +161,7 @@ class Stages:
             is_writing=is_writing,
             wall_s=self.wall_s,
             stop=self.stop.is_set(),
+            finish=self._finish.is_set(),
         )
         self._made, self._ended = Counters(), []
         with self.times.measure("wait_peers"):
@@ -150,6 +170,8 @@ class Stages:
             self.count.env_steps += news.env_steps
             self.count.frames += news.frames
             self.metrics.episodes(news.episodes)
+            if news.episodes:
+                self.hooks.call("on_episodes", news.episodes)
 
     def learn(self) -> None:
         """Starts one update if all quotas allow it, then ends the one before it."""
@@ -164,7 +186,8 @@ class Stages:
             sample = replay.sample(learner.batch_size)
         with self.times.measure("learner_put"):
             made = np.full(learner.batch_size, self.count.env_steps % 2**32, np.uint32)
-            batch = learner.put(replace(sample.batch, env_steps=made))
+            changing = self._scheduled()
+            batch = learner.put(replace(sample.batch, env_steps=made, scheduled=changing))
         self.metrics.record("learner/device_busy", float(learner.is_busy))
         if learner.updates == self.first_update:
             log.info("learning begins; the update is compiled first")
@@ -181,26 +204,49 @@ class Stages:
             has_ended=partial(learner.has_ended, output),
             batch=sample.batch,
         )
-        if on_policy or learner.updates % learner.publish_every_updates == 0:
+        if on_policy or self._publishing_is_due():
             with self.times.measure("publish"):
-                self._published = learner.publish()
+                self._published = self._take_weights()
         if on_policy:  # the next round is made with these weights
             self.settle()
         age = learner.updates - sample.weights_version.mean()
         self.metrics.record_all(output.metrics)
+        self.metrics.record_all(_spread_of(sample.batch.importance))
         self.metrics.record("replay/age_updates", age)
         self.metrics.record("weights/age_updates", learner.updates - self._acting_version)
+        self.metrics.record("weights/age_env_steps", self.count.env_steps - self._given_env_steps)
+        self.hooks.call("on_update", output.metrics)
 
     # --- details ---------------------------------------------------------------------------------
 
+    def _scheduled(self) -> dict[str, np.ndarray] | None:
+        """The scheduled settings of now, for a batch; each is a metric, too."""
+        now = {"env_steps": self.count.env_steps, "updates": self.parts.learner.updates}
+        schedules, size = self.parts.schedules, self.parts.learner.batch_size
+        values = scheduled(schedules, size, **now, seconds=self.wall_s)
+        for path, value in (values or {}).items():
+            self.metrics.record(f"schedule/{GROUP}{path}", value[0])
+        return values
+
     def _collect(self, wait_s: float) -> None:
         """Takes what has arrived from the pool, or what comes first within `wait_s`."""
+        pool = self.parts.pool
         with self.left_to_the_end():
-            self._collected.extend(self.parts.pool.collect(wait_s, self.parts.learner.updates))
+            self._collected.extend(pool.collect(wait_s, self.parts.learner.updates))
+        if self.hooks.wants("on_actor_replaced") and isinstance(pool, Replaces):
+            for each in pool.replaced():
+                self.hooks.call("on_actor_replaced", each)
 
     def note_cuts(self, cuts: Iterable[Cut]) -> None:
-        """Keeps answers that were not finite; raises NonFiniteAnswer unless those are left out."""
+        """Keeps answers that were not finite; raises NonFiniteAnswer unless those are left out.
+
+        Environments that raised, and were opened anew, are told and counted.
+        """
         for cut in cuts:
+            if cut.reopened:
+                self.env_restarts += 1
+                log.warning("an environment was opened anew: %s", cut)
+                continue
             self.cut_episodes += 1
             path = nonfinite.keep_answer(self.parts.output_dir, cut)
             if self.parts.learner.on_nonfinite == "stop":
@@ -235,10 +281,23 @@ class Stages:
 
     def publish(self, published: Published | None = None) -> None:
         """Gives the actors these weights, or those of now; waits for the update that makes them."""
-        published = published or self.parts.learner.publish()
+        if published is None:
+            published = self._take_weights()
         with self.times.measure("publish"):
             self.parts.pool.publish(published.weights(), self.count.env_steps)
         self._acting_version = published.version
+        self._given_env_steps = self._taken_env_steps
+
+    def _publishing_is_due(self) -> bool:
+        return self.parts.learner.publishes(
+            updates=self.parts.learner.updates,
+            env_steps=self.count.env_steps,
+            published_env_steps=self._taken_env_steps,
+        )
+
+    def _take_weights(self) -> Published:
+        self._taken_env_steps = self.count.env_steps
+        return self.parts.learner.publish()
 
     def unsettled(self) -> dict[str, Any]:
         """Priorities that the replay has not got yet, for a checkpoint; waits for their update."""
@@ -255,8 +314,16 @@ class Stages:
         try:
             yield
         except RunFailed as error:
-            self.failure = error
-            self.stop.set()
+            self._fail(error)
+
+    def raise_failure(self) -> None:
+        """Raises what failed in the stages or in a hook."""
+        if self.failure is not None:
+            raise self.failure
+
+    def _fail(self, error: RunFailed) -> None:
+        self.failure = error
+        self.stop.set()
 
     def _largest_importance(self, sample: Sample) -> float | None:
         """The largest importance of this process's share of the batch; None if it is alone."""
@@ -275,12 +342,21 @@ class Stages:
         if path is not None:
             log.warning("an update was left out: loss or gradients are not finite; see %s", path)
 
+    def _seen_by_hooks(self) -> HookedRun:
+        return HookedRun(
+            parts=self.parts,
+            count=self.count,
+            metrics=self.metrics,
+            clock_s=lambda: self.wall_s,
+            finishing=self._finish.set,
+        )
+
     def _resume(self, resumed: Restored) -> None:
         meta, saved = resumed.meta, resumed.replay_state or {}
-        self.count = Counters(
-            env_steps=meta["env_steps"], frames=meta["frames"], wall_s=meta["wall_s"]
-        )
+        for name in ("env_steps", "frames", "wall_s"):
+            setattr(self.count, name, meta[name])
         self.metrics.restore(meta["metrics"])
+        self.hooks.restore(meta.get("hooks", ()))
         if (pending := saved.get("pending_td")) is not None:
             self._in_flight = InFlight(
                 keys=saved["pending_keys"],

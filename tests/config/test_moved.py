@@ -101,6 +101,10 @@ def test_todays_settings_stay_as_they_are():
 
 
 def test_a_whole_run_of_an_earlier_rlx_keeps_its_programs():
-    assert moved.renewed({"total_env_steps": 5}) == {"total_env_steps": 5, "compile_cache": True}
+    added = {
+        **{"compile_cache": True, "hooks": [], "schedules": []},
+        **{"init_from": None, "init_params": ["*"]},
+    }
+    assert moved.renewed({"total_env_steps": 5}) == {"total_env_steps": 5, **added}
     off = {"total_env_steps": 5, "compile_cache": False}
-    assert moved.renewed(off) == off
+    assert moved.renewed(off) == {**added, **off}

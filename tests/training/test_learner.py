@@ -26,6 +26,7 @@ def learner(devices: int | None = 1, **changes) -> OpenLearner:
         "devices": devices,
         "memory_fraction": None,
         "publish_every_updates": 1,
+        "publish_every_env_steps": None,
         "on_nonfinite": "stop",
     }
     agent = changes.pop("agent", None) or parts.agent(target_period_updates=3)

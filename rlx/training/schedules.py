@@ -1,0 +1,159 @@
+"""Settings that change while a run trains: `schedules` (docs/configuration.md#schedules).
+
+A scheduled setting of the agent is an argument of the compiled update and no constant of it, so
+nothing is compiled again. Its values travel in the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Annotated, Any, Literal, get_args
+
+import jax
+import numpy as np
+
+from rlx.config.build import setting_hints
+from rlx.config.hints import choices, matches, split
+from rlx.interfaces import Agent, ReplayContext
+from rlx.problems import did_you_mean, first_line, refuse, show
+from rlx.replay.ring.block_spec import BlockSpec
+from rlx.types import Batch, Range, TrainState, UpdateOutput
+
+GROUP = "agent."  # whose settings may be scheduled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """One setting's values over the run; beyond the first and the last point they stay as there."""
+
+    setting: str  # its path in the configuration, such as agent.discount
+    over: Literal["env_steps", "updates", "seconds"]
+    points: list[tuple[Annotated[float, Range(ge=0)], float]]
+    between: Literal["linear", "step"]  # step: the value of the point before
+
+    def __post_init__(self) -> None:
+        places = [place for place, _ in self.points]
+        if not places or any(a >= b for a, b in pairwise(places)):
+            raise ValueError(
+                f"points={self.points}: give one or more pairs of {self.over} and a value, in "
+                f"ascending order of {self.over}."
+            )
+
+    def value(self, *, env_steps: int, updates: int, seconds: float) -> float:
+        """The setting's value now."""
+        now = {"env_steps": env_steps, "updates": updates, "seconds": seconds}[self.over]
+        places, values = zip(*self.points, strict=True)
+        if self.between == "linear":
+            return float(np.interp(now, places, values))
+        return float(values[max(0, int(np.searchsorted(places, now, side="right")) - 1)])
+
+    @property
+    def path(self) -> str:
+        """The setting's path within the agent."""
+        return self.setting.removeprefix(GROUP)
+
+
+def check_schedules(schedules: Sequence[Schedule], agent: Agent, context: ReplayContext) -> None:
+    """Raises ConfigError for a schedule that the agent's update cannot follow."""
+    for number, schedule in enumerate(schedules):
+        where = f"schedules.{number}"
+        if [other.setting for other in schedules].count(schedule.setting) > 1:
+            raise refuse(f"{where}.setting", "has two schedules", given=schedule.setting)
+        hint = _hint(agent, schedule, f"{where}.setting")
+        for _, value in schedule.points:
+            if not matches(value, *split(hint)):
+                says = f"{value:g} is no value of {schedule.setting}"
+                raise refuse(f"{where}.points", says, given=show(schedule.points))
+        try:
+            _trace(agent, [schedule], context)
+        except (jax.errors.JAXTypeError, TypeError, ValueError) as error:
+            says = f"decides how the update is compiled, so it cannot change ({first_line(error)})"
+            raise refuse(f"{where}.setting", says, given=schedule.setting) from error
+
+
+def _hint(agent: Agent, schedule: Schedule, where: str) -> Any:
+    """The type of a scheduled setting; raises ConfigError if it is no float of the agent."""
+    node: Any = agent
+    known = _floats(agent)
+    if not schedule.setting.startswith(GROUP) or schedule.path not in known:
+        names = [f"{GROUP}{name}" for name in known]
+        says = f"no number of the agent that can change; {did_you_mean(schedule.setting, names)}"
+        raise refuse(where, says, given=schedule.setting)
+    *parents, name = schedule.path.split(".")
+    for parent in parents:
+        node = getattr(node, parent)
+    hint = setting_hints(type(node))[name]
+    several = choices(hint) if get_args(split(hint)[0]) else [hint]
+    return next(kind for kind in several if split(kind)[0] is float)
+
+
+def _floats(node: Any, prefix: str = "") -> list[str]:
+    """The paths of an agent's settings that are floats now."""
+    found = []
+    for name in setting_hints(type(node)):
+        value = getattr(node, name)
+        if type(value) is float:
+            found.append(f"{prefix}{name}")
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            found += _floats(value, f"{prefix}{name}.")
+    return found
+
+
+def replace_settings(settings: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of frozen settings with other values at these paths, which are not checked again."""
+    own = {name: value for name, value in values.items() if "." not in name}
+    nested: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        first, dot, rest = path.partition(".")
+        if dot:
+            nested.setdefault(first, {})[rest] = value
+    made = object.__new__(type(settings))
+    for field in dataclasses.fields(settings):
+        value = own.get(field.name, getattr(settings, field.name))
+        if field.name in nested:
+            value = replace_settings(value, nested[field.name])
+        object.__setattr__(made, field.name, value)
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Following:
+    """The agent, whose update takes scheduled settings from the batch; else it is the same."""
+
+    agent: Agent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.agent, name)
+
+    def update(
+        self, state: TrainState, batch: Batch, *, axis_name: str | None = None
+    ) -> tuple[TrainState, UpdateOutput]:
+        """The agent's update with the batch's values of its scheduled settings."""
+        assert batch.scheduled is not None
+        values = {path: value[0] for path, value in batch.scheduled.items()}
+        agent: Agent = replace_settings(self.agent, values)
+        return agent.update(state, replace(batch, scheduled=None), axis_name=axis_name)
+
+
+def scheduled(schedules: Sequence[Schedule], size: int, **now: Any) -> dict[str, np.ndarray] | None:
+    """The values now, f32[size] by path, as a batch has them; None without schedules."""
+    if not schedules:
+        return None
+    return {s.path: np.full(size, s.value(**now), np.float32) for s in schedules}
+
+
+def _trace(agent: Agent, schedules: Sequence[Schedule], context: ReplayContext) -> None:
+    """Traces an update that follows the schedules, and computes nothing."""
+    spec = BlockSpec(sequence=context.sequence, row=context.row_spec, carry=context.carry_spec)
+    size = max(1, context.lanes)
+    batch = replace(
+        spec.buffers(size),
+        env_steps=np.zeros(size, np.uint32),
+        scheduled=scheduled(schedules, size, env_steps=0, updates=0, seconds=0.0),
+    )
+    update: Callable[..., Any] = Following(agent=agent).update
+    state = jax.eval_shape(lambda: agent.init(jax.random.PRNGKey(0)))
+    jax.eval_shape(update, state, batch)

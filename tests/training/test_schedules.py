@@ -1,0 +1,191 @@
+"""Settings of the agent that change while a run trains, and weights by env steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import rlx
+from rlx.acting.exploration import Piecewise
+from rlx.problems import ConfigError
+from rlx.runs.folders import read_rows
+from rlx.training.schedules import Following, Schedule, replace_settings
+from rlx.training.stages import Stages
+from tests import parts
+from tests.training.test_run import TINY, run
+
+
+def schedule(**changes: Any) -> Schedule:
+    given: dict[str, Any] = {
+        "setting": "agent.discount",
+        "over": "env_steps",
+        "points": [(100, 0.5), (200, 0.9), (400, 0.7)],
+        "between": "linear",
+    }
+    return Schedule(**given | changes)
+
+
+@pytest.mark.parametrize(
+    ("between", "values"),
+    [
+        ("linear", {0: 0.5, 100: 0.5, 150: 0.7, 200: 0.9, 300: 0.8, 400: 0.7, 999: 0.7}),
+        ("step", {0: 0.5, 100: 0.5, 199: 0.5, 200: 0.9, 399: 0.9, 400: 0.7, 999: 0.7}),
+    ],
+)
+def test_values_between_points(between, values):
+    made = schedule(between=between)
+    for now, value in values.items():
+        assert made.value(env_steps=now, updates=-1, seconds=-1.0) == pytest.approx(value)
+    of_updates, of_seconds = (dataclasses.replace(made, over=o) for o in ("updates", "seconds"))
+    assert of_updates.value(env_steps=-1, updates=200, seconds=-1.0) == pytest.approx(0.9)
+    assert of_seconds.value(env_steps=-1, updates=-1, seconds=200.0) == pytest.approx(0.9)
+
+
+def node(setting: str, points: str, over: str = "env_steps", between: str = "linear") -> str:
+    return f"{{setting:{setting},over:{over},points:{points},between:{between}}}"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (node("agent.discout", "[[0,0.5]]"), "did you mean agent.discount?"),
+        (node("agent.unroll", "[[0,8]]"), "schedules.0.setting=agent.unroll: no number of the ag"),
+        (node("replay.ratio", "[[0,8]]"), "schedules.0.setting=replay.ratio: no number of the ag"),
+        (node("agent.discount", "[[0,1.5]]"), "1.5 is no value of agent.discount"),
+        (node("agent.discount", "[[5,0.9],[5,0.8]]"), "in ascending order of env_steps"),
+        (node("agent.discount", "[]"), "give one or more pairs"),
+        (
+            node("agent.discount", "[[0,0.5]]", over="frames"),
+            "accepted: env_steps or updates or seconds",
+        ),
+        (node("agent.discount", "[[0,0.5,1]]"), "schedules.0.points"),
+        ("{setting:agent.discount}", "schedules.0.points (command line): missing"),
+        (",".join([node("agent.discount", "[[0,0.9]]")] * 2), "has two schedules"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(given, says, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path, f"schedules=[{given}]")
+    assert says in str(caught.value)
+
+
+def test_a_setting_that_decides_how_the_update_is_compiled_is_refused(tmp_path):
+    given = [
+        "agent.optimizer.rule=rmsprop",
+        f"schedules=[{node('agent.optimizer.b1', '[[0,0.5]]')}]",
+    ]
+    with pytest.raises(ConfigError, match="b1: decides how the update is compiled, so it cannot"):
+        run(tmp_path, *given)
+
+
+def test_an_update_that_follows_is_that_of_an_agent_with_the_value():
+    """A setting of the agent and one of its optimiser change at once."""
+    agent = parts.agent()
+    state, batch = parts.random_state(agent), parts.batch(agent, 4)
+    values = {"discount": 0.5, "optimizer.learning_rate": 3e-2}
+    told = {name: np.full(4, value, np.float32) for name, value in values.items()}
+    following = jax.jit(Following(agent=agent).update)(
+        state, dataclasses.replace(batch, scheduled=told)
+    )
+    fixed = parts.agent(discount=0.5, optimizer=parts.adam(learning_rate=3e-2))
+    expected = jax.jit(fixed.update)(state, batch)
+    for one, two in zip(jax.tree.leaves(following), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(two), rtol=2e-5, atol=1e-6)
+    plain = jax.jit(agent.update)(state, batch)[1].metrics["learner/loss"]
+    assert abs(float(plain) - float(expected[1].metrics["learner/loss"])) > 1e-4
+
+
+def test_replaced_settings_leave_the_others_and_what_was_computed_of_them():
+    agent = parts.agent()
+    assert agent.network.is_recurrent  # which is kept in it
+    made = replace_settings(agent, {"optimizer.learning_rate": 0.5})
+    assert (made.discount, made.optimizer.learning_rate) == (agent.discount, 0.5)
+    assert made.network is agent.network
+    assert agent.optimizer.learning_rate == 1e-3
+
+
+def test_a_run_follows_its_schedules_and_tells_their_values(tmp_path):
+    given = node("agent.optimizer.learning_rate", "[[0,0.001],[1200,0.0001]]")
+    by_updates = node("agent.discount", "[[0,0.9],[10,0.8]]", over="updates", between="step")
+    run(tmp_path, f"schedules=[{given},{by_updates}]")
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    for row in rows:
+        name = "schedule/agent.optimizer.learning_rate"
+        if row.get(name) is not None:
+            middle = row["env_steps"] - 100
+            assert row[name] == pytest.approx(1e-3 * (1 - 0.9 * middle / 1200), abs=1e-4)
+    assert rows[-1]["schedule/agent.discount"] == pytest.approx(0.8)
+    assert rows[0]["schedule/agent.discount"] > 0.8
+
+
+def test_a_schedule_that_stays_gives_what_a_constant_gives(tmp_path):
+    """Not the same bits: a constant is folded into the program that XLA makes."""
+    held = f"schedules=[{node('agent.discount', '[[0,0.9]]')}]"
+    for name, given in {"a": "agent.discount=0.9", "b": held}.items():
+        assert run(tmp_path / name, given, "stop_after_updates=1")["updates"] == 1
+    first, second = (rlx.load(tmp_path / n).restore().state.params for n in "ab")
+    for one, two in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(two), atol=2e-4)
+
+
+def test_exploration_goes_from_point_to_point():
+    made = Piecewise(points=[(0, 1.0), (100, 0.2), (300, 0.0)])
+    lane = np.arange(3)
+    for env_steps, amount in {0: 1.0, 50: 0.6, 100: 0.2, 200: 0.1, 300: 0.0, 999: 0.0}.items():
+        found = made.amount(lane, 3, env_steps)
+        np.testing.assert_allclose(found, [amount] * 3, rtol=1e-6)
+        assert found.dtype == np.float32
+    with pytest.raises(ValueError, match="ascending order of env steps"):
+        Piecewise(points=[(10, 1.0), (10, 0.5)])
+
+
+# --- weights by env steps ------------------------------------------------------------------------
+
+BY_ENV_STEPS = ["learner.publish_every_updates=null", "learner.publish_every_env_steps=200"]
+
+
+def test_weights_are_published_by_env_steps(tmp_path, monkeypatch):
+    published: list[tuple[int, int]] = []
+    publish = Stages.publish
+
+    def noted(self: Stages, given: Any = None) -> None:
+        publish(self, given)
+        published.append((self._given_env_steps, self._acting_version))
+
+    monkeypatch.setattr(Stages, "publish", noted)
+    run(tmp_path, *BY_ENV_STEPS)
+    env_steps = [at for at, _ in published]
+    assert env_steps[0] == 0
+    assert [at // 200 for at in env_steps] == sorted({at // 200 for at in env_steps})
+    assert len(published) >= 4  # of 1,200 env steps, the first ones without an update
+    versions = [version for _, version in published]
+    assert versions == sorted(set(versions))
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    ages = [row["weights/age_env_steps"] for row in rows if row["weights/age_env_steps"]]
+    assert ages
+    assert all(0 < age < 450 for age in ages)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["learner.publish_every_env_steps=200"], "one of them says when actors get new weights"),
+        (
+            ["learner.publish_every_updates=null"],
+            "publish_every_updates=null and publish_",
+        ),
+        (
+            [*BY_ENV_STEPS, "acting=threads", "acting.max_weight_age_updates=9"],
+            "weights are published by env steps",
+        ),
+    ],
+)
+def test_there_is_one_rule_for_publishing(given, says, tmp_path):
+    tiny = [s for s in TINY if not (s.startswith(("acting.", "learner.publish")))]
+    with pytest.raises(ConfigError) as caught:
+        rlx.run(rlx.compose([*tiny, "acting.envs_per_actor=4", *given]), tmp_path)
+    assert says in str(caught.value)
