@@ -23,7 +23,7 @@ from studies import Run, Study, written
 from rlx.statistics import summarize
 
 HERE = Path(__file__).resolve().parent
-STUDIES = ("value_agents", "policy_agents", "atari")
+STUDIES = ("value_agents", "policy_agents", "atari", "warm_start", "demonstrations")
 BEGIN, END = "<!-- made by claims.py -->", "<!-- until here -->"
 NAMES = ("claim", "command", "machine", "wall", "env steps", "seeds", "score", "commit", "more")
 SPEED = ("claim", "command", "machine", "figure", "date", "more")

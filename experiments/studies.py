@@ -45,6 +45,7 @@ METRIC = "evaluation/return_mean"
 COLUMNS = ("env_steps", "updates", "wall_s", "evaluation_return", "train_return")
 SEEDS = range(5)
 Variants = dict[str, list[str]]
+Key = tuple[str, str, int]  # task, variant, seed
 Points = Sequence[tuple[int, float]]  # (env steps, mean return)
 BEGIN, END = "<!-- made by study.py -->", "<!-- until here -->"
 HEADER = (
@@ -60,7 +61,8 @@ class Study:
 
     here: Path  # the folder of README.md, raw numbers and figures
     measured: str  # the commit that recorded the numbers, and its day
-    tasks: dict[str, Variants]  # task -> variant -> overrides of its run
+    # task -> variant -> overrides of its run; {folder} in one is the FOLDER, {seed} the run's seed
+    tasks: dict[str, Variants]
     goals: dict[str, float]  # of the tasks that have one
     figures: dict[str, Sequence[str]]  # tasks of each figure, by its file's name
     again: dict[str, str] = field(default_factory=dict)  # task/variant -> measured since then
@@ -71,11 +73,18 @@ class Study:
     evaluated: str = "evaluation.every_env_steps=10000"
     episodes: int = 20  # of an evaluation during training
     seeds: dict[str, int] = field(default_factory=dict)  # of the tasks that have others than SEEDS
+    # Tasks whose runs others begin with: they are trained first, in this order, and not drawn.
+    sources: dict[str, Variants] = field(default_factory=dict)
     goes_on: bool = False  # a run that was stopped goes on from its checkpoint, else it begins anew
 
     def seeds_of(self, task: str) -> range:
         """The seeds of a task's runs."""
         return range(self.seeds.get(task, len(SEEDS)))
+
+    @property
+    def everything(self) -> dict[str, Variants]:
+        """The tasks with those that they begin with, which come first."""
+        return {**self.sources, **self.tasks}
 
 
 def each(experiment: str, agents: Sequence[str], *more: str) -> Variants:
@@ -85,10 +94,8 @@ def each(experiment: str, agents: Sequence[str], *more: str) -> Variants:
 
 def train(study: Study, folder: Path, wanted: Sequence[str]) -> None:
     """Makes the runs that are not there yet, seed by seed."""
-    names = {
-        *study.tasks,
-        *(f"{task}/{variant}" for task in study.tasks for variant in study.tasks[task]),
-    }
+    every = study.everything
+    names = {*every, *(f"{task}/{variant}" for task in every for variant in every[task])}
     if unknown := set(wanted) - names:
         sys.exit(
             f"{', '.join(sorted(unknown))}: no such task; accepted: {', '.join(sorted(names))}"
@@ -97,19 +104,26 @@ def train(study: Study, folder: Path, wanted: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"{folder}: it cannot be made ({error.strerror}); give another folder")
+    for tasks in [*([task] for task in study.sources), list(study.tasks)]:
+        keys = [
+            (task, variant, seed)
+            for task in tasks
+            for seed in study.seeds_of(task)
+            for variant in every[task]
+            if not wanted or {task, f"{task}/{variant}"} & set(wanted)
+        ]
+        make_all(study, folder.resolve(), keys)
+
+
+def make_all(study: Study, folder: Path, keys: Sequence[Key]) -> None:
+    """Makes these runs, as many at a time as there are cores."""
     free = SimpleQueue[int]()
     cores = os.sched_getaffinity(0)
     for core in cores:
         free.put(core)
     started: set[subprocess.Popen[bytes]] = set()
     with ThreadPoolExecutor(len(cores)) as pool:
-        runs = [
-            pool.submit(make, study, folder, (task, variant, seed), free, started)
-            for task in study.tasks
-            for seed in study.seeds_of(task)
-            for variant in study.tasks[task]
-            if not wanted or {task, f"{task}/{variant}"} & set(wanted)
-        ]
+        runs = [pool.submit(make, study, folder, key, free, started) for key in keys]
         try:
             for run in as_completed(runs):
                 print(*(run.result() if run.exception() is None else [run.exception()]), flush=True)
@@ -120,9 +134,6 @@ def train(study: Study, folder: Path, wanted: Sequence[str]) -> None:
             raise
     if failed := sum(run.exception() is not None for run in runs):
         sys.exit(f"{failed} of {len(runs)} runs did not come to their end")
-
-
-Key = tuple[str, str, int]  # task, variant, seed
 
 
 def make(
@@ -142,7 +153,8 @@ def make(
         core = free.get()
         resumes = ["resume=auto"] if study.goes_on else ["checkpoint.replay=false"]
         where = [f"seed={key[2]}", f"hydra.run.dir={run}"]
-        command = [sys.executable, "-m", "rlx.train", *overrides(study, key), *resumes, *where]
+        given = overrides(study, folder, key)
+        command = [sys.executable, "-m", "rlx.train", *given, *resumes, *where]
         bind = partial(os.sched_setaffinity, 0, {core})
         try:
             with subprocess.Popen(command, preexec_fn=bind) as process:
@@ -171,15 +183,20 @@ def folder_of(folder: Path, key: Key) -> Path:
     return folder / task / variant.replace(" ", "_") / str(seed)
 
 
-def overrides(study: Study, key: Key) -> list[str]:
+def overrides(study: Study, folder: Path, key: Key) -> list[str]:
     """Returns what is learnt and how it is evaluated: the overrides that tell runs apart."""
     quiet = ["logging.console=off", f"evaluation.episodes={study.episodes}"]
-    return [*study.tasks[key[0]][key[1]], study.evaluated, *quiet]
+    task, variant, seed = key
+    named = {"{folder}": str(folder.resolve()), "{seed}": str(seed)}
+    own = study.everything[task][variant]
+    for name, value in named.items():
+        own = [text.replace(name, value) for text in own]
+    return [*own, study.evaluated, *quiet]
 
 
 def is_of(study: Study, run: Path, key: Key) -> bool:
     """True if the run was begun, and last resumed, with the study's own overrides."""
-    wanted = set(overrides(study, key))
+    wanted = set(overrides(study, run.parents[2], key))
     ours = ("resume=", "checkpoint.replay=", "seed=", "hydra.run.dir=")
     for file in run.glob(".hydra/**/overrides.yaml"):
         given = yaml.safe_load(file.read_text())

@@ -12,15 +12,16 @@ from typing import Annotated, Any, final
 import numpy as np
 
 from rlx import trees
-from rlx.interfaces import PrioritizedReplay, Replay, Ring
+from rlx.interfaces import ReplayContext, Ring
 from rlx.problems import Problem
 from rlx.replay.agreement import ring_clashes
 from rlx.replay.dataset import Dataset
+from rlx.replay.held import Begin, Keeping
 from rlx.replay.prefetch import SPARE
-from rlx.types import Batch, Blocks, Range, Rollout, Sample
+from rlx.replay.prioritized import Importance, Priorities, Prioritized
+from rlx.types import Batch, Blocks, Inline, Range, Rollout, Runtime, Sample
 
-SAVED = "demonstrations"  # of the state
-UNSHARDED = {"shards": None}  # of a replay that has no such setting
+SAVED = "demonstrations"  # of the settings and of the state
 
 
 @final
@@ -35,37 +36,47 @@ class Demonstrations:
         self,
         *,
         share: Annotated[float, Range(gt=0, lt=1)],
-        own: Replay,
         demonstrations: Dataset,
+        begin: Inline[Begin],
+        priorities: Inline[Priorities],
+        importance: Inline[Importance],
+        stratified: bool,
+        keeping: Inline[Keeping],
+        context: Runtime[ReplayContext],
     ) -> None:
         """Settings: conf/replay/demonstrations.yaml. Raises ValueError for what cannot work."""
-        if not hasattr(own, "buffers"):
-            raise ValueError(f"own: {type(own).__name__} cannot be drawn from into given arrays.")
-        self._share, self._own, self._recorded = share, own, demonstrations
-        self.ratio, self.min_env_steps = own.ratio, own.min_env_steps
-        self.min_sequences = own.min_sequences
+        self._share, self._recorded = share, demonstrations
+        self._own = Prioritized(
+            begin=begin,
+            priorities=priorities,
+            importance=importance,
+            stratified=stratified,
+            keeping=keeping,
+            context=context,
+        )
+        self.ratio, self.min_env_steps = begin.ratio, begin.min_env_steps
+        self.min_sequences = begin.min_sequences
         self._buffers: list[Batch] = []
         self._batch_size = 0  # of the buffers
 
     @staticmethod
     def clashes(settings: Mapping[str, Any]) -> list[Problem]:
-        """Both give their part of a batch when it is asked for."""
+        """Each part of a batch has a sequence, and is drawn when it is asked for."""
         replay, batch_size = settings["replay"], settings["learner"]["batch_size"]
         count = _of_the_record(replay["share"], batch_size)
-        found = []
+        found = ring_clashes(settings)
         if not 0 < count < batch_size:
             says = f"gives {count} of the {batch_size} sequences of a batch (learner.batch_size); "
             says += f"accepted: at least {1 / batch_size:.3g}, and less than 1"
             found.append(Problem(path="replay.share", given=f"{replay['share']:g}", says=says))
-        found += [
-            replace(problem, path=problem.path.replace("replay.", "replay.own."))
-            for problem in ring_clashes({**settings, "replay": {**UNSHARDED, **replay["own"]}})
-        ]
-        for name in ("own", "demonstrations"):
-            if ahead := replay[name].get("prefetch"):
+        if replay["storage"] == "device":
+            says = "a batch is put together in the host's memory; accepted: memory or mmap"
+            found.append(Problem(path="replay.storage", given="device", says=says))
+        ahead = {"replay.prefetch": replay, "replay.demonstrations.prefetch": replay[SAVED]}
+        for path, node in ahead.items():
+            if node["prefetch"]:
                 says = "both replays give their part when a batch is drawn; set it to 0"
-                path = f"replay.{name}.prefetch"
-                found.append(Problem(path=path, given=str(ahead), says=says))
+                found.append(Problem(path=path, given=str(node["prefetch"]), says=says))
         return found
 
     def add(self, rollout: Rollout) -> None:
@@ -81,8 +92,7 @@ class Demonstrations:
         count = _of_the_record(self._share, batch_size)
         own = batch_size - count
         whole = self._next_buffers(batch_size)
-        drawing: Any = self._own
-        mine = drawing.sample(own, buffers=trees.tree_map(lambda x: x[:own], whole))
+        mine = self._own.sample(own, buffers=trees.tree_map(lambda x: x[:own], whole))
         theirs = self._recorded.sample(count, buffers=trees.tree_map(lambda x: x[own:], whole))
         importance = np.concatenate([mine.batch.importance, theirs.batch.importance])
         return replace(
@@ -93,8 +103,7 @@ class Demonstrations:
 
     def _next_buffers(self, batch_size: int) -> Batch:
         if batch_size != self._batch_size:
-            own: Any = self._own
-            self._buffers = [own.buffers(batch_size) for _ in range(SPARE + 1)]
+            self._buffers = [self._own.buffers(batch_size) for _ in range(SPARE + 1)]
             self._batch_size = batch_size
         self._buffers.append(self._buffers.pop(0))
         return self._buffers[-1]
@@ -102,20 +111,13 @@ class Demonstrations:
     @property
     def needs_priorities(self) -> bool:
         """Says whether drawing from either depends on priorities."""
-        return self._own_has_priorities or self._recorded.needs_priorities
-
-    @property
-    def _own_has_priorities(self) -> bool:
-        return isinstance(self._own, PrioritizedReplay) and self._own.needs_priorities
+        return self._own.needs_priorities or self._recorded.needs_priorities
 
     def update_priorities(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         """Gives each replay the priorities f32[B, T] of its sequences."""
         recorded = keys < 0
-        if self._own_has_priorities:
-            own: Any = self._own
-            own.update_priorities(keys[~recorded], priorities[~recorded])
-        if self._recorded.needs_priorities:
-            self._recorded.update_priorities(-1 - keys[recorded], priorities[recorded])
+        self._own.update_priorities(keys[~recorded], priorities[~recorded])
+        self._recorded.update_priorities(-1 - keys[recorded], priorities[recorded])
 
     def state(self) -> dict[str, Any]:
         """All of both but the blocks."""

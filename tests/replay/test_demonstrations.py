@@ -16,7 +16,6 @@ from rlx.runs.folders import read_rows
 from rlx.training.assemble import build_agent, make_replay, replay_context
 from tests.training.test_run import TINY, run
 
-OWN = [s.replace("replay.", "replay.own.") if s.startswith("replay.") else s for s in TINY]
 BATCH = 8
 
 
@@ -30,7 +29,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(record: Path, *overrides: str) -> list[str]:
     own = ["replay=demonstrations", f"replay.demonstrations.path={record}"]
-    return [*OWN, *own, "replay.demonstrations.min_sequences=4", *overrides]
+    return [*TINY, *own, "replay.demonstrations.min_sequences=4", *overrides]
 
 
 @pytest.fixture
@@ -109,9 +108,10 @@ def test_a_share_that_gives_none_or_all_is_refused(share, size, record, tmp_path
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["replay.own.prefetch=1"], "replay.own.prefetch=1: both replays give their part"),
-        (["replay.own.where=process"], "replay"),
-        (["replay.own.min_env_steps=9999"], "replay.own.min_env_steps=9999: learning would never"),
+        (["replay.prefetch=1"], "replay.prefetch=1: both replays give their part"),
+        (["replay.storage=device"], "replay.storage=device: a batch is put together"),
+        (["replay.where=process"], "replay.where=process"),
+        (["replay.min_env_steps=9999"], "replay.min_env_steps=9999: learning would never"),
         (["replay.demonstrations.path=/nowhere"], "/nowhere"),
         (["replay.demonstrations.path=null"], "replay.demonstrations: set replay.path"),
         (["network.core.units=6"], "recorded with another environment, network or agent"),
@@ -123,9 +123,9 @@ def test_what_cannot_work_is_said_before_anything_starts(given, says, record, tm
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("own", ["prioritized", "uniform"])
-def test_a_run_learns_from_both_and_resumes(own, record, tmp_path):
-    more = [f"replay@replay.own={own}"]
+@pytest.mark.parametrize("exponent", [0.9, 0.0])
+def test_a_run_learns_from_both_and_resumes(exponent, record, tmp_path):
+    more = [f"replay.priority_exponent={exponent}"]
     first = rlx.run(rlx.compose(settings(record, *more)), tmp_path)
     assert first["updates"] > 0
     again = settings(record, *more, f"resume={tmp_path}", "total_env_steps=1600")
