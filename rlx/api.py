@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# What a run that is only loaded needs none of: hooks may be of packages that are not here.
+OF_TRAINING: Mapping[str, Any] = {"hooks": [], "schedules": []}
+
 __all__ = ["Loaded", "compose", "load", "make", "run"]
 
 
@@ -119,8 +122,11 @@ def start(settings: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
 
 def refuse_chance(settings: Mapping[str, Any]) -> None:
     """Raises ConfigError for settings that cannot give the same bits."""
-    from rlx.training.agreement import takes_turns
+    from rlx.training.agreement import by_clock, takes_turns
 
+    if by_clock(settings):
+        says = "a clock is never the same twice; schedule over env_steps or updates"
+        raise refuse("schedules", says, given="over: seconds")
     if not takes_turns(settings):
         says = "only acting=local gives the same bits; choose it, or deterministic=false"
         raise refuse("deterministic", says, given="true")
@@ -171,11 +177,11 @@ class Loaded:
     @cached_property
     def evaluated(self) -> EnvFamily:
         """The environment of the run's own evaluations: with what evaluation.env changes."""
-        from rlx.evaluation.elsewhere import families
+        from rlx.evaluation.elsewhere import changed
 
         settings = plain(self.cfg)
-        evaluation = build(settings["evaluation"], "evaluation")
-        return families(evaluation, settings["env"], self.family, self.agent.spec)[""]
+        own = settings["evaluation"]["env"]
+        return changed(settings["env"], own, self.family, self.agent.spec)
 
     @property
     def agent(self) -> Agent:
@@ -308,7 +314,7 @@ def load(run_dir: Path | str, *, allow: Sequence[str] = ()) -> Loaded:
     saved, settings = config_file(find_run(run_dir, "run")), settings_now(run_dir)
     xla.prepare(compile_cache=settings.get("compile_cache", True))
     refuse_modules(settings, str(saved), allow)
-    cfg = OmegaConf.create(settings)
+    cfg = OmegaConf.create({**settings, **OF_TRAINING})
     names = {key: str(saved) for key in map(str, cfg)}
     check(remember(cfg, Sources(names=names)))
     return Loaded(cfg=cfg, output_dir=Path(run_dir))

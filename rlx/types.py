@@ -63,7 +63,7 @@ Inline = Annotated[T, Gathered()]
 
 
 class AloneOnly:
-    """Marks a setting that needs a run with one learner process, unless it is null or false."""
+    """Marks a setting that needs a run with one learner process, unless it is null, false or {}."""
 
 
 class NamesModule:

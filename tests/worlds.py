@@ -109,14 +109,25 @@ class Flaky(gymnasium.Env):
     """Shows how many environments of its key have begun in this process, and its env steps.
 
     The n-th of them raises in its `fails[n - 1]`-th step (0: in its first reset; None: never);
-    those after the list never do. Episodes have `length` env steps of reward 1.
+    those after the list never do. Episodes have `length` env steps of reward 1. The openings with
+    the numbers of `refuses` raise: the first one is that of the spec.
     """
 
     action_space = spaces.Discrete(2)
     observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
     begun: ClassVar[Counter[str]] = Counter()
+    opened: ClassVar[Counter[str]] = Counter()
 
-    def __init__(self, key: str, fails: Sequence[int | None] = (), length: int = 5) -> None:
+    def __init__(
+        self,
+        key: str,
+        fails: Sequence[int | None] = (),
+        length: int = 5,
+        refuses: Sequence[int] = (),
+    ) -> None:
+        Flaky.opened[key] += 1
+        if Flaky.opened[key] in refuses:
+            raise OSError("the port is still in use")
         self.key, self.fails, self.length = key, fails, length
         self.number, self.total, self.seed = 0, 0, None
 

@@ -287,9 +287,8 @@ class InputTracker:
 
     def __init__(self, lanes: int, action: ActionSpec) -> None:
         self._all = np.arange(lanes, dtype=np.int32)
-        self._spec = action
+        self._spec, self._time = action, np.zeros(lanes, np.int32)
         self._action = np.full((lanes, *action.array.shape), action.none, action.array.dtype)
-        self._time = np.zeros(lanes, np.int32)
 
     def index(self, lane: np.ndarray) -> slice | np.ndarray:
         """The index of these lanes: a slice if it is all of them in order (much cheaper)."""
@@ -301,7 +300,7 @@ class InputTracker:
             observation=timestep.observation,
             reward=timestep.reward,
             first=timestep.first,
-            last_action=self._action[index],
+            last_action=self._action[index].copy(),  # the next one overwrites it
             last_time=self._time[index],
             action=self._spec,
             xp=np,
@@ -317,19 +316,17 @@ class InputTracker:
 class BlockWriter:
     """The open blocks of N lanes: rows [N, K, ...] and the carry before each block's first row.
 
-    A row is written in three parts: `open` with x_t, `decide` with a_t, `close` with r_{t+1} when
-    the environment has answered. As long as every call is for all lanes in order they keep pace,
-    and slices of whole rows are written, which is much cheaper than a place for each lane.
+    A row is written in three parts: `open` with x_t, `decide` with a_t, `close` with r_{t+1}. Lanes
+    keep pace while every call is for all of them in order; then slices are written, much cheaper.
     """
 
     def __init__(self, *, lanes: int, block_rows: int, row: Row, carry: Carry) -> None:
         self._lanes, self._block_rows = lanes, block_rows
-        self._row_spec, self._carry_spec = row, carry
-        self._all, self._none = np.arange(lanes), np.arange(0)
+        self._row_spec, self._carry_spec, self._all = row, carry, np.arange(lanes)
+        self._none = np.arange(0)
         self._keep_pace = True  # and then the first lane's number holds for all
-        self._filled = np.zeros(lanes, np.int64)  # rows closed in each lane's open block
+        self._filled, self._number = np.zeros((2, lanes), np.int64)  # rows closed; of open blocks
         self._is_open = np.zeros(lanes, bool)  # a row that no answer has closed
-        self._number = np.zeros(lanes, np.int64)
         self._version = np.full(lanes, -1, np.int64)
         self.nothing = trees.empty(row, 0, block_rows), trees.empty(carry, 0)  # no blocks
         self._renew()
@@ -436,15 +433,18 @@ def network_input(
 ) -> NetInput:
     """x_t of n lanes; where `first` bool[n], nothing before it counts.
 
-    reward: f32[n], of last_action [n, *], which was taken at last_time i32[n]. xp: the namespace
-    of the arrays, NumPy's or JAX's.
+    reward: f32[n], of last_action [n, *], which was taken at last_time i32[n]. xp: NumPy, or JAX's.
     """
-    every_element = first.reshape(*first.shape, *(1 for _ in action.array.shape))
-    none = np.asarray(action.none, action.array.dtype)
+    time = last_time + np.int32(1)
+    if xp is not np or np.count_nonzero(first):  # as in few answers
+        every_element = first.reshape(*first.shape, *(1 for _ in action.array.shape))
+        none = np.asarray(action.none, action.array.dtype)
+        last_action = xp.where(every_element, none, last_action)
+        reward, time = xp.where(first, np.float32(0), reward), xp.where(first, np.int32(0), time)
     return NetInput(
         observation=observation,
-        prev_action=xp.where(every_element, none, last_action),
-        prev_reward=xp.where(first, np.float32(0), reward),
-        time=xp.where(first, np.int32(0), last_time + np.int32(1)),
+        prev_action=last_action,
+        prev_reward=reward,
+        time=time,
         first=first,
     )

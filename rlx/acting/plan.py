@@ -60,12 +60,19 @@ class Plan:
         """Makes the lanes of one actor's life; raises EnvironmentFailed if they are of others."""
         seeds = self.seeds(index, chain)
         made = self.family_of(index).make(lanes=self.envs_per_actor, seeds=seeds)
-        if not same_spaces(made.spec, self.agent.spec):
+        try:
+            self.check_spaces(made.spec)
+        except EnvironmentFailed:
             made.close()
-            says = f"actor {index} has other observations or actions (env.per_actor) than the run: "
-            says += f"{spaces_of(made.spec)}, not {spaces_of(self.agent.spec)}"
-            raise EnvironmentFailed(made.spec.id, says)
+            raise
         return made
+
+    def check_spaces(self, spec: EnvSpec) -> None:
+        """Raises EnvironmentFailed for lanes that the agent cannot act in."""
+        if not same_spaces(spec, self.agent.spec):
+            says = "an actor has other observations or actions (env.per_actor) than the run: "
+            says += f"{spaces_of(spec)}, not {spaces_of(self.agent.spec)}"
+            raise EnvironmentFailed(spec.id, says)
 
     def policy(self, index: int, chain: int) -> Policy:
         return Policy(

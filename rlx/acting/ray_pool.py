@@ -258,7 +258,10 @@ def _env_arguments(plan: Plan) -> Arguments:
     """(index, chain) -> the keywords of `RemoteEnv`."""
     family = plan.family
     needs_jax = family.needs_jax if isinstance(family, ThinFamily) else True
-    packed = [pickled(plan.family_of(index)) for index in range(plan.instances)]
+    each = [plan.family_of(index) for index in range(plan.instances)]
+    for own in {str(own): own for own in each if own is not family}.values():
+        plan.check_spaces(own.spec())
+    packed = [pickled(own) for own in each]
     return lambda index, chain: {
         "family": packed[index],
         "seeds": plan.seeds(index, chain),

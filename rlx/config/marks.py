@@ -67,7 +67,7 @@ def refuse_modules(settings: Mapping[str, Any], source: str, named: Collection[s
     imported already, or lies in an allowed package, may be named, too.
     """
     problems = []
-    for found in marked(settings, NamesModule):
+    for found in (*marked(settings, NamesModule), *_of_evaluations(settings)):
         value = found.node[found.name]
         for given in map(str, value if isinstance(value, list) else [value]):
             module = given.rpartition(":")[0]
@@ -79,3 +79,26 @@ def refuse_modules(settings: Mapping[str, Any], source: str, named: Collection[s
                 problems.append(Problem(path=found.path, given=given, says=says, source=source))
     if problems:
         raise ConfigError(problems)
+
+
+def _of_evaluations(settings: Mapping[str, Any]) -> Iterator[Marked]:
+    """The modules that the environments of evaluations name, where they differ."""
+    evaluation, env = settings.get("evaluation"), settings.get("env")
+    if not isinstance(evaluation, dict) or not isinstance(env, dict):
+        return
+    changes = {"evaluation.env": evaluation.get("env")}
+    others = evaluation.get("others")
+    for name, other in others.items() if isinstance(others, dict) else ():
+        changes[f"evaluation.others.{name}.env"] = dict(other).get("env")
+    for path, change in changes.items():
+        if isinstance(change, dict) and change:
+            yield from _marked_in(merged(env, change), path, NamesModule)
+
+
+def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with these changes; mappings in both are merged in turn."""
+    found = dict(settings)
+    for name, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(found.get(name), Mapping)
+        found[name] = merged(found[name], value) if both else value
+    return found

@@ -31,6 +31,7 @@ class Actions:
         elif isinstance(spec, MultiDiscreteSpec):
             self._counts = np.asarray(spec.counts, np.uint32)
         self._start = np.asarray(start, self._dtype)
+        self._begins_at_0 = not self._start.any()
         if self._start.ndim:
             self._start = self._start.reshape(shape)
 
@@ -72,7 +73,7 @@ class Actions:
         action = action.astype(self._dtype)
         if isinstance(self._spec, BoxSpec):
             return action.clip(self._low, self._high)
-        return action + self._start if self._start.any() else action
+        return action if self._begins_at_0 else action + self._start
 
 
 def _within(bounds: Sequence[float], dtype: Any, inwards: float) -> np.ndarray:

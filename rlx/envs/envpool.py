@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import envpool
@@ -45,9 +45,10 @@ from rlx.envs.observations import (
     raw_spaces,
     select,
 )
-from rlx.envs.per_actor import chosen, per_actor_problems
+from rlx.envs.per_actor import chosen, per_actor_problems, replaced
 from rlx.problems import Problem
 from rlx.types import (
+    AloneOnly,
     Cut,
     EnvSpec,
     Episode,
@@ -88,7 +89,7 @@ class EnvPool:
     batch_size: Annotated[int, Range(ge=1)] | None
     threads: Annotated[int, Range(ge=0, le=1024)]
     options: dict[str, Any]
-    per_actor: dict[str, list[Any]]  # options -> an element for each actor
+    per_actor: Annotated[dict[str, list[Any]], AloneOnly()]  # options -> an element for each actor
     needs_jax: ClassVar[bool] = False
 
     def problems(self, *, lanes: int | None = None) -> list[str]:
@@ -140,8 +141,10 @@ class EnvPool:
 
     def of_actor(self, index: int, lanes: int) -> EnvPool:
         """The settings of one actor's lanes (a `per_actor.PerActor`)."""
+        if not self.per_actor:
+            return self
         own = self.options | chosen(self.per_actor, index)
-        return replace(self, options=own, per_actor={})
+        return replaced(self, options=own, per_actor={})
 
     def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> EnvPoolLanes:
         """`lanes` copies, seeded one by one (int32 each); `render` allows `render(lane)`.

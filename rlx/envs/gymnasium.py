@@ -35,10 +35,11 @@ from rlx.envs.observations import (
 )
 from rlx.envs.one_lane import REOPENED, OneLane
 from rlx.envs.opening import Opening, by_module, id_problems, made, open_lane
-from rlx.envs.per_actor import chosen, per_actor_problems
+from rlx.envs.per_actor import chosen, per_actor_problems, replaced
 from rlx.envs.true_episodes import TOLD, ToldEpisodes
 from rlx.problems import EnvironmentFailed
 from rlx.types import (
+    AloneOnly,
     Cut,
     EnvSpec,
     Episode,
@@ -87,7 +88,9 @@ class Gymnasium:
     frames_per_env_step: Annotated[int, Range(ge=1)] | None
     max_episode_steps: Annotated[int, Range(ge=1, le=2**31 - 1)] | None
     restarts: Annotated[int, Range(ge=0)]  # of a lane that fails, without an episode that ends
-    per_actor: dict[str, list[Any]]  # keywords of the constructor -> an element for each actor
+    per_actor: Annotated[
+        dict[str, list[Any]], AloneOnly()
+    ]  # keywords of the constructor -> an element for each actor
 
     def problems(self, *, lanes: int | None = None) -> list[str]:
         """Says what is wrong with the settings, a line each; allocates no environment."""
@@ -129,8 +132,10 @@ class Gymnasium:
 
     def of_actor(self, index: int, lanes: int) -> Gymnasium:
         """The settings of one actor's lanes (a `per_actor.PerActor`)."""
+        if not self.per_actor:
+            return self
         own = self.kwargs | chosen(self.per_actor, index)
-        return replace(self, kwargs=own, per_actor={})
+        return replaced(self, kwargs=own, per_actor={})
 
     def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> GymnasiumLanes:
         """`lanes` copies, seeded one by one (int32 each); `render` allows `render(lane)`."""

@@ -24,7 +24,7 @@ def lane_index(lane: np.ndarray, every: np.ndarray) -> slice | np.ndarray:
 
     NumPy indexes by both several times faster than by int32.
     """
-    if len(lane) == len(every) and (lane == every).all():
+    if len(lane) == len(every) and lane.tobytes() == every.tobytes():  # a tenth of `==`'s time
         return slice(None)
     return lane.astype(np.intp)
 
@@ -66,7 +66,7 @@ class EpisodeCounter:
         """
         self._return[index] += reward
         self._env_steps[index] += ~first
-        if ended.any():
+        if np.count_nonzero(ended):
             self.end(lane[ended])
 
     def end(self, lane: np.ndarray) -> None:

@@ -95,8 +95,8 @@ class OneLane:
             self._reopened += 1
             with suppress(Exception):  # it is broken
                 self._env.close()
-            self._env, self._beneath = self._reopen()
             try:
+                self._env, self._beneath = self._call("open", self._reopen)
                 seed = spawn_int(self._seed, "opened anew", self._reopened)
                 return self._reset(seed), {REOPENED: first.says}
             except EnvironmentFailed as again:

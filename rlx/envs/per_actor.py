@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from rlx.interfaces import EnvFamily
 
@@ -14,6 +15,20 @@ class PerActor(Protocol):
 
     def of_actor(self, index: int, lanes: int) -> EnvFamily:
         """The family of the lanes index * lanes .. of the run."""
+
+
+F = TypeVar("F")
+
+
+def replaced(settings: F, /, **changes: Any) -> F:
+    """A copy of a family with other settings, and with all that was noted beside them."""
+    own: Any = settings
+    made: F = dataclasses.replace(own, **changes)
+    known = {field.name for field in dataclasses.fields(own)}
+    for name, value in vars(settings).items():
+        if name not in known:
+            object.__setattr__(made, name, value)
+    return made
 
 
 def chosen(per_actor: Mapping[str, list[Any]], actor: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Protocol, runtime_checkable
@@ -11,6 +12,7 @@ import numpy as np
 
 from rlx.envs.lanes import check_lane, check_lanes_and_seeds
 from rlx.envs.observations import RawSpaces
+from rlx.envs.per_actor import PerActor, replaced
 from rlx.interfaces import CheckedFamily, EnvFamily, Outward, ThinFamily
 from rlx.problems import Problem, first_line
 from rlx.types import Cut, EnvSpec, Episode, NamesModule, Timestep
@@ -38,7 +40,7 @@ class Tasks:
     def tasks(self) -> Mapping[str, EnvFamily]:
         """The family of each task by its id (a SeveralTasks)."""
         own: Any = self.family
-        return {each: replace(own, id=each) for each in self.ids}
+        return {each: replaced(own, id=each) for each in self.ids}
 
     @property
     def needs_jax(self) -> bool:
@@ -103,20 +105,23 @@ class Tasks:
 
     def of_actor(self, index: int, lanes: int) -> Tasks:
         """The settings of one actor's lanes (a `per_actor.PerActor`)."""
-        return replace(self, first_lane=index * lanes)
+        own = self.family
+        family = own.of_actor(index, lanes) if isinstance(own, PerActor) else own
+        return replaced(self, first_lane=index * lanes, family=family)
 
     def make(self, *, lanes: int, seeds: Sequence[int], render: bool = False) -> TaskLanes:
         """`lanes` environments, seeded one by one (int32 each)."""
         checked = np.array(check_lanes_and_seeds(lanes, seeds))
         task_of = (self.first_lane + np.arange(lanes)) % len(self.ids)
         parts, spec = [], self.spec()
-        for number, (name, own) in enumerate(self.tasks().items()):
-            at = np.flatnonzero(task_of == number)
-            if not len(at):
-                continue
-            given: dict[str, Any] = {"render": True} if render else {}
-            env = own.make(lanes=len(at), seeds=checked[at].tolist(), **given)
-            parts.append(Part(task=name, env=env, lanes=at))
+        given: dict[str, Any] = {"render": True} if render else {}
+        with ExitStack() as undo:
+            for number, (name, own) in enumerate(self.tasks().items()):
+                if len(at := np.flatnonzero(task_of == number)):
+                    env = own.make(lanes=len(at), seeds=checked[at].tolist(), **given)
+                    undo.callback(env.close)
+                    parts.append(Part(task=name, env=env, lanes=at))
+            undo.pop_all()
         return TaskLanes(parts, spec)
 
 
@@ -212,8 +217,9 @@ class TaskLanes:
 
     def close(self) -> None:
         """Ends the environments of all tasks."""
-        for part in self._parts:
-            part.env.close()
+        with ExitStack() as ends:  # all of them, whatever one may raise
+            for part in self._parts:
+                ends.callback(part.env.close)
 
 
 def _in_order(answer: Timestep) -> Timestep:

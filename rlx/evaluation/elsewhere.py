@@ -9,6 +9,7 @@ from typing import Any
 
 from rlx.acting.plan import same_spaces, spaces_of
 from rlx.config.build import build
+from rlx.config.marks import merged
 from rlx.evaluation.playing import Evaluation
 from rlx.interfaces import EnvFamily
 from rlx.problems import ConfigError, refuse
@@ -24,21 +25,21 @@ def families(
 
     env: the settings of the group; training: the family that they made, and spec its own.
     """
-    found = {"": _changed(env, evaluation.env, training, spec, "evaluation.env")}
+    found = {"": changed(env, evaluation.env, training, spec)}
     for name, other in evaluation.others.items():
         where = f"evaluation.others.{name}"
         if not re.fullmatch(r"\w+", name):
             raise refuse(where, "a name of letters, digits and _ is needed", given=name)
-        found[name] = _changed(env, other.env, training, spec, f"{where}.env")
+        found[name] = changed(env, other.env, training, spec, f"{where}.env")
     return found
 
 
-def _changed(
+def changed(
     env: Mapping[str, Any],
     changes: Mapping[str, Any],
     training: EnvFamily,
     spec: EnvSpec,
-    where: str,
+    where: str = "evaluation.env",
 ) -> EnvFamily:
     """The family of changed settings, or the training's where nothing changes."""
     if not changes:
@@ -59,12 +60,3 @@ def _changed(
 def _named(problem: Any, where: str) -> Any:
     path = problem.path
     return replace(problem, path=f"{where}{path[3:]}" if path.startswith("env") else where)
-
-
-def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with these changes; mappings in both are merged in turn."""
-    found = dict(settings)
-    for name, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(found.get(name), Mapping)
-        found[name] = merged(found[name], value) if both else value
-    return found

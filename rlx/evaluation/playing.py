@@ -328,7 +328,7 @@ def evaluate(
     )
     returns = [episode.return_ for episode in finished]
     return {
-        "env_id": agent.spec.id,
+        "env_id": str(getattr(family, "id", agent.spec.id)),
         "seed": seed,
         "epsilon": epsilon,
         "envs": min(lanes, episodes),

@@ -20,7 +20,7 @@ from rlx.networks.cores import Core, initial_frames, stack_frames
 from rlx.networks.heads import Head
 from rlx.networks.layers import orthogonal
 from rlx.networks.torsos import Torso
-from rlx.trees import check_patterns, matches_any
+from rlx.trees import matches_any
 from rlx.types import Array, Carry, EnvSpec, NetInput, Params, Range, Runtime
 
 
@@ -144,7 +144,6 @@ class RecurrentNetwork:
         stacked, _ = self.stack_frames(row, carry)
         whole = _Whole(settings=self, heads=dict(heads))
         params = whole.init(key, stacked, carry.core, further)["params"]
-        check_patterns(self.frozen, trees.flatten(params), "network.frozen")
         if not self.orthogonal:
             return params
         body = {name: part for name, part in params.items() if name not in heads}

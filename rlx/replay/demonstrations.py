@@ -19,6 +19,7 @@ from rlx.replay.dataset import Dataset
 from rlx.replay.held import Begin, Keeping
 from rlx.replay.prefetch import SPARE
 from rlx.replay.prioritized import Importance, Priorities, Prioritized
+from rlx.seeding import spawn_int
 from rlx.types import Batch, Blocks, Inline, Range, Rollout, Runtime, Sample
 
 SAVED = "demonstrations"  # of the settings and of the state
@@ -52,7 +53,8 @@ class Demonstrations:
             importance=importance,
             stratified=stratified,
             keeping=keeping,
-            context=context,
+            # Other draws than those of the record, which has the run's own seed.
+            context=replace(context, seed=spawn_int(context.seed, "beside demonstrations")),
         )
         self.ratio, self.min_env_steps = begin.ratio, begin.min_env_steps
         self.min_sequences = begin.min_sequences
@@ -82,6 +84,7 @@ class Demonstrations:
     def add(self, rollout: Rollout) -> None:
         """Adds what the run's actors made."""
         self._own.add(rollout)
+        self._recorded.add(rollout)  # which only counts: its importance may be annealed
 
     def sample(self, batch_size: int) -> Sample:
         """A batch whose first sequences are the run's own; keys of demonstrations are negative.

@@ -332,7 +332,8 @@ class _Mean:
         ready, self.pending = self.pending[:oldest], self.pending[oldest:]
         if ready and _is_elsewhere(ready[0]):
             for value in ready:
-                value.copy_to_host_async()
+                if hasattr(value, "copy_to_host_async"):
+                    value.copy_to_host_async()
         for value in ready:
             if math.isfinite(number := as_float(value)):
                 self.total += number

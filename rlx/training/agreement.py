@@ -29,3 +29,8 @@ def takes_turns(settings: Mapping[str, Any]) -> bool:
     """Says whether acting takes turns with learning, in this process."""
     cls, _ = resolve(settings["acting"]["_target_"])
     return isinstance(cls, TakesTurns) and cls.takes_turns
+
+
+def by_clock(settings: Mapping[str, Any]) -> bool:
+    """Says whether a setting changes by seconds, which no repeated run has alike."""
+    return any(each.get("over") == "seconds" for each in settings["schedules"])

@@ -52,7 +52,7 @@ from rlx.training.quota import Quota
 from rlx.training.rates import idle_ends
 from rlx.training.restoring import Restored, check_total, restore_learner, restore_replay
 from rlx.training.rounds import blocks_of_a_round
-from rlx.training.schedules import Following, Schedule, check_schedules
+from rlx.training.schedules import Schedule, check_schedules, following
 from rlx.training.shares import share_checkpoint, share_exploration, share_folder, share_seed
 from rlx.training.warm_start import warm
 from rlx.types import DiscreteSpec, EnvSpec, Rollout
@@ -94,8 +94,7 @@ def assemble(
     family, agent = build_agent(settings)
     _check_agent(settings, agent, exploration, peers)
     evaluated = families(evaluation, settings["env"], family, agent.spec)
-    schedules = make_schedules(settings["schedules"])
-    learner = _open_learner(settings, Following(agent=agent) if schedules else agent)
+    learner = _open_learner(settings, agent, schedules := make_schedules(settings["schedules"]))
     resumed = restore_learner(output_dir, learner, peers, checkpoint.replay) if resume else None
     _go_on_or_begin_warm(learner, settings, resumed)
     context = RunContext(
@@ -108,7 +107,7 @@ def assemble(
         round_blocks=blocks_of_a_round(settings, agent),
     )
     given = replay_context(agent, settings["env"], _lanes_of(acting), context.seed, learner.devices)
-    check_schedules(schedules, agent, given)
+    check_schedules(schedules, agent, given, learner.batch_size // len(learner.devices))
     with ExitStack() as undo:  # closes what there is, if something cannot be had
         replay = _open_replay(settings["replay"], given, learner, resumed, peers)
         undo.callback(replay.close)
@@ -116,7 +115,8 @@ def assemble(
         undo.callback(pool.close, CLOSE_S)
         evaluator = _build_evaluator(settings, evaluation, evaluated, context, peers)
         undo.callback(evaluator.close if evaluator else lambda: None)
-        hooks = make_hooks(settings["hooks"], context.seed)
+        quota = _make_quota(replay, pool, learner, agent, resumed)
+        hooks = make_hooks(settings["hooks"], context.seed, undo)
         undo.pop_all()
     return Parts(
         **{name: settings[name] for name in AS_GIVEN},
@@ -128,7 +128,7 @@ def assemble(
         pool=pool,
         takes_turns=takes_turns(settings),
         replay=replay,
-        quota=_make_quota(replay, pool, learner, agent, resumed),
+        quota=quota,
         learner=learner,
         evaluation=evaluation,
         evaluated=evaluated,
@@ -167,10 +167,17 @@ def _go_on_or_begin_warm(
         learner.restore(warm(learner.state(), folder, settings["init_params"]))
 
 
-def make_hooks(nodes: Sequence[Mapping[str, Any]], seed: int) -> list[Any]:
-    """The hooks of a run, in their order; each may take `seed: Runtime[int]`."""
-    calls = [prepare(node, object, f"hooks.{number}") for number, node in enumerate(nodes)]
-    return [call.make({"seed": seed}) for call in calls]
+def make_hooks(nodes: Sequence[Mapping[str, Any]], seed: int, undo: ExitStack) -> list[Any]:
+    """The hooks of a run, in their order; each may take `seed: Runtime[int]`.
+
+    undo: is told how to close them.
+    """
+    hooks = []
+    for number, node in enumerate(nodes):
+        hook = prepare(node, object, f"hooks.{number}").make({"seed": seed})
+        undo.callback(getattr(hook, "close", lambda: None))
+        hooks.append(hook)
+    return hooks
 
 
 def _opened(group: str, open_: Callable[..., T], *given: Any) -> T:
@@ -181,9 +188,12 @@ def _opened(group: str, open_: Callable[..., T], *given: Any) -> T:
         raise refuse(group, str(error)) from error
 
 
-def _open_learner(settings: Mapping[str, Any], agent: Agent) -> OpenLearner:
+def _open_learner(
+    settings: Mapping[str, Any], agent: Agent, schedules: Sequence[Schedule]
+) -> OpenLearner:
     opening: Learner = build(settings["learner"], "learner")
-    return _opened("learner", opening.open, agent, settings["seed"])
+    update = following(agent) if schedules else None
+    return _opened("learner", opening.open, agent, settings["seed"], update)
 
 
 def _open_replay(
@@ -276,7 +286,7 @@ def _check_agent(
     """Refuses what cannot work, and says what a user may not expect."""
     for line in agent.spec.said:
         log.info("%s", line)
-    _check_network(agent)
+    _check_network(agent, settings["network"].get("frozen", ()))
     acting = settings["acting"]
     lanes = acting["instances"] * acting["envs_per_actor"] * peers.count
     _check_exploration(settings, agent, exploration, lanes)
@@ -309,12 +319,21 @@ def _check_exploration(
         )
 
 
-def _check_network(agent: Agent) -> None:
-    """Traces the network, which reads shapes that its constructor does not, and weighs it."""
+def _check_network(agent: Agent, frozen: Sequence[str]) -> None:
+    """Traces the network, which reads shapes that its constructor does not, and weighs it.
+
+    frozen: patterns of names within one body, of which an agent may have several.
+    """
     try:
         state = jax.eval_shape(lambda: agent.init(jax.random.PRNGKey(0)))
     except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise refuse("network", str(error).splitlines()[0]) from error
+    parts = [name.split("/") for name in trees.flatten(state.params)]
+    names = ["/".join(part[start:]) for start in range(3) for part in parts if part[start:]]
+    try:
+        trees.check_patterns(frozen, names, "network.frozen")
+    except ValueError as error:
+        raise refuse("network.frozen", str(error).partition(": ")[2]) from error
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or available_bytes()

@@ -29,7 +29,7 @@ import numpy as np
 
 from rlx.problems import Problem
 from rlx.runs.folders import is_number
-from rlx.training.agreement import takes_turns
+from rlx.training.agreement import by_clock, takes_turns
 from rlx.training.checkpoint_files import (
     BEST,
     DISCARDED,
@@ -76,6 +76,9 @@ class Checkpoint:
         if not (takes_turns(settings) and checkpoint["replay"]):
             says = "the same bits need acting=local and checkpoint.replay=true; set both"
             return [Problem(path="checkpoint.exact", given="true", says=says)]
+        if by_clock(settings):
+            says = "a clock is never the same twice; schedule over env_steps or updates"
+            return [Problem(path="schedules", given="over: seconds", says=says)]
         if prefetch:
             says = "a thread draws when it can, which is never the same twice; set it to 0"
             return [Problem(path="replay.prefetch", given=str(prefetch), says=says)]

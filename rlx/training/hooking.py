@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import jax
+
 from rlx.cluster.faults import Replaced
+from rlx.config.documents import parse_json
 from rlx.config.targets import full_name
 from rlx.problems import RunFailed, first_line
+from rlx.runs.files import as_float
 from rlx.runs.metrics import NAMES, Metrics
 from rlx.training.hooks import POINTS, Run
 from rlx.training.parts import Counters, Parts
@@ -19,15 +23,21 @@ from rlx.types import Params
 
 log = logging.getLogger(__name__)
 
+MOST_STATE = 1_000_000  # characters of a hook's state
 OWN_GROUPS = frozenset(name.partition("/")[0] for name in NAMES if "/" in name) | {
     *("schedule", "task", "time"),
 }
 
 
 class HookFailed(RunFailed):
-    """A hook that raised; what was learnt is well."""
+    """A hook that raised; what was learnt is well.
 
-    is_worth_saving = True
+    One that raised in `restore` is not saved: the checkpoint has what it could not take.
+    """
+
+    def __init__(self, says: str, *, is_worth_saving: bool = True) -> None:
+        super().__init__(says)
+        self.is_worth_saving = is_worth_saving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +82,8 @@ class HookedRun:
                 f"{name!r}: a metric of your own is 'group/name', and the group is none of "
                 f"{', '.join(sorted(OWN_GROUPS))}"
             )
+        if not isinstance(value, jax.Array):  # which nobody overwrites
+            value = as_float(value)
         self.metrics.record(name, value)
 
     def params(self) -> Params:
@@ -99,6 +111,7 @@ class Hooks:
     ) -> None:
         self._hooks, self._run, self._failed = hooks, run, failed
         self._is_over = False
+        self._saved: dict[int, dict[str, Any]] = {}  # the last good state of each hook
         self._of = {point: _told_of(point, hooks) for point in POINTS}
 
     def wants(self, point: str) -> bool:
@@ -117,17 +130,15 @@ class Hooks:
 
     def states(self) -> list[dict[str, Any]]:
         """Returns what a checkpoint keeps of each hook."""
-        found = []
         for number, hook in enumerate(self._hooks):
-            state: Mapping[str, Any] = {}
             try:
-                state = dict(hook.state()) if hasattr(type(hook), "state") else {}
-                json.dumps(state)
+                self._saved[number] = _state_of(hook)
             except Exception as error:
-                state = {}
                 self._end(number, hook, "state", error)
-            found.append({"hook": full_name(type(hook)), "state": state})
-        return found
+        return [
+            {"hook": full_name(type(hook)), "state": self._saved.get(number, {})}
+            for number, hook in enumerate(self._hooks)
+        ]
 
     def restore(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Gives the hooks what a checkpoint has of them, by their place in the list."""
@@ -135,6 +146,7 @@ class Hooks:
             before = saved[number] if number < len(saved) else {}
             if before.get("hook") != full_name(type(hook)) or not before.get("state"):
                 continue
+            self._saved[number] = dict(before["state"])
             try:
                 hook.restore(before["state"])
             except Exception as error:
@@ -146,7 +158,19 @@ class Hooks:
         self._is_over = True
         says = f"hooks.{number} ({full_name(type(hook))}) raised {type(error).__name__} in {point}"
         log.error("%s", says, exc_info=error)
-        self._failed(HookFailed(f"{says}: {first_line(error)}"))
+        worth = point != "restore"
+        self._failed(HookFailed(f"{says}: {first_line(error)}", is_worth_saving=worth))
+
+
+def _state_of(hook: Any) -> dict[str, Any]:
+    """The state of a hook; raises TypeError or ValueError for what a checkpoint cannot keep."""
+    state = dict(hook.state()) if hasattr(type(hook), "state") else {}
+    text = json.dumps(state, allow_nan=False)
+    if parse_json(text.encode()) != state:
+        raise TypeError("state() is not what JSON gives back; use strings as keys, and lists")
+    if len(text) > MOST_STATE:
+        raise ValueError(f"state() has {len(text):,} characters; at most {MOST_STATE:,} are kept")
+    return state
 
 
 def _told_of(point: str, hooks: Sequence[Any]) -> list[tuple[int, Any]]:

@@ -31,6 +31,8 @@ from rlx.types import (
     Weights,
 )
 
+Update = Callable[..., tuple[TrainState, UpdateOutput]]
+
 AXIS = "devices"
 FINITE = "learner/finite"  # share of the updates
 
@@ -92,15 +94,18 @@ class Learner:
         every = self.publish_every_env_steps
         return env_steps // every != published_env_steps // every
 
-    def open(self, agent: Agent, seed: int) -> OpenLearner:
-        """The learner of an agent; raises ValueError for devices that are not there."""
-        return OpenLearner(self, agent, seed)
+    def open(self, agent: Agent, seed: int, update: Update | None = None) -> OpenLearner:
+        """The learner of an agent; raises ValueError for devices that are not there.
+
+        update: in the place of the agent's own, with the same arguments.
+        """
+        return OpenLearner(self, agent, seed, update or agent.update)
 
 
 class OpenLearner:
     """Updates of one agent over 1 .. n local devices, each with an equal share of the batch."""
 
-    def __init__(self, settings: Learner, agent: Agent, seed: int) -> None:
+    def __init__(self, settings: Learner, agent: Agent, seed: int, update: Update) -> None:
         """Raises ValueError for devices that are not there.
 
         settings.batch_size is of this process; all processes share the gradients.
@@ -118,7 +123,7 @@ class OpenLearner:
         mesh = Mesh(np.array(self._devices), (AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         self._update = jax.pmap(
-            functools.partial(_guarded, agent.update),
+            functools.partial(_guarded, update),
             axis_name=AXIS,
             donate_argnums=0,
             devices=everywhere,  # of all processes together

@@ -37,11 +37,20 @@ def check_meta(restored: Restored) -> Restored:
     if not wrong:
         metrics, quota = meta["metrics"], meta["quota"]
         window, means = metrics.get("window"), _values(metrics.get("means"))
-        are_whole = isinstance(window, list) and all(_are_numbers(e, (2, 3)) for e in window)
+        are_whole = _are_windows(window)
         are_whole = are_whole and all(_are_numbers(mean, (2,)) for mean in means)
+        tasks, actions = metrics.get("tasks", {}), metrics.get("actions", [])
+        are_whole = (
+            are_whole
+            and all(_are_windows(w) for w in _values(tasks))
+            and (isinstance(actions, list) and all(_is(value, NUMBER) for value in actions))
+        )
         wrong += ["metrics"] if not are_whole or not _is(metrics.get("episodes"), int) else []
         counts = [quota.get(name) for name in ("opened_at", "trained_rows")]
         wrong += [] if all(_is(count, int) for count in counts) else ["quota"]
+    hooks = meta.get("hooks", [])
+    if not isinstance(hooks, list) or not all(_is_hook(each) for each in hooks):
+        wrong.append("hooks")
     if "evaluation_return" in meta and not _is(meta["evaluation_return"], (*NUMBER, type(None))):
         wrong.append("evaluation_return")
     if "total_env_steps" in meta and not _is(meta["total_env_steps"], int):
@@ -57,6 +66,14 @@ def _is(value: Any, kind: Any) -> bool:
 
 def _are_numbers(value: Any, count: tuple[int, ...]) -> bool:
     return isinstance(value, list) and len(value) in count and all(_is(v, NUMBER) for v in value)
+
+
+def _are_windows(window: Any) -> bool:
+    return isinstance(window, list) and all(_are_numbers(ended, (2, 3)) for ended in window)
+
+
+def _is_hook(saved: Any) -> bool:
+    return isinstance(saved, dict) and isinstance(saved.get("state", {}), dict)
 
 
 def _values(value: Any) -> Iterable[Any]:

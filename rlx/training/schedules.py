@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
+import flax.linen as nn
 import jax
 import numpy as np
+from jax.interpreters import partial_eval
 
 from rlx.config.build import setting_hints
 from rlx.config.hints import choices, matches, split
@@ -21,6 +24,8 @@ from rlx.interfaces import Agent, ReplayContext
 from rlx.problems import did_you_mean, first_line, refuse, show
 from rlx.replay.ring.block_spec import BlockSpec
 from rlx.types import Batch, Range, TrainState, UpdateOutput
+
+Update = Callable[..., tuple[TrainState, UpdateOutput]]
 
 GROUP = "agent."  # whose settings may be scheduled
 
@@ -56,8 +61,13 @@ class Schedule:
         return self.setting.removeprefix(GROUP)
 
 
-def check_schedules(schedules: Sequence[Schedule], agent: Agent, context: ReplayContext) -> None:
-    """Raises ConfigError for a schedule that the agent's update cannot follow."""
+def check_schedules(
+    schedules: Sequence[Schedule], agent: Agent, context: ReplayContext, sequences: int
+) -> None:
+    """Raises ConfigError for a schedule that the agent's update cannot follow, or does not read.
+
+    sequences: of a device's share of the batch.
+    """
     for number, schedule in enumerate(schedules):
         where = f"schedules.{number}"
         if [other.setting for other in schedules].count(schedule.setting) > 1:
@@ -68,10 +78,13 @@ def check_schedules(schedules: Sequence[Schedule], agent: Agent, context: Replay
                 says = f"{value:g} is no value of {schedule.setting}"
                 raise refuse(f"{where}.points", says, given=show(schedule.points))
         try:
-            _trace(agent, [schedule], context)
+            is_read = _is_read(agent, schedule, context, sequences)
         except (jax.errors.JAXTypeError, TypeError, ValueError) as error:
             says = f"decides how the update is compiled, so it cannot change ({first_line(error)})"
             raise refuse(f"{where}.setting", says, given=schedule.setting) from error
+        if not is_read:
+            says = "no update reads it with these settings, so a schedule would change nothing"
+            raise refuse(f"{where}.setting", says, given=schedule.setting)
 
 
 def _hint(agent: Agent, schedule: Schedule, where: str) -> Any:
@@ -97,7 +110,7 @@ def _floats(node: Any, prefix: str = "") -> list[str]:
         value = getattr(node, name)
         if type(value) is float:
             found.append(f"{prefix}{name}")
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type | nn.Module):
             found += _floats(value, f"{prefix}{name}.")
     return found
 
@@ -119,23 +132,18 @@ def replace_settings(settings: Any, values: Mapping[str, Any]) -> Any:
     return made
 
 
-@dataclass(frozen=True, kw_only=True)
-class Following:
-    """The agent, whose update takes scheduled settings from the batch; else it is the same."""
+def following(agent: Agent) -> Update:
+    """The agent's update, which takes scheduled settings from the batch."""
+    return partial(_followed, agent)
 
-    agent: Agent
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.agent, name)
-
-    def update(
-        self, state: TrainState, batch: Batch, *, axis_name: str | None = None
-    ) -> tuple[TrainState, UpdateOutput]:
-        """The agent's update with the batch's values of its scheduled settings."""
-        assert batch.scheduled is not None
-        values = {path: value[0] for path, value in batch.scheduled.items()}
-        agent: Agent = replace_settings(self.agent, values)
-        return agent.update(state, replace(batch, scheduled=None), axis_name=axis_name)
+def _followed(
+    agent: Agent, state: TrainState, batch: Batch, *, axis_name: str | None = None
+) -> tuple[TrainState, UpdateOutput]:
+    assert batch.scheduled is not None
+    values = {path: value[0] for path, value in batch.scheduled.items()}
+    own: Agent = replace_settings(agent, values)
+    return own.update(state, replace(batch, scheduled=None), axis_name=axis_name)
 
 
 def scheduled(schedules: Sequence[Schedule], size: int, **now: Any) -> dict[str, np.ndarray] | None:
@@ -145,15 +153,16 @@ def scheduled(schedules: Sequence[Schedule], size: int, **now: Any) -> dict[str,
     return {s.path: np.full(size, s.value(**now), np.float32) for s in schedules}
 
 
-def _trace(agent: Agent, schedules: Sequence[Schedule], context: ReplayContext) -> None:
-    """Traces an update that follows the schedules, and computes nothing."""
+def _is_read(agent: Agent, schedule: Schedule, context: ReplayContext, sequences: int) -> bool:
+    """Traces an update that follows a schedule; says whether anything depends on its value."""
     spec = BlockSpec(sequence=context.sequence, row=context.row_spec, carry=context.carry_spec)
-    size = max(1, context.lanes)
-    batch = replace(
-        spec.buffers(size),
-        env_steps=np.zeros(size, np.uint32),
-        scheduled=scheduled(schedules, size, env_steps=0, updates=0, seconds=0.0),
-    )
-    update: Callable[..., Any] = Following(agent=agent).update
+    batch = replace(spec.buffers(sequences), env_steps=np.zeros(sequences, np.uint32))
     state = jax.eval_shape(lambda: agent.init(jax.random.PRNGKey(0)))
-    jax.eval_shape(update, state, batch)
+
+    def update(value: Any, state: TrainState, batch: Batch) -> Any:
+        own: Agent = replace_settings(agent, {schedule.path: value})
+        return own.update(state, batch)
+
+    traced = jax.make_jaxpr(update)(np.float32(schedule.points[0][1]), state, batch).jaxpr
+    _, used = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+    return bool(used[0])

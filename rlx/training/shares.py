@@ -61,7 +61,7 @@ def _refuse_alone_only(settings: Mapping[str, Any], count: int) -> None:
     problems = [
         Problem(path=key, says=f"needs learner.processes=1 (it is {count})")
         for key, value in found.items()
-        if value not in (None, False)
+        if value not in (None, False, {})
     ]
     if problems:
         raise ConfigError(problems)

@@ -223,7 +223,8 @@ class Stages:
         """The scheduled settings of now, for a batch; each is a metric, too."""
         now = {"env_steps": self.count.env_steps, "updates": self.parts.learner.updates}
         schedules, size = self.parts.schedules, self.parts.learner.batch_size
-        values = scheduled(schedules, size, **now, seconds=self.wall_s)
+        seconds = max(news.wall_s for news in self.news)  # alike in all learner processes
+        values = scheduled(schedules, size, **now, seconds=seconds)
         for path, value in (values or {}).items():
             self.metrics.record(f"schedule/{GROUP}{path}", value[0])
         return values

@@ -45,7 +45,7 @@ def warm(state: TrainState, folder: str, patterns: Sequence[str]) -> TrainState:
         {"params": state.params, "statistics": state.statistics}, {**own, **taken}
     )
     targets = trees.flatten(state.target_params)
-    followed = {name: taken.get(PARAMS + name, leaf) for name, leaf in targets.items()}
+    followed = {name: taken.get(_followed(name, own), leaf) for name, leaf in targets.items()}
     count = sum(leaf.size for leaf in taken.values())
     says = "begins with %d of %d parameter arrays (%s numbers) of %s"
     log.info(says, len(taken), len(own), f"{count:,}", checkpoint)
@@ -55,6 +55,12 @@ def warm(state: TrainState, folder: str, patterns: Sequence[str]) -> TrainState:
         statistics=found["statistics"],
         target_params=trees.unflatten(state.target_params, followed),
     )
+
+
+def _followed(name: str, own: Mapping[str, np.ndarray]) -> str:
+    """The path of the parameter that a target parameter follows; SAC's are those of its critics."""
+    whole = PARAMS + name
+    return whole if whole in own else f"{PARAMS}network/{name}"
 
 
 def _read(folder: str) -> tuple[Path, dict[str, np.ndarray]]:

@@ -85,6 +85,17 @@ def test_one_that_fails_at_its_first_reset_is_tried_again(restarts):
     assert [e.env_steps for e in env.episodes()] == []
 
 
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_one_that_cannot_be_opened_anew_is_tried_again_as_often_as_allowed(restarts):
+    kwargs = {"key": uuid.uuid4().hex, "fails": [3], "refuses": [3]}
+    env = family(ENV_ID, kwargs=kwargs, restarts=restarts).make(lanes=1, seeds=[1])
+    if restarts == 1:
+        with pytest.raises(EnvironmentFailed, match=r"open\(\) raised OSError: the port is still"):
+            played(env, 6)
+        return
+    assert [a.first[0] for a in played(env, 6)][:5] == [True, False, False, True, False]
+
+
 def test_wrappers_are_put_around_the_new_one_too():
     clip = {
         "_target_": "gymnasium.wrappers.ClipReward", "min_reward": 0.0, "max_reward": 0.5
@@ -157,7 +168,7 @@ def test_actors_of_a_run_play_their_own_environments(pool, tmp_path):
 
 def test_an_actor_with_other_spaces_is_named(tmp_path):
     given = ["env=gymnasium", "env.id=tests.worlds:rlx-test/Sized-v0", "acting.instances=2"]
-    with pytest.raises((ConfigError, RunFailed), match=r"actor 1 has other observations"):
+    with pytest.raises((ConfigError, RunFailed), match=r"an actor has other observations"):
         rlx.run(rlx.compose([*TINY, *given, "+env.per_actor.size=[2,3]"]), tmp_path)
 
 

@@ -16,6 +16,7 @@ from tests.envs.test_gymnasium import family
 from tests.training.test_run import TINY, read
 
 IDS = [f"tests.worlds:rlx-test/{name}-v0" for name in ("Short", "Middle", "Long")]
+EVIL = "some_evil_module:Name-v0"
 LENGTHS, RETURNS = (3, 4, 7), (3.0, 8.0, 35.0)
 TASKS = ["env=tasks", f"env.ids=[{','.join(IDS)}]"]
 
@@ -129,6 +130,30 @@ def test_modules_of_all_ids_are_not_imported_for_a_loaded_run_s_sake():
     from rlx.config.marks import refuse_modules
 
     settings = plain(rlx.compose([*TINY, *TASKS]))
-    settings["env"]["ids"][1] = "some_evil_module:Name-v0"
+    settings["env"]["ids"][1] = EVIL
     with pytest.raises(ConfigError, match="so some_evil_module is not imported"):
         refuse_modules(settings, "a run")
+
+
+@pytest.mark.parametrize("where", ["env", "others"])
+def test_modules_of_evaluations_are_not_imported_for_a_loaded_run_s_sake_either(where):
+    from rlx.config.marks import refuse_modules
+
+    other = {
+        "_target_": "rlx.evaluation.playing.Other",
+        **{"env": {"id": EVIL}, "every_env_steps": 1, "episodes": 1, "epsilon": 0.0},
+    }
+    settings = plain(rlx.compose([*TINY, "env=gymnasium"]))
+    refuse_modules(settings, "a run")
+    settings["evaluation"] |= {"env": {"id": EVIL}} if where == "env" else {"others": {"a": other}}
+    path = "evaluation.env.id" if where == "env" else "evaluation.others.a.env.id"
+    with pytest.raises(ConfigError, match=f"{path}=.*so some_evil_module is not imported"):
+        refuse_modules(settings, "a run")
+
+
+def test_settings_of_actors_reach_the_tasks():
+    given = tasks()
+    given = type(given)(ids=IDS, family=family(IDS[0], per_actor={"length": [3, 9]}))
+    made = given.of_actor(1, 3).make(lanes=3, seeds=[1, 2, 3])
+    assert shown(made, made.reset()) == [9.0, 9.0, 9.0]
+    made.close()

@@ -327,6 +327,61 @@ def test_a_state_that_cannot_be_saved_is_named(tmp_path):
     assert meta["hooks"] == [{"hook": f"{HERE}.NotJSON", "state": {}}]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Numbered:
+    """Its state has a number as a key, which JSON turns into a string."""
+
+    key: int
+
+    def on_update(self, run: Run, metrics: Mapping[str, Any]) -> None: ...
+
+    def state(self) -> dict[Any, Any]:
+        return {self.key: 1}
+
+
+def test_a_state_that_would_come_back_as_another_is_named(tmp_path):
+    with pytest.raises(HookFailed, match=r"raised TypeError in state: state\(\) is not what JSON"):
+        run(tmp_path, hooks(f"{{_target_:{HERE}.Numbered,key:3}}"))
+    assert names(tmp_path)
+
+
+def forgets(hook: Any, state: Mapping[str, Any]) -> None:
+    raise KeyError("update")
+
+
+def test_a_hook_that_cannot_take_its_state_leaves_it_in_the_checkpoint(tmp_path):
+    run(tmp_path, hooks(COUNTING))
+    (before,) = read(checkpoints(tmp_path)[-1], "meta.json")["hooks"]
+    saved = {path.name: path.stat().st_mtime_ns for path in checkpoints(tmp_path)}
+    meta = checkpoints(tmp_path)[-1] / "meta.json"
+    assert before["state"]["updates"] > 100
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Counting, "restore", forgets)
+        with pytest.raises(HookFailed, match=r"raised KeyError in restore: 'update'"):
+            run(tmp_path, f"resume={tmp_path}", "total_env_steps=1600", hooks(COUNTING))
+    assert {path.name: path.stat().st_mtime_ns for path in checkpoints(tmp_path)} == saved
+    assert json.loads(meta.read_text())["hooks"] == [before]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texting:
+    text: str
+
+    def on_update(self, run: Run, metrics: Mapping[str, Any]) -> None:
+        run.record("mine/text", self.text)
+
+
+def test_what_is_no_number_is_not_recorded(tmp_path):
+    with pytest.raises(HookFailed, match=r"hooks\.0 .* raised ValueError in on_update"):
+        run(tmp_path, hooks(f"{{_target_:{HERE}.Texting,text:high}}"))
+
+
+def test_a_run_is_loaded_without_the_packages_of_its_hooks(tmp_path, monkeypatch):
+    run(tmp_path, hooks(COUNTING))
+    monkeypatch.setattr(targets, "_allowed", {"rlx."})
+    assert len(rlx.load(tmp_path).evaluate(episodes=2)["returns"]) == 2
+
+
 @pytest.mark.parametrize("point", ["on_update", "on_evaluation", "on_end"])
 def test_a_hook_that_fails_in_one_learner_process_ends_all_of_them(point, tmp_path):
     """The hooks of both processes are the same class, and only the first one evaluates."""

@@ -13,7 +13,7 @@ import rlx
 from rlx.acting.exploration import Piecewise
 from rlx.problems import ConfigError
 from rlx.runs.folders import read_rows
-from rlx.training.schedules import Following, Schedule, replace_settings
+from rlx.training.schedules import Schedule, following, replace_settings
 from rlx.training.stages import Stages
 from tests import parts
 from tests.training.test_run import TINY, run
@@ -82,18 +82,22 @@ def test_a_setting_that_decides_how_the_update_is_compiled_is_refused(tmp_path):
         run(tmp_path, *given)
 
 
+def test_a_setting_that_no_update_reads_is_refused(tmp_path):
+    by = node("agent.optimizer.final_learning_rate", "[[0,0.0001]]")
+    with pytest.raises(ConfigError, match="final_learning_rate: no update reads it with these"):
+        run(tmp_path, "agent.optimizer.decay_gradient_steps=null", f"schedules=[{by}]")
+
+
 def test_an_update_that_follows_is_that_of_an_agent_with_the_value():
     """A setting of the agent and one of its optimiser change at once."""
     agent = parts.agent()
     state, batch = parts.random_state(agent), parts.batch(agent, 4)
     values = {"discount": 0.5, "optimizer.learning_rate": 3e-2}
     told = {name: np.full(4, value, np.float32) for name, value in values.items()}
-    following = jax.jit(Following(agent=agent).update)(
-        state, dataclasses.replace(batch, scheduled=told)
-    )
+    followed = jax.jit(following(agent))(state, dataclasses.replace(batch, scheduled=told))
     fixed = parts.agent(discount=0.5, optimizer=parts.adam(learning_rate=3e-2))
     expected = jax.jit(fixed.update)(state, batch)
-    for one, two in zip(jax.tree.leaves(following), jax.tree.leaves(expected), strict=True):
+    for one, two in zip(jax.tree.leaves(followed), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.asarray(one), np.asarray(two), rtol=2e-5, atol=1e-6)
     plain = jax.jit(agent.update)(state, batch)[1].metrics["learner/loss"]
     assert abs(float(plain) - float(expected[1].metrics["learner/loss"])) > 1e-4
@@ -141,6 +145,13 @@ def test_exploration_goes_from_point_to_point():
         assert found.dtype == np.float32
     with pytest.raises(ValueError, match="ascending order of env steps"):
         Piecewise(points=[(10, 1.0), (10, 0.5)])
+
+
+@pytest.mark.parametrize("promise", ["deterministic=true", "checkpoint.exact=true"])
+def test_a_clock_goes_with_no_promise_of_the_same_bits(promise, tmp_path):
+    by_clock = node("agent.discount", "[[0,0.9],[9,0.99]]", over="seconds")
+    with pytest.raises(ConfigError, match="schedules=over: seconds: a clock is never the same"):
+        run(tmp_path, promise, f"schedules=[{by_clock}]")
 
 
 # --- weights by env steps ------------------------------------------------------------------------

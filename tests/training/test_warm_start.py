@@ -166,6 +166,11 @@ def test_any_agent_begins_warm(agent, tmp_path):
     for one, two in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
         # After one update, which PPO makes in 8 gradient steps of at most the learning rate.
         np.testing.assert_allclose(np.asarray(one), np.asarray(two), atol=2e-2)
+    of_targets = before.params["network"]["critic"] if agent == "sac" else before.params
+    found = after.target_params["critic"] if agent == "sac" else after.target_params
+    if after.target_params:
+        for one, two in zip(jax.tree.leaves(of_targets), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(np.asarray(one), np.asarray(two), atol=2e-2)
 
 
 # --- network.frozen ------------------------------------------------------------------------------
@@ -213,7 +218,7 @@ def test_values_are_those_of_the_network_that_is_not_frozen():
 
 
 def test_a_pattern_that_fits_nothing_is_refused(tmp_path):
-    says = r"network.*frozen: 'toros/\*': no parameter has such a name.*core, head, torso"
+    says = r"network.frozen: 'toros/\*': no parameter has such a name.*core, head.*torso"
     with pytest.raises(ConfigError, match=says):
         run(tmp_path, "network.frozen=[toros/*]")
 
