@@ -177,6 +177,9 @@ def test_other_errors_in_updates():
     assert replay.startable == 6
 
 
+SPREAD = np.sqrt(8 / 3)  # of the initial priorities of six sequences, 0 to 4
+
+
 def test_stats_are_metrics():
     replay = make()
     add(replay, 0, 10)
@@ -189,6 +192,11 @@ def test_stats_are_metrics():
         "replay/prefetch_lag_updates": 0.0,
         "replay/stale_updates": 0.0,
         "replay/importance_exponent": 0.6,
+        **{"replay/priority_min": 0.0, "replay/priority_max": pytest.approx(4.0)},
+        **{
+            "replay/priority_mean": pytest.approx(2.0),
+            "replay/priority_std": pytest.approx(SPREAD),
+        },
     }
 
 

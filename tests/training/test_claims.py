@@ -21,6 +21,7 @@ from rlx.problems import ConfigError
 from rlx.runs.status import params_sha256
 from rlx.training.assemble import assemble
 from rlx.training.stages import Stages
+from rlx.types import Episode
 from tests.training.test_run import EVALUATED, REQUEST, TINY, read, rows, run
 
 Spy = Callable[..., Any]
@@ -52,10 +53,11 @@ def test_the_best_is_what_was_evaluated(monkeypatch, tmp_path):
     """Evaluations are oftener than checkpoints, and none is made at the env steps of one."""
     found: dict[str, float] = {}  # hash of the acting parameters -> mean return
 
-    def seen(*, weights: Any, answer: list[float], **_: Any) -> None:
-        found[params_sha256(weights.params)] = sum(answer) / len(answer)
+    def seen(*, weights: Any, answer: list[Episode], **_: Any) -> None:
+        returns = [episode.return_ for episode in answer]
+        found[params_sha256(weights.params)] = sum(returns) / len(returns)
 
-    spied(monkeypatch, Evaluation, "returns", seen)
+    spied(monkeypatch, Evaluation, "play", seen)
     run(tmp_path, "evaluation.every_env_steps=110", "checkpoint.every_env_steps=500")
     assert len(found) > 8
     loaded = rlx.load(tmp_path)
@@ -68,7 +70,11 @@ def test_the_best_is_what_was_evaluated(monkeypatch, tmp_path):
 
 def test_a_worse_evaluation_replaces_no_better_one_in_a_resumed_run(monkeypatch, tmp_path):
     scores = iter([-1.0, 0.0, -2.0, -3.0, float("nan"), 0.0])
-    monkeypatch.setattr(Evaluation, "returns", lambda *_, **__: [next(scores)])
+
+    def played(*_: Any, **__: Any) -> list[Episode]:
+        return [Episode(return_=next(scores), env_steps=1, frames=1, lane=0)]
+
+    monkeypatch.setattr(Evaluation, "play", played)
     clocks = ("evaluation.every_env_steps=200", "evaluation.final_episodes=0")
     run(tmp_path, *clocks, "total_env_steps=600")
     assert rlx.load(tmp_path).restore("best").env_steps // 200 == 2

@@ -167,15 +167,17 @@ class KillsOne(Recorder):
 
     def on_update(self, run: Run, metrics: Mapping[str, Any]) -> None:
         super().on_update(run, metrics)
-        if len(given("on_update")) == 5:
-            os.kill(ACTORS[0](), signal.SIGKILL)
+        if not KILLED and (there := ACTORS[0]()):
+            KILLED.append(there[0][0])
+            os.kill(there[0][1], signal.SIGKILL)
 
     def on_actor_replaced(self, run: Run, replaced: Replaced) -> None:
         super().on_actor_replaced(run, replaced)
         run.finish()
 
 
-ACTORS: list[Any] = []
+ACTORS: list[Any] = []  # a function that gives (index, process) of those that are there
+KILLED: list[int] = []
 
 
 @pytest.mark.xdist_group("in turn")
@@ -185,7 +187,8 @@ def test_a_replaced_ray_actor_is_told(tmp_path, monkeypatch):
     collect = OpenRayPool.collect
 
     def watched(pool: OpenRayPool, *given: Any) -> Any:
-        ACTORS[:] = [lambda: pool._fleet.slots[1].where.pid]
+        slots = pool._fleet.slots
+        ACTORS[:] = [lambda: [(s.index, s.where.pid) for s in slots if s.state == "ready"]]
         return collect(pool, *given)
 
     monkeypatch.setattr(OpenRayPool, "collect", watched)
@@ -194,7 +197,7 @@ def test_a_replaced_ray_actor_is_told(tmp_path, monkeypatch):
     summary = run(tmp_path, *RAY, *more, "logging.every_env_steps=2000", hooks(killing))
     check_told(summary, tmp_path)
     ((_, _, replaced),) = given("on_actor_replaced")
-    assert replaced == Replaced(actor=1, chain=1, cause="died")
+    assert replaced == Replaced(actor=KILLED[0], chain=1, cause="died")
     assert summary["wall_s"] < 120
 
 
