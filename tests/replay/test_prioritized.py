@@ -193,10 +193,8 @@ def test_stats_are_metrics():
         "replay/stale_updates": 0.0,
         "replay/importance_exponent": 0.6,
         **{"replay/priority_min": 0.0, "replay/priority_max": pytest.approx(4.0)},
-        **{
-            "replay/priority_mean": pytest.approx(2.0),
-            "replay/priority_std": pytest.approx(SPREAD),
-        },
+        "replay/priority_mean": pytest.approx(2.0),
+        "replay/priority_std": pytest.approx(SPREAD),
     }
 
 
