@@ -18,7 +18,7 @@ CATCH = ["experiment=catch"]
 
 STUDY = Study(
     here=Path(__file__).parent,
-    measured="6d9012c, 2026-11-30",
+    measured="d78cf83, 2026-11-30",
     sources={
         "cartpole_seen": {"r2d2": ["env=cartpole", "total_env_steps=60_000"]},
         "catch_dqn": {
@@ -33,8 +33,8 @@ STUDY = Study(
         },
         "catch": {
             "from scratch": CATCH,
-            "DQN's torso, trained on": [*CATCH, OTHER, "init_params=[torso/*]"],
-            "DQN's torso, frozen": [
+            "torso of a DQN trained on": [*CATCH, OTHER, "init_params=[torso/*]"],
+            "torso of a DQN frozen": [
                 *CATCH,
                 OTHER,
                 "init_params=[torso/*]",
