@@ -11,6 +11,7 @@ import rlx
 from rlx import trees
 from rlx.config.build import plain
 from rlx.problems import ConfigError
+from rlx.replay.demonstrations import Demonstrations
 from rlx.replay.files.experience import rollouts
 from rlx.runs.folders import read_rows
 from rlx.training.assemble import build_agent, make_replay, replay_context
@@ -148,3 +149,21 @@ def test_another_dataset_at_a_resume_is_refused(record, tmp_path):
     resume = [f"resume={tmp_path / 'run'}", "total_env_steps=1600"]
     with pytest.raises(ConfigError, match="the dataset has changed since"):
         rlx.run(rlx.compose(settings(tmp_path / "rows", *resume)), tmp_path / "run")
+
+
+def test_the_importance_of_demonstrations_may_be_annealed_over_the_run(record, tmp_path):
+    annealed = [
+        "replay.demonstrations.importance_exponent_final=1.0",
+        "replay.demonstrations.anneal_env_steps=1000",
+    ]
+    made = []
+    close = Demonstrations.close
+
+    def noted(replay: Demonstrations) -> None:
+        made.append(replay._recorded._all.importance_exponent)
+        close(replay)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Demonstrations, "close", noted)
+        rlx.run(rlx.compose(settings(record, *annealed)), tmp_path)
+    assert made[-1] == 1.0

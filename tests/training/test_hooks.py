@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,8 +22,10 @@ from rlx.config import targets
 from rlx.problems import ConfigError
 from rlx.runs.folders import read_rows
 from rlx.runs.metrics import without_wall_clock
+from rlx.training.checkpoint_files import CheckpointError
 from rlx.training.hooking import HookFailed
 from rlx.training.hooks import POINTS, Run, no_hook
+from rlx.training.restoring import check_meta
 from rlx.types import Episode, Evaluated, Range, Rollout, Runtime
 from tests.training.test_learner_group import names, two_loops
 from tests.training.test_ray_run import RAY
@@ -377,6 +380,26 @@ class Texting:
 def test_what_is_no_number_is_not_recorded(tmp_path):
     with pytest.raises(HookFailed, match=r"hooks\.0 .* raised ValueError in on_update"):
         run(tmp_path, hooks(f"{{_target_:{HERE}.Texting,text:high}}"))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("hooks", {"hooks": [1]}),
+        ("hooks", {"hooks": {"state": {}}}),
+        ("hooks", {"hooks": [{"state": [1]}]}),
+        ("metrics", {"metrics": {"tasks": []}}),
+        ("metrics", {"metrics": {"tasks": {"a": [["x"]]}}}),
+        ("metrics", {"metrics": {"actions": None}}),
+    ],
+)
+def test_a_checkpoint_whose_counts_are_of_another_kind_is_damaged(part, changes, trained):
+    restored = rlx.load(trained).restore()
+    assert check_meta(restored) is restored
+    changed = {k: {**restored.meta[k], **v} if k == "metrics" else v for k, v in changes.items()}
+    forged = dataclasses.replace(restored, meta={**restored.meta, **changed})
+    with pytest.raises(CheckpointError, match=f"it has no {part} of a run"):
+        check_meta(forged)
 
 
 def test_a_run_is_loaded_without_the_packages_of_its_hooks(tmp_path, monkeypatch):
