@@ -325,7 +325,7 @@ class BlockWriter:
         self._row_spec, self._carry_spec, self._all = row, carry, np.arange(lanes)
         self._none = np.arange(0)
         self._keep_pace = True  # and then the first lane's number holds for all
-        self._filled, self._number = np.zeros((2, lanes), np.int64)  # rows closed; of open blocks
+        self._filled, self._number = np.zeros((2, lanes), np.int64)  # of open blocks: rows closed
         self._is_open = np.zeros(lanes, bool)  # a row that no answer has closed
         self._version = np.full(lanes, -1, np.int64)
         self.nothing = trees.empty(row, 0, block_rows), trees.empty(carry, 0)  # no blocks

@@ -261,9 +261,9 @@ def _env_arguments(plan: Plan) -> Arguments:
     each = [plan.family_of(index) for index in range(plan.instances)]
     for own in {str(own): own for own in each if own is not family}.values():
         plan.check_spaces(own.spec())
-    packed = [pickled(own) for own in each]
+    once = {id(own): pickled(own) for own in each}  # most families are one for all actors
     return lambda index, chain: {
-        "family": packed[index],
+        "family": once[id(each[index])],
         "seeds": plan.seeds(index, chain),
         "without_jax": not needs_jax,
     }

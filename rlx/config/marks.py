@@ -89,7 +89,8 @@ def _of_evaluations(settings: Mapping[str, Any]) -> Iterator[Marked]:
     changes = {"evaluation.env": evaluation.get("env")}
     others = evaluation.get("others")
     for name, other in others.items() if isinstance(others, dict) else ():
-        changes[f"evaluation.others.{name}.env"] = dict(other).get("env")
+        if isinstance(other, dict):
+            changes[f"evaluation.others.{name}.env"] = other.get("env")
     for path, change in changes.items():
         if isinstance(change, dict) and change:
             yield from _marked_in(merged(env, change), path, NamesModule)

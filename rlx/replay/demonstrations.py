@@ -6,6 +6,7 @@ As in R2D3 (Paine et al. 2019), two replays are drawn from, each by its own prio
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Annotated, Any, final
 
@@ -178,8 +179,8 @@ class Demonstrations:
 
     def close(self) -> None:
         """Ends both."""
-        self._own.close()
-        self._recorded.close()
+        with closing(self._recorded):
+            self._own.close()
 
 
 def _of_the_record(share: float, batch_size: int) -> int:

@@ -17,6 +17,7 @@ from tests.acting.test_actor import make_agent, weights_of
 from tests.acting.test_keystone import context
 from tests.envs.test_envpool import family as pooled
 from tests.envs.test_gymnasium import family
+from tests.envs.test_odd import played
 from tests.training.test_run import TINY
 
 ENV_ID = "tests.worlds:rlx-test/Flaky-v0"
@@ -26,14 +27,6 @@ def flaky(fails: list[int | None], *, restarts: int = 2, lanes: int = 1, **setti
     kwargs = {"key": uuid.uuid4().hex, "fails": fails}
     made = family(ENV_ID, kwargs=kwargs, restarts=restarts, **settings)
     return made.make(lanes=lanes, seeds=list(range(lanes)))
-
-
-def played(env: Any, steps: int) -> list[Any]:
-    answers = [env.reset()]
-    for _ in range(steps):
-        lane = answers[-1].lane
-        answers.append(env.step(np.zeros(len(lane), np.int32), lane))
-    return answers
 
 
 @pytest.mark.parametrize("vector", ["sync", "async"])

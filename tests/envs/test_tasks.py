@@ -146,6 +146,7 @@ def test_modules_of_evaluations_are_not_imported_for_a_loaded_run_s_sake_either(
     settings = plain(rlx.compose([*TINY, "env=gymnasium"]))
     refuse_modules(settings, "a run")
     settings["evaluation"] |= {"env": {"id": EVIL}} if where == "env" else {"others": {"a": other}}
+    settings["evaluation"]["others"]["b"] = 3  # which is refused later, in one line
     path = "evaluation.env.id" if where == "env" else "evaluation.others.a.env.id"
     with pytest.raises(ConfigError, match=f"{path}=.*so some_evil_module is not imported"):
         refuse_modules(settings, "a run")

@@ -127,7 +127,7 @@ def test_a_run_follows_its_schedules_and_tells_their_values(tmp_path):
 
 
 def test_a_schedule_that_stays_gives_what_a_constant_gives(tmp_path):
-    """Not the same bits: a constant is folded into the program that XLA makes."""
+    """They are close and not the same bits: XLA folds a constant into its program."""
     held = f"schedules=[{node('agent.discount', '[[0,0.9]]')}]"
     for name, given in {"a": "agent.discount=0.9", "b": held}.items():
         assert run(tmp_path / name, given, "stop_after_updates=1")["updates"] == 1
