@@ -22,6 +22,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlx.config.changing import Schedule
 from rlx.config.hints import choices, describe, is_class, marker, matches, split, wrong
 from rlx.config.targets import fits, full_name, lacks, load, resolve
 from rlx.interfaces import Checked
@@ -41,7 +42,6 @@ ROLES = {  # group -> the Protocol or class that its target must be
     "logging": "rlx.runs.metrics.Logging",
 }
 NO_HOOK = "rlx.training.hooks.no_hook"  # says why a class is none of `hooks`
-SCHEDULE = "rlx.training.schedules.Schedule"  # what each of `schedules` sets, without a `_target_`
 MISSING = "???"
 NO_DEFAULT = inspect.Parameter.empty
 
@@ -60,7 +60,7 @@ class Root:
     deterministic: Annotated[bool, AloneOnly()]
     compile_cache: bool
     hooks: list[Any]  # each a node whose class has some of the methods of a hook
-    schedules: list[dict[str, Any]]  # each the settings of SCHEDULE
+    schedules: list[dict[str, Any]]  # each the settings of a Schedule
     tags: list[str]
 
 
@@ -92,7 +92,7 @@ def _problems(tree: Mapping[str, Any]) -> list[Problem]:
         out += found if found or call is None else call.problems()
     for number, node in enumerate(_items(root.get("schedules"))):
         if isinstance(node, Mapping):
-            _read_settings(load(SCHEDULE), node, f"schedules.{number}", out)
+            _read_settings(Schedule, node, f"schedules.{number}", out)
     for group, role in ROLES.items():
         if group not in tree:
             out.append(Problem(path=group, says=f"missing; choose one with {group}=NAME"))

@@ -23,6 +23,7 @@ from rlx.acting.exploration import amounts
 from rlx.acting.plan import carry_spec, row_spec
 from rlx.acting.recorded import Recorded
 from rlx.config.build import build, prepare, prepare_as
+from rlx.config.changing import Schedule
 from rlx.config.targets import fits, full_name, lacks, resolve
 from rlx.evaluation.elsewhere import Families, families
 from rlx.evaluation.playing import Evaluation
@@ -52,7 +53,7 @@ from rlx.training.quota import Quota
 from rlx.training.rates import idle_ends
 from rlx.training.restoring import Restored, check_total, restore_learner, restore_replay
 from rlx.training.rounds import blocks_of_a_round
-from rlx.training.schedules import Schedule, check_schedules, following
+from rlx.training.schedules import check_schedules, following
 from rlx.training.shares import share_checkpoint, share_exploration, share_folder, share_seed
 from rlx.training.warm_start import warm
 from rlx.types import DiscreteSpec, EnvSpec, Rollout

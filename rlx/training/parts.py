@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rlx.config.changing import Schedule
 from rlx.evaluation.playing import Evaluation
 from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers, Replay
 from rlx.runs.metrics import Logging
@@ -17,7 +18,6 @@ from rlx.training.checkpoint import Checkpoint
 from rlx.training.checkpoint_files import Restored
 from rlx.training.learner import OpenLearner
 from rlx.training.quota import Quota
-from rlx.training.schedules import Schedule
 from rlx.types import Batch
 
 T = TypeVar("T")

@@ -7,11 +7,10 @@ nothing is compiled again. Its values travel in the batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -19,46 +18,14 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from rlx.config.build import setting_hints
+from rlx.config.changing import GROUP, Schedule, replace_settings
 from rlx.config.hints import choices, matches, split
 from rlx.interfaces import Agent, ReplayContext
 from rlx.problems import did_you_mean, first_line, refuse, show
 from rlx.replay.ring.block_spec import BlockSpec
-from rlx.types import Batch, Range, TrainState, UpdateOutput
+from rlx.types import Batch, TrainState, UpdateOutput
 
 Update = Callable[..., tuple[TrainState, UpdateOutput]]
-
-GROUP = "agent."  # whose settings may be scheduled
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """One setting's values over the run; beyond the first and the last point they stay as there."""
-
-    setting: str  # its path in the configuration, such as agent.discount
-    over: Literal["env_steps", "updates", "seconds"]
-    points: list[tuple[Annotated[float, Range(ge=0)], float]]
-    between: Literal["linear", "step"]  # step: the value of the point before
-
-    def __post_init__(self) -> None:
-        places = [place for place, _ in self.points]
-        if not places or any(a >= b for a, b in pairwise(places)):
-            raise ValueError(
-                f"points={self.points}: give one or more pairs of {self.over} and a value, in "
-                f"ascending order of {self.over}."
-            )
-
-    def value(self, *, env_steps: int, updates: int, seconds: float) -> float:
-        """The setting's value now."""
-        now = {"env_steps": env_steps, "updates": updates, "seconds": seconds}[self.over]
-        places, values = zip(*self.points, strict=True)
-        if self.between == "linear":
-            return float(np.interp(now, places, values))
-        return float(values[max(0, int(np.searchsorted(places, now, side="right")) - 1)])
-
-    @property
-    def path(self) -> str:
-        """The setting's path within the agent."""
-        return self.setting.removeprefix(GROUP)
 
 
 def check_schedules(
@@ -113,23 +80,6 @@ def _floats(node: Any, prefix: str = "") -> list[str]:
         elif dataclasses.is_dataclass(value) and not isinstance(value, type | nn.Module):
             found += _floats(value, f"{prefix}{name}.")
     return found
-
-
-def replace_settings(settings: Any, values: Mapping[str, Any]) -> Any:
-    """A copy of frozen settings with other values at these paths, which are not checked again."""
-    own = {name: value for name, value in values.items() if "." not in name}
-    nested: dict[str, dict[str, Any]] = {}
-    for path, value in values.items():
-        first, dot, rest = path.partition(".")
-        if dot:
-            nested.setdefault(first, {})[rest] = value
-    made = object.__new__(type(settings))
-    for field in dataclasses.fields(settings):
-        value = own.get(field.name, getattr(settings, field.name))
-        if field.name in nested:
-            value = replace_settings(value, nested[field.name])
-        object.__setattr__(made, field.name, value)
-    return made
 
 
 def following(agent: Agent) -> Update:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from rlx.config.changing import GROUP
 from rlx.interfaces import Agent, PrioritizedReplay, Replay
 from rlx.problems import RunFailed
 from rlx.runs.metrics import Metrics
@@ -23,7 +24,7 @@ from rlx.training.checkpoint_files import Restored
 from rlx.training.hooking import HookedRun, Hooks, Replaces
 from rlx.training.learner import Published
 from rlx.training.parts import Counters, InFlight, Parts
-from rlx.training.schedules import GROUP, scheduled
+from rlx.training.schedules import scheduled
 from rlx.types import Cut, Episode, News, Rollout, Sample
 
 log = logging.getLogger(__name__)

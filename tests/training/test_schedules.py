@@ -11,9 +11,10 @@ import pytest
 
 import rlx
 from rlx.acting.exploration import Piecewise
+from rlx.config.changing import Schedule, replace_settings
 from rlx.problems import ConfigError
 from rlx.runs.folders import read_rows
-from rlx.training.schedules import Schedule, following, replace_settings
+from rlx.training.schedules import following
 from rlx.training.stages import Stages
 from tests import parts
 from tests.training.test_run import TINY, run
