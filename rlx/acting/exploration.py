@@ -8,6 +8,7 @@ draws the same ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -119,6 +120,11 @@ class Piecewise:
                 f"exploration.points={[list(point) for point in self.points]}: give one or more "
                 "pairs of env steps and an amount, in ascending order of env steps."
             )
+
+    @property
+    def turns(self) -> Sequence[int]:
+        """The env steps of its points."""
+        return [place for place, _ in self.points]
 
     def amount(self, lane: np.ndarray, lanes: int, env_steps: int) -> np.ndarray:
         places, values = zip(*self.points, strict=True)
@@ -270,6 +276,16 @@ class Amounts:
     def restart(self, lane: np.ndarray) -> None:
         """Counts the episodes of lanes intp[n] from 0: a new chain has lost the old ones."""
         self._episode[lane] = -1
+
+
+def least_amount(exploration: Exploration, lanes: int, total_env_steps: int) -> float:
+    """The least amount of any lane in a run of so many env steps.
+
+    Amounts rise or fall between the ends of the run and the `turns` that an exploration may have.
+    """
+    turns = [turn for turn in getattr(exploration, "turns", ()) if turn < total_env_steps]
+    times = (0, total_env_steps, *turns)
+    return float(min(amounts(exploration, lanes, time).min() for time in times))
 
 
 def amounts(exploration: Exploration, lanes: int, env_steps: int) -> np.ndarray:

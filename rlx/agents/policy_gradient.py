@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from rlx import ops, trees
-from rlx.acting.exploration import amounts
+from rlx.acting.exploration import least_amount
+from rlx.acting.scheduled import scheduled_exploration
 from rlx.agents import common, normalizing
 from rlx.agents.optimizers import Optimizer
-from rlx.config.build import build
+from rlx.config.build import build, build_schedules
 from rlx.config.targets import resolve
 from rlx.interfaces import Exploration, Network
 from rlx.networks.distributions import Distribution, draw_spec, is_bounded
@@ -158,9 +159,9 @@ def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
     if getattr(replay, "is_recorded", False):  # nobody acts
         return []
     exploration: Exploration = build(settings["exploration"], "exploration", seed=settings["seed"])
+    exploration = scheduled_exploration(exploration, build_schedules(settings["schedules"]))
     lanes = settings["acting"]["instances"] * settings["acting"]["envs_per_actor"]
-    ends = (0, settings["total_env_steps"])
-    if min(amounts(exploration, lanes, end).min() for end in ends) >= 1:
+    if least_amount(exploration, lanes, settings["total_env_steps"]) >= 1:
         return []
     says = "an agent that learns its policy needs actions that are drawn from it, an amount of 1; "
     return [Problem(path="exploration", says=says + "choose exploration=sample")]

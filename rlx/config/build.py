@@ -160,6 +160,12 @@ def prepare(node: DictConfig | Mapping[str, Any], role: str | type, path: str = 
     return call
 
 
+def build_schedules(nodes: Sequence[Mapping[str, Any]]) -> list[Schedule]:
+    """The schedules of a run; `training.schedules` checks what they set."""
+    calls = [prepare_as(Schedule, node, f"schedules.{i}") for i, node in enumerate(nodes)]
+    return [call.make({}) for call in calls]
+
+
 def prepare_as(cls: type, settings: Mapping[str, Any], path: str) -> Call:
     """The call of a class whose settings need no `_target_`, checked; path: of the settings."""
     out: list[Problem] = []

@@ -15,8 +15,6 @@ import numpy as np
 
 from rlx.types import Range
 
-GROUP = "agent."  # whose settings may be scheduled
-
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -44,9 +42,14 @@ class Schedule:
         return float(values[max(0, int(np.searchsorted(places, now, side="right")) - 1)])
 
     @property
+    def group(self) -> str:
+        """The group of the configuration that the setting is in."""
+        return self.setting.partition(".")[0]
+
+    @property
     def path(self) -> str:
-        """The setting's path within the agent."""
-        return self.setting.removeprefix(GROUP)
+        """The setting's path within its group."""
+        return self.setting.partition(".")[2]
 
 
 def replace_settings(settings: Any, values: Mapping[str, Any]) -> Any:

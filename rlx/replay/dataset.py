@@ -47,6 +47,7 @@ class Dataset:
 
     is_recorded = True  # it is full from the start, and no actor adds to it
     min_env_steps = 0
+    changeable = Prioritized.changeable
 
     def __init__(
         self,
@@ -107,6 +108,10 @@ class Dataset:
     def add(self, rollout: Rollout) -> None:
         """Counts what was played; the blocks are here already."""
         self._played_env_steps += rollout.env_steps
+
+    def change(self, values: Mapping[str, float]) -> None:
+        """See Prioritized.change."""
+        self._all.change(values)
 
     def state(self) -> dict[str, Any]:
         """All but the blocks and their tables, which are in the dataset."""

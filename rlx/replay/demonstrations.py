@@ -33,11 +33,16 @@ class Demonstrations:
     ratio: float | None
     min_sequences: int
     min_env_steps: int
+    changeable = (
+        "share",
+        *Prioritized.changeable,
+        *(f"{SAVED}.{name}" for name in Dataset.changeable),
+    )
 
     def __init__(
         self,
         *,
-        share: Annotated[float, Range(gt=0, lt=1)],
+        share: Annotated[float, Range(ge=0, lt=1)],
         demonstrations: Dataset,
         begin: Inline[Begin],
         priorities: Inline[Priorities],
@@ -82,6 +87,15 @@ class Demonstrations:
                 found.append(Problem(path=path, given=str(node["prefetch"]), says=says))
         return found
 
+    def change(self, values: Mapping[str, float]) -> None:
+        """Uses other values from now on; a share may come to 0."""
+        self._share = values.get("share", self._share)
+        prefix = f"{SAVED}."
+        self._own.change(values)
+        self._recorded.change(
+            {name.removeprefix(prefix): v for name, v in values.items() if name.startswith(prefix)}
+        )
+
     def add(self, rollout: Rollout) -> None:
         """Adds what the run's actors made."""
         self._own.add(rollout)
@@ -96,6 +110,8 @@ class Demonstrations:
         count = _of_the_record(self._share, batch_size)
         own = batch_size - count
         whole = self._next_buffers(batch_size)
+        if not count:  # of a share that came to 0
+            return self._own.sample(batch_size, buffers=whole)
         mine = self._own.sample(own, buffers=trees.tree_map(lambda x: x[:own], whole))
         theirs = self._recorded.sample(count, buffers=trees.tree_map(lambda x: x[own:], whole))
         importance = np.concatenate([mine.batch.importance, theirs.batch.importance])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, final
 
 import numpy as np
@@ -106,6 +106,7 @@ class Prioritized:
     ratio: float | None
     min_sequences: int
     min_env_steps: int
+    changeable = ("importance_exponent", "priority_eta")
     clashes = staticmethod(ring_clashes)
 
     def __init__(
@@ -136,6 +137,13 @@ class Prioritized:
     def follow(self, played: Callable[[], int]) -> None:
         """Anneals by this count of env steps and not by those that were added."""
         self._added = played
+
+    def change(self, values: Mapping[str, float]) -> None:
+        """Uses other values from now on: of batches to come, and of priorities to come."""
+        if (exponent := values.get("importance_exponent")) is not None:
+            self._importance = replace(self._importance, importance_exponent=exponent)
+        if (eta := values.get("priority_eta")) is not None:
+            self._priorities = replace(self._priorities, priority_eta=eta)
 
     def add(self, rollout: Rollout) -> None:
         """Stores a rollout's blocks and gives the sequences they complete a first priority."""

@@ -90,7 +90,7 @@ OTHERS: Mapping[str, str] = {
     "task/*/return_mean": "train/return_mean of one task's last logging.window_episodes episodes",
     "task/*/length_mean": "mean length of the same, env steps",
     "task/*/evaluation_return_mean": "mean return of one task's episodes of an evaluation",
-    "schedule/*": "mean over the interval's updates of a setting that changes (schedules)",
+    "schedule/*": "mean over the interval's turns of a setting that changes (schedules)",
     "time/acting_env": "share of the actors' time in the environments, since the start",
     "time/acting_policy": "share of the actors' time in the policy, since the start",
     **{f"time/{stage}": "share of the interval in this stage of the loop" for stage in STAGES},

@@ -19,10 +19,11 @@ import jax
 import numpy as np
 
 from rlx import trees
-from rlx.acting.exploration import amounts
+from rlx.acting.exploration import least_amount
 from rlx.acting.plan import carry_spec, row_spec
 from rlx.acting.recorded import Recorded
-from rlx.config.build import build, prepare, prepare_as
+from rlx.acting.scheduled import scheduled_exploration
+from rlx.config.build import build, build_schedules, prepare
 from rlx.config.changing import Schedule
 from rlx.config.targets import fits, full_name, lacks, resolve
 from rlx.evaluation.elsewhere import Families, families
@@ -53,7 +54,7 @@ from rlx.training.quota import Quota
 from rlx.training.rates import idle_ends
 from rlx.training.restoring import Restored, check_total, restore_learner, restore_replay
 from rlx.training.rounds import blocks_of_a_round
-from rlx.training.schedules import check_schedules, following
+from rlx.training.schedules import check_schedules, check_updates_read, followed
 from rlx.training.shares import share_checkpoint, share_exploration, share_folder, share_seed
 from rlx.training.warm_start import warm
 from rlx.types import DiscreteSpec, EnvSpec, Rollout
@@ -93,22 +94,25 @@ def assemble(
     exploration = build(settings["exploration"], "exploration", seed=settings["seed"])
     check_agreement(settings)
     family, agent = build_agent(settings)
-    _check_agent(settings, agent, exploration, peers)
+    schedules = build_schedules(settings["schedules"])
+    check_schedules(schedules, settings, agent, exploration)
+    explored = scheduled_exploration(exploration, schedules)
+    _check_agent(settings, agent, explored, peers)
     evaluated = families(evaluation, settings["env"], family, agent.spec)
-    learner = _open_learner(settings, agent, schedules := make_schedules(settings["schedules"]))
+    learner = _open_learner(settings, agent, schedules)
     resumed = restore_learner(output_dir, learner, peers, checkpoint.replay) if resume else None
     _go_on_or_begin_warm(learner, settings, resumed)
     context = RunContext(
         **_how_far(resumed),
         family=family,
         agent=agent,
-        exploration=share_exploration(exploration, peers),
+        exploration=share_exploration(explored, peers),
         seed=share_seed(settings["seed"], peers),
         output_dir=output_dir if peers.count == 1 else None,
         round_blocks=blocks_of_a_round(settings, agent),
     )
     given = replay_context(agent, settings["env"], _lanes_of(acting), context.seed, learner.devices)
-    check_schedules(schedules, agent, given, learner.batch_size // len(learner.devices))
+    check_updates_read(schedules, agent, given, learner.batch_size // len(learner.devices))
     with ExitStack() as undo:  # closes what there is, if something cannot be had
         replay = _open_replay(settings["replay"], given, learner, resumed, peers)
         undo.callback(replay.close)
@@ -116,7 +120,7 @@ def assemble(
         undo.callback(pool.close, CLOSE_S)
         evaluator = _build_evaluator(settings, evaluation, evaluated, context, peers)
         undo.callback(evaluator.close if evaluator else lambda: None)
-        quota = _make_quota(replay, pool, learner, agent, resumed)
+        quota = _make_quota(replay, pool, learner, agent, resumed, schedules)
         hooks = make_hooks(settings["hooks"], context.seed, undo)
         undo.pop_all()
     return Parts(
@@ -150,12 +154,6 @@ def _how_far(resumed: Restored | None) -> dict[str, int]:
     if resumed is None:
         return {"chain": 0, "env_steps": 0}
     return {"chain": resumed.meta["chain"] + 1, "env_steps": resumed.env_steps}
-
-
-def make_schedules(nodes: Sequence[Mapping[str, Any]]) -> list[Schedule]:
-    """The schedules of a run; their settings are checked by `check_schedules`."""
-    calls = [prepare_as(Schedule, node, f"schedules.{i}") for i, node in enumerate(nodes)]
-    return [call.make({}) for call in calls]
 
 
 def _go_on_or_begin_warm(
@@ -193,7 +191,8 @@ def _open_learner(
     settings: Mapping[str, Any], agent: Agent, schedules: Sequence[Schedule]
 ) -> OpenLearner:
     opening: Learner = build(settings["learner"], "learner")
-    update = following(agent) if schedules else None
+    of_the_agent = any(schedule.group == "agent" for schedule in schedules)
+    update = partial(followed, agent) if of_the_agent else None
     return _opened("learner", opening.open, agent, settings["seed"], update)
 
 
@@ -225,7 +224,12 @@ def _open_pool(acting: PoolSettings, replay: Replay, context: RunContext) -> Act
 
 
 def _make_quota(
-    replay: Replay, pool: ActingPool, learner: OpenLearner, agent: Agent, resumed: Restored | None
+    replay: Replay,
+    pool: ActingPool,
+    learner: OpenLearner,
+    agent: Agent,
+    resumed: Restored | None,
+    schedules: Sequence[Schedule],
 ) -> Quota:
     quota = Quota(
         ratio=replay.ratio,
@@ -234,7 +238,8 @@ def _make_quota(
         min_sequences=replay.min_sequences,
     )
     if resumed is not None and resumed.replay_state is not None:  # else its account opens anew
-        quota.restore(resumed.meta["quota"], replay.env_steps)
+        follows = any(schedule.setting == "replay.ratio" for schedule in schedules)
+        quota.restore(resumed.meta["quota"], replay.env_steps, follows=follows)
     return quota
 
 
@@ -309,8 +314,7 @@ def _check_exploration(
     nobody_acts = getattr(replay, "is_recorded", False)
     if agent.samples or nobody_acts:
         return
-    ends = (0, settings["total_env_steps"])
-    if min(amounts(exploration, lanes, end).min() for end in ends) >= 1:
+    if least_amount(exploration, lanes, settings["total_env_steps"]) >= 1:
         noisy = "" if agent.on_policy else ", or give it noisy layers (agent.head.noise=0.5)"
         raise refuse(
             "exploration",

@@ -49,6 +49,8 @@ class Quota:
         self._min_sequences = min_sequences
         self._opened_at: int | None = None  # env steps
         self._trained_rows = 0  # since then
+        self._changed_at = 0  # env steps, where the ratio of now began to hold
+        self._earned_rows = 0.0  # before that, by the ratios before it
 
     @property
     def is_open(self) -> bool:
@@ -57,7 +59,16 @@ class Quota:
     def open(self, env_steps: int) -> None:
         """Opens the account at `env_steps`; an open account stays as it is."""
         if self._opened_at is None:
-            self._opened_at = env_steps
+            self._opened_at = self._changed_at = env_steps
+
+    def change_ratio(self, ratio: float, env_steps: int) -> None:
+        """Goes on with another ratio from here; what was earned until now stays earned."""
+        if ratio == self._ratio:
+            return
+        if self._opened_at is not None and self._ratio is not None:
+            self._earned_rows += self._ratio * (env_steps - self._changed_at)
+            self._changed_at = env_steps
+        self._ratio = ratio
 
     def may_learn(self, env_steps: int, startable: int) -> bool:
         """Says whether one more update is allowed."""
@@ -89,31 +100,39 @@ class Quota:
             "opened_at": -1 if self._opened_at is None else self._opened_at,
             "trained_rows": self._trained_rows,
             "ratio": self._ratio,
+            "changed_at": self._changed_at,
+            "earned_rows": self._earned_rows,
         }
 
-    def restore(self, state: Mapping[str, Any], env_steps: int) -> None:
+    def restore(self, state: Mapping[str, Any], env_steps: int, *, follows: bool = False) -> None:
         """Takes over a saved account; with another ratio a new one opens at `env_steps`.
 
         The old one's rows were trained at the old ratio. By the new one they would be a debt, or a
         credit, of the whole run so far.
+        follows: the ratio is scheduled, so the account goes on with the one that it had.
         """
         opened_at, before = int(state["opened_at"]), state.get("ratio", self._ratio)
+        if follows and before is not None:
+            self._ratio = before
         if opened_at >= 0 and before != self._ratio:
             log.warning(
                 "replay.ratio=%s, %s before: a new account between acting and learning begins at "
                 "%s env steps",
                 *(_shown(self._ratio), _shown(before), f"{env_steps:,}"),
             )
-            self._opened_at = env_steps
+            self._opened_at = self._changed_at = env_steps
             return
         self._opened_at = None if opened_at < 0 else opened_at
         self._trained_rows = int(state["trained_rows"])
+        self._changed_at = int(state.get("changed_at", max(0, opened_at)))  # earlier ones lack it
+        self._earned_rows = float(state.get("earned_rows", 0.0))
 
     def _owed_rows(self, env_steps: int) -> float:
         """Rows that may still be trained."""
         assert self._ratio is not None
         assert self._opened_at is not None
-        return self._ratio * (env_steps - self._opened_at) - self._trained_rows
+        now = self._ratio * (env_steps - self._changed_at)
+        return self._earned_rows + now - self._trained_rows
 
 
 def _shown(ratio: float | None) -> str:

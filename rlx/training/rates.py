@@ -19,6 +19,8 @@ def idle_ends(agent: Agent, settings: Mapping[str, Any], processes: int) -> Iter
     replay, total = settings["replay"], settings["total_env_steps"]
     if getattr(resolve(replay["_target_"])[0], "is_recorded", False):  # it makes no env steps
         return
+    if any(each["setting"] == "replay.ratio" for each in settings["schedules"]):
+        return  # the updates of the run are not known
     rows = settings["learner"]["batch_size"] * processes * agent.sequence.unroll
     steps_of_update = getattr(agent, "epochs", 1) * getattr(agent, "minibatches", 1)
     per_env_step = steps_of_update * (replay.get("ratio") or 1.0) / rows  # a queue's rows: once

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from rlx.config.changing import GROUP
 from rlx.interfaces import Agent, PrioritizedReplay, Replay
 from rlx.problems import RunFailed
 from rlx.runs.metrics import Metrics
@@ -24,7 +23,7 @@ from rlx.training.checkpoint_files import Restored
 from rlx.training.hooking import HookedRun, Hooks, Replaces
 from rlx.training.learner import Published
 from rlx.training.parts import Counters, InFlight, Parts
-from rlx.training.schedules import scheduled
+from rlx.training.schedules import in_batch, tell_replay, values_now
 from rlx.types import Cut, Episode, News, Rollout, Sample
 
 log = logging.getLogger(__name__)
@@ -83,6 +82,7 @@ class Stages:
         self.cut_episodes = 0  # by answers that were not finite
         self.env_restarts = 0  # of environments that raised, within their actors
         self.hooks = Hooks(parts.hooks, self._seen_by_hooks(), self._fail)
+        self._scheduled: Mapping[str, float] = {}  # values of now by their settings (schedules)
         if parts.resumed:
             self._resume(parts.resumed)
 
@@ -124,6 +124,7 @@ class Stages:
         want yet waits here, and no more is collected before it is added.
         """
         self._settle_early()
+        self._follow_schedules()
         replay, quota = self.parts.replay, self.parts.quota
         if replay.has_enough or not quota.may_act(replay.env_steps, replay.startable):
             return
@@ -187,7 +188,7 @@ class Stages:
             sample = replay.sample(learner.batch_size)
         with self.times.measure("learner_put"):
             made = np.full(learner.batch_size, self.count.env_steps % 2**32, np.uint32)
-            changing = self._scheduled()
+            changing = in_batch(self._scheduled, learner.batch_size)
             batch = learner.put(replace(sample.batch, env_steps=made, scheduled=changing))
         self.metrics.record("learner/device_busy", float(learner.is_busy))
         if learner.updates == self.first_update:
@@ -220,15 +221,18 @@ class Stages:
 
     # --- details ---------------------------------------------------------------------------------
 
-    def _scheduled(self) -> dict[str, np.ndarray] | None:
-        """The scheduled settings of now, for a batch; each is a metric, too."""
+    def _follow_schedules(self) -> None:
+        """Notes the values of now; the replay and the quota are told theirs."""
+        if not (schedules := self.parts.schedules):
+            return
         now = {"env_steps": self.count.env_steps, "updates": self.parts.learner.updates}
-        schedules, size = self.parts.schedules, self.parts.learner.batch_size
-        seconds = max(news.wall_s for news in self.news)  # alike in all learner processes
-        values = scheduled(schedules, size, **now, seconds=seconds)
-        for path, value in (values or {}).items():
-            self.metrics.record(f"schedule/{GROUP}{path}", value[0])
-        return values
+        seconds = max((news.wall_s for news in self.news), default=self.count.wall_s)  # of all
+        values = values_now(schedules, **now, seconds=seconds)
+        for name, value in values.items():
+            self.metrics.record(f"schedule/{name}", value)
+        if values != self._scheduled:
+            self._scheduled = values
+            tell_replay(values, self.parts.replay, self.parts.quota)
 
     def _collect(self, wait_s: float) -> None:
         """Takes what has arrived from the pool, or what comes first within `wait_s`."""

@@ -136,6 +136,52 @@ def test_a_run_learns_from_both_and_resumes(exponent, record, tmp_path):
     assert row["replay/demonstrations_priority_mean"] > 0
 
 
+def test_a_share_that_changes_counts_anew_and_may_come_to_none(replay):
+    before = replay.sample(BATCH)
+    for share, count in {0.5: 4, 0.0: 0, 0.125: 1}.items():
+        replay.change({"share": share})
+        for _ in range(4):
+            sample = replay.sample(BATCH)
+            assert (sample.keys < 0).sum() == count
+            assert sample.batch.importance.shape == (BATCH,)
+            own = sample.batch.rows.reward[sample.keys >= 0]
+            assert (own >= 999).all()
+        replay.update_priorities(sample.keys, np.ones(sample.batch.rows.reward.shape, np.float32))
+    assert before.keys.shape == (BATCH,)
+
+
+def test_each_part_is_told_its_own_numbers(replay):
+    """An exponent of 0 corrects nothing: importance is 1, in that part alone."""
+    sample = replay.sample(BATCH)
+    uneven = np.arange(1, 1 + sample.batch.rows.reward.size, dtype=np.float32)
+    replay.update_priorities(sample.keys, uneven.reshape(sample.batch.rows.reward.shape))
+    for changed, is_told in {
+        "demonstrations.importance_exponent": lambda keys: keys < 0,
+        "importance_exponent": lambda keys: keys >= 0,
+    }.items():
+        replay.change({"importance_exponent": 0.9, "demonstrations.importance_exponent": 0.9})
+        replay.change({changed: 0.0})
+        drawn = [replay.sample(BATCH) for _ in range(20)]
+        told = np.concatenate([s.batch.importance[is_told(s.keys)] for s in drawn])
+        others = np.concatenate([s.batch.importance[~is_told(s.keys)] for s in drawn])
+        assert (told == 1).all()
+        assert (others < 0.99).any()
+
+
+def test_a_share_falls_over_a_run(record, tmp_path):
+    points = "{setting: replay.share, over: env_steps, points: [[0, 0.5], [600, 0]], between: step}"
+    done = rlx.run(rlx.compose(settings(record, f"schedules=[{points}]")), tmp_path)
+    assert done["updates"] > 10
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [rows[0]["schedule/replay.share"], rows[-1]["schedule/replay.share"]] == [0.5, 0.0]
+
+
+def test_a_share_that_leaves_none_of_the_run_s_own_is_refused(record, tmp_path):
+    points = "{setting: replay.share, over: env_steps, points: [[0, 0.9]], between: step}"
+    with pytest.raises(ConfigError, match="a batch of 4 would have no sequence of the run's own"):
+        rlx.run(rlx.compose(settings(record, f"schedules=[{points}]")), tmp_path)
+
+
 def test_the_same_seed_gives_the_same_bits(record, tmp_path):
     sums = [
         rlx.run(rlx.compose(settings(record)), tmp_path / name)["params_sha256"] for name in "ab"

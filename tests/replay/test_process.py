@@ -98,6 +98,20 @@ def test_it_answers_what_the_replay_would_here(start):
     assert all(np.array_equal(state[name], other[name]) for name in state)
 
 
+def test_it_is_told_of_values_that_change(start):
+    here, there = make(), start()
+    for replay in (here, there):
+        add(replay, 0, 40)
+        keys = replay.sample(BATCH).keys
+        replay.change({"priority_eta": 0.0, "importance_exponent": 1.0})
+        replay.update_priorities(keys, np.arange(3 * BATCH, dtype=np.float32).reshape(BATCH, 3))
+    samples = [replay.sample(BATCH) for replay in (here, there)]
+    assert samples[0].importance_exponent == samples[1].importance_exponent == 1.0
+    assert np.array_equal(samples[0].batch.importance, samples[1].batch.importance)
+    assert here.stats() == there.stats()
+    assert make().stats()["replay/importance_exponent"] == 0.6
+
+
 def test_two_samples_are_left_alone_while_more_are_drawn(start):
     replay = start(ahead=2)
     add(replay, 0, 40)

@@ -71,6 +71,53 @@ def test_the_ratio_is_kept_within_one_update(ratio, rows, burst, seed):
         assert quota.ratio_so_far(env_steps) == trained / (env_steps - opened_at)
 
 
+@given(rows=st.integers(1, 200), burst=st.integers(1, 300), seed=st.integers(0, 999))
+@settings(deadline=None, max_examples=60)
+def test_with_a_ratio_that_changes_its_integral_is_kept(rows, burst, seed):
+    """Each env step earns the ratio that held when it was made; a saved account goes on so."""
+    rng = np.random.default_rng(seed)
+    quota = Quota(ratio=1.0, rows_per_update=rows, burst_env_steps=burst)
+    env_steps, trained, earned, ratio = 500, 0, Fraction(0), 1.0
+    quota.open(env_steps)
+    for _ in range(300):
+        if rng.random() < 0.3:
+            ratio = float(rng.choice([0.125, 0.75, 3.0, 16.0]))
+            quota.change_ratio(ratio, env_steps)
+        if rng.random() < 0.05:
+            saved, quota = (
+                quota.state(),
+                Quota(ratio=9.0, rows_per_update=rows, burst_env_steps=burst),
+            )
+            quota.restore(saved, env_steps, follows=True)
+        act, learn = quota.may_act(env_steps, 1), quota.may_learn(env_steps, 1)
+        assert act or learn
+        if act and (not learn or rng.random() < 0.5):
+            made = int(rng.integers(0, burst + 1))
+            env_steps, earned = env_steps + made, earned + Fraction(ratio) * made
+        else:
+            quota.trained(rows)
+            trained += rows
+        assert earned >= trained
+        assert quota.may_learn(env_steps, 1) == (trained + rows <= earned)
+
+
+def test_a_saved_account_with_another_ratio_is_new_unless_it_follows():
+    old = Quota(ratio=0.5, rows_per_update=10, burst_env_steps=4)
+    old.open(100)
+    old.change_ratio(2.0, 200)  # 50 rows are earned
+    new = Quota(ratio=0.5, rows_per_update=10, burst_env_steps=4)
+    new.restore(old.state(), 300)
+    assert not new.may_learn(319, 1)
+    assert new.may_learn(320, 1)
+    follows = Quota(ratio=0.5, rows_per_update=10, burst_env_steps=4)
+    follows.restore(old.state(), 300, follows=True)
+    for _ in range(25):  # 50 of the first hundred env steps, 200 of the second
+        assert follows.may_learn(300, 1)
+        follows.trained(10)
+    assert not follows.may_learn(304, 1)
+    assert follows.may_learn(305, 1)
+
+
 @given(
     lanes=st.integers(1, 6),
     length=st.integers(1, 9),
@@ -171,7 +218,8 @@ def test_saving():
     quota.open(7)
     quota.trained(10)
     other.restore(quota.state(), 50)
-    assert other.state() == quota.state() == {"opened_at": 7, "trained_rows": 10, "ratio": 1.0}
+    saved = {"opened_at": 7, "trained_rows": 10, "ratio": 1.0, "changed_at": 7, "earned_rows": 0.0}
+    assert other.state() == quota.state() == saved
     assert not other.may_learn(26, 1)
     assert other.may_learn(27, 1)
 
@@ -183,7 +231,8 @@ def test_another_ratio_opens_a_new_account(before, now):
     old.trained(500)
     new = Quota(ratio=now, rows_per_update=10, burst_env_steps=5)
     new.restore(old.state(), 1000)
-    assert new.state() == {"opened_at": 1000, "trained_rows": 0, "ratio": now}
+    begun = {"opened_at": 1000, "trained_rows": 0, "changed_at": 1000, "earned_rows": 0.0}
+    assert new.state() == begun | {"ratio": now}
     again = Quota(ratio=now, rows_per_update=10, burst_env_steps=5)
     new.trained(10)
     again.restore(new.state(), 1500)
@@ -194,7 +243,8 @@ def test_an_account_that_does_not_tell_its_ratio_goes_on():
     """Checkpoints of an earlier rlx."""
     quota = Quota(ratio=1.0, rows_per_update=10, burst_env_steps=5)
     quota.restore({"opened_at": 7, "trained_rows": 10}, 50)
-    assert quota.state() == {"opened_at": 7, "trained_rows": 10, "ratio": 1.0}
+    told = {"opened_at": 7, "trained_rows": 10, "ratio": 1.0}
+    assert quota.state() == told | {"changed_at": 7, "earned_rows": 0.0}
 
 
 def test_bad_settings_are_refused():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,11 +13,13 @@ import numpy as np
 import pytest
 
 import rlx
-from rlx.acting.exploration import Piecewise
+from rlx.acting.exploration import Constant, Piecewise, Redrawn
+from rlx.acting.scheduled import scheduled_exploration
 from rlx.config.changing import Schedule, replace_settings
+from rlx.interfaces import PerEpisode
 from rlx.problems import ConfigError
 from rlx.runs.folders import read_rows
-from rlx.training.schedules import following
+from rlx.training.schedules import followed
 from rlx.training.stages import Stages
 from tests import parts
 from tests.training.test_run import TINY, run
@@ -54,8 +59,19 @@ def node(setting: str, points: str, over: str = "env_steps", between: str = "lin
     ("given", "says"),
     [
         (node("agent.discout", "[[0,0.5]]"), "did you mean agent.discount?"),
-        (node("agent.unroll", "[[0,8]]"), "schedules.0.setting=agent.unroll: no number of the ag"),
-        (node("replay.ratio", "[[0,8]]"), "schedules.0.setting=replay.ratio: no number of the ag"),
+        (node("agent.unroll", "[[0,8]]"), "schedules.0.setting=agent.unroll: no number that can"),
+        (node("replay.capacity", "[[0,8]]"), "replay.capacity: no number that can change; did you"),
+        (node("evaluation.epsilon", "[[0,0]]"), "evaluation.epsilon: no number that can change; "),
+        (node("replay.priority_exponent", "[[0,0.9]]"), "priority_exponent: no number that can"),
+        (
+            node("replay.ratio", "[[0,0]]"),
+            "points=[[0.0, 0.0]]: 0 is no value of replay",
+        ),
+        (node("exploration.base", "[[0,2]]"), "2 is no value of exploration.base"),
+        (
+            node("exploration.base", "[[0,0.2]]", over="updates"),
+            "actors know the env steps of the run alone, no updates; accepted: over: env_steps",
+        ),
         (node("agent.discount", "[[0,1.5]]"), "1.5 is no value of agent.discount"),
         (node("agent.discount", "[[5,0.9],[5,0.8]]"), "in ascending order of env_steps"),
         (node("agent.discount", "[]"), "give one or more pairs"),
@@ -71,6 +87,40 @@ def node(setting: str, points: str, over: str = "env_steps", between: str = "lin
 def test_what_cannot_be_followed_is_refused(given, says, tmp_path):
     with pytest.raises(ConfigError) as caught:
         run(tmp_path, f"schedules=[{given}]")
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            [
+                "replay.importance_exponent_final=1.0",
+                "replay.anneal_env_steps=500",
+                f"schedules=[{node('replay.importance_exponent', '[[0,0.4]]')}]",
+            ],
+            "anneal_env_steps changes it already",
+        ),
+        (
+            ["replay.priority_exponent=0", f"schedules=[{node('replay.priority_eta', '[[0,1]]')}]"],
+            "priority_exponent=0 draws uniformly, so nothing reads it",
+        ),
+        (
+            ["replay=uniform", f"schedules=[{node('replay.priority_eta', '[[0,1]]')}]"],
+            "did you mean replay.ratio?",
+        ),
+        (
+            [
+                *("acting=threads", "replay.ratio=null"),
+                f"schedules=[{node('replay.ratio', '[[0,1]]')}]",
+            ],
+            "replay.ratio: no number that can change",
+        ),
+    ],
+)
+def test_what_would_change_nothing_is_refused(given, says, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path, *given)
     assert says in str(caught.value)
 
 
@@ -95,10 +145,11 @@ def test_an_update_that_follows_is_that_of_an_agent_with_the_value():
     state, batch = parts.random_state(agent), parts.batch(agent, 4)
     values = {"discount": 0.5, "optimizer.learning_rate": 3e-2}
     told = {name: np.full(4, value, np.float32) for name, value in values.items()}
-    followed = jax.jit(following(agent))(state, dataclasses.replace(batch, scheduled=told))
+    update = jax.jit(partial(followed, agent))
+    made = update(state, dataclasses.replace(batch, scheduled=told))
     fixed = parts.agent(discount=0.5, optimizer=parts.adam(learning_rate=3e-2))
     expected = jax.jit(fixed.update)(state, batch)
-    for one, two in zip(jax.tree.leaves(followed), jax.tree.leaves(expected), strict=True):
+    for one, two in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.asarray(one), np.asarray(two), rtol=2e-5, atol=1e-6)
     plain = jax.jit(agent.update)(state, batch)[1].metrics["learner/loss"]
     assert abs(float(plain) - float(expected[1].metrics["learner/loss"])) > 1e-4
@@ -153,6 +204,126 @@ def test_a_clock_goes_with_no_promise_of_the_same_bits(promise, tmp_path):
     by_clock = node("agent.discount", "[[0,0.9],[9,0.99]]", over="seconds")
     with pytest.raises(ConfigError, match="schedules=over: seconds: a clock is never the same"):
         run(tmp_path, promise, f"schedules=[{by_clock}]")
+
+
+# --- of the replay and of the exploration -------------------------------------------------------
+
+
+def last_row(folder: Path) -> dict[str, Any]:
+    return read_rows(folder / "metrics.jsonl")[-1]
+
+
+@pytest.mark.parametrize("where", ["thread", "process"])
+def test_a_replay_follows_its_schedules(where, tmp_path):
+    exponent = node("replay.importance_exponent", "[[0,0.2],[800,1.0]]")
+    run(tmp_path, f"replay.where={where}", f"schedules=[{exponent}]")
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    # A row has what the replay used last: the value at the begin of the turn, 8 env steps ago.
+    expected = [min(1.0, 0.2 + 0.8 * (row["env_steps"] - 8) / 800) for row in rows]
+    found = [row["replay/importance_exponent"] for row in rows]
+    np.testing.assert_allclose(found, expected, atol=0.012)
+    assert found[0] < 0.5
+    assert found[-1] == 1.0
+    assert rows[0]["schedule/replay.importance_exponent"] < found[0]  # a mean over the interval
+
+
+@pytest.mark.parametrize("replay", ["prioritized", "uniform"])
+def test_updates_follow_a_ratio_that_changes(replay, tmp_path):
+    """The rows that are trained are the integral of the ratio over the env steps."""
+    given = node("replay.ratio", "[[0,0.4],[600,1.6]]", between="step")
+    tiny = [f"replay={replay}", f"schedules=[{given}]"]
+    done = run(tmp_path, *tiny)
+    opened = 1200 - 600
+    trained = done["updates"] * 4 * 4  # batch size and unroll
+    most = 0.4 * 600 + 1.6 * opened
+    assert most - 16 - 1.6 * 40 <= trained <= most  # the account opens after some 30 env steps
+    assert done["updates"] > 1.3 * 0.8 * 1200 / 16 * 0.9  # more than at the ratio of TINY
+
+
+def test_a_run_that_is_resumed_has_the_ratio_of_then(tmp_path):
+    """Stopped and unstopped runs are the same bits, also where a ratio changes by updates."""
+    given = [
+        node("replay.ratio", "[[0,0.4],[20,1.6]]", over="updates"),
+        node("replay.priority_eta", "[[0,1.0],[25,0.0]]", over="updates"),
+        node("agent.discount", "[[0,0.9],[25,0.97]]", over="updates"),
+    ]
+    own = ["checkpoint.exact=true", f"schedules=[{','.join(given)}]"]
+    whole = run(tmp_path / "whole", *own)
+    first = run(tmp_path / "parts", *own, "total_env_steps=800")
+    assert 0 < first["updates"] < whole["updates"]
+    last = run(tmp_path / "parts", *own, f"resume={tmp_path / 'parts'}")
+    assert last["updates"] == whole["updates"]
+    assert last["params_sha256"] == whole["params_sha256"]
+
+
+def exploring(points: str = "[[0,0.8],[1000,0.2]]", setting: str = "exploration.value") -> str:
+    return f"schedules=[{node(setting, points)}]"
+
+
+def test_exploration_follows_the_env_steps_of_each_request():
+    schedules = [Schedule(setting="exploration.value", over="env_steps", between="linear",
+                          points=[(0, 0.8), (1000, 0.2)])]  # fmt: skip
+    made = pickle.loads(pickle.dumps(scheduled_exploration(Constant(value=0.5), schedules)))
+    lane = np.arange(3)
+    for env_steps, amount in {0: 0.8, 500: 0.5, 1000: 0.2, 5000: 0.2}.items():
+        np.testing.assert_allclose(made.amount(lane, 3, env_steps), [amount] * 3, rtol=1e-6)
+    plain = Constant(value=0.5)
+    assert scheduled_exploration(plain, [schedule()]) is plain  # which is of the agent
+
+
+def test_an_exploration_that_draws_by_episodes_still_does():
+    schedules = [Schedule(setting="exploration.lowest", over="env_steps", between="step",
+                          points=[(0, 0.5), (1000, 0.001)])]  # fmt: skip
+    own = Redrawn(highest=0.5, lowest=0.1, count=64, seed=0)
+    made = scheduled_exploration(own, schedules)
+    assert isinstance(made, PerEpisode)
+    ask = partial(made.episode_amount, np.arange(500), 500)
+    zeros = np.zeros(500, np.int64)
+    assert (ask(0, zeros, zeros) == 0.5).all()
+    expected = dataclasses.replace(own, lowest=0.001)
+    later = ask(2000, zeros, zeros)
+    np.testing.assert_array_equal(
+        later, expected.episode_amount(np.arange(500), 500, 2000, zeros, zeros)
+    )
+    assert later.min() < 0.01
+
+
+@pytest.mark.parametrize("acting", ["local", "threads"])
+def test_actors_follow_a_schedule_of_the_exploration(acting, tmp_path):
+    """All actions are random at first and none is after it, so one action is taken most."""
+    given = ["exploration=constant", "exploration.value=0.5", f"acting={acting}"]
+    lanes = ["acting.envs_per_actor=4", "acting.env_steps_per_request=8", "learner.batch_size=4"]
+    steps = exploring("[[0,1.0],[400,0.0]]").replace("linear", "step")
+    run(tmp_path, *given, *lanes, steps, "agent.optimizer.learning_rate=1e-9", "env=catch",
+        "agent.target_period_updates=5")  # fmt: skip
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["schedule/exploration.value"] for row in rows][-1] == 0.0
+    assert rows[0]["schedule/exploration.value"] == 1.0
+    shares = {name for name in rows[0] if name.startswith("acting/action_share/")}
+    most = [max(row[name] or 0.0 for name in shares) for row in rows]
+    assert most[0] < 0.6  # of three actions
+    assert most[-1] > most[0] + 0.1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [exploring("[[0,1.0],[100,0.5],[200,1.0]]")],
+        ["exploration=piecewise", "exploration.points=[[0,1.0],[100,0.5],[200,1.0]]"],
+    ],
+    ids=["schedules", "piecewise"],
+)
+def test_a_dip_in_the_middle_is_none_of_the_policy_s_own_actions(given, tmp_path):
+    ppo = ["experiment=cartpole_ppo", "total_env_steps=1000", "logging.console=off"]
+    with pytest.raises(ConfigError, match="an agent that learns its policy needs actions that"):
+        rlx.run(rlx.compose([*ppo, *given]), tmp_path)
+
+
+def test_random_actions_for_the_whole_run_are_none_where_a_schedule_ends_them(tmp_path):
+    given = ["exploration=constant", "exploration.value=1.0", "stop_after_updates=1"]
+    with pytest.raises(ConfigError, match="its amount stays 1"):
+        run(tmp_path / "a", *given)
+    assert run(tmp_path / "b", *given, exploring("[[0,1.0],[100,0.5],[9999,1.0]]"))["updates"] == 1
 
 
 # --- weights by env steps ------------------------------------------------------------------------

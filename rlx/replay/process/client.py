@@ -150,6 +150,10 @@ class ReplayProcess:
         """See the replay's own; what it raises is raised by the next call."""
         self._calls.tell(("update_priorities", (keys, priorities)))
 
+    def change(self, values: Mapping[str, float]) -> None:
+        """See the replay's own."""
+        self._calls.tell(("change", (dict(values),)))
+
     def flush(self) -> None:
         """Writes what is recorded; it is on the disk when this returns."""
         self._call("flush", deadline_s=LONG_S)
