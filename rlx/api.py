@@ -183,6 +183,18 @@ class Loaded:
         own = settings["evaluation"]["env"]
         return changed(settings["env"], own, self.family, self.agent.spec)
 
+    def _other(self, name: str) -> tuple[EnvFamily, dict[str, Any]]:
+        """The environment of one of evaluation.others, and its settings."""
+        from rlx.evaluation.elsewhere import changed
+
+        settings = plain(self.cfg)
+        others = settings["evaluation"]["others"]
+        if name not in others:
+            accepted = ", ".join(others) or "none: the run has no evaluation.others"
+            raise refuse("other", f"no evaluation of the run; accepted: {accepted}", given=name)
+        own, where = others[name], f"evaluation.others.{name}.env"
+        return changed(settings["env"], own["env"], self.family, self.agent.spec, where), own
+
     @property
     def agent(self) -> Agent:
         """The agent, with its network."""
@@ -258,6 +270,7 @@ class Loaded:
         *,
         episodes: int = 100,
         which: str | Path = "latest",
+        other: str | None = None,
         epsilon: float | None = None,
         envs: int | None = None,
         seed: int = 0,
@@ -270,8 +283,10 @@ class Loaded:
         from rlx.evaluation.video import GridRecorder, VideoFile, VideoRecorder
 
         settings, restored = plain(self.cfg)["evaluation"], self.restore(which)
+        family, own = (self.evaluated, settings) if other is None else self._other(other)
         version, name = restored.meta["updates"], f"evaluation-{restored.env_steps}"
         lanes = settings["envs"] if envs is None else envs
+        name += f"-{other}" if other is not None else ""
         name += "-grid" if record == "grid" else ""
         folder = self.output_dir / "videos"
         with VideoFile(folder, name, record_fps) if record else nullcontext() as file:
@@ -282,17 +297,18 @@ class Loaded:
             result = evaluate(
                 agent=self.agent,
                 weights=Weights(version=version, params=self.agent.acting_params(restored.state)),
-                family=self.evaluated,
+                family=family,
                 episodes=episodes,
                 lanes=lanes,
-                epsilon=settings["epsilon"] if epsilon is None else epsilon,
+                epsilon=own["epsilon"] if epsilon is None else epsilon,
                 seed=seed,
                 most_env_steps=settings["max_env_steps_per_episode"],
                 recorder=recorder,
             )
         about = {"checkpoint": str(restored.path), "env_steps": restored.env_steps}
         video = str(file.path) if file else None
-        return {**about, "updates": version, **result, "video": video}
+        named = {} if other is None else {"other": other}
+        return {**about, "updates": version, **named, **result, "video": video}
 
     @cached_property
     def _players(self) -> dict[str, Player]:

@@ -4,8 +4,10 @@ The episodes that started first are counted (rlx/evaluation/playing.py), played 
 
     run=DIR            the folder of a run (required)
     episodes=100       how many are played
-    epsilon=null       share of random actions; null: the run's evaluation.epsilon
+    epsilon=null       share of random actions; null: the run's evaluation.epsilon, or other's
     envs=null          lanes; null: the run's evaluation.envs
+    other=null         the name of one of the run's evaluation.others: in its environment, with
+                       its epsilon
     which=latest       latest | best | the folder of a checkpoint
     seed=0             of environments and random actions; the same seed gives the same returns
     record=false       true: a video of the first episode, DIR/videos/evaluation-<env steps>.mp4,
@@ -59,6 +61,7 @@ class Options:
     episodes: Annotated[int, Range(ge=1)] = 100
     epsilon: Annotated[float, Range(ge=0, le=1)] | None = None
     envs: Annotated[int, Range(ge=1)] | None = None
+    other: str | None = None
     which: str = "latest"
     seed: Annotated[int, Range(ge=0)] = 0
     record: bool | Literal["grid"] = False
@@ -85,6 +88,7 @@ def evaluate_run(options: Options) -> JSON:
     result = run.evaluate(
         episodes=options.episodes,
         which=options.which,
+        other=options.other,
         epsilon=options.epsilon,
         envs=options.envs,
         seed=options.seed,

@@ -161,7 +161,7 @@ def prepare(node: DictConfig | Mapping[str, Any], role: str | type, path: str = 
 
 
 def build_schedules(nodes: Sequence[Mapping[str, Any]]) -> list[Schedule]:
-    """The schedules of a run; `training.schedules` checks what they set."""
+    """The schedules of a run; `rlx.training.schedules` checks what they set."""
     calls = [prepare_as(Schedule, node, f"schedules.{i}") for i, node in enumerate(nodes)]
     return [call.make({}) for call in calls]
 

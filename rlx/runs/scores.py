@@ -22,6 +22,8 @@ def differences(evaluation: JSON, settings: JSON, env_steps: int | None) -> list
     own = settings.get("evaluation")
     own = own if isinstance(own, Mapping) else {}
     found = []
+    if isinstance(other := evaluation.get("other"), str):
+        found.append(f"the environment of evaluation.others.{other}")
     epsilon, own_epsilon = _number(evaluation, "epsilon"), _number(own, "epsilon")
     if epsilon != own_epsilon and None not in (epsilon, own_epsilon):
         found.append(f"epsilon {epsilon}, the run's is {own_epsilon}")

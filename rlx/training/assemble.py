@@ -23,7 +23,7 @@ from rlx.acting.exploration import least_amount
 from rlx.acting.plan import carry_spec, row_spec
 from rlx.acting.recorded import Recorded
 from rlx.acting.scheduled import scheduled_exploration
-from rlx.config.build import build, build_schedules, prepare
+from rlx.config.build import build, prepare
 from rlx.config.changing import Schedule
 from rlx.config.targets import fits, full_name, lacks, resolve
 from rlx.evaluation.elsewhere import Families, families
@@ -54,7 +54,7 @@ from rlx.training.quota import Quota
 from rlx.training.rates import idle_ends
 from rlx.training.restoring import Restored, check_total, restore_learner, restore_replay
 from rlx.training.rounds import blocks_of_a_round
-from rlx.training.schedules import check_schedules, check_updates_read, followed
+from rlx.training.schedules import check_updates_read, checked_schedules, followed
 from rlx.training.shares import share_checkpoint, share_exploration, share_folder, share_seed
 from rlx.training.warm_start import warm
 from rlx.types import DiscreteSpec, EnvSpec, Rollout
@@ -91,13 +91,10 @@ def assemble(
     peers = peers or Alone()
     evaluation, checkpoint, logging_ = (build(settings[group], group) for group in KEPT)
     acting: PoolSettings = build(settings["acting"], "acting")
-    exploration = build(settings["exploration"], "exploration", seed=settings["seed"])
     check_agreement(settings)
     family, agent = build_agent(settings)
-    schedules = build_schedules(settings["schedules"])
-    check_schedules(schedules, settings, agent, exploration)
-    explored = scheduled_exploration(exploration, schedules)
-    _check_agent(settings, agent, explored, peers)
+    exploration, schedules = _exploration(settings, agent)
+    _check_agent(settings, agent, exploration, peers)
     evaluated = families(evaluation, settings["env"], family, agent.spec)
     learner = _open_learner(settings, agent, schedules)
     resumed = restore_learner(output_dir, learner, peers, checkpoint.replay) if resume else None
@@ -106,7 +103,7 @@ def assemble(
         **_how_far(resumed),
         family=family,
         agent=agent,
-        exploration=share_exploration(explored, peers),
+        exploration=share_exploration(exploration, peers),
         seed=share_seed(settings["seed"], peers),
         output_dir=output_dir if peers.count == 1 else None,
         round_blocks=blocks_of_a_round(settings, agent),
@@ -143,6 +140,15 @@ def assemble(
         schedules=schedules,
         resumed=resumed and dataclasses.replace(resumed, state=None),  # which may be large
     )
+
+
+def _exploration(
+    settings: Mapping[str, Any], agent: Agent
+) -> tuple[Exploration, Sequence[Schedule]]:
+    """The exploration, which follows its schedules, and the schedules of the run."""
+    exploration = build(settings["exploration"], "exploration", seed=settings["seed"])
+    schedules = checked_schedules(settings, agent, exploration)
+    return scheduled_exploration(exploration, schedules), schedules
 
 
 def _lanes_of(acting: PoolSettings) -> int:

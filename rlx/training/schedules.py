@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.interpreters import partial_eval
 
-from rlx.config.build import setting_hints
+from rlx.config.build import build_schedules, setting_hints
 from rlx.config.changing import Schedule, replace_settings
 from rlx.config.hints import choices, matches, split
 from rlx.config.targets import resolve
@@ -38,19 +38,17 @@ class Changing(Protocol):
     changeable: Collection[str]  # their paths among its settings; of the class
 
     def change(self, values: Mapping[str, float]) -> None:
-        """From now on it uses these values; they are in the limits of the settings."""
+        """Uses these values from now on; they are in the limits of the settings."""
 
 
 # --- what can be followed ------------------------------------------------------------------------
 
 
-def check_schedules(
-    schedules: Sequence[Schedule],
-    settings: Mapping[str, Any],
-    agent: Agent,
-    exploration: Exploration,
-) -> None:
-    """Raises ConfigError for a schedule that the run cannot follow, or that changes nothing."""
+def checked_schedules(
+    settings: Mapping[str, Any], agent: Agent, exploration: Exploration
+) -> list[Schedule]:
+    """The schedules of a run; raises ConfigError for one that cannot be followed, or is idle."""
+    schedules = build_schedules(settings["schedules"])
     hints = _changeable(settings, agent, exploration) if schedules else {}
     for number, schedule in enumerate(schedules):
         where = f"schedules.{number}.setting"
@@ -66,6 +64,7 @@ def check_schedules(
                 raise refuse(points, says, given=show([list(p) for p in schedule.points]))
         if why := _idle(schedule, settings):
             raise refuse(where, why, given=schedule.setting)
+    return schedules
 
 
 def _changeable(settings: Mapping[str, Any], agent: Agent, exploration: Exploration) -> Hints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,13 @@ import pytest
 
 import rlx
 from rlx.config import targets
+from rlx.config.build import plain
+from rlx.config.documents import read_json
+from rlx.evaluate import main
 from rlx.evaluation.playing import run_episodes
 from rlx.problems import ConfigError
-from rlx.runs.folders import read_rows
+from rlx.runs.folders import EVALUATION_FILE, OTHER_EVALUATIONS_FILE, read_rows
+from rlx.runs.scores import differences
 from rlx.seeding import spawn_int
 from rlx.training.checkpoint import Checkpointer
 from rlx.training.hooks import Run
@@ -76,6 +81,20 @@ def test_others_have_schedules_and_metrics_of_their_own(tmp_path):
     assert set(told("evaluation/rich/episodes").values()) == {5.0}
     assert told("evaluation/long/of_env_steps")[800] == pytest.approx(800, abs=40)
     assert summary["evaluation_return"] == 4.0
+    one_is_made_by_command(tmp_path)
+
+
+def one_is_made_by_command(folder: Path) -> None:
+    """It is no score of the run."""
+    main([f"run={folder}", "other=rich", "episodes=6"])
+    assert not (folder / EVALUATION_FILE).exists()
+    made = read_json(folder / OTHER_EVALUATIONS_FILE)["evaluations"][-1]
+    assert made["returns"] == [28.0] * 6
+    assert (made["other"], made["epsilon"]) == ("rich", 0.0)
+    assert made["differs"] == ["the environment of evaluation.others.rich"]
+    assert differences(made, plain(rlx.load(folder).cfg), made["env_steps"]) == made["differs"]
+    with pytest.raises(ConfigError, match="other=ritch: no evaluation of the run; accepted: long"):
+        rlx.load(folder).evaluate(episodes=1, other="ritch")
 
 
 def test_no_checkpoint_becomes_the_best_by_another_evaluation(tmp_path):
