@@ -351,6 +351,7 @@ class RunContext:
     chain: int  # how many lives the lanes have had
     env_steps: int  # made by the run so far
     round_blocks: int | None  # a request's, of each lane (rlx.training.rounds); None: env steps
+    process: tuple[int, int] = (0, 1)  # this learner process, and how many there are
 
 
 class ActingPolicy(Protocol):
@@ -392,10 +393,7 @@ class InRounds(Protocol):
     def round_problems(
         self, *, on_policy: bool, publish_every_updates: int | None
     ) -> Sequence[Problem]:
-        """Gives the problems of these settings with such an agent.
-
-        publish_every_updates: of agents that are not on-policy; None: by env steps.
-        """
+        """Gives the problems with such an agent; publish_every_updates is None by env steps."""
 
 
 @runtime_checkable

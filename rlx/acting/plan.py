@@ -38,6 +38,7 @@ class Plan:
     instances: int
     envs_per_actor: int
     device: Device
+    process: tuple[int, int] = (0, 1)  # this learner process, and how many there are
 
     @property
     def lanes(self) -> int:
@@ -51,9 +52,10 @@ class Plan:
         return [spawn_int(self.seed, "env", lane, chain) for lane in lanes]
 
     def family_of(self, index: int) -> EnvFamily:
-        """The family of one actor's lanes."""
+        """The family of one actor's lanes, by its number among the actors of all processes."""
         if isinstance(self.family, PerActor):
-            return self.family.of_actor(index, self.envs_per_actor)
+            rank, processes = self.process
+            return self.family.of_actor(index * processes + rank, self.envs_per_actor)
         return self.family
 
     def env(self, index: int, chain: int) -> Env:
@@ -126,6 +128,7 @@ def make_plan(context: RunContext, *, instances: int, envs_per_actor: int, devic
         instances=instances,
         envs_per_actor=envs_per_actor,
         device=device,
+        process=context.process,
     )
 
 

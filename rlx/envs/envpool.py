@@ -48,7 +48,6 @@ from rlx.envs.observations import (
 from rlx.envs.per_actor import chosen, per_actor_problems, replaced
 from rlx.problems import Problem
 from rlx.types import (
-    AloneOnly,
     Cut,
     EnvSpec,
     Episode,
@@ -89,7 +88,7 @@ class EnvPool:
     batch_size: Annotated[int, Range(ge=1)] | None
     threads: Annotated[int, Range(ge=0, le=1024)]
     options: dict[str, Any]
-    per_actor: Annotated[dict[str, list[Any]], AloneOnly()]  # options -> an element for each actor
+    per_actor: dict[str, list[Any]]  # options -> an element for each actor
     needs_jax: ClassVar[bool] = False
 
     def problems(self, *, lanes: int | None = None) -> list[str]:

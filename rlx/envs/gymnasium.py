@@ -39,7 +39,6 @@ from rlx.envs.per_actor import chosen, per_actor_problems, replaced
 from rlx.envs.true_episodes import TOLD, ToldEpisodes
 from rlx.problems import EnvironmentFailed
 from rlx.types import (
-    AloneOnly,
     Cut,
     EnvSpec,
     Episode,
@@ -88,9 +87,7 @@ class Gymnasium:
     frames_per_env_step: Annotated[int, Range(ge=1)] | None
     max_episode_steps: Annotated[int, Range(ge=1, le=2**31 - 1)] | None
     restarts: Annotated[int, Range(ge=0)]  # of a lane that fails, without an episode that ends
-    per_actor: Annotated[
-        dict[str, list[Any]], AloneOnly()
-    ]  # keywords of the constructor -> an element for each actor
+    per_actor: dict[str, list[Any]]  # keywords of the constructor -> an element for each actor
 
     def problems(self, *, lanes: int | None = None) -> list[str]:
         """Says what is wrong with the settings, a line each; allocates no environment."""

@@ -30,7 +30,8 @@ class SeveralTasks(Protocol):
 class Tasks:
     """The settings of several tasks (an `interfaces.EnvFamily`); conf/env/tasks.yaml.
 
-    Lane i of the run plays task i modulo their number, in every pool.
+    The lanes of actor i, counted over all learner processes, follow those of actor i - 1; the n-th
+    lane plays task n modulo their number.
     """
 
     ids: Annotated[list[str], NamesModule()]
@@ -77,9 +78,9 @@ class Tasks:
 
     @staticmethod
     def clashes(settings: Mapping[str, Any]) -> Sequence[Problem]:
-        """Every task needs a lane."""
+        """Every task needs a lane; settings: of one of the learner processes."""
         acting, ids = settings["acting"], settings["env"]["ids"]
-        lanes = acting["instances"] * acting["envs_per_actor"]
+        lanes = acting["instances"] * acting["envs_per_actor"] * settings["learner"]["processes"]
         if lanes >= len(ids):
             return []
         says = f"{lanes} lanes play {lanes} of the {len(ids)} tasks; raise acting.envs_per_actor"

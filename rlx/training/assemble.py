@@ -100,7 +100,7 @@ def assemble(
     resumed = restore_learner(output_dir, learner, peers, checkpoint.replay) if resume else None
     _go_on_or_begin_warm(learner, settings, resumed)
     context = RunContext(
-        **_how_far(resumed),
+        **_place(resumed, peers),
         family=family,
         agent=agent,
         exploration=share_exploration(exploration, peers),
@@ -155,11 +155,10 @@ def _lanes_of(acting: PoolSettings) -> int:
     return acting.instances * acting.envs_per_actor
 
 
-def _how_far(resumed: Restored | None) -> dict[str, int]:
-    """The chain that lanes begin, and the env steps that the run has made."""
-    if resumed is None:
-        return {"chain": 0, "env_steps": 0}
-    return {"chain": resumed.meta["chain"] + 1, "env_steps": resumed.env_steps}
+def _place(resumed: Restored | None, peers: Peers) -> dict[str, Any]:
+    """The chain that lanes begin, the env steps that the run has made, and which process it is."""
+    chain, env_steps = (resumed.meta["chain"] + 1, resumed.env_steps) if resumed else (0, 0)
+    return {"chain": chain, "env_steps": env_steps, "process": (peers.rank, peers.count)}
 
 
 def _go_on_or_begin_warm(

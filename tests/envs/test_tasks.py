@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 import rlx
+from rlx.acting.exploration import Constant
+from rlx.acting.plan import Plan
 from rlx.config.build import plain
 from rlx.envs.tasks import Tasks
 from rlx.problems import ConfigError
 from rlx.runs.folders import read_rows
+from tests import parts
 from tests.envs.test_gymnasium import family
 from tests.training.test_run import TINY, read
 
@@ -90,6 +93,24 @@ def test_tasks_that_do_not_go_together_are_named(ids, says, tmp_path):
 def test_every_task_needs_a_lane(tmp_path):
     with pytest.raises(ConfigError, match=r"env\.ids=3: 2 lanes play 2 of the 3 tasks"):
         rlx.run(rlx.compose([*TINY, *TASKS, "acting.envs_per_actor=2"]), tmp_path)
+
+
+def test_lanes_of_several_learner_processes_go_on_where_the_others_end():
+    """Two processes with two actors of two lanes: lanes 0, 1, 4, 5 and 2, 3, 6, 7 of the run."""
+    wanted = {0: [0, 1, 4, 5], 1: [2, 3, 6, 7]}
+    for rank, lanes in wanted.items():
+        plan = Plan(
+            family=tasks(), agent=parts.agent(), exploration=Constant(value=0.0), seed=0,
+            instances=2, envs_per_actor=2, device="cpu", process=(rank, 2),
+        )  # fmt: skip
+        families = [plan.family_of(index) for index in range(2)]
+        made = [each.make(lanes=2, seeds=[1, 2]) for each in families]
+        found = [length for env in made for length in shown(env, env.reset())]
+        assert found == [LENGTHS[lane % 3] for lane in lanes]
+        for env in made:
+            env.close()
+    few = ["learner.processes=2", "acting.envs_per_actor=2"]
+    assert not Tasks.clashes(plain(rlx.compose([*TINY, *TASKS, *few])))
 
 
 @pytest.mark.parametrize("pool", ["local", "threads"])

@@ -291,6 +291,14 @@ def test_a_stop_told_to_one_ends_both_at_the_same_count(tmp_path):
     assert max(names(tmp_path)) == max(names(tmp_path / "learners" / "1"))
 
 
+def test_actors_of_both_have_settings_of_their_own(tmp_path):
+    sized = ["env=gymnasium", "env.id=tests.worlds:rlx-test/Sized-v0"]
+    assert two_loops(tmp_path, *sized, "+env.per_actor.reward=[3.0,9.0]") == ["finished"] * 2
+    for rank in (0, 1):
+        row = read_rows(share_folder(tmp_path, rank) / "metrics.jsonl")[-1]
+        assert row["train/return_max"] == 3 * row["train/return_min"]
+
+
 def test_a_run_left_in_its_last_evaluation_resumes(tmp_path, monkeypatch):
     evaluate, told = Keeper.evaluate, []
 
