@@ -192,7 +192,7 @@ class LiveRun:
             "evaluation_return": evaluation,
             "left_s": self._left_s(settings) if state == "running" else None,
             "bottleneck": bottleneck({k: number(v) for k, v in row.items()}),
-            "env": _named(settings, "env", "id"),
+            "env": _named(settings, "env", "id") or _tasks(settings),
             "agent": _named(settings, "agent", "_target_").rpartition(".")[2],
             "seed": number(settings.get("seed")),
             "overrides": self._folder.overrides,
@@ -226,6 +226,13 @@ class LiveRun:
 
 
 # --- small parts ---------------------------------------------------------------------------------
+
+
+def _tasks(settings: Mapping[str, Any]) -> str:
+    """The ids of the environments of a run with several."""
+    node = settings.get("env")
+    ids = node.get("ids") if isinstance(node, dict) else None
+    return cut(", ".join(map(str, ids))) if isinstance(ids, list) else ""
 
 
 def _named(settings: Mapping[str, Any], group: str, key: str) -> str:

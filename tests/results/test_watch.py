@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
+import yaml
 
 from rlx import watch
 from rlx.config.options import read_options
@@ -401,6 +402,16 @@ def test_small_parts():
     assert (len(xs), xs[-1], ys[-1], ys[0]) == (11, 1000, 0, 0.5)
     assert thin(pairs[:3], 11) == [[0, 1, 2], [0, 1, 0]]
     assert thin([(0, 1), (2, 3), (4, 5), (6, 7), (8, 100)], 3) == [[1, 5, 8], [2, 6, 100]]
+
+
+def test_a_run_of_several_tasks_names_them(copied, serve):
+    path = copied / "finished" / ".hydra" / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings["env"] = {"ids": ["Here-v0", "There-v1"]}
+    path.write_text(yaml.safe_dump(settings))
+    runs = serve(copied).runs()
+    assert runs["finished"]["env"] == "Here-v0, There-v1"
+    assert "," not in runs["failed"]["env"]
 
 
 # --- the server ----------------------------------------------------------------------------------
