@@ -227,6 +227,16 @@ def test_a_replay_follows_its_schedules(where, tmp_path):
     assert rows[0]["schedule/replay.importance_exponent"] < found[0]  # a mean over the interval
 
 
+def test_a_replay_s_priorities_follow(tmp_path):
+    """The mean of a sequence's errors is never above the largest of them."""
+    means = {}
+    for eta in (0.0, 1.0):
+        by = node("replay.priority_eta", f"[[0,{eta}]]")
+        run(tmp_path / str(eta), f"schedules=[{by}]", "stop_after_updates=1")
+        means[eta] = last_row(tmp_path / str(eta))["replay/priority_mean"]
+    assert means[0.0] < 0.9 * means[1.0]
+
+
 @pytest.mark.parametrize("replay", ["prioritized", "uniform"])
 def test_updates_follow_a_ratio_that_changes(replay, tmp_path):
     """The rows that are trained are the integral of the ratio over the env steps."""
