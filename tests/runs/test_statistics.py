@@ -10,14 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import rlx
 from rlx.runs.actions import Actions
 from rlx.runs.folders import read_rows
 from rlx.runs.metrics import Metrics, is_wall_clock
 from rlx.runs.names import MEANINGS, meaning
 from rlx.types import BoxSpec, DiscreteSpec, Episode, MultiDiscreteSpec
 from tests.runs.test_metrics import SETTINGS
-from tests.training.test_policy_runs import RUNS, SMALL
 from tests.training.test_run import read, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,15 +154,9 @@ def test_rows_by_time_come_between_those_by_count(tmp_path, monkeypatch):
 # --- every name ----------------------------------------------------------------------------------
 
 
-def test_every_name_of_a_row_is_explained(rows, tmp_path):
+def test_every_name_of_a_row_is_explained(rows):
+    """Those of agents with a policy: tests/training/test_policy_runs.py."""
     assert {name for row in rows for name in row if meaning(name) is None} == set()
-    for name, settings in RUNS.items():
-        folder = tmp_path / name
-        short = [s for s in settings if not s.startswith("total_env_steps")]
-        few = [*SMALL, "stop_after_updates=2", "total_env_steps=2000"]
-        rlx.run(rlx.compose([*short, *few]), folder)
-        told = {n for row in read_rows(folder / "metrics.jsonl") for n in row}
-        assert {n for n in told if meaning(n) is None} == set()
 
 
 GROUPS = "train|evaluation|acting|learner|replay|weights|time|task|schedule"

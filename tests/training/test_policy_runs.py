@@ -15,6 +15,8 @@ import pytest
 
 import rlx
 from rlx import export, trees
+from rlx.runs.folders import read_rows
+from rlx.runs.names import meaning
 
 SMALL = [
     "evaluation.every_env_steps=null",
@@ -56,6 +58,13 @@ def run(request, tmp_path_factory) -> Any:
     folder = tmp_path_factory.mktemp(request.param) / "run"
     assert rlx.run(settings(request.param, 1000), folder)["state"] == "finished"
     return request.param, rlx.load(folder)
+
+
+def test_every_name_of_a_row_is_explained(run):
+    _, loaded = run
+    told = {name for row in read_rows(loaded.output_dir / "metrics.jsonl") for name in row}
+    assert {"learner/loss", "learner/gradient_steps"} < told
+    assert {name for name in told if meaning(name) is None} == set()
 
 
 def seen(steps: int, lanes: int) -> dict[str, np.ndarray]:
