@@ -310,7 +310,11 @@ CHOICES = ("env=gymnasium", "env.id=tests.worlds:rlx-test/Choices-v0")
 HOPPER = ("env=mujoco", "env.id=Hopper-v5", "env.max_episode_steps=12")
 
 
-@pytest.mark.parametrize("env", [PENDULUM, CHOICES, HOPPER], ids=["pendulum", "choices", "hopper"])
+# Hopper has a box as Pendulum has; its environments are played in tests/envs/test_envpool.py.
+SLOW = pytest.param(HOPPER, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("env", [PENDULUM, CHOICES, SLOW], ids=["pendulum", "choices", "hopper"])
 def test_a_run_learns_acts_and_is_exported(env, trained, tmp_path):
     folder = trained(*env)
     run = rlx.load(folder)

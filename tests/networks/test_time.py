@@ -106,7 +106,8 @@ def test_a_player_and_an_evaluation_count_alike():
 @pytest.mark.parametrize(
     "more",
     [
-        ["agent=dqn", "network=mlp", "replay=uniform"],
+        # Without a core, time takes the same way into the network.
+        pytest.param(["agent=dqn", "network=mlp", "replay=uniform"], marks=pytest.mark.slow),
         ["network.core.units=8"],
     ],
 )
