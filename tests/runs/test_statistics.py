@@ -74,6 +74,8 @@ def test_shares_of_choices():
         "acting/action_share/0": 0.75, "acting/action_share/1": 0.0, "acting/action_share/2": 0.25
     }  # fmt: skip
     assert actions.take() == {}
+    actions.add(np.array([1], np.int32))  # what was told before counts no more
+    assert list(actions.take().values()) == [0.0, 1.0, 0.0]
     again = Actions(DiscreteSpec(n=3))
     again.restore(state)
     again.add(np.array([1, 1, 1, 1], np.int32))

@@ -298,7 +298,10 @@ def test_a_hook_that_raises_is_named_and_the_run_ends_with_a_checkpoint(point, t
 
 def test_a_run_goes_on_from_where_its_hook_failed(tmp_path):
     with pytest.raises(HookFailed):
-        run(tmp_path, hooks(failing("on_update", 9)))
+        run(tmp_path, hooks(failing("on_update", 9), RECORDER))
+    # No hook is told of anything after it, not of the checkpoint either.
+    assert len(given("on_update")) == 9
+    assert given("on_checkpoint") == given("on_end") == []
     assert read(tmp_path / "checkpoints" / max(names(tmp_path)), "meta.json")["updates"] == 10
 
 
