@@ -185,8 +185,9 @@ class Loaded:
 
     def _other(self, name: str) -> tuple[EnvFamily, dict[str, Any]]:
         """The environment of one of evaluation.others, and its settings."""
-        from rlx.evaluation.elsewhere import changed
+        from rlx.evaluation.elsewhere import changed, check_name
 
+        check_name(name, "other")
         settings = plain(self.cfg)
         others = settings["evaluation"]["others"]
         if name not in others:

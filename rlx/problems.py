@@ -132,7 +132,11 @@ def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or the name of its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    try:
+        text = str(error).strip()
+    except Exception:  # of a class that cannot tell itself
+        text = ""
+    return (text or type(error).__name__).splitlines()[0]
 
 
 def cut(text: str, most: int = MOST_SHOWN) -> str:

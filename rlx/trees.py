@@ -96,6 +96,9 @@ def check_patterns(patterns: Sequence[str], names: Iterable[str], key: str) -> N
             parts = sorted({name.partition("/")[0] for name in names})
             says = f"no parameter has such a name; accepted: patterns such as {parts[0]}/*"
             raise ValueError(f"{key}: {pattern!r}: {says} (the parts are {', '.join(parts)}).")
+    if patterns and not any(matches_any(name, patterns) for name in names):
+        says = "they choose no parameter; begin with '*' to take some out of all"
+        raise ValueError(f"{key}: {list(patterns)}: {says}.")
 
 
 _registered: set[type] = set()

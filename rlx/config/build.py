@@ -116,7 +116,10 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     try:
         tree = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise refuse(str(error.full_key), str(error).splitlines()[0]) from error
+        says = str(error).splitlines()[0]
+        if absent := re.search(r"Interpolation key '(.+)\.(\d+)' not found", says):
+            says = f"it is element {absent[2]} of {absent[1]}, which has none; give {absent[1]} one"
+        raise refuse(str(error.full_key), says) from error
     assert isinstance(tree, dict)
     return {str(key): unboxed(value) for key, value in tree.items()}
 
@@ -343,12 +346,12 @@ def read_value(value: Any, hint: Any, path: str, out: list[Problem]) -> Any:
     origin, args = get_origin(inner) or inner, get_args(inner)
     if value == MISSING:
         out.append(Problem(path=path, given=MISSING, says=f"missing; give {describe(hint)}"))
+    elif value == "" and marker(hint, IsPath):  # which would be the folder one is in
+        out.append(Problem(path=path, given="''", says="an empty path; give one, or null"))
     elif origin in (Union, types.UnionType):
         return _read_union(value, hint, path, out)
     elif isinstance(value, Mapping) and origin in (dict, collections.abc.Mapping):
-        return {
-            k: read_value(v, (*args, Any, Any)[1], f"{path}.{k}", out) for k, v in value.items()
-        }
+        return _read_named(value, (*args, Any, Any)[1], path, out)
     elif isinstance(value, list | tuple) and origin in (list, tuple, collections.abc.Sequence):
         return _read_items(value, inner, path, out)
     elif is_class(inner):
@@ -356,6 +359,17 @@ def read_value(value: Any, hint: Any, path: str, out: list[Problem]) -> Any:
     elif not matches(value, inner, limits):
         out.append(wrong(value, hint, path))
     return float(value) if inner is float and type(value) is int else value
+
+
+def _read_named(
+    value: Mapping[Any, Any], hint: Any, path: str, out: list[Problem]
+) -> dict[str, Any]:
+    """The values of a mapping by their names, which are text."""
+    for name in value:
+        if not isinstance(name, str):
+            says = "a name is text; put it in quotes"
+            out.append(Problem(path=f"{path}.{name}", given=show(name), says=says))
+    return {k: read_value(v, hint, f"{path}.{k}", out) for k, v in value.items()}
 
 
 def _read_union(value: Any, hint: Any, path: str, out: list[Problem]) -> Any:

@@ -34,6 +34,11 @@ def allow(prefix: str) -> None:
     _allowed.add(prefix)
 
 
+def allowed_here() -> frozenset[str]:
+    """The prefixes that `allow` was told of in this process, for another one of the run."""
+    return frozenset(_allowed)
+
+
 @functools.cache
 def _installed() -> frozenset[str]:
     points = importlib.metadata.entry_points(group="rlx.allow")

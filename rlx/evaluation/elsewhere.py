@@ -15,6 +15,7 @@ from rlx.interfaces import EnvFamily
 from rlx.problems import ConfigError, refuse
 from rlx.types import EnvSpec
 
+PER_ACTOR = "per_actor"  # the setting of environments that differ from actor to actor
 Families = Mapping[str, EnvFamily]  # by the name of the evaluation; '' is the run's own
 
 
@@ -28,8 +29,7 @@ def families(
     found = {"": changed(env, evaluation.env, training, spec)}
     for name, other in evaluation.others.items():
         where = f"evaluation.others.{name}"
-        if not re.fullmatch(r"\w+", name):
-            raise refuse(where, "a name of letters, digits and _ is needed", given=name)
+        check_name(name, where)
         found[name] = changed(env, other.env, training, spec, f"{where}.env")
     return found
 
@@ -44,6 +44,9 @@ def changed(
     """The family of changed settings, or the training's where nothing changes."""
     if not changes:
         return training
+    if _of_actors(changes):
+        says = "an evaluation has no actors (per_actor); give the settings themselves"
+        raise refuse(where, says)
     try:
         family: EnvFamily = build(merged(env, changes), "env")
         own = family.spec()
@@ -55,6 +58,18 @@ def changed(
         says = f"the agent cannot act there: it has {spaces_of(own)}, the run {spaces_of(spec)}"
         raise refuse(where, says)
     return family
+
+
+def _of_actors(changes: Mapping[str, Any]) -> bool:
+    """Says whether settings are given by the actor, at any depth."""
+    inner = (value for value in changes.values() if isinstance(value, Mapping))
+    return bool(changes.get(PER_ACTOR)) or any(_of_actors(value) for value in inner)
+
+
+def check_name(name: Any, where: str) -> None:
+    """Raises ConfigError for a name of an evaluation that metrics and files cannot have."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w+", name):
+        raise refuse(where, "a name of letters, digits and _ is needed", given=str(name))
 
 
 def _named(problem: Any, where: str) -> Any:

@@ -67,7 +67,7 @@ class Dataset:
     ) -> None:
         """Settings: conf/replay/dataset.yaml. Raises ValueError for what cannot work."""
         if path is None:
-            raise ValueError("set replay.path to a folder that replay.record has filled.")
+            raise ValueError("set its path to a folder that replay.record has filled.")
         recorded = Path(path)
         context = replace(context, lanes=_lanes_of(recorded, context))
         keeping = Keeping(
@@ -97,7 +97,7 @@ class Dataset:
             self._all.add(rollout)
         if self.startable < min_sequences:
             raise ValueError(
-                f"{path}: has {self.startable} sequences, replay.min_sequences={min_sequences}."
+                f"{path}: has {self.startable} sequences, min_sequences={min_sequences}."
             )
 
     @property
@@ -126,7 +126,10 @@ class Dataset:
     def restore(self, state: Mapping[str, Any], blocks: Sequence[Iterable[Blocks]]) -> None:
         """Goes on from a saved state; raises ValueError if the dataset is another one."""
         if state["files"] != self._files:
-            raise ValueError("the dataset has changed since; train anew from it")
+            raise ValueError(
+                "the dataset has changed since; resume with checkpoint.replay=false to read "
+                "what it has now"
+            )
         self._all.restore_drawing(state)
         self._played_env_steps = int(state["env_steps"])
 

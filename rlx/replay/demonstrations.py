@@ -5,6 +5,7 @@ As in R2D3 (Paine et al. 2019), two replays are drawn from, each by its own prio
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -77,9 +78,20 @@ class Demonstrations:
             says = f"gives {count} of the {batch_size} sequences of a batch (learner.batch_size); "
             says += f"accepted: at least {1 / batch_size:.3g}, and less than 1"
             found.append(Problem(path="replay.share", given=f"{replay['share']:g}", says=says))
-        if replay["storage"] == "device":
-            says = "a batch is put together in the host's memory; accepted: memory or mmap"
-            found.append(Problem(path="replay.storage", given="device", says=says))
+        refused = {
+            "storage": (("device",), "a batch is put together in the host's memory; set memory"),
+            "where": (("process",), "both replays lie in the learner's process; set thread"),
+        }
+        for name, (values, says) in refused.items():
+            if replay[name] in values:
+                found.append(Problem(path=f"replay.{name}", given=replay[name], says=says))
+        if (replay["shards"] or 1) > 1:
+            says = "the run's own part of a batch is drawn from one ring; set it to null"
+            found.append(Problem(path="replay.shards", given=str(replay["shards"]), says=says))
+        record, path = replay["record"], replay[SAVED]["path"]
+        if None not in (record, path) and os.path.realpath(record) == os.path.realpath(path):
+            says = "the demonstrations lie there, and stay as they are; give another folder"
+            found.append(Problem(path="replay.record", given=record, says=says))
         ahead = {"replay.prefetch": replay, "replay.demonstrations.prefetch": replay[SAVED]}
         for path, node in ahead.items():
             if node["prefetch"]:

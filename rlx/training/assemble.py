@@ -44,10 +44,11 @@ from rlx.interfaces import (
     RunContext,
 )
 from rlx.machine.memory import available_bytes
-from rlx.problems import refuse
+from rlx.problems import refuse, show
 from rlx.replay.held import Keeping
 from rlx.replay.process.client import ReplayProcess
 from rlx.training.agreement import check_agreement, takes_turns
+from rlx.training.hooks import close_hook
 from rlx.training.learner import Learner, OpenLearner
 from rlx.training.parts import Alone, Parts
 from rlx.training.quota import Quota
@@ -165,6 +166,9 @@ def _go_on_or_begin_warm(
     learner: OpenLearner, settings: Mapping[str, Any], resumed: Restored | None
 ) -> None:
     """Checks what a resumed run is to do; gives a fresh learner another run's weights, if any."""
+    if settings["init_from"] is None and settings["init_params"] != ["*"]:
+        says = "they choose parameters of init_from, which is null"
+        raise refuse("init_params", says, given=show(settings["init_params"]))
     if resumed is not None:
         check_total(settings["total_env_steps"], resumed)
     elif (folder := settings["init_from"]) is not None:
@@ -179,7 +183,7 @@ def make_hooks(nodes: Sequence[Mapping[str, Any]], seed: int, undo: ExitStack) -
     hooks = []
     for number, node in enumerate(nodes):
         hook = prepare(node, object, f"hooks.{number}").make({"seed": seed})
-        undo.callback(getattr(hook, "close", lambda: None))
+        undo.callback(close_hook, number, hook)
         hooks.append(hook)
     return hooks
 

@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 
 _TEMPORARY = ".tmp-"
+NO_OTHER = "No other checkpoint is left."
 _ASIDE = ".old-"
 
 
@@ -186,7 +187,9 @@ class Checkpointer:
                 return read(path, verify(path, with_replay))
             except Damaged as damage:
                 if path == candidates[-1]:
-                    raise CheckpointError(f"{damage} No other checkpoint is left.") from damage
+                    named = which not in ("latest", "best")
+                    more = "It was named, so no other is read." if named else NO_OTHER
+                    raise CheckpointError(f"{damage} {more}") from damage
                 log.warning("%s Trying another checkpoint.", damage)
         raise AssertionError("unreachable: candidates are never empty")
 

@@ -30,6 +30,7 @@ from ray import exceptions as ray_errors
 
 from rlx.cluster.cluster import Cluster
 from rlx.config.build import build
+from rlx.config.targets import allowed_here
 from rlx.machine.signals import stop_on_signals
 from rlx.problems import ConfigError, RunFailed, refuse
 from rlx.runs import status
@@ -106,6 +107,7 @@ def run_group(settings: Mapping[str, Any], output_dir: Path, *, resume: bool) ->
     """
     count = settings["learner"]["processes"]
     group: Group = build(settings["learner"]["group"], Group)
+    build(settings["learner"], "learner")  # what is wrong in it is said before Ray starts
     check_agreement(settings)
     own = share_of(settings, count)
     _check_devices(settings["learner"]["platform"], group)
@@ -233,10 +235,8 @@ class Life:
             max_concurrency=2,  # `stop` is heard while `run` runs
             **options,
         )
-        folder = str(output_dir.absolute())
-        self._processes = [
-            make.remote(rank=rank, count=count, output_dir=folder) for rank in range(count)
-        ]
+        given = {"output_dir": str(output_dir.absolute()), "allowed": allowed_here()}
+        self._processes = [make.remote(rank=rank, count=count, **given) for rank in range(count)]
         self._runs: list[Any] = []
         self._listened_s = monotonic()
 

@@ -9,12 +9,13 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ray.util import get_node_ip_address
 
+from rlx.config.targets import allow
 from rlx.interfaces import Peers
 from rlx.machine import xla
 from rlx.problems import RunFailed
@@ -28,8 +29,13 @@ QUIET = ("absl", "jax", "orbax")  # these report their own internals at INFO
 class LearnerProcess:
     """Process `rank` of `count`, for one life of the group."""
 
-    def __init__(self, *, rank: int, count: int, output_dir: str) -> None:
-        """output_dir: the run's folder, which all processes must see."""
+    def __init__(self, *, rank: int, count: int, output_dir: str, allowed: Collection[str]) -> None:
+        """output_dir: the run's folder, which all processes must see.
+
+        allowed: prefixes of targets that the process which began the run was told of.
+        """
+        for prefix in allowed:
+            allow(prefix)
         self._rank, self._count, self._output_dir = rank, count, Path(output_dir)
         self._stop = threading.Event()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from rlx.cluster.faults import Replaced
 from rlx.config.documents import parse_json
@@ -27,6 +28,9 @@ MOST_STATE = 1_000_000  # characters of a hook's state
 OWN_GROUPS = frozenset(name.partition("/")[0] for name in NAMES if "/" in name) | {
     *("schedule", "task", "time"),
 }
+
+
+REAL = (jnp.floating, jnp.integer, jnp.bool_)
 
 
 class HookFailed(RunFailed):
@@ -84,6 +88,8 @@ class HookedRun:
             )
         if not isinstance(value, jax.Array):  # which nobody overwrites
             value = as_float(value)
+        elif not any(jnp.issubdtype(value.dtype, kind) for kind in REAL):
+            raise ValueError(f"{name!r}: an array of {value.dtype} has no mean that is a number")
         self.metrics.record(name, value)
 
     def params(self) -> Params:
@@ -125,7 +131,7 @@ class Hooks:
                 return
             try:
                 getattr(hook, point)(self._run, *given)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._end(number, hook, point, error)
 
     def states(self) -> list[dict[str, Any]]:
@@ -133,7 +139,7 @@ class Hooks:
         for number, hook in enumerate(self._hooks):
             try:
                 self._saved[number] = _state_of(hook)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._end(number, hook, "state", error)
         return [
             {"hook": full_name(type(hook)), "state": self._saved.get(number, {})}
@@ -149,10 +155,10 @@ class Hooks:
             self._saved[number] = dict(before["state"])
             try:
                 hook.restore(before["state"])
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._end(number, hook, "restore", error)
 
-    def _end(self, number: int, hook: Any, point: str, error: Exception) -> None:
+    def _end(self, number: int, hook: Any, point: str, error: BaseException) -> None:
         if self._is_over:  # it is told already
             return
         self._is_over = True

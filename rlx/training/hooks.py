@@ -6,14 +6,18 @@ them. Each learner process makes its own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlx.cluster.faults import Replaced
+from rlx.config.targets import full_name
 from rlx.problems import did_you_mean
 from rlx.types import Episode, Evaluated, Params, Rollout
+
+log = logging.getLogger(__name__)
 
 PREFIX = "on_"  # of the names of all points
 
@@ -59,7 +63,8 @@ class Points(Protocol):
     """The methods that a hook may have; it needs one of them, and inherits from nothing.
 
     Its settings are annotated keyword-only parameters without defaults, like those of any part.
-    What is given at a point is not to be changed. An exception ends the run with a checkpoint.
+    What is given at a point is not to be changed. An exception ends the run with a checkpoint, and
+    so does sys.exit; what is raised in `close` is only told, since the run is over by then.
     """
 
     def on_begin(self, run: Run) -> None:
@@ -109,6 +114,15 @@ def no_hook(cls: type) -> str:
         if name not in POINTS:
             return f"{cls.__qualname__}.{name} is no point of a run; {did_you_mean(name, POINTS)}"
     return "" if named else f"{cls.__qualname__} has none of a hook's methods: {', '.join(POINTS)}"
+
+
+def close_hook(number: int, hook: Any) -> None:
+    """Ends a hook. The run is over by then, so what it raises is told and no more."""
+    try:
+        getattr(hook, "close", lambda: None)()
+    except (Exception, SystemExit) as error:
+        says = "hooks.%d (%s) raised %s in close"
+        log.error(says, number, full_name(type(hook)), type(error).__name__, exc_info=error)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from rlx.interfaces import ActingPool, Agent, EnvFamily, Evaluator, Peers, Repla
 from rlx.runs.metrics import Logging
 from rlx.training.checkpoint import Checkpoint
 from rlx.training.checkpoint_files import Restored
+from rlx.training.hooks import close_hook
 from rlx.training.learner import OpenLearner
 from rlx.training.quota import Quota
 from rlx.types import Batch
@@ -60,9 +61,8 @@ class Parts:
     def close(self) -> None:
         """Ends the evaluator, the actors, whose cluster it may be in, the replay and the hooks."""
         with ExitStack() as ends:  # all of them, the last one first, whatever one may raise
-            for hook in self.hooks:
-                if hasattr(hook, "close"):
-                    ends.callback(hook.close)
+            for number, hook in enumerate(self.hooks):
+                ends.callback(close_hook, number, hook)
             ends.callback(self.replay.close)
             ends.callback(self.pool.close, CLOSE_TIMEOUT_S)
             if self.evaluator is not None:

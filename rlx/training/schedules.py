@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from functools import reduce
 from typing import Any, Protocol, get_args
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 from jax.interpreters import partial_eval
 
+from rlx.acting.exploration import amounts
 from rlx.config.build import build_schedules, setting_hints
 from rlx.config.changing import Schedule, replace_settings
 from rlx.config.hints import choices, matches, split
@@ -62,7 +64,7 @@ def checked_schedules(
                 says = f"{value:g} is no value of {schedule.setting}"
                 points = f"schedules.{number}.points"
                 raise refuse(points, says, given=show([list(p) for p in schedule.points]))
-        if why := _idle(schedule, settings):
+        if why := _idle(schedule, settings, exploration):
             raise refuse(where, why, given=schedule.setting)
     return schedules
 
@@ -74,7 +76,7 @@ def _changeable(settings: Mapping[str, Any], agent: Agent, exploration: Explorat
     replay: Mapping[str, Any] = settings["replay"]
     for path in (*getattr(resolve(replay["_target_"])[0], "changeable", ()), RATIO):
         node, name = _inner(replay, path)
-        if type(node.get(name)) is float:
+        if type(node.get(name)) in (int, float):  # a number with a fraction may be written without
             cls, _ = resolve(node["_target_"])
             assert cls is not None
             found[f"replay.{path}"] = _float(setting_hints(cls)[name])
@@ -109,7 +111,7 @@ def _float(hint: Any) -> Any:
     return next(kind for kind in several if split(kind)[0] is float)
 
 
-def _idle(schedule: Schedule, settings: Mapping[str, Any]) -> str:
+def _idle(schedule: Schedule, settings: Mapping[str, Any], exploration: Exploration) -> str:
     """Says why a schedule of the replay or of the exploration would not be followed, or nothing."""
     replay = settings["replay"]
     nobody_acts = getattr(resolve(replay["_target_"])[0], "is_recorded", False)
@@ -123,7 +125,7 @@ def _idle(schedule: Schedule, settings: Mapping[str, Any]) -> str:
             )
         if nobody_acts:
             return "no actor runs, so nobody explores"
-        return ""
+        return _idle_exploration(schedule, settings, exploration)
     node, name = _inner(replay, schedule.path)
     if name == RATIO:
         return ""
@@ -136,6 +138,24 @@ def _idle(schedule: Schedule, settings: Mapping[str, Any]) -> str:
         return "priority_exponent=0 draws uniformly, so nothing reads it"
     if name == "importance_exponent" and node["anneal_env_steps"] is not None:
         return "anneal_env_steps changes it already; set that and importance_exponent_final to null"
+    return ""
+
+
+def _idle_exploration(
+    schedule: Schedule, settings: Mapping[str, Any], exploration: Exploration
+) -> str:
+    """Says so where no lane explores otherwise by any of the schedule's values, or nothing."""
+    now: Any = reduce(getattr, schedule.path.split("."), exploration)
+    values = {now, *(value for _, value in schedule.points)}
+    lanes = settings["acting"]["instances"] * settings["acting"]["envs_per_actor"]
+    total = settings["total_env_steps"]
+    turns = (0, total // 2, total, *(int(place) for place, _ in schedule.points))
+    found = set()
+    for value in values:
+        own = replace_settings(exploration, {schedule.path: value})
+        found.add(b"".join(amounts(own, lanes, turn).tobytes() for turn in turns))
+    if len(found) == 1 < len(values):
+        return "no lane explores otherwise by it with these settings"
     return ""
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -217,7 +218,7 @@ class Stages:
         self.metrics.record("replay/age_updates", age)
         self.metrics.record("weights/age_updates", learner.updates - self._acting_version)
         self.metrics.record("weights/age_env_steps", self.count.env_steps - self._given_env_steps)
-        self.hooks.call("on_update", output.metrics)
+        self.hooks.call("on_update", MappingProxyType(output.metrics))
 
     # --- details ---------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ def warm(state: TrainState, folder: str, patterns: Sequence[str]) -> TrainState:
     those that they are of, and running statistics count as parameters named `statistics/`. Raises
     ConfigError where a chosen parameter is missing there or has another shape.
     """
+    if not patterns:
+        raise refuse("init_params", "they choose no parameter; give ['*'] for all", given="[]")
     own = trees.flatten({"params": state.params, "statistics": state.statistics})
     names = {path.removeprefix(PARAMS): path for path in own}
     try:
@@ -88,9 +90,10 @@ def _check(
     ]
     if wrong:
         more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        first = wrong[0].partition(" ")[0].rpartition("/")[0]
+        name = wrong[0].partition(" ")[0]
+        part = f"{name.rpartition('/')[0]}/*" if "/" in name else name
         says = f"{'; '.join(wrong[:SHOWN])}{more}; leave them out, "
-        says += f"as by init_params=['*','!{first}/*']"
+        says += f"as by init_params=['*','!{part}']"
         raise refuse(KEY, says, given=folder)
 
 

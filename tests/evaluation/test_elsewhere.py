@@ -93,6 +93,8 @@ def one_is_made_by_command(folder: Path) -> None:
     assert (made["other"], made["epsilon"]) == ("rich", 0.0)
     assert made["differs"] == ["the environment of evaluation.others.rich"]
     assert differences(made, plain(rlx.load(folder).cfg), made["env_steps"]) == made["differs"]
+    with pytest.raises(ConfigError, match=r"other=\.\./away: a name of letters, digits and _"):
+        rlx.load(folder).evaluate(episodes=1, other="../away")
     with pytest.raises(ConfigError, match="other=ritch: no evaluation of the run; accepted: long"):
         rlx.load(folder).evaluate(episodes=1, other="ritch")
 
@@ -159,6 +161,15 @@ def test_an_evaluator_beside_the_training_makes_them_too(tmp_path, monkeypatch):
             "evaluation.others.hard.episodes=0 (c",
         ),
         (["+evaluation.others.hard=3"], "evaluation.others.hard=3"),
+        (["+evaluation.env.per_actor.size=[2]"], "evaluation.env: an evaluation has no actors (pe"),
+        (
+            [others(hard=other("{family: {per_actor: {size: [2]}}}"))],
+            "evaluation.others.hard.env: an evaluation has no actors",
+        ),
+        (
+            ["+evaluation.others={1: " + other("{}") + "}"],
+            "evaluation.others.1=1 (command line): a name is text; put it in quotes",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(given, says, tmp_path):

@@ -111,10 +111,15 @@ def test_a_share_that_gives_none_or_all_is_refused(share, size, record, tmp_path
     [
         (["replay.prefetch=1"], "replay.prefetch=1: both replays give their part"),
         (["replay.storage=device"], "replay.storage=device: a batch is put together"),
-        (["replay.where=process"], "replay.where=process"),
+        (["replay.where=process"], "replay.where=process: both replays lie in the learner's"),
+        (["replay.shards=2"], "replay.shards=2: the run's own part of a batch is drawn from one"),
+        (
+            ["replay.demonstrations.min_sequences=99999"],
+            "replay.demonstrations: ",
+        ),
         (["replay.min_env_steps=9999"], "replay.min_env_steps=9999: learning would never"),
         (["replay.demonstrations.path=/nowhere"], "/nowhere"),
-        (["replay.demonstrations.path=null"], "replay.demonstrations: set replay.path"),
+        (["replay.demonstrations.path=null"], "replay.demonstrations: set its path to a folder"),
         (["network.core.units=6"], "recorded with another environment, network or agent"),
     ],
 )
@@ -189,12 +194,22 @@ def test_the_same_seed_gives_the_same_bits(record, tmp_path):
     assert sums[0] == sums[1]
 
 
+def test_what_is_read_is_not_recorded_into(record, tmp_path, monkeypatch):
+    monkeypatch.chdir(record.parent)
+    into = f"replay.record={record.name}"
+    with pytest.raises(ConfigError, match=r"replay\.record=.*: the demonstrations lie there"):
+        rlx.run(rlx.compose(settings(record, into)), tmp_path)
+
+
 def test_another_dataset_at_a_resume_is_refused(record, tmp_path):
     rlx.run(rlx.compose(settings(record)), tmp_path / "run")
     run(tmp_path / "more", f"replay.record={tmp_path / 'rows'}", "seed=3")
     resume = [f"resume={tmp_path / 'run'}", "total_env_steps=1600"]
     with pytest.raises(ConfigError, match="the dataset has changed since"):
         rlx.run(rlx.compose(settings(tmp_path / "rows", *resume)), tmp_path / "run")
+    anew = [*resume, "checkpoint.replay=false"]
+    done = rlx.run(rlx.compose(settings(tmp_path / "rows", *anew)), tmp_path / "run")
+    assert done["env_steps"] >= 1600
 
 
 def test_the_importance_of_demonstrations_may_be_annealed_over_the_run(record, tmp_path):

@@ -128,7 +128,7 @@ def test_a_dataset_of_another_network_or_block_is_refused(tmp_path):
     other = sequence_spec(block_rows=3, length=5)
     with pytest.raises(ValueError, match="blocks of 2 rows, here 3"):
         dataset(tmp_path, sequence=other)
-    with pytest.raises(ValueError, match=r"has 6 sequences, replay\.min_sequences=7"):
+    with pytest.raises(ValueError, match=r"has 6 sequences, min_sequences=7"):
         dataset(tmp_path, min_sequences=7)
 
 

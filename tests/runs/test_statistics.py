@@ -157,7 +157,7 @@ def test_rows_by_time_come_between_those_by_count(tmp_path, monkeypatch):
 
 
 def test_every_name_of_a_row_is_explained(rows):
-    """Those of agents with a policy: tests/training/test_policy_runs.py."""
+    """The names that agents with a policy tell: tests/training/test_policy_runs.py."""
     assert {name for row in rows for name in row if meaning(name) is None} == set()
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -247,6 +248,40 @@ def test_another_hook_in_its_place_begins_anew(tmp_path):
 # --- failures ------------------------------------------------------------------------------------
 
 
+class Odd(Exception):
+    def __str__(self) -> str:
+        raise KeyError("no words")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """Ends the process, or raises what cannot tell itself, at its third update and in close."""
+
+    how: str
+
+    def on_update(self, run: Run, metrics: Mapping[str, Any]) -> None:
+        if run.updates == 3 and self.how != "close":
+            raise SystemExit(0) if self.how == "exit" else Odd
+        with pytest.raises(TypeError):
+            metrics["learner/loss"] = 0  # type: ignore[index]
+
+    def close(self) -> None:
+        raise SystemExit(0) if self.how == "exit" else Odd
+
+
+@pytest.mark.parametrize(("how", "raised"), [("exit", "SystemExit"), ("odd", "Odd")])
+def test_what_ends_a_process_or_has_no_words_is_a_failure_of_the_hook(how, raised, tmp_path):
+    with pytest.raises(HookFailed, match=rf"Ending\) raised {raised} in on_update: "):
+        run(tmp_path, hooks(f"{{_target_:{HERE}.Ending,how:{how}}}"))
+    assert names(tmp_path)
+
+
+def test_what_is_raised_at_the_close_is_told_and_the_run_has_its_summary(tmp_path, caplog):
+    done = run(tmp_path, hooks(f"{{_target_:{HERE}.Ending,how:close}}"))
+    assert done["state"] == "finished"
+    assert f"hooks.0 ({HERE}.Ending) raised Odd in close" in caplog.text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Failing:
     """Raises at this point, the n-th time."""
@@ -377,12 +412,14 @@ class Texting:
     text: str
 
     def on_update(self, run: Run, metrics: Mapping[str, Any]) -> None:
-        run.record("mine/text", self.text)
+        odd = {"key": jax.random.key(0), "complex": jax.numpy.ones(2) * 1j}
+        run.record("mine/text", odd.get(self.text, self.text))
 
 
-def test_what_is_no_number_is_not_recorded(tmp_path):
+@pytest.mark.parametrize("given", ["high", "key", "complex"])
+def test_what_is_no_number_is_not_recorded(given, tmp_path):
     with pytest.raises(HookFailed, match=r"hooks\.0 .* raised ValueError in on_update"):
-        run(tmp_path, hooks(f"{{_target_:{HERE}.Texting,text:high}}"))
+        run(tmp_path, hooks(f"{{_target_:{HERE}.Texting,text:{given}}}"))
 
 
 @pytest.mark.parametrize(

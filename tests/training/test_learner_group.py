@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +24,13 @@ import pytest
 import rlx
 from rlx.acting.exploration import Ladder, Redrawn
 from rlx.cluster.faults import ActingFailed
+from rlx.config import targets
 from rlx.config.build import plain
 from rlx.interfaces import PerEpisode
 from rlx.problems import ConfigError, RunFailed
 from rlx.runs.folders import read_rows
 from rlx.training.assemble import assemble
+from rlx.training.hooks import Run
 from rlx.training.keeper import Keeper
 from rlx.training.learner import OpenLearner
 from rlx.training.loop import train as train_loop
@@ -454,9 +456,21 @@ def test_what_fails_again_and_again_ends_the_run(tmp_path):
 # --- agents with a policy ------------------------------------------------------------------------
 
 
-def test_two_learner_processes_train_rounds_of_both_by_the_policy_that_acted(tmp_path: Path):
+class TellsItsRank:
+    """A hook of both processes."""
+
+    def on_update(self, run: Run, metrics: Mapping[str, Any]) -> None:
+        run.record("mine/rank", run.rank)
+
+
+def test_two_learner_processes_train_rounds_of_both_by_the_policy_that_acted(
+    tmp_path: Path, monkeypatch
+):
     """Whatever a round's first minibatch learns was drawn from the very policy that it changes."""
-    made = rlx.compose([*RUNS["ppo"], *SMALL, *JOINED, "total_env_steps=2000"])
+    monkeypatch.setattr(targets, "_allowed", {"rlx."})
+    rlx.allow("tests.")  # which their processes are told, too
+    hook = "hooks=[{_target_: tests.training.test_learner_group.TellsItsRank}]"
+    made = rlx.compose([*RUNS["ppo"], *SMALL, *JOINED, "total_env_steps=2000", hook])
     assert rlx.run(made, tmp_path)["state"] == "finished"
     first, second = (read_rows(share_folder(tmp_path, rank) / "metrics.jsonl") for rank in (0, 1))
     for mine, theirs in zip(first, second, strict=True):
@@ -464,6 +478,7 @@ def test_two_learner_processes_train_rounds_of_both_by_the_policy_that_acted(tmp
         assert mine["weights/age_updates"] == theirs["weights/age_updates"] == 0
         assert mine["learner/ratio_error"] == theirs["learner/ratio_error"] < 1e-5
         assert mine["learner/loss"] == theirs["learner/loss"]
+        assert (mine["mine/rank"], theirs["mine/rank"]) == (0.0, 1.0)
 
 
 @pytest.mark.slow  # half a minute each; the one above has the shares and the rendezvous

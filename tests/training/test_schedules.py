@@ -124,6 +124,25 @@ def test_what_would_change_nothing_is_refused(given, says, tmp_path):
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "given", ["replay.ratio=1", "replay.importance_exponent=1", "exploration.base=1"]
+)
+def test_a_number_may_be_written_without_a_fraction(given, tmp_path):
+    name = given.partition("=")[0]
+    steps = f"schedules=[{node(name, '[[0,0.5],[200,0.75]]')}]"
+    run(tmp_path, given, steps, "stop_after_updates=1")
+    assert last_row(tmp_path)[f"schedule/{name}"] >= 0.5
+
+
+def test_a_number_by_which_no_lane_explores_otherwise_is_refused(tmp_path):
+    idle = node("exploration.final_scale", "[[0,0.5]]")
+    with pytest.raises(ConfigError, match="final_scale: no lane explores otherwise by it with"):
+        run(tmp_path / "a", f"schedules=[{idle}]")
+    own = ["exploration.final_scale=0.9", "exploration.decay_env_steps=500"]
+    done = run(tmp_path / "b", f"schedules=[{idle}]", *own, "stop_after_updates=1")
+    assert done["updates"] == 1
+
+
 def test_a_setting_that_decides_how_the_update_is_compiled_is_refused(tmp_path):
     given = [
         "agent.optimizer.rule=rmsprop",

@@ -101,12 +101,25 @@ def test_relative_paths_start_where_the_run_was_begun(other, tmp_path, monkeypat
             r"init_params: 'tors/\*': no parameter has such a name.*torso",
         ),
         (["init_from=/nowhere"], r"init_from=/nowhere: no run is there"),
+        (["init_from="], r"init_from='' \(command line\): an empty path; give one, or null"),
+        (["init_from=null", "init_params=[torso/*]"], r"init_params=\['?torso/\*'?\]: they choose"),
+        (
+            ["init_params=['!head/*']"],
+            r"init_params: \['!head/\*'\]: they choose no parameter; b",
+        ),
+        (["init_params=[]"], r"init_params=\[\]: they choose no parameter; give"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(given, says, other, tmp_path):
     with pytest.raises(ConfigError, match=says):
         run(tmp_path, *NOTHING_LEARNT, f"init_from={other}", *given)
     assert not (tmp_path / "env.json").exists()
+
+
+def test_a_parameter_that_stands_alone_is_left_out_by_its_name(other, tmp_path):
+    sac = ["agent=sac", "env=cartpole", "network=mlp", "logging.console=off"]
+    with pytest.raises(ConfigError, match=r"'!log_temperature'\]"):
+        rlx.run(rlx.compose([*sac, f"init_from={other}"]), tmp_path)
 
 
 def test_other_parts_may_differ(other, tmp_path):
@@ -123,7 +136,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_named_one_refused(tmp_path, c
     (newest / "state.npz").write_bytes(b"no state")
     run(tmp_path / "run", *NOTHING_LEARNT, f"init_from={tmp_path / 'other'}")
     assert "Trying another checkpoint" in caplog.text
-    with pytest.raises(ConfigError, match=r"init_from=.*damaged"):
+    with pytest.raises(ConfigError, match=r"init_from=.*damaged.* It was named, so no other"):
         run(tmp_path / "again", *NOTHING_LEARNT, f"init_from={newest}")
 
 
@@ -221,6 +234,8 @@ def test_a_pattern_that_fits_nothing_is_refused(tmp_path):
     says = r"network.frozen: 'toros/\*': no parameter has such a name.*core, head.*torso"
     with pytest.raises(ConfigError, match=says):
         run(tmp_path, "network.frozen=[toros/*]")
+    with pytest.raises(ConfigError, match=r"network.frozen: \['!torso/\*'\]: they choose no"):
+        run(tmp_path, "network.frozen=['!torso/*']")
 
 
 def test_frozen_parts_of_a_warm_start_are_the_other_run_s(other, tmp_path):
