@@ -185,6 +185,7 @@ class Stages:
         if not may_learn:
             return
         self._settle_early()
+        self._follow_schedules()  # by what all learner processes know alike
         with self.times.measure("sample"):
             sample = replay.sample(learner.batch_size)
         with self.times.measure("learner_put"):

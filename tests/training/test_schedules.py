@@ -237,7 +237,7 @@ def test_a_replay_follows_its_schedules(where, tmp_path):
     exponent = node("replay.importance_exponent", "[[0,0.2],[800,1.0]]")
     run(tmp_path, f"replay.where={where}", f"schedules=[{exponent}]")
     rows = read_rows(tmp_path / "metrics.jsonl")
-    # A row has what the replay used last: the value at the begin of the turn, 8 env steps ago.
+    # A row has what the replay used last: the value of the last update, or of the turn's begin.
     expected = [min(1.0, 0.2 + 0.8 * (row["env_steps"] - 8) / 800) for row in rows]
     found = [row["replay/importance_exponent"] for row in rows]
     np.testing.assert_allclose(found, expected, atol=0.012)
