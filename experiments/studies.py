@@ -50,7 +50,8 @@ Points = Sequence[tuple[int, float]]  # (env steps, mean return)
 BEGIN, END = "<!-- made by study.py -->", "<!-- until here -->"
 HEADER = (
     "",
-    "| task | variant | mean | IQM | 95 % | each seed | first at the goal | wall, s |",
+    "| task | variant | mean | IQM | 95 % | each seed "
+    "| first at the goal, 1,000 env steps | wall, s |",
     "|---|---|---|---|---|---|---|---|",
 )
 

@@ -65,7 +65,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 CLOSE_S = 10.0
-KEPT = ("evaluation", "checkpoint", "logging")  # groups that say what a run keeps
+FIRST = ("evaluation", "checkpoint", "logging", "acting")  # groups that need nothing of others
 AS_GIVEN = ("seed", "total_env_steps", "stop_after_s", "stop_after_updates")  # settings of parts
 OF_SPEED = ("batch_size", "threads", "vector")  # settings of environments; rows stay the same
 
@@ -86,15 +86,15 @@ def assemble(
 ) -> Parts:
     """Everything of a run; raises ConfigError for what cannot work.
 
-    peers: with them it is everything of one learner process, whose settings are its share
-    (`rlx.training.shares`); output_dir is the run's all the same.
+    peers: of a learner process; settings are its share (`shares.py`), the folder is the run's.
     """
     peers = peers or Alone()
-    evaluation, checkpoint, logging_ = (build(settings[group], group) for group in KEPT)
-    acting: PoolSettings = build(settings["acting"], "acting")
+    evaluation, checkpoint, logging_, acting = (build(settings[name], name) for name in FIRST)
+    exploration = build(settings["exploration"], "exploration", seed=settings["seed"])
     check_agreement(settings)
     family, agent = build_agent(settings)
-    exploration, schedules = _exploration(settings, agent)
+    schedules = checked_schedules(settings, agent, exploration)
+    exploration = scheduled_exploration(exploration, schedules)
     _check_agent(settings, agent, exploration, peers)
     evaluated = families(evaluation, settings["env"], family, agent.spec)
     learner = _open_learner(settings, agent, schedules)
@@ -141,15 +141,6 @@ def assemble(
         schedules=schedules,
         resumed=resumed and dataclasses.replace(resumed, state=None),  # which may be large
     )
-
-
-def _exploration(
-    settings: Mapping[str, Any], agent: Agent
-) -> tuple[Exploration, Sequence[Schedule]]:
-    """The exploration, which follows its schedules, and the schedules of the run."""
-    exploration = build(settings["exploration"], "exploration", seed=settings["seed"])
-    schedules = checked_schedules(settings, agent, exploration)
-    return scheduled_exploration(exploration, schedules), schedules
 
 
 def _lanes_of(acting: PoolSettings) -> int:

@@ -148,7 +148,8 @@ def test_each_actor_has_its_own_settings_in_turn():
     assert envs.kwargs == {}
 
 
-@pytest.mark.parametrize("pool", ["local", "threads"])
+# tests/training/test_learner_group.py has the local pool, in test_actors_of_both_have_settings...
+@pytest.mark.parametrize("pool", [pytest.param("local", marks=pytest.mark.slow), "threads"])
 def test_actors_of_a_run_play_their_own_environments(pool, tmp_path):
     given = ["env=gymnasium", "env.id=tests.worlds:rlx-test/Sized-v0", f"acting={pool}"]
     given += ["acting.instances=2", "+env.per_actor.length=[3,6]", "acting.envs_per_actor=4"]

@@ -327,8 +327,9 @@ def test_a_hook_that_raises_is_named_and_the_run_ends_with_a_checkpoint(point, t
     assert says in read(tmp_path, "status.json")["error"]
     assert names(tmp_path)
     assert CLOSED == ["recorder"]
-    finished = run(tmp_path, f"resume={tmp_path}", EVALUATED, hooks(RECORDER))
-    assert finished["state"] == "finished"
+    if point in ("on_rollout", "on_end"):  # in the middle of a turn, and after all of them
+        finished = run(tmp_path, f"resume={tmp_path}", EVALUATED, hooks(RECORDER))
+        assert finished["state"] == "finished"
 
 
 def test_a_run_goes_on_from_where_its_hook_failed(tmp_path):

@@ -936,7 +936,7 @@ def test_recorded_experience_trains_without_actors(tmp_path, caplog):
         for name in ("one", "two")
     ]
     assert twice[0] == twice[1]
-    with pytest.raises(ConfigError, match=r"replay: set replay\.path"):
+    with pytest.raises(ConfigError, match=r"replay: set its path"):
         rlx.run(rlx.compose([*fitting, "replay=dataset"]), tmp_path / "no path")
 
 
