@@ -78,13 +78,12 @@ class Demonstrations:
             says = f"gives {count} of the {batch_size} sequences of a batch (learner.batch_size); "
             says += f"accepted: at least {1 / batch_size:.3g}, and less than 1"
             found.append(Problem(path="replay.share", given=f"{replay['share']:g}", says=says))
-        refused = {
-            "storage": (("device",), "a batch is put together in the host's memory; set memory"),
-            "where": (("process",), "both replays lie in the learner's process; set thread"),
-        }
-        for name, (values, says) in refused.items():
-            if replay[name] in values:
-                found.append(Problem(path=f"replay.{name}", given=replay[name], says=says))
+        for name, value, says in (
+            ("storage", "device", "a batch is put together in the host's memory; set memory"),
+            ("where", "process", "both replays lie in the learner's process; set thread"),
+        ):
+            if replay[name] == value:
+                found.append(Problem(path=f"replay.{name}", given=value, says=says))
         if (replay["shards"] or 1) > 1:
             says = "the run's own part of a batch is drawn from one ring; set it to null"
             found.append(Problem(path="replay.shards", given=str(replay["shards"]), says=says))
