@@ -47,7 +47,9 @@ def check_meta(restored: Restored) -> Restored:
         )
         wrong += ["metrics"] if not are_whole or not _is(metrics.get("episodes"), int) else []
         counts = [quota.get(name) for name in ("opened_at", "trained_rows")]
-        wrong += [] if all(_is(count, int) for count in counts) else ["quota"]
+        later = [quota.get(name, 0) for name in ("changed_at", "earned_rows")]  # some lack them
+        are_counts = all(_is(count, int) for count in counts) and all(_is(n, NUMBER) for n in later)
+        wrong += [] if are_counts else ["quota"]
     hooks = meta.get("hooks", [])
     if not isinstance(hooks, list) or not all(_is_hook(each) for each in hooks):
         wrong.append("hooks")

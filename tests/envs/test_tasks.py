@@ -77,6 +77,10 @@ def test_actions_reach_the_lane_that_they_are_for():
 @pytest.mark.parametrize(
     ("ids", "says"),
     [
+        (
+            [],
+            "env.family.id (conf/env/tasks.yaml): it is element 0 of env.ids, which has none; give",
+        ),
         ([IDS[0]], "give two or more ids"),
         ([IDS[0], IDS[0]], "each of them once"),
         ([IDS[0], "tests.worlds:rlx-test/Wide-v0"], "observation is observation float32[3] in "),

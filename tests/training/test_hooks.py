@@ -432,12 +432,14 @@ def test_what_is_no_number_is_not_recorded(given, tmp_path):
         ("metrics", {"metrics": {"tasks": []}}),
         ("metrics", {"metrics": {"tasks": {"a": [["x"]]}}}),
         ("metrics", {"metrics": {"actions": None}}),
+        ("quota", {"quota": {"changed_at": "x"}}),
+        ("quota", {"quota": {"earned_rows": None}}),
     ],
 )
 def test_a_checkpoint_whose_counts_are_of_another_kind_is_damaged(part, changes, trained):
     restored = rlx.load(trained).restore()
     assert check_meta(restored) is restored
-    changed = {k: {**restored.meta[k], **v} if k == "metrics" else v for k, v in changes.items()}
+    changed = {k: {**restored.meta[k], **v} if k != "hooks" else v for k, v in changes.items()}
     forged = dataclasses.replace(restored, meta={**restored.meta, **changed})
     with pytest.raises(CheckpointError, match=f"it has no {part} of a run"):
         check_meta(forged)

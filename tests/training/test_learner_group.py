@@ -301,6 +301,30 @@ def test_actors_of_both_have_settings_of_their_own(tmp_path):
         assert row["train/return_max"] == 3 * row["train/return_min"]
 
 
+def test_both_follow_a_clock_alike_also_in_the_first_turn_after_a_resume(tmp_path, monkeypatch):
+    put, seen = OpenLearner.put, ([], [])
+    learners: list[Any] = [None, None]
+
+    def noted(subject: OpenLearner, batch: Batch) -> Any:
+        seen[learners.index(subject)].append(float(batch.scheduled["discount"][0]))
+        return put(subject, batch)
+
+    def touch(rank: int, made: Parts, stops: list[threading.Event]) -> None:
+        learners[rank] = made.learner
+        if made.resumed is not None:  # no two processes are stopped in the same microsecond
+            made.resumed.meta["wall_s"] += 100.0 * rank
+
+    monkeypatch.setattr(OpenLearner, "put", noted)
+    by = "{setting: agent.discount, over: seconds, points: [[0, 0.5], [200, 0.9]], between: linear}"
+    clock = f"schedules=[{by}]"
+    first = [clock, "replay.ratio=8", "total_env_steps=600"]  # each turn owes updates
+    assert two_loops(tmp_path, *first, touch=touch) == ["finished"] * 2
+    more = [*first, "total_env_steps=1200"]
+    assert two_loops(tmp_path, *more, resume=True, touch=touch) == ["finished"] * 2
+    assert seen[0] == seen[1]
+    assert max(seen[0]) > 0.65 > min(seen[0])
+
+
 def test_a_run_left_in_its_last_evaluation_resumes(tmp_path, monkeypatch):
     evaluate, told = Keeper.evaluate, []
 
