@@ -145,6 +145,13 @@ def test_what_cannot_be_divided_is_refused(tmp_path, overrides, says):
         rlx.run(rlx.compose(["learner.processes=2", *overrides]), tmp_path)
 
 
+def test_what_the_learner_refuses_is_said_before_ray_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlx.training.group._join_cluster", lambda *given: pytest.fail("too late"))
+    both = ["learner.processes=2", "learner.publish_every_env_steps=9"]
+    with pytest.raises(ConfigError, match="one of them says when actors get new weights"):
+        rlx.run(rlx.compose(both), tmp_path)
+
+
 def test_lanes_of_all_processes_explore_as_those_of_one():
     ladder = Ladder(base=0.4, exponent=7.0, minimum=0.0, final_scale=1.0, decay_env_steps=None)
     whole = ladder.amount(np.arange(6), 6, 0)
